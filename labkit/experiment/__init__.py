@@ -1,0 +1,36 @@
+"""What to run: the experiment, the layout, the rules of what goes together. Imports no torch."""
+
+from labkit.experiment.layout import Layout
+from labkit.experiment.machine import Machine
+from labkit.experiment.problem import ExperimentError, Problem
+from labkit.experiment.schema import (
+    Compression,
+    Experiment,
+    Gradients,
+    Launch,
+    Network,
+    Optimizer,
+    Quantization,
+    Sparsity,
+    Training,
+    Update,
+    Workload,
+)
+
+__all__ = [
+    "Compression",
+    "Experiment",
+    "ExperimentError",
+    "Gradients",
+    "Launch",
+    "Layout",
+    "Machine",
+    "Network",
+    "Optimizer",
+    "Problem",
+    "Quantization",
+    "Sparsity",
+    "Training",
+    "Update",
+    "Workload",
+]

@@ -1,0 +1,148 @@
+"""How many ranks along each axis of the device mesh, and which rank holds what.
+
+The shape of the class follows torchtitan's `ParallelDims` (axis sizes in, validation at once, the error prints the
+equation); the axis names are those of Accelerate's `ParallelismConfig`, with `pp` and `ep`.
+"""
+
+from __future__ import annotations
+
+import re
+from math import prod
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+AXES = ("dp_replicate", "dp_shard", "cp", "tp", "ep", "pp")
+# Outermost first: neighbours along the last axis sit closest to each other.
+MESH_ORDER = ("pp", "dp_replicate", "dp_shard", "cp", "ep", "tp")
+SHORT = {"dp_replicate": "dp", "dp_shard": "shard", "cp": "cp", "tp": "tp", "ep": "ep", "pp": "pp"}
+_LONG = {short: axis for axis, short in SHORT.items()} | {"dp_shard": "dp_shard", "dp_replicate": "dp_replicate"}
+
+AxisSize = Field(default=1, ge=-1)
+
+
+class Layout(BaseModel):
+    """How a model and its batch are spread over ranks. One axis may be -1, "the rest of the ranks"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    dp_replicate: int = AxisSize
+    """Copies of the model; each takes its share of every batch (data parallelism, DDP)."""
+    dp_shard: int = AxisSize
+    """Ranks over which parameters, gradients or optimizer state are sharded (ZeRO, FSDP)."""
+    tp: int = AxisSize
+    """Ranks over which single layers are cut (tensor parallelism)."""
+    cp: int = AxisSize
+    """Ranks over which the sequence is cut (context parallelism)."""
+    ep: int = AxisSize
+    """Ranks over which experts are spread (expert parallelism)."""
+    pp: int = AxisSize
+    """Stages into which the layers are cut (pipeline parallelism)."""
+    sequence_parallel: bool = False
+    """Cut the activations between tensor-parallel layers along the sequence."""
+    zero_stage: Literal[1, 2, 3] = 3
+    """What dp_shard shards: 1 optimizer state, 2 also gradients, 3 also parameters."""
+    schedule: str = "1f1b"
+    """Order of forward and backward passes in the pipeline."""
+    microbatches: int = Field(default=1, ge=1)
+    """Microbatches per step in the pipeline."""
+    stages_per_rank: int = Field(default=1, ge=1)
+    """Pipeline stages held by each rank (interleaved schedules need 2 or more)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_short_form(cls, data: Any) -> Any:
+        return cls._parse(data) if isinstance(data, str) else data
+
+    @field_validator(*AXES)
+    @classmethod
+    def _no_zero(cls, size: int) -> int:
+        if size == 0:
+            raise ValueError("must be at least 1, or -1 for the rest of the ranks")
+        return size
+
+    @model_validator(mode="after")
+    def _one_rest(self) -> Layout:
+        rest = [axis for axis in AXES if getattr(self, axis) == -1]
+        if len(rest) > 1:
+            raise ValueError(f"only one axis can be -1 (the rest), got {' and '.join(rest)}")
+        return self
+
+    @staticmethod
+    def _parse(text: str) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        if text.strip() in ("", "1"):
+            return sizes
+        for part in re.split(r"[·*x,\s]+", text.strip()):
+            found = re.fullmatch(r"([a-z_]+?)(-?\d+)", part)
+            axis = _LONG.get(found[1]) if found else None
+            if found is None or axis is None:
+                raise ValueError(f"cannot read {part!r} in layout {text!r}; write it like dp2·tp2·pp2")
+            if axis in sizes:
+                raise ValueError(f"axis {axis} stands twice in layout {text!r}")
+            sizes[axis] = int(found[2])
+        return sizes
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """Read the short form: `dp2·tp2·pp2` (also with `*`, `x`, a comma or a space between)."""
+        return cls(**cls._parse(text))
+
+    def __str__(self) -> str:
+        parts = [f"{SHORT[axis]}{getattr(self, axis)}" for axis in AXES if getattr(self, axis) != 1]
+        return "·".join(parts) or "1"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of every axis, outermost first."""
+        return {axis: getattr(self, axis) for axis in MESH_ORDER}
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks: the product of the axes."""
+        if -1 in self.sizes.values():
+            raise ValueError(f"layout {self} has an open axis (-1); give the number of ranks with resolve()")
+        return prod(self.sizes.values())
+
+    @property
+    def data_parallel(self) -> int:
+        """Number of ranks that see different samples."""
+        return self.dp_replicate * self.dp_shard
+
+    def resolve(self, world_size: int) -> Layout:
+        """Fill in the axis that is -1, and check that the product is `world_size` (else ValueError, with the equation)."""
+        if world_size < 1:
+            raise ValueError(f"world_size must be at least 1, got {world_size}")
+        known = prod(size for size in self.sizes.values() if size != -1)
+        rest = [axis for axis, size in self.sizes.items() if size == -1]
+        if rest and world_size % known == 0:
+            return self.model_copy(update={rest[0]: world_size // known})
+        if rest or known != world_size:
+            raise ValueError(self.equation(world_size))
+        return self
+
+    def equation(self, world_size: int) -> str:
+        """Why the sizes do not make `world_size`: `dp_replicate 2 × tp 2 × pp 1 = 4, but world_size is 8`."""
+        shown = [axis for axis in AXES if axis in ("dp_replicate", "tp", "pp") or getattr(self, axis) != 1]
+        known = prod(size for size in self.sizes.values() if size != -1)
+        factors = " × ".join(f"{axis} {'?' if getattr(self, axis) == -1 else getattr(self, axis)}" for axis in shown)
+        if -1 in self.sizes.values():
+            return f"{factors} cannot be {world_size}: {known} does not divide world_size {world_size}"
+        return f"{factors} = {known}, but world_size is {world_size}"
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Where `rank` stands on every axis (row-major in `MESH_ORDER`)."""
+        place: dict[str, int] = {}
+        for axis in reversed(MESH_ORDER):
+            size = getattr(self, axis)
+            place[axis] = rank % size
+            rank //= size
+        return {axis: place[axis] for axis in MESH_ORDER}
+
+    def grid(self) -> list[dict[str, Any]]:
+        """The rank table that the notebook draws: one row a rank, with its place on every axis larger than one."""
+        return [
+            {"rank": rank}
+            | {axis: index for axis, index in self.coordinates(rank).items() if getattr(self, axis) > 1}
+            for rank in range(self.world_size)
+        ]

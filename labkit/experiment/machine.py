@@ -1,0 +1,169 @@
+"""What this machine has, found without importing torch and without touching CUDA.
+
+Device counting must not create a CUDA context: a kernel that did could no longer fork, and on a shared server the
+probe alone would take memory on every GPU. NVIDIA's driver is asked through `nvidia-smi`, a separate process.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+_SMI_FIELDS = "index,uuid,name,memory.total,memory.used"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One visible NVIDIA GPU; memory in bytes, as the driver reports it now."""
+
+    index: int
+    uuid: str
+    name: str
+    memory_bytes: int
+    used_bytes: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Cores and memory that this process may really use, and the GPUs that are visible to it."""
+
+    cores: int
+    cores_total: int
+    memory_bytes: int
+    gpus: tuple[Gpu, ...] = ()
+    gpu_reason: str = ""
+    """Why there is no GPU to offer, if there is none."""
+    cpu_model: str = ""
+    cpu_flags: frozenset[str] = field(default_factory=frozenset, repr=False)
+    system: str = ""
+
+    @classmethod
+    def here(cls) -> Machine:
+        """Probe this machine once per process."""
+        return _probe()
+
+    def device(self, wanted: str) -> str:
+        """`auto` becomes cuda where a GPU is visible, else cpu."""
+        return ("cuda" if self.gpus else "cpu") if wanted == "auto" else wanted
+
+    def slots(self, device: str) -> int:
+        """How many ranks have a device of their own: GPUs, or cores."""
+        return len(self.gpus) if device == "cuda" else self.cores
+
+    def to_dict(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["cpu_flags"] = sorted(flag for flag in self.cpu_flags if flag.startswith(("avx", "amx", "sse4", "fma")))
+        return data
+
+
+@lru_cache(maxsize=1)
+def _probe() -> Machine:
+    model, flags = _cpu()
+    gpus, reason = _gpus()
+    return Machine(
+        cores=_usable_cores(),
+        cores_total=os.cpu_count() or 1,
+        memory_bytes=_usable_memory(),
+        gpus=gpus,
+        gpu_reason=reason,
+        cpu_model=model,
+        cpu_flags=flags,
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+    )
+
+
+def _usable_cores() -> int:
+    """CPU_LIMIT (JupyterHub), then the cgroup quota, then the affinity mask; never more than the mask allows."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    limits = [float(cores)]
+    try:
+        limits.append(float(os.environ["CPU_LIMIT"]))
+    except (KeyError, ValueError):
+        pass
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        limits.append(int(quota) / int(period))
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        pass
+    return max(1, int(min(limits)))
+
+
+def _usable_memory() -> int:
+    """MEM_LIMIT (JupyterHub), then the cgroup limit, then what the machine has, in bytes."""
+    try:
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (ValueError, OSError):
+        limits = []
+    for read in (lambda: os.environ["MEM_LIMIT"], lambda: Path("/sys/fs/cgroup/memory.max").read_text()):
+        try:
+            limits.append(int(read()))
+        except (KeyError, ValueError, OSError):
+            pass
+    return min(limits, default=0)
+
+
+def _cpu() -> tuple[str, frozenset[str]]:
+    model, flags = platform.processor(), frozenset[str]()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                model = value.strip()
+            elif name.strip() in ("flags", "Features"):
+                flags = frozenset(value.split())
+                break
+    except OSError:
+        pass
+    return model, flags
+
+
+def _gpus() -> tuple[tuple[Gpu, ...], str]:
+    """GPUs that CUDA would show, in its order, or the reason why there are none."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return (), "no NVIDIA driver on this machine (nvidia-smi not found)"
+    try:
+        answer = subprocess.run(
+            [smi, f"--query-gpu={_SMI_FIELDS}", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return (), f"nvidia-smi does not answer ({type(error).__name__})"
+    found = []
+    for line in answer.splitlines():
+        index, uuid, name, total, used = (part.strip() for part in line.split(","))
+        found.append(Gpu(int(index), uuid, name, _mebibytes(total), _mebibytes(used)))
+    return visible(tuple(found), os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _mebibytes(text: str) -> int:
+    """nvidia-smi's number; it prints [N/A] for memory on some integrated and MIG devices."""
+    try:
+        return int(text) * 2**20
+    except ValueError:
+        return 0
+
+
+def visible(gpus: tuple[Gpu, ...], wanted: str | None) -> tuple[tuple[Gpu, ...], str]:
+    """Apply CUDA_VISIBLE_DEVICES as CUDA does: a list of indices or UUID prefixes, cut at the first invalid entry."""
+    if not gpus:
+        return (), "the NVIDIA driver reports no GPU"
+    if wanted is None:
+        return gpus, ""
+    chosen: list[Gpu] = []
+    for entry in wanted.split(","):
+        entry = entry.strip()
+        match = [gpu for gpu in gpus if entry and (entry == str(gpu.index) or gpu.uuid.startswith(entry))]
+        if not match:
+            break
+        chosen.append(match[0])
+    return tuple(chosen), "" if chosen else f"CUDA_VISIBLE_DEVICES={wanted!r} hides every GPU"

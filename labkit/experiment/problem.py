@@ -1,0 +1,108 @@
+"""What is wrong with a request, said in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import ValidationError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason why an experiment cannot run.
+
+    `field` is the dotted name of the setting, `reason` a clause without a full stop, `nearest` the closest legal value
+    (None when there is none to offer).
+    """
+
+    field: str
+    reason: str
+    nearest: Any = None
+
+    def __str__(self) -> str:
+        hint = "" if self.nearest is None else f"; nearest legal value: {self.nearest}"
+        where = f"{self.field}: " if self.field else ""
+        return f"{where}{self.reason}{hint}."
+
+
+class ExperimentError(ValueError):
+    """The request is wrong. `problems` lists every reason; the message is one sentence a line."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class OptionError(ValueError):
+    """Raised inside a pydantic validator to name the option at fault below the validated section."""
+
+    def __init__(self, field: str, reason: str, nearest: Any = None) -> None:
+        self.field, self.reason, self.nearest = field, reason, nearest
+        super().__init__(f"{field}: {reason}" if field else reason)
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that `word` was probably meant to be, or None."""
+    found = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def unknown(field: str, word: str, known: Iterable[str], what: str = "field") -> Problem:
+    """A problem for a word that is not in the list of known ones."""
+    known = list(known)
+    return Problem(field, f"unknown {what} {word!r}; known: {', '.join(known)}", closest(word, known))
+
+
+_COMPARISONS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("greater than", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("less than", "lt"),
+}
+
+
+def explain(error: ValidationError, model: type | None = None, prefix: str = "") -> list[Problem]:
+    """Turn pydantic's error into problems: `training.steps: must be at least 1, got 0`."""
+    problems = []
+    for item in error.errors(include_url=False):
+        path = [str(part) for part in item["loc"]]
+        field = ".".join(([prefix] if prefix else []) + path)
+        kind, given, context = item["type"], item.get("input"), item.get("ctx", {})
+        if kind == "extra_forbidden":
+            known = _fields_at(model, path[:-1])
+            problems.append(unknown(field, path[-1], known))
+        elif kind in _COMPARISONS:
+            words, key = _COMPARISONS[kind]
+            bound = context[key]
+            nearest = bound if key in ("ge", "le") else None
+            problems.append(Problem(field, f"must be {words} {bound}, got {_short(given)}", nearest))
+        elif kind == "finite_number":
+            problems.append(Problem(field, f"must be a finite number, got {_short(given)}"))
+        elif kind == "literal_error":
+            problems.append(Problem(field, f"must be one of {context['expected']}, got {_short(given)}"))
+        elif kind == "missing":
+            problems.append(Problem(field, "is required"))
+        elif isinstance(context.get("error"), OptionError):
+            inner = context["error"]
+            dotted = ".".join(part for part in (field, inner.field) if part)
+            problems.append(Problem(dotted, inner.reason, inner.nearest))
+        else:
+            said = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            got = "" if "error" in context else f", got {_short(given)}"
+            problems.append(Problem(field, (said[:1].lower() + said[1:]).rstrip(".") + got))
+    return problems
+
+
+def _fields_at(model: type | None, path: list[str]) -> list[str]:
+    """Names of the fields of the section at `path` below `model`."""
+    for part in path:
+        model = getattr(model, "model_fields", {})[part].annotation if model else None
+    return list(getattr(model, "model_fields", {}))
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,160 @@
+"""What goes together, and what this machine can run. One function per rule; each yields problems.
+
+A rule says the field, the reason and the nearest legal value. Rules that belong to one method stand in that method's
+file (`problems(experiment, machine)` of its class) and are called from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from labkit.experiment.layout import AXES
+from labkit.experiment.machine import Machine
+from labkit.experiment.problem import ExperimentError, Problem
+from labkit.experiment.registry import registry
+from labkit.experiment.schema import Experiment
+
+Rule = Callable[[Experiment, Machine], Iterable[Problem]]
+
+# Knob in the registry, and the field of the experiment that chooses from it.
+CHOICES = {
+    "workload": "workload.name",
+    "gradients.compression": "gradients.compression.method",
+    "gradients.update": "gradients.update.method",
+    "sparsity": "sparsity.method",
+    "quantization.training": "quantization.training",
+    "quantization.qat": "quantization.qat",
+    "quantization.after_training": "quantization.after_training",
+}
+
+MAX_RANKS_PER_SLOT = 16
+
+
+def problems(experiment: Experiment, machine: Machine | None = None) -> list[Problem]:
+    """Every reason why `experiment` cannot run on `machine`, in the order of the form."""
+    machine = machine or Machine.here()
+    try:
+        resolved = experiment.resolve(machine)
+    except ExperimentError as error:
+        return error.problems
+    return [problem for rule in RULES for problem in rule(resolved, machine)]
+
+
+def warnings(experiment: Experiment, machine: Machine | None = None) -> list[Problem]:
+    """What will run, but not mean what one might think."""
+    machine = machine or Machine.here()
+    try:
+        resolved = experiment.resolve(machine)
+    except ExperimentError:
+        return []
+    return [problem for rule in WARNINGS for problem in rule(resolved, machine)]
+
+
+def planned_methods(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """A method whose name is known but whose code is not here yet."""
+    for knob, field in CHOICES.items():
+        methods = registry(knob)
+        key = experiment.get(field)
+        if not methods[key].available:
+            offered = methods.names(available_only=True)
+            yield Problem(field, f"{key} is not in this version of labkit yet", offered[0])
+    axes = registry("layout.axes")
+    for axis in AXES:
+        size = getattr(experiment.layout, axis)
+        if size > 1 and not axes[axis].available:
+            yield Problem(f"layout.{axis}", f"{axes[axis].summary} is not in this version of labkit yet", 1)
+    if experiment.layout.schedule not in registry("layout.schedule"):
+        names = ", ".join(registry("layout.schedule").names())
+        yield Problem("layout.schedule", f"unknown schedule {experiment.layout.schedule!r}; known: {names}")
+    if experiment.layout.sequence_parallel and not axes["tp"].available:
+        yield Problem("layout.sequence_parallel", "sequence parallelism is not in this version of labkit yet", "false")
+    if experiment.optimizer.state_bits != 32:
+        yield Problem("optimizer.state_bits", "8-bit optimizer state is not in this version of labkit yet", 32)
+    if experiment.launch.network is not None:
+        yield Problem("launch.network", "a slower link is not in this version of labkit yet", "null")
+
+
+def method_rules(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """The rules that stand in the files of the chosen methods."""
+    for knob, field in CHOICES.items():
+        method = registry(knob)[experiment.get(field)]
+        if method.available:
+            check = getattr(method.load(), "problems", None)
+            if check is not None:
+                yield from check(experiment, machine)
+
+
+def batch_covers_ranks(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Every rank needs at least one sample in every pass."""
+    ranks, passes = experiment.layout.data_parallel, experiment.gradients.accumulation
+    least = ranks * passes
+    if experiment.training.global_batch < least:
+        yield Problem(
+            "training.global_batch",
+            f"{ranks} data-parallel ranks × {passes} passes need at least {least} samples per update, "
+            f"got {experiment.training.global_batch}",
+            least,
+        )
+
+
+def device_exists(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    if experiment.launch.device == "cuda" and not machine.gpus:
+        yield Problem("launch.device", f"no GPU can be used: {machine.gpu_reason}", "cpu")
+
+
+def ranks_fit(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """A bound on oversubscription, so that a slip of the finger does not take the machine down."""
+    slots = max(1, machine.slots(experiment.launch.device))
+    most = slots * MAX_RANKS_PER_SLOT
+    ranks = experiment.layout.world_size
+    if ranks > most:
+        what = "GPUs" if experiment.launch.device == "cuda" else "cores"
+        yield Problem(
+            "layout", f"{ranks} ranks are more than {MAX_RANKS_PER_SLOT} times the {slots} {what} of this machine", most
+        )
+
+
+def isolated_makes_no_update(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    if experiment.launch.isolated and experiment.layout.world_size != experiment.layout.dp_replicate:
+        yield Problem("launch.isolated", "independent copies are defined for plain data parallelism only", "false")
+
+
+RULES: list[Rule] = [
+    planned_methods,
+    method_rules,
+    device_exists,
+    ranks_fit,
+    batch_covers_ranks,
+    isolated_makes_no_update,
+]
+
+
+def oversubscribed(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    device, ranks = experiment.launch.device, experiment.layout.world_size
+    if device == "cuda" and 0 < len(machine.gpus) < ranks:
+        yield Problem(
+            "layout",
+            f"{ranks} ranks share {len(machine.gpus)} GPU(s) over gloo: good for checking, speed not meaningful",
+        )
+    threads = ranks * experiment.launch.threads_per_rank
+    if device == "cpu" and threads > machine.cores:
+        yield Problem("layout", f"oversubscribed: {threads} threads on {machine.cores} cores, speed not meaningful")
+
+
+def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """An option that does nothing here says so."""
+    layout = experiment.layout
+    if layout.pp == 1:
+        for name in ("microbatches", "stages_per_rank"):
+            if getattr(layout, name) != 1:
+                yield Problem(f"layout.{name}", "has no effect without pipeline stages (layout.pp is 1)")
+    if experiment.sparsity.method == "none" and experiment.sparsity.target > 0:
+        yield Problem("sparsity.target", "has no effect while sparsity.method is none")
+    if layout.world_size == 1 and experiment.launch.isolated:
+        yield Problem("launch.isolated", "has no effect on one rank")
+    steps = experiment.training.steps
+    if steps is not None and experiment.optimizer.warmup_steps >= steps:
+        yield Problem("optimizer.warmup_steps", f"the learning rate never reaches its value in {steps} steps")
+
+
+WARNINGS: list[Rule] = [oversubscribed, options_without_effect]

@@ -1,0 +1,188 @@
+"""The run directory: the only thing that the notebook's side and the ranks' side share.
+
+    $LABKIT_HOME/runs/<id>/          mode 0700; LABKIT_HOME defaults to ~/.labkit
+        experiment.json              the resolved experiment
+        environment.json             versions, devices, flags, git state
+        status.json                  replaced by rename; exactly one terminal state
+        progress.json                where every rank is now, replaced about twice a second
+        stop.json                    somebody asked the run to stop
+        rank-N.jsonl                 one event a line, append-only, one writer each (kinds: see EVENTS)
+        rank-N.log                   what the rank printed, size-capped
+        supervisor.log
+        checkpoints/step-00000100/   safetensors and JSON
+        summary.json
+
+JSON and safetensors only: nothing in here is ever unpickled. A reader tolerates an unfinished last line, a missing
+rank, and a directory from another machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TERMINAL = ("finished", "stopped", "failed")
+STATES = ("starting", "running", "stopping", *TERMINAL)
+
+EVENTS = {
+    "start": "a rank is ready: device, pid, threads, parameters, first (the step it starts from)",
+    "steps": "a batch of consecutive steps from step `first` on, as equally long columns: loss (mean over this rank's "
+    "samples), samples (of this rank), seconds, data, forward, backward, optimizer (s), grad_norm, lr",
+    "evaluation": "held-out metrics after `step` updates (rank 0): metrics, seconds",
+    "checkpoint": "a checkpoint was written: step, path, seconds",
+    "communication": "what DDP measured: bytes on the wire per step, exposed seconds per step (median)",
+    "memory": "peak_bytes of this rank",
+    "error": "an exception ended this rank: type, message, traceback",
+    "end": "this rank is done after `step` updates: reason finished | stopped",
+}
+
+MAX_JSON_BYTES = 64 * 2**20
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}")
+
+
+def home() -> Path:
+    """The directory that holds all runs, from LABKIT_HOME or ~/.labkit (not created here)."""
+    return Path(os.environ.get("LABKIT_HOME") or "~/.labkit").expanduser().absolute()
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The one class that owns every file name of a run."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, slug: str, root: Path | None = None) -> RunDirectory:
+        """Make a fresh directory with a readable id such as `20261123-0412-vision-dp2`; OSError if it cannot be."""
+        runs = (root or home()) / "runs"
+        runs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        slug = re.sub(r"[^a-z0-9]+", "-", slug.lower()).strip("-")[:60] or "run"
+        base = time.strftime("%Y%m%d-%H%M-") + slug
+        for attempt in range(1, 10_000):
+            path = runs / (base if attempt == 1 else f"{base}-{attempt}")
+            with contextlib.suppress(FileExistsError):
+                path.mkdir(mode=0o700)
+                return cls(path)
+        raise OSError(errno.EEXIST, "too many runs of that name this minute", str(runs / base))
+
+    @classmethod
+    def find(cls, reference: str | os.PathLike[str], root: Path | None = None) -> RunDirectory:
+        """The directory of a run id, of `last`, or at a path; FileNotFoundError (one sentence) if there is none."""
+        text = os.fspath(reference)
+        runs = (root or home()) / "runs"
+        if text == "last":
+            known = list(cls.all(root))
+            if known:
+                return known[-1]
+            raise FileNotFoundError(f"there is no run in {runs} yet")
+        if os.sep in text:
+            found = cls(Path(text).expanduser().absolute())
+        elif _ID.fullmatch(text):
+            found = cls(runs / text)
+        else:
+            raise FileNotFoundError(f"{text!r} is not a run id")
+        if not found.experiment.is_file():
+            raise FileNotFoundError(f"there is no run {text!r} in {runs}")
+        return found
+
+    @classmethod
+    def all(cls, root: Path | None = None) -> Iterator[RunDirectory]:
+        """All runs, oldest first."""
+        runs = (root or home()) / "runs"
+        if runs.is_dir():
+            found = [path for path in runs.iterdir() if (path / "experiment.json").is_file()]
+            yield from (cls(path) for path in sorted(found, key=lambda path: (_made(path), path.name)))
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def experiment(self) -> Path:
+        return self.path / "experiment.json"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def progress(self) -> Path:
+        return self.path / "progress.json"
+
+    @property
+    def stop(self) -> Path:
+        return self.path / "stop.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def supervisor_log(self) -> Path:
+        return self.path / "supervisor.log"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+    @property
+    def reserve(self) -> Path:
+        """Blocks set aside so that the last status can be written on a full disk."""
+        return self.path / ".reserve"
+
+    def events(self, rank: int) -> Path:
+        return self.path / f"rank-{rank}.jsonl"
+
+    def log(self, rank: int) -> Path:
+        return self.path / f"rank-{rank}.log"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}"
+
+
+def _made(path: Path) -> int:
+    try:
+        return (path / "experiment.json").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Replace `path` by temp file and rename: a reader sees the old or the new content, never half of it."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(data, file, ensure_ascii=False, indent=1)
+            file.write("\n")
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of bounded size; None if it is missing, too large or not JSON (the directory is untrusted)."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            return None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None

@@ -1,0 +1,378 @@
+"""What to run, as data: the `Experiment` and its sections.
+
+Every field's docstring is the tooltip of the form, the line in `labkit show --fields` and the table in the docs.
+Sizes and ranges are checked here; what goes together is checked by `rules.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from labkit.experiment.choice import Choice
+from labkit.experiment.layout import Layout
+from labkit.experiment.problem import ExperimentError, Problem, explain, unknown
+
+if TYPE_CHECKING:
+    from labkit.experiment.machine import Machine
+
+SCHEMA_VERSION = 1
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, unknown names refused, NaN and infinity refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Workload(Choice):
+    """What is trained, with the workload's own options beside its name."""
+
+    KNOB: ClassVar[str] = "workload"
+    SELECTOR: ClassVar[str] = "name"
+
+    name: str = "vision"
+    """The workload: data, model, loss and metric."""
+
+
+class Compression(Choice):
+    """How gradients are made smaller before they travel."""
+
+    KNOB: ClassVar[str] = "gradients.compression"
+
+    method: str = "none"
+    """The compressor."""
+
+
+class Update(Choice):
+    """When ranks combine what they learned."""
+
+    KNOB: ClassVar[str] = "gradients.update"
+
+    method: str = "synchronous"
+    """The update rule."""
+
+
+class Gradients(Section):
+    """How gradients are combined."""
+
+    accumulation: int = Field(default=1, ge=1, le=4096)
+    """Passes forward and backward per update; each takes an equal part of the rank's share of the batch."""
+    bucket_mb: float = Field(default=25.0, gt=0, le=10_000)
+    """Size of the buckets in which gradients travel (MB)."""
+    compression: Compression = Compression()
+    update: Update = Update()
+
+
+class Sparsity(Choice):
+    """How connections are removed."""
+
+    KNOB: ClassVar[str] = "sparsity"
+
+    method: str = "none"
+    """The way in which weights are chosen to be zero."""
+    target: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the weights that end as zero."""
+
+
+class Quantization(Section):
+    """How numbers are narrowed."""
+
+    training: str = "fp32"
+    """Number format of the forward and backward pass."""
+    qat: str = "none"
+    """Quantization-aware training: rounding is felt while training."""
+    after_training: str = "none"
+    """Quantization of the trained network."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Quantization:
+        from labkit.experiment.registry import registry
+
+        for name in ("training", "qat", "after_training"):
+            methods = registry(f"quantization.{name}")
+            if getattr(self, name) not in methods:
+                from labkit.experiment.problem import OptionError, closest
+
+                value = getattr(self, name)
+                raise OptionError(
+                    name,
+                    f"unknown {methods.what} {value!r}; known: {', '.join(methods.names())}",
+                    closest(value, methods.names()),
+                )
+        return self
+
+
+class Optimizer(Section):
+    """How weights are changed."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """The optimizer."""
+    lr: float = Field(default=1e-3, gt=0, le=1e3)
+    """Learning rate at its highest point."""
+    weight_decay: float = Field(default=0.01, ge=0, le=10)
+    """Pull of the weights towards zero (decoupled for AdamW)."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of SGD, or the first beta of AdamW."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises from zero."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Upper bound of the global gradient norm; empty for none."""
+    state_bits: Literal[32, 8] = 32
+    """Bits per number of the optimizer's state."""
+
+
+class Training(Section):
+    """How long, with which batch, and what is written down."""
+
+    steps: int | None = Field(default=None, ge=1, le=10_000_000)
+    """Number of updates (give this or epochs)."""
+    epochs: float | None = Field(default=None, gt=0, le=100_000)
+    """Passes over the training data (give this or steps)."""
+    global_batch: int = Field(default=64, ge=1, le=10_000_000)
+    """Samples per update over all ranks; it does not change with the layout, so that runs compare."""
+    evaluate_every: int | None = Field(default=None, ge=1)
+    """Steps between two evaluations on held-out data; empty for about ten evaluations a run."""
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    """Steps between two checkpoints; empty for none but the one made on Stop."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of the weights, of the order of the samples and of everything else that is random."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs (set the other to null)")
+        return self
+
+
+class Network(Section):
+    """A link slower than the machine's own, made of a private network namespace and a token bucket."""
+
+    rate_mbit: float = Field(gt=0, le=1_000_000)
+    """Rate of the link (Mbit/s)."""
+    delay_ms: float = Field(default=0.0, ge=0, le=10_000)
+    """Delay of the link (ms)."""
+
+
+class Launch(Section):
+    """Where and how the ranks run."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Kind of device: auto takes the GPUs where there are any."""
+    threads_per_rank: int = Field(default=1, ge=1, le=1024)
+    """CPU threads of each rank; the baseline uses the same."""
+    network: Network | None = None
+    """A slower link between the ranks; empty for the machine's own."""
+    isolated: bool = False
+    """Ranks work side by side and never talk: the machine's ceiling, not a training run."""
+    max_duration_s: float = Field(default=3600.0, gt=0, le=30 * 86400)
+    """Longest time that the run may take (s); it is stopped then."""
+    timeout_s: float = Field(default=60.0, ge=1, le=86400)
+    """Longest silence of a rank before the run is ended and the rank named (s)."""
+    grace_s: float = Field(default=10.0, ge=0, le=600)
+    """Time a rank gets to finish its step and write a checkpoint after Stop (s)."""
+
+
+class Experiment(Section):
+    """Everything that defines a run. Frozen; `replace()` makes a changed copy; `problems()` says why it cannot run."""
+
+    schema_version: int = SCHEMA_VERSION
+    """Version of this format."""
+    name: str = Field(default="", max_length=200)
+    """A title for people; free text."""
+    workload: Workload = Workload()
+    layout: Layout = Layout()
+    gradients: Gradients = Gradients()
+    sparsity: Sparsity = Sparsity()
+    quantization: Quantization = Quantization()
+    optimizer: Optimizer = Optimizer()
+    training: Training = Training(steps=100)
+    launch: Launch = Launch()
+
+    @field_validator("schema_version")
+    @classmethod
+    def _readable_version(cls, version: int) -> int:
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"this labkit reads schema version {SCHEMA_VERSION}, the file has {version}")
+        return version
+
+    # -- in and out -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Experiment:
+        """Build from nested dicts; raises ExperimentError with one sentence per fault."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ExperimentError(explain(error, cls)) from None
+
+    @classmethod
+    def from_json(cls, text: str) -> Experiment:
+        """Read JSON text; raises ExperimentError."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ExperimentError([Problem("", f"this is not JSON ({error})")]) from None
+        return cls.from_dict(data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Experiment:
+        """Read a JSON file; raises ExperimentError."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise ExperimentError([Problem("", f"cannot read the experiment from {path}: {why}")]) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
+
+    # -- changed copies ---------------------------------------------------------------------------------------------
+
+    def replace(self, *assignments: str, **values: Any) -> Experiment:
+        """A changed copy: `replace("layout.dp_replicate=2", "training.steps=50")`.
+
+        An assignment is `section.field=value` with the value in JSON (a bare word is a string), as after `--set` on
+        the command line. Keyword arguments name top-level fields. Raises ExperimentError, and leaves `self` as it is.
+        """
+        data = self.to_dict()
+        for key, value in values.items():
+            if key not in type(self).model_fields:
+                raise ExperimentError([unknown(key, key, type(self).model_fields)])
+            data[key] = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+        for text in assignments:
+            field, value = parse_assignment(text)
+            _assign(data, field, value)
+        return type(self).from_dict(data)
+
+    def set(self, changes: Mapping[str, Any]) -> Experiment:
+        """A changed copy from `{"layout.dp_replicate": 2}`: like `replace`, with values as Python objects."""
+        data = self.to_dict()
+        for field, value in changes.items():
+            _assign(data, field, value.model_dump(mode="json") if isinstance(value, BaseModel) else value)
+        return type(self).from_dict(data)
+
+    def get(self, field: str) -> Any:
+        """The value at a dotted name."""
+        found: Any = self
+        for part in field.split("."):
+            if not hasattr(found, part):
+                raise ExperimentError([Problem(field, f"there is no field {part!r} here")])
+            found = getattr(found, part)
+        return found
+
+    def resolve(self, machine: Machine | None = None, world_size: int | None = None) -> Experiment:
+        """A copy in which nothing is left open: the device is named and the axis that is -1 has its size.
+
+        Raises ExperimentError where the sizes do not make the number of ranks.
+        """
+        from labkit.experiment.machine import Machine
+
+        machine = machine or Machine.here()
+        device = machine.device(self.launch.device)
+        layout = self.layout
+        try:
+            if world_size is not None:
+                layout = layout.resolve(world_size)
+            elif -1 in layout.sizes.values():
+                layout = layout.resolve(max(1, machine.slots(device)))
+        except ValueError as error:
+            raise ExperimentError([Problem("layout", str(error))]) from None
+        return self.model_copy(
+            update={"layout": layout, "launch": self.launch.model_copy(update={"device": device})}
+        )
+
+    # -- judgement --------------------------------------------------------------------------------------------------
+
+    def problems(self, machine: Machine | None = None) -> list[Problem]:
+        """Every reason why this experiment cannot run on `machine` (here, if None); empty when it can."""
+        from labkit.experiment.rules import problems
+
+        return problems(self, machine)
+
+    def warnings(self, machine: Machine | None = None) -> list[Problem]:
+        """What will run but not mean what one might think, e.g. more ranks than cores."""
+        from labkit.experiment.rules import warnings
+
+        return warnings(self, machine)
+
+    def check(self, machine: Machine | None = None) -> Experiment:
+        """Resolve and raise ExperimentError if there is any problem; returns the resolved experiment."""
+        found = self.problems(machine)
+        if found:
+            raise ExperimentError(found)
+        return self.resolve(machine)
+
+    @property
+    def title(self) -> str:
+        """The name for people, or the workload and the layout."""
+        return self.name or f"{self.workload.name} {self.layout}"
+
+    def __str__(self) -> str:
+        length = f"{self.training.steps} steps" if self.training.steps else f"{self.training.epochs:g} epochs"
+        return f"{self.title}: {length} of {self.training.global_batch} samples on layout {self.layout}"
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Split `section.field=value`; the value is JSON, or a bare string where it is not."""
+    field, equals, value = text.partition("=")
+    if not equals or not field.strip():
+        raise ExperimentError([Problem("", f"cannot read {text!r}; write section.field=value")])
+    try:
+        return field.strip(), json.loads(value)
+    except ValueError:
+        return field.strip(), value
+
+
+def _assign(data: dict[str, Any], field: str, value: Any) -> None:
+    """Put `value` at the dotted `field`. Choosing another method drops the options of the old one."""
+    parts = field.split(".")
+    place: Any = data
+    model: Any = Experiment
+    for depth, part in enumerate(parts[:-1]):
+        model = _section(model, part)
+        if model is None or not isinstance(place, dict):
+            known = _known_at(Experiment, parts[:depth])
+            raise ExperimentError([unknown(field, part, known, "section")])
+        if place.get(part) is None:
+            place[part] = {}
+        elif isinstance(place[part], str):
+            place[part] = Layout._parse(place[part])
+        place = place[part]
+    last = parts[-1]
+    if isinstance(model, type) and issubclass(model, Choice):
+        if last == model.SELECTOR and place.get(last) != value:
+            for option in [name for name in place if name not in model.model_fields]:
+                del place[option]
+    elif isinstance(model, type) and last not in model.model_fields:
+        raise ExperimentError([unknown(field, last, model.model_fields)])
+    if (field, value is not None) in (("training.steps", True), ("training.epochs", True)):
+        # The two exclude each other: setting one clears the other, so that a recipe's length can be changed.
+        place["epochs" if last == "steps" else "steps"] = None
+    place[last] = value
+
+
+def _section(model: Any, part: str) -> Any:
+    """The model class of the section `part` of `model`, or None if there is none."""
+    known = getattr(model, "model_fields", {}).get(part)
+    if known is None:
+        return None
+    for kind in (known.annotation, *get_args(known.annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _known_at(model: Any, parts: list[str]) -> list[str]:
+    for part in parts:
+        model = _section(model, part)
+    return [name for name in getattr(model, "model_fields", {}) if _section(model, name)]

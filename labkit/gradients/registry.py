@@ -1,0 +1,37 @@
+"""The compressors and the update rules."""
+
+from labkit.experiment.registry import Method, Registry
+
+COMPRESSION = Registry(
+    "gradients.compression.method",
+    "compression method",
+    [
+        Method("none", "gradients travel as they are", "labkit.gradients.plain:Uncompressed"),
+        Method("fp16", "half precision"),
+        Method("bf16", "brain half precision"),
+        Method("int8", "eight bits, stochastic rounding (QSGD)"),
+        Method("sign", "one bit with error feedback"),
+        Method("ternary", "-1, 0, 1 (TernGrad)"),
+        Method("topk", "the largest entries with error feedback"),
+        Method("randomk", "random entries with error feedback"),
+        Method("powersgd", "low rank (PowerSGD)"),
+        Method("onebit_adam", "1-bit Adam"),
+    ],
+)
+
+UPDATE = Registry(
+    "gradients.update.method",
+    "update method",
+    [
+        Method("synchronous", "all ranks wait for the average", "labkit.gradients.plain:Synchronous"),
+        Method("local_sgd", "average the weights every few steps"),
+        Method("post_local_sgd", "synchronous first, then local"),
+        Method("diloco", "local steps, then an outer optimizer"),
+        Method("streaming_diloco", "DiLoCo by fragments, overlapped"),
+        Method("parameter_server", "bounded staleness"),
+        Method("hogwild", "one model in shared memory, no locks"),
+        Method("gossip", "average with a neighbour (AD-PSGD)"),
+        Method("delayed", "gradients one step late"),
+        Method("pipedream", "asynchronous pipeline with weight stashing"),
+    ],
+)

@@ -1,0 +1,31 @@
+"""The axes along which a model is spread, and the pipeline schedules."""
+
+from labkit.experiment.registry import Method, Registry
+
+AXES = Registry(
+    "layout",
+    "axis",
+    [
+        Method("dp_replicate", "data parallelism", "labkit.parallel.replicate:Replicate"),
+        Method("dp_shard", "sharded data parallelism (ZeRO)"),
+        Method("tp", "tensor parallelism"),
+        Method("cp", "context parallelism"),
+        Method("ep", "expert parallelism"),
+        Method("pp", "pipeline parallelism"),
+    ],
+)
+
+SCHEDULES = Registry(
+    "layout.schedule",
+    "pipeline schedule",
+    [
+        Method("naive", "one microbatch walks through the stages"),
+        Method("gpipe", "all forward passes, then all backward passes"),
+        Method("1f1b", "one forward, one backward"),
+        Method("interleaved_1f1b", "1F1B over several stages per rank"),
+        Method("looped_bfs", "several stages per rank, breadth first"),
+        Method("interleaved_zero_bubble", "weight gradients fill the bubble"),
+        Method("zbv", "zero bubble in a V over two stages per rank"),
+        Method("dualpipev", "two directions at once, in a V"),
+    ],
+)
