@@ -1,0 +1,59 @@
+"""Ready-made experiments, as functions. Each one learns in well under a minute on one core of a laptop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from labkit.experiment.layout import Layout
+from labkit.experiment.problem import ExperimentError, unknown
+from labkit.experiment.schema import Experiment, Optimizer, Training, Workload
+
+
+def vision_ddp() -> Experiment:
+    """Handwritten digits with a residual network, data parallel."""
+    return Experiment(
+        workload=Workload(name="vision"),
+        layout=Layout(dp_replicate=2),
+        optimizer=Optimizer(lr=3e-3, warmup_steps=10),
+        training=Training(steps=200, global_batch=128),
+    )
+
+
+def vision_transformer_ddp() -> Experiment:
+    """Handwritten digits with a small vision transformer, data parallel."""
+    return vision_ddp().replace("workload.model=vit")
+
+
+def language_ddp() -> Experiment:
+    """Python's own documentation with a small GPT, data parallel."""
+    return Experiment(
+        workload=Workload(name="language"),
+        layout=Layout(dp_replicate=2),
+        optimizer=Optimizer(lr=3e-3, warmup_steps=20, clip_norm=1.0),
+        training=Training(steps=200, global_batch=32),
+    )
+
+
+def driving_ddp() -> Experiment:
+    """Self-driving by behaviour cloning, data parallel."""
+    return Experiment(
+        workload=Workload(name="driving"),
+        layout=Layout(dp_replicate=2),
+        optimizer=Optimizer(lr=2e-3, warmup_steps=10),
+        training=Training(steps=300, global_batch=256),
+    )
+
+
+RECIPES: dict[str, Callable[[], Experiment]] = {
+    "vision-ddp": vision_ddp,
+    "vision-transformer-ddp": vision_transformer_ddp,
+    "language-ddp": language_ddp,
+    "driving-ddp": driving_ddp,
+}
+
+
+def recipe(name: str) -> Experiment:
+    """The recipe called `name`; ExperimentError with the known names if there is none."""
+    if name not in RECIPES:
+        raise ExperimentError([unknown("", name, RECIPES, "recipe")])
+    return RECIPES[name]()

@@ -1,0 +1,63 @@
+"""Data parallelism: every rank holds the whole model and sees its share of every batch (DDP).
+
+With N ranks, shares B_r of the batch B and per-sample losses l_i, one process follows the gradient of
+
+    1/|B| · Σ_i∈B ∇l_i  =  1/N · Σ_r  ( N/|B| · Σ_i∈B_r ∇l_i )
+
+DDP computes the outer mean over ranks; so a rank weighs the sum over its share by N/|B| (`share_weight`), and the
+equality is exact also when the ranks do not divide the batch evenly. Source: Li et al., "PyTorch Distributed:
+Experiences on Accelerating Data Parallel Training", VLDB 2020.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from labkit.experiment import Experiment
+
+
+def share_weight(samples: int, global_batch: int, ranks: int) -> float:
+    """Factor for the mean loss over `samples` so that the mean over ranks is the mean over the global batch."""
+    return samples * ranks / global_batch
+
+
+class Replicate:
+    """The axis `dp_replicate`, applied by `Accelerator.prepare`."""
+
+    @staticmethod
+    def handler(experiment: Experiment) -> Any:
+        """The keyword handler that Accelerate passes to DistributedDataParallel."""
+        from accelerate import DistributedDataParallelKwargs
+
+        # Gradients live in the buckets (no copy in or out), and buffers are equal by construction: no broadcast a step.
+        return DistributedDataParallelKwargs(
+            bucket_cap_mb=experiment.gradients.bucket_mb,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+        )
+
+    @staticmethod
+    def apply(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        """Wrap model and optimizer for the ranks of `accelerator`."""
+        prepared = accelerator.prepare(model, optimizer)
+        return prepared[0], prepared[1]
+
+    @staticmethod
+    def communication(model: nn.Module) -> dict[str, float] | None:
+        """What DDP's own timers saw: gradient bytes and exposed communication per step (s); None outside DDP.
+
+        The reducer samples its timers in C++; exposed is the time in which gradients travelled while no gradient was
+        being computed.
+        """
+        read = getattr(model, "_get_ddp_logging_data", None)
+        if read is None:
+            return None
+        data = read()
+        hidden = data.get("avg_backward_compute_comm_overlap_time", 0)
+        exposed = max(0, data.get("avg_backward_comm_time", 0) - hidden) / 1e9
+        return {"gradient_bytes": data.get("total_parameter_size_bytes", 0), "exposed_seconds": exposed}

@@ -1,0 +1,43 @@
+"""Full precision: float32 as trained, float64 for proofs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from labkit.experiment.registry import Options
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Single:
+    """float32 throughout, without TF32 or any other shortcut."""
+
+    class Options(Options):
+        pass
+
+    mixed_precision = "no"
+
+    @staticmethod
+    def dtype() -> torch.dtype:
+        """Type of weights and inputs."""
+        import torch
+
+        return torch.float32
+
+
+class Double(Single):
+    """float64 throughout: rounding is so small that a wrong layout cannot hide behind it."""
+
+    @staticmethod
+    def dtype() -> torch.dtype:
+        import torch
+
+        return torch.float64
+
+
+class Unquantized:
+    """Numbers stay as they are."""
+
+    class Options(Options):
+        pass
