@@ -1,0 +1,1 @@
+"""labkit's tests; the folders mirror labkit/."""
