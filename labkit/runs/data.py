@@ -1,0 +1,488 @@
+"""The numbers of a run, read from its directory as they grow.
+
+The directory is untrusted: it may come from another machine, be half written, or be made to harm. Nothing in a file is
+taken as code, as a path or as a size; a line that cannot be read is counted in `skipped_lines` and left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from labkit.experiment.run_directory import TERMINAL, RunDirectory, read_json
+
+Floats = NDArray[np.float64]
+
+MAX_RANKS = 4096
+MAX_STEPS = 10_000_000
+MAX_GAP = 10_000
+"""Most consecutive steps that may be missing from a file (lost lines) before what follows is not believed."""
+MAX_EVENTS = 100_000
+MAX_LINE_BYTES = 4 * 2**20
+MAX_STATUS_BYTES = 8 * 2**20
+_CHUNK_BYTES = 128 * 2**10
+_SPANS = ("data", "forward", "backward", "optimizer")
+_FILE = re.compile(r"rank-(0|[1-9][0-9]{0,3})\.jsonl")
+
+
+class GrowingArray:
+    """A one-dimensional array that doubles its room as it grows."""
+
+    def __init__(self, dtype: Any) -> None:
+        self._room: NDArray[Any] = np.zeros(256, dtype)
+        self.length = 0
+
+    def extend_to(self, length: int, fill: float) -> None:
+        """Grow to `length`; new places hold `fill`."""
+        if length > len(self._room):
+            room = np.empty(max(length, min(2 * len(self._room), MAX_STEPS)), self._room.dtype)
+            room[: self.length] = self._room[: self.length]
+            self._room = room
+        if length > self.length:
+            self._room[self.length : length] = fill
+            self.length = length
+
+    def write(self, first: int, values: NDArray[Any], fill: float) -> None:
+        """Put `values` at `first`; places skipped on the way hold `fill`."""
+        self.extend_to(first + len(values), fill)
+        self._room[first : first + len(values)] = values
+
+    def add(self, first: int, values: NDArray[Any]) -> None:
+        """Add `values` to what stands from `first` on (zero where nothing stood)."""
+        self.extend_to(first + len(values), 0)
+        self._room[first : first + len(values)] += values
+
+    @property
+    def values(self) -> NDArray[Any]:
+        """A read-only view of what has been written."""
+        view = self._room[: self.length]
+        view.flags.writeable = False
+        return view
+
+
+class _Rank:
+    """What is known of one rank, and how far its file has been read."""
+
+    def __init__(self) -> None:
+        self.offset = 0
+        self.in_long_line = False
+        self.read_all = False
+        self.steps = 0
+        self.seconds = GrowingArray(np.float32)
+        self.start: dict[str, Any] = {}
+        self.end: str | None = None
+
+
+class RunData:
+    """The events of a run as arrays. `refresh()` reads what is new; nothing else touches the disk.
+
+    A step counts (`steps`) when every rank has reported it; a run that has ended counts every step that all ranks
+    with any step have reported. Memory is bounded by 4 bytes a rank and step plus about 100 bytes a step.
+    """
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self.directory = directory
+        self.status: dict[str, Any] = {}
+        """status.json as it stands, or {}; untrusted."""
+        self.progress: dict[str, Any] = {}
+        """progress.json as it stands, or {}; untrusted."""
+        self.summary: dict[str, Any] | None = None
+        """summary.json once it is there; untrusted."""
+        self.facts: dict[str, Any] = {}
+        """What rank 0 told of the task: classes, majority share, …; untrusted."""
+        self.metric: dict[str, Any] = {}
+        """key, title, higher_is_better and unit of the metric by which people judge the workload."""
+        self.first = 0
+        """Step from which this run started (above zero when it was resumed)."""
+        self.evaluations: list[tuple[int, float, dict[str, float]]] = []
+        """(updates done, seconds since the first step began, metrics), in the order of the file."""
+        self.communication: dict[str, float] | None = None
+        """bytes_per_step, exposed_seconds_per_step: as last reported, the largest over the ranks."""
+        self.peak_memory: dict[int, int] = {}
+        """Peak memory in bytes, by rank."""
+        self.errors: list[dict[str, Any]] = []
+        """rank, type, message and traceback of every exception that ended a rank; text is untrusted."""
+        self.skipped_lines = 0
+        """Complete lines that could not be read."""
+        self._ranks: list[_Rank] = []
+        self._first_known = False
+        self._weighted = GrowingArray(np.float64)
+        self._samples = GrowingArray(np.int64)
+        self._elapsed = GrowingArray(np.float64)
+        self._origin: float | None = None
+        self._spans = {name: GrowingArray(np.float32) for name in _SPANS}
+        self._grad_norm = GrowingArray(np.float32)
+        self._lr = GrowingArray(np.float32)
+        self._stamps: dict[str, tuple[int, int, int]] = {}
+        self._turn = 0
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def refresh(self, budget_s: float | None = None) -> bool:
+        """Read what is new in the files for at most about `budget_s` seconds; True when everything has been read."""
+        deadline = math.inf if budget_s is None else time.perf_counter() + budget_s
+        self._read_states()
+        self._find_ranks()
+        waiting = len(self._ranks)
+        while waiting:
+            number = self._turn % len(self._ranks)
+            waiting = waiting - 1 if self._read_some(number, deadline) else len(self._ranks)
+            # A rank cut short by the clock goes on next time; the others get their turn in the order they stand.
+            self._turn = number + 1
+            if time.perf_counter() >= deadline:
+                return waiting == 0
+        return True
+
+    def _read_states(self) -> None:
+        for name in ("status", "progress", "summary"):
+            path = getattr(self.directory, name)
+            try:
+                info = os.stat(path)
+            except OSError:
+                continue
+            stamp = (info.st_mtime_ns, info.st_size, info.st_ino)
+            if stamp == self._stamps.get(name) or info.st_size > MAX_STATUS_BYTES:
+                continue
+            found = read_json(path)
+            if isinstance(found, dict):
+                self._stamps[name] = stamp
+                setattr(self, name, found)
+
+    def _find_ranks(self) -> None:
+        world = _integer(self.status.get("world_size"), 1, MAX_RANKS)
+        if world is None and not self._ranks:
+            try:
+                found = [_FILE.fullmatch(name) for name in os.listdir(self.directory.path)]
+            except OSError:
+                found = []
+            world = max((int(match[1]) + 1 for match in found if match), default=0)
+        while len(self._ranks) < min(world or 0, MAX_RANKS):
+            self._ranks.append(_Rank())
+
+    def _read_some(self, number: int, deadline: float) -> bool:
+        """Read one piece of a rank's file; True if nothing complete was left to read."""
+        rank, path = self._ranks[number], self.directory.events(number)
+        try:
+            if os.stat(path).st_size <= rank.offset:
+                return True
+            with open(path, "rb") as file:
+                file.seek(rank.offset)
+                piece = file.read(_CHUNK_BYTES)
+                while b"\n" not in piece and len(piece) < MAX_LINE_BYTES:
+                    more = file.read(_CHUNK_BYTES)
+                    if not more:
+                        break
+                    piece += more
+        except OSError:
+            return True
+        end = piece.rfind(b"\n")
+        if end < 0:
+            if len(piece) >= MAX_LINE_BYTES:  # no event of ours is that long: drop it up to its end
+                rank.offset += len(piece)
+                rank.in_long_line = True
+                return False
+            return True  # an unfinished last line
+        start = 0
+        while start <= end:
+            stop = piece.index(b"\n", start)
+            self._read_line(number, piece[start:stop])
+            start = stop + 1
+            if time.perf_counter() >= deadline:
+                break
+        rank.offset += start
+        return False
+
+    def _read_line(self, number: int, line: bytes) -> None:
+        rank = self._ranks[number]
+        if rank.in_long_line:
+            rank.in_long_line = False
+            self.skipped_lines += 1
+            return
+        if not line.strip():
+            return
+        try:
+            event = json.loads(line)
+            kind = event.get("event") if isinstance(event, dict) else None
+            handler = _HANDLERS.get(kind) if isinstance(kind, str) else None
+            if handler is None or not handler(self, number, event):
+                self.skipped_lines += 1
+        except (ValueError, RecursionError, OverflowError):
+            self.skipped_lines += 1
+
+    # -- one method per kind of event; False when it cannot be read ------------------------------------------------------
+
+    def _start(self, number: int, event: dict[str, Any]) -> bool:
+        self._note_first(event.get("first"))
+        rank = self._ranks[number]
+        device = event.get("device")
+        rank.start = {
+            "device": device[:100] if isinstance(device, str) else "",
+            "pid": _integer(event.get("pid"), 0, 2**31),
+            "threads": _integer(event.get("threads"), 0, 2**16),
+            "parameters": _integer(event.get("parameters"), 0, 2**62),
+        }
+        if number == 0:
+            if isinstance(event.get("facts"), dict):
+                self.facts = event["facts"]
+            metric = event.get("metric")
+            if isinstance(metric, dict) and isinstance(metric.get("key"), str):
+                self.metric = {
+                    "key": metric["key"][:100],
+                    "title": str(metric.get("title") or metric["key"])[:200],
+                    "higher_is_better": bool(metric.get("higher_is_better", True)),
+                    "unit": str(metric.get("unit") or "")[:40],
+                }
+        return True
+
+    def _note_first(self, first: Any) -> None:
+        known = _integer(first, 0, MAX_STEPS)
+        if known is not None and not self._first_known:
+            self.first, self._first_known = known, True
+
+    def _steps(self, number: int, event: dict[str, Any]) -> bool:
+        first, seconds = _integer(event.get("first"), 0, MAX_STEPS), _column(event.get("seconds"))
+        if first is None or seconds is None or not len(seconds):
+            return False
+        self._note_first(first)
+        rank, count = self._ranks[number], len(seconds)
+        begin = first - self.first
+        drop = max(0, rank.steps - begin)  # steps already known are not counted twice
+        if drop >= count or begin > rank.steps + MAX_GAP or begin + count > MAX_STEPS:
+            return False
+        at = begin + drop
+        rank.seconds.write(at, _narrow(seconds[drop:]), np.nan)
+        rank.steps = at + count - drop
+        loss, samples = _column(event.get("loss"), count), _column(event.get("samples"), count)
+        if loss is not None and samples is not None:
+            weight = np.nan_to_num(np.clip(samples[drop:], 0, 1e12), nan=0.0, posinf=0.0, neginf=0.0).astype(np.int64)
+            with np.errstate(all="ignore"):
+                part = np.where(weight > 0, loss[drop:] * weight, 0.0)
+            self._weighted.add(at, np.where(np.isfinite(part), part, np.inf))
+            self._samples.add(at, weight)
+        if number == 0:
+            for name, span in self._spans.items():
+                values = _column(event.get(name), count)
+                span.write(at, _narrow(values[drop:] if values is not None else np.full(count - drop, np.nan)), np.nan)
+            for name, column in (("grad_norm", self._grad_norm), ("lr", self._lr)):
+                values = _column(event.get(name), count)
+                column.write(
+                    at, _narrow(values[drop:] if values is not None else np.full(count - drop, np.nan)), np.nan
+                )
+            self._note_elapsed(at, seconds[drop:], _number(event.get("monotonic")))
+        return True
+
+    def _note_elapsed(self, at: int, seconds: Floats, end: float | None) -> None:
+        """Clock times of the ends of these steps: the batch carries the time at which its last step ended."""
+        seconds = np.nan_to_num(np.clip(seconds, 0, 1e9), nan=0.0)
+        before = float(self._elapsed.values[-1]) if self._elapsed.length else 0.0
+        along = np.cumsum(seconds)
+        if end is not None and self._origin is None:
+            self._origin = end - float(along[-1]) - before
+        last = before + float(along[-1]) if end is None or self._origin is None else end - self._origin
+        times = last - float(along[-1]) + along
+        if not math.isfinite(last) or last < before or last > 1e10:
+            times = before + along
+        self._elapsed.write(at, np.maximum.accumulate(np.maximum(times, before)), before)
+
+    def _evaluation(self, number: int, event: dict[str, Any]) -> bool:
+        step, metrics = _integer(event.get("step"), 0, MAX_STEPS), event.get("metrics")
+        if step is None or not isinstance(metrics, dict) or len(self.evaluations) >= MAX_EVENTS:
+            return False
+        numbers = {str(key)[:100]: value for key, item in metrics.items() if (value := _number(item)) is not None}
+        now = _number(event.get("monotonic"))
+        elapsed = 0.0 if now is None or self._origin is None else min(max(0.0, now - self._origin), 1e10)
+        self.evaluations.append((step, elapsed, numbers))
+        return True
+
+    def _communication(self, number: int, event: dict[str, Any]) -> bool:
+        found = {key: _number(event.get(key)) for key in ("bytes_per_step", "exposed_seconds_per_step")}
+        known = self.communication or {}
+        for key, value in found.items():
+            if value is not None:
+                known[key] = max(value, known.get(key, 0.0))
+        self.communication = known or None
+        return bool(known)
+
+    def _memory(self, number: int, event: dict[str, Any]) -> bool:
+        peak = _integer(event.get("peak_bytes"), 0, 2**62)
+        if peak is not None:
+            self.peak_memory[number] = max(peak, self.peak_memory.get(number, 0))
+        return peak is not None
+
+    def _error(self, number: int, event: dict[str, Any]) -> bool:
+        if len(self.errors) >= MAX_RANKS:
+            return False
+        limits = {"type": 200, "message": 2000, "traceback": 20_000}
+        text = {key: str(event.get(key) or "")[-limit:] for key, limit in limits.items()}
+        self.errors.append({"rank": number, **text})
+        return True
+
+    def _end(self, number: int, event: dict[str, Any]) -> bool:
+        self._ranks[number].end = str(event.get("reason") or "finished")[:100]
+        return True
+
+    def _checkpoint(self, number: int, event: dict[str, Any]) -> bool:
+        return True
+
+    # -- what is known ------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> str:
+        """The state as written down (not reconciled with what processes live), or `starting`."""
+        state = self.status.get("state")
+        return state if isinstance(state, str) else "starting"
+
+    @property
+    def done(self) -> bool:
+        """The run has a terminal state."""
+        return self.state in TERMINAL
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self._ranks)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Updates at the end of the run, counted like `step`; None if unknown."""
+        return _integer(self.status.get("steps"), 1, MAX_STEPS)
+
+    @property
+    def rank_steps(self) -> list[int]:
+        """Steps reported by each rank (counted from `first`)."""
+        return [rank.steps for rank in self._ranks]
+
+    @property
+    def rank_starts(self) -> list[dict[str, Any]]:
+        """What each rank told when it was ready: device, pid, threads, parameters; {} before that."""
+        return [rank.start for rank in self._ranks]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps whose global loss is complete."""
+        counted = [rank.steps for rank in self._ranks if rank.steps or not self.done]
+        return min(min(counted, default=0), self._samples.length)
+
+    @property
+    def step(self) -> NDArray[np.int64]:
+        """Updates done after each complete step, int64 (steps,): first + 1, first + 2, …"""
+        return np.arange(self.first + 1, self.first + self.steps + 1, dtype=np.int64)
+
+    @property
+    def loss(self) -> Floats:
+        """Global mean loss of each step (steps,); inf where it was not a finite number, never NaN.
+
+        A step that no file holds any more (a lost line) repeats the one before it.
+        """
+        count = self.steps
+        samples = self._samples.values[:count]
+        loss = self._weighted.values[:count] / np.maximum(samples, 1)
+        known = samples > 0
+        if not known.all() and known.any():
+            source = np.maximum.accumulate(np.where(known, np.arange(count), -1))
+            source[source < 0] = int(np.argmax(known))
+            loss = loss[source]
+        return loss
+
+    @property
+    def samples(self) -> NDArray[np.int64]:
+        """Samples of each step over all ranks (steps,)."""
+        return self._samples.values[: self.steps]
+
+    @property
+    def elapsed(self) -> Floats:
+        """Seconds from the start of the first step to the end of each step, never falling (steps,)."""
+        count = self.steps
+        if self._elapsed.length >= count:
+            return self._elapsed.values[:count]
+        present = next((rank for rank in self._ranks if rank.steps >= count), None)  # rank 0's file is lost
+        seconds = present.seconds.values[:count] if present else np.zeros(count, np.float32)
+        return np.cumsum(np.nan_to_num(np.clip(seconds, 0, 1e9), nan=0.0), dtype=np.float64)
+
+    @property
+    def seconds(self) -> list[NDArray[np.float32]]:
+        """Per rank, the duration of its steps in seconds; NaN where lost."""
+        return [rank.seconds.values for rank in self._ranks]
+
+    @property
+    def spans(self) -> dict[str, NDArray[np.float32]]:
+        """Rank 0's data, forward, backward and optimizer time of each step in seconds; NaN where unknown."""
+        return {name: span.values for name, span in self._spans.items()}
+
+    @property
+    def grad_norm(self) -> Floats:
+        """Global gradient norm of each step (steps,); NaN where it was not written down."""
+        return self._padded(self._grad_norm)
+
+    @property
+    def lr(self) -> Floats:
+        """Learning rate of each step (steps,); NaN where it was not written down."""
+        return self._padded(self._lr)
+
+    def _padded(self, column: GrowingArray) -> Floats:
+        count = self.steps
+        values = column.values[:count].astype(np.float64)
+        return np.concatenate([values, np.full(count - len(values), np.nan)])
+
+
+_HANDLERS = {
+    "start": RunData._start,
+    "steps": RunData._steps,
+    "evaluation": RunData._evaluation,
+    "checkpoint": RunData._checkpoint,
+    "communication": RunData._communication,
+    "memory": RunData._memory,
+    "error": RunData._error,
+    "end": RunData._end,
+}
+
+
+def _integer(value: Any, low: int, high: int) -> int | None:
+    """`value` if it is an integer between the bounds, else None (a bool is no integer here)."""
+    if type(value) is float and value.is_integer():
+        value = int(value)
+    return value if type(value) is int and low <= value <= high else None
+
+
+def _number(value: Any) -> float | None:
+    """`value` as a finite float, or None."""
+    if type(value) not in (int, float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _column(values: Any, count: int | None = None) -> Floats | None:
+    """A list of numbers as an array (null and not-a-number become NaN); None for anything else or another length."""
+    if not isinstance(values, list) or (count is not None and len(values) != count):
+        return None
+    if not values:
+        return np.zeros(0)
+    try:
+        array = np.array(values)
+    except ValueError:  # a ragged list
+        array = np.empty(0, dtype=object)
+    if array.ndim == 1 and array.dtype.kind in "fiu" and len(array) == len(values):
+        return array.astype(np.float64)
+    return np.array([_loose(value) for value in values])
+
+
+def _loose(value: Any) -> float:
+    number = _number(value)
+    return math.nan if number is None else number
+
+
+def _narrow(values: Floats) -> NDArray[np.float32]:
+    """As float32; what does not fit becomes infinite, without a warning."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.astype(np.float32)
