@@ -216,7 +216,7 @@ class RunData:
         except (ValueError, RecursionError, OverflowError):
             self.skipped_lines += 1
 
-    # -- one method per kind of event; False when it cannot be read ------------------------------------------------------
+    # -- one method per kind of event; False when it cannot be read -----------------------------------------------
 
     def _start(self, number: int, event: dict[str, Any]) -> bool:
         self._note_first(event.get("first"))
