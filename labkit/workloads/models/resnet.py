@@ -1,0 +1,67 @@
+"""A small residual network (He et al. 2016, arXiv:1512.03385) with group normalisation (Wu & He 2018, arXiv:1803.08494).
+
+Group normalisation looks at one sample at a time. Batch normalisation would take its mean and variance from the samples
+that happen to lie on one rank, so that two ranks with half of the batch each would compute something else than one rank
+with the whole: data parallelism would no longer be exact.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from labkit.workloads.base import Blocks
+
+MAP_SIDE = 4
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(channels, 8), channels)
+
+
+class ResidualBlock(nn.Module):
+    """relu(shortcut(x) + norm(conv(relu(norm(conv(x)))))): [N, in, H, W] to [N, out, H/stride, W/stride]."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
+            _norm(out_channels),
+            nn.ReLU(),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            _norm(out_channels),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), _norm(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.relu(self.shortcut(x) + self.convs(x))
+
+
+def resnet(channels: int, classes: int, image_size: int, width: int, depth: int) -> Blocks:
+    """Blocks `stem`, `stage1_1` … `stage3_<depth>`, `head`: images [N, channels, H, W] to logits [N, classes].
+
+    The stem halves the image, and the first block of the stages 2 and 3 halves it again and doubles the channels:
+    `width`, 2·`width`, 4·`width`. Each stage has `depth` residual blocks. The head averages the map down to 4×4 and
+    classifies that. Averaging it away altogether, as is usual after batch normalisation, works badly here: group
+    normalisation has just given the map of every sample nearly the same mean.
+    """
+    blocks: dict[str, nn.Module] = {
+        "stem": nn.Sequential(nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False), _norm(width), nn.ReLU())
+    }
+    before = width
+    for stage in (1, 2, 3):
+        after = width * 2 ** (stage - 1)
+        for index in range(depth):
+            stride = 2 if stage > 1 and index == 0 else 1
+            blocks[f"stage{stage}_{index + 1}"] = ResidualBlock(before, after, stride)
+            before = after
+    side = min(MAP_SIDE, math.ceil(image_size / 8))
+    blocks["head"] = nn.Sequential(
+        nn.AdaptiveAvgPool2d(side), nn.Flatten(), nn.Linear(before * side**2, classes)
+    )
+    return Blocks(blocks)

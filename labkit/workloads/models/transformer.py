@@ -1,0 +1,59 @@
+"""The transformer layer that the vision transformer and the GPT share: pre-norm attention, then a pre-norm MLP."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, arXiv:1706.03762): [N, T, width] to [N, T, width].
+
+    With `causal`, position t sees positions 0 … t only.
+    """
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"{heads} heads do not divide a width of {width}")
+        self.heads, self.causal = heads, causal
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (self._split(part(x)) for part in (self.query, self.key, self.value))
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[N, T, H·D] to [N, H, T, D]. The head size is fixed, their number is not: tensor parallelism splits H."""
+        return x.unflatten(-1, (-1, self.query.in_features // self.heads)).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """Linear to 4·width, GELU, linear back, on each position by itself."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.gelu(self.up(x)))
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): [N, T, width] to [N, T, width]."""
+
+    def __init__(self, width: int, attention: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = attention
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out

@@ -1,0 +1,39 @@
+"""Rules that several workloads share. Imports nothing heavy: the form calls them as you type."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from labkit.experiment.problem import Problem
+
+FILE_SUFFIXES = (".parquet", ".txt")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` closest to `wanted` (the smaller of two)."""
+    return min((part for part in range(1, number + 1) if number % part == 0), key=lambda part: abs(part - wanted))
+
+
+def is_path(data: str) -> bool:
+    """Whether `data` names a file or folder rather than a data set of the hub."""
+    return data.startswith((".", "/", "~")) or data.endswith(FILE_SUFFIXES) or Path(data).expanduser().exists()
+
+
+def extra_missing(field: str, package: str, extra: str, purpose: str) -> Iterator[Problem]:
+    """A problem when an optional package is not installed."""
+    if find_spec(package) is None:
+        yield Problem(field, f"{purpose} needs the package {package}: pip install 'labkit[{extra}]'")
+
+
+def hub_data(field: str, data: str, builtin: str) -> Iterator[Problem]:
+    """Problems of a data set that is not built in: package, path, name. Nothing is opened and nothing is asked."""
+    if is_path(data):
+        if not Path(data).expanduser().exists():
+            yield Problem(field, f"there is no file or folder {data}", builtin)
+    elif not _HUB_ID.fullmatch(data):
+        yield Problem(field, f"{data!r} is no path and no name of a data set like owner/name or owner/name:config", builtin)
+    yield from extra_missing(field, "datasets", "hub", "a data set other than the built-in one")
