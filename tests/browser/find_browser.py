@@ -16,7 +16,9 @@ MISSING = f"no browser: none of {', '.join(NAMES)} is on PATH, and LABKIT_BROWSE
 
 def find_browser() -> str | None:
     """Path of the browser that the tests drive: LABKIT_BROWSER if set, else the first of NAMES on PATH."""
-    return next((path for name in (os.environ.get("LABKIT_BROWSER"), *NAMES) if name and (path := shutil.which(name))), None)
+    return next(
+        (path for name in (os.environ.get("LABKIT_BROWSER"), *NAMES) if name and (path := shutil.which(name))), None
+    )
 
 
 def install_browser() -> None:
