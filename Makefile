@@ -96,7 +96,7 @@ set-up: $(VENV)/.set-up-dev ## the full development environment in .venv
 .PHONY: clean
 clean: ## remove what the demo, the tests and the tools wrote (.venv stays)
 	rm -rf demo-output test-output build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
-	find labkit tests notebooks -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	find . -path './$(VENV)' -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 .PHONY: help
 help: ## this list
