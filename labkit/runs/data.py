@@ -118,7 +118,7 @@ class RunData:
         self._elapsed = GrowingArray(np.float64)
         self._origin: float | None = None
         self._spans = {name: GrowingArray(np.float32) for name in _SPANS}
-        self._grad_norm = GrowingArray(np.float32)
+        self._grad_norm = GrowingArray(np.float64)  # the parity proof compares it to 1e-9
         self._lr = GrowingArray(np.float32)
         self._stamps: dict[str, tuple[int, int, int]] = {}
         self._turn = 0
@@ -227,7 +227,12 @@ class RunData:
             "pid": _integer(event.get("pid"), 0, 2**31),
             "threads": _integer(event.get("threads"), 0, 2**16),
             "parameters": _integer(event.get("parameters"), 0, 2**62),
+            "time_to_first_step_seconds": _number(event.get("time_to_first_step_seconds")),
+            "effective": event["effective"] if _is_small_dict(event.get("effective")) else {},
         }
+        effective = event.get("effective")
+        if isinstance(effective, dict):
+            rank.start["effective"] = {str(key)[:100]: str(value)[:200] for key, value in list(effective.items())[:50]}
         if number == 0:
             if isinstance(event.get("facts"), dict):
                 self.facts = event["facts"]
@@ -239,6 +244,10 @@ class RunData:
                     "higher_is_better": bool(metric.get("higher_is_better", True)),
                     "unit": str(metric.get("unit") or "")[:40],
                 }
+        return True
+
+    def _first_step(self, number: int, event: dict[str, Any]) -> bool:
+        self._ranks[number].start["time_to_first_step_seconds"] = _number(event.get("seconds"))
         return True
 
     def _note_first(self, first: Any) -> None:
@@ -272,9 +281,7 @@ class RunData:
                 span.write(at, _narrow(values[drop:] if values is not None else np.full(count - drop, np.nan)), np.nan)
             for name, column in (("grad_norm", self._grad_norm), ("lr", self._lr)):
                 values = _column(event.get(name), count)
-                column.write(
-                    at, _narrow(values[drop:] if values is not None else np.full(count - drop, np.nan)), np.nan
-                )
+                column.write(at, values[drop:] if values is not None else np.full(count - drop, np.nan), np.nan)
             self._note_elapsed(at, seconds[drop:], _number(event.get("monotonic")))
         return True
 
@@ -361,7 +368,8 @@ class RunData:
 
     @property
     def rank_starts(self) -> list[dict[str, Any]]:
-        """What each rank told when it was ready: device, pid, threads, parameters; {} before that."""
+        """What each rank told when it was ready: device, pid, threads, parameters, time_to_first_step_seconds (None until
+        known) and effective; {} before that."""
         return [rank.start for rank in self._ranks]
 
     @property
@@ -434,6 +442,7 @@ class RunData:
 
 _HANDLERS = {
     "start": RunData._start,
+    "first_step": RunData._first_step,
     "steps": RunData._steps,
     "evaluation": RunData._evaluation,
     "checkpoint": RunData._checkpoint,
@@ -460,6 +469,10 @@ def _number(value: Any) -> float | None:
     except OverflowError:
         return None
     return number if math.isfinite(number) else None
+
+
+def _is_small_dict(value: Any) -> bool:
+    return isinstance(value, dict) and len(json.dumps(value)) <= 10_000
 
 
 def _column(values: Any, count: int | None = None) -> Floats | None:

@@ -37,7 +37,7 @@ class VisionOptions(Options):
     """Channels of the first stage (resnet) or embedding size (vit); empty for 32 and 64."""
     depth: int | None = Field(default=None, ge=1, le=64)
     """Residual blocks per stage (resnet) or layers (vit); empty for 1 and 4."""
-    patch: int = Field(default=4, ge=1, le=64)
+    patch: int = Field(default=8, ge=1, le=64)
     """Side of a patch, vit only (pixels)."""
     heads: int = Field(default=4, ge=1, le=64)
     """Attention heads, vit only."""

@@ -17,7 +17,7 @@ class PatchEmbedding(nn.Module):
         if image_size % patch:
             raise ValueError(f"patches of {patch} pixels do not divide images of {image_size}")
         self.project = nn.Conv2d(channels, width, patch, stride=patch)
-        self.position = nn.Parameter(0.02 * torch.randn((image_size // patch) ** 2, width))
+        self.position = nn.Parameter(0.5 * torch.randn((image_size // patch) ** 2, width))
 
     def forward(self, x: Tensor) -> Tensor:
         patches: Tensor = self.project(x).flatten(2).transpose(1, 2)

@@ -1,0 +1,136 @@
+"""The picture of the lab: loss, held-out metric, throughput and speed-up of a few runs in one figure.
+
+The live dashboard and the record draw this same figure. The traces stand at fixed places (`SLOTS` runs, then the
+speed-up), so that a live redraw only replaces arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from labkit.plots import curves, speedup, theme
+from labkit.plots.picture import Picture
+from labkit.plots.shown import Shown, shown
+from labkit.plots.table import runs_rows
+
+SLOTS = 4
+HEIGHT = 640
+_NOTHING = (np.zeros(0), np.zeros(0))
+_LEFT, _RIGHT, _UPPER, _LOWER = [0.0, 0.455], [0.545, 1.0], [0.60, 0.955], [0.06, 0.415]
+_CHARACTERS = 56
+"""So many characters of a panel's title fit on a line."""
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def findings(runs: Sequence[Shown], rows: Rows) -> list[str]:
+    """One sentence (without its full stop) for each of the four panels."""
+    return [
+        curves.loss_finding(runs),
+        curves.metric_finding(runs),
+        curves.throughput_finding(runs),
+        speedup.finding(rows),
+    ]
+
+
+def traces(runs: Sequence[Shown], rows: Rows) -> list[dict[str, Any]]:
+    """4 × SLOTS lines, then the three traces of the speed-up; a free slot holds empty lines."""
+    found: list[dict[str, Any]] = []
+    for slot in range(SLOTS):
+        one = runs[slot] if slot < len(runs) else None
+        if one is None:
+            found += [curves.line(slot, "", _NOTHING, "", showlegend=False, **_at(panel)) for panel in (1, 1, 2, 3)]
+            continue
+        losses = [_empty(slot)] * 2 if one.is_ceiling else curves.loss_traces(slot, one, **_at(1))
+        found += losses
+        held_out = _NOTHING if one.is_ceiling else curves.metric_line(one.data)
+        found.append(curves.line(slot, one.label, held_out, "", **_at(2), showlegend=False))
+        rate = curves.throughput_line(one.data)
+        found.append(curves.line(slot, one.label, rate, " samples/s", **_at(3), showlegend=one.is_ceiling))
+    return found + speedup.traces(rows, **_at(4))
+
+
+def _empty(slot: int) -> dict[str, Any]:
+    return curves.line(slot, "", _NOTHING, "", showlegend=False, **_at(1))
+
+
+def _at(panel: int) -> dict[str, str]:
+    return {"xaxis": "x" if panel == 1 else f"x{panel}", "yaxis": "y" if panel == 1 else f"y{panel}"}
+
+
+def titles(sentences: Sequence[str]) -> list[dict[str, Any]]:
+    """The four sentences as the titles of their panels."""
+    places = [(_LEFT, _UPPER), (_RIGHT, _UPPER), (_LEFT, _LOWER), (_RIGHT, _LOWER)]
+    return [
+        {
+            "text": f"<b>{theme.wrapped(sentence, _CHARACTERS)}</b>",
+            "x": across[0],
+            "y": up[1] + 0.012,
+            "xref": "paper",
+            "yref": "paper",
+            "xanchor": "left",
+            "yanchor": "bottom",
+            "showarrow": False,
+            "align": "left",
+            "font": {"size": 13.5, "color": theme.INK},
+        }
+        for sentence, (across, up) in zip(sentences, places, strict=True)
+    ]
+
+
+def layout(runs: Sequence[Shown], rows: Rows, height: int = HEIGHT) -> dict[str, Any]:
+    """Axes, titles and legends of the four panels."""
+    base = {key: value for key, value in theme.LAYOUT.items() if key != "title"}
+    step = "Step (updates done)"
+    return base | {
+        "height": height,
+        "xaxis": theme.axis(step, domain=_LEFT, anchor="y"),
+        "yaxis": theme.axis("Training loss", domain=_UPPER, anchor="x"),
+        "xaxis2": theme.axis(step, domain=_RIGHT, anchor="y2"),
+        "yaxis2": theme.axis(theme.safe(curves.metric_title(runs)), domain=_UPPER, anchor="x2"),
+        "xaxis3": theme.axis(step, domain=_LEFT, anchor="y3"),
+        "yaxis3": theme.axis("Throughput (samples/s)", domain=_LOWER, anchor="x3", rangemode="tozero"),
+        "xaxis4": theme.axis("", domain=_RIGHT, anchor="y4", type="category"),
+        "yaxis4": theme.axis("Speed-up (× 1 rank)", domain=_LOWER, anchor="x4", rangemode="tozero"),
+        "annotations": titles(findings(runs, rows)),
+        "legend": base["legend"] | {"y": 1.06, "traceorder": "normal"},
+        "legend2": base["legend"] | {"x": _RIGHT[0], "y": _LOWER[0] - 0.075, "yanchor": "top"},
+        "showlegend": True,
+        "margin": {"l": 60, "r": 16, "t": 56, "b": 48},
+        "bargap": 0.4,
+    }
+
+
+def overview(runs: Iterable[Any] | Any, comparison: Any = (), height: int = HEIGHT) -> Picture:
+    """Loss, held-out metric, throughput and speed-up of the last `SLOTS` of `runs` in one figure.
+
+    `comparison` is what `labkit.runs.compare.compare` returns, or its rows; without it the speed-up stays empty.
+    """
+    many = shown(runs)[-SLOTS:]
+    rows = list(getattr(comparison, "rows", comparison))
+    sentences = findings(many, rows)
+    summary = ". ".join(sentences) + "."
+    return Picture(traces(many, rows), layout(many, rows, height), summary=summary, rows=twin(many, rows))
+
+
+def twin(runs: Sequence[Shown], rows: Rows) -> list[dict[str, Any]]:
+    """The runs table, or without a comparison a table of the ends of the curves."""
+    if rows:
+        return runs_rows(rows)
+    found = []
+    for one in runs:
+        loss, (_, held_out) = one.data.loss, curves.metric_line(one.data)
+        found.append(
+            {
+                "Run": one.label,
+                "State": theme.plain(one.data.state),
+                "Steps": one.data.steps,
+                "Last loss": theme.number(float(loss[-1]) if len(loss) else None),
+                curves.metric_title([one]): theme.number(float(held_out[-1]) if len(held_out) else None),
+                "Samples/s": theme.number(curves.throughput(one.data)),
+            }
+        )
+    return found

@@ -1,0 +1,120 @@
+"""The per-rank strip: what every rank does now, how long its steps take, its memory, its silence."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from labkit.plots import theme
+from labkit.plots.picture import Picture
+from labkit.runs.data import RunData
+
+RECENT = 50
+"""Steps over which the strip takes the median."""
+STRAGGLES = 1.25
+SILENT_S = 5.0
+
+
+def rank_rows(data: RunData) -> list[dict[str, Any]]:
+    """One dict a rank: rank, state (words), steps, step_ms (median of the last RECENT), memory_mb, silent_s."""
+    entries = data.progress.get("ranks")
+    now = {
+        entry["rank"]: entry
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict) and isinstance(entry.get("rank"), int)
+    }
+    failed = {error["rank"] for error in data.errors}
+    rows = []
+    for rank, seconds in enumerate(data.seconds):
+        entry = now.get(rank, {})
+        known = seconds[-RECENT:][np.isfinite(seconds[-RECENT:])]
+        memory = _number(entry.get("memory_bytes")) or data.peak_memory.get(rank)
+        silent = None if data.done else _number(entry.get("silent_s"))
+        rows.append(
+            {
+                "rank": rank,
+                "state": _state(data, rank, entry, rank in failed, silent),
+                "steps": data.first + data.rank_steps[rank],
+                "step_ms": 1000 * float(np.median(known)) if len(known) else None,
+                "memory_mb": memory / 2**20 if memory else None,
+                "silent_s": silent,
+            }
+        )
+    return rows
+
+
+def _state(data: RunData, rank: int, entry: dict[str, Any], failed: bool, silent: float | None) -> str:
+    cause = data.status.get("cause")
+    if failed or (isinstance(cause, dict) and data.done and cause.get("rank") == rank and data.state == "failed"):
+        return "failed"
+    if data.done:
+        return "ended"
+    phase = theme.plain(entry.get("phase") or "starting", 20)
+    return f"silent for {silent:.0f} s ({phase})" if silent is not None and silent > SILENT_S else phase
+
+
+def _number(value: Any) -> float | None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
+    return float(value) if good and math.isfinite(value) else None
+
+
+def finding(rows: list[dict[str, Any]]) -> str:
+    """Whether the ranks keep pace; names the slowest one where they do not."""
+    known = [row for row in rows if row["step_ms"]]
+    failed = [row["rank"] for row in rows if row["state"] == "failed"]
+    if failed:
+        return f"Rank {failed[0]} failed"
+    if not known:
+        return "No rank has made a step yet"
+    middle = float(np.median([row["step_ms"] for row in known]))
+    slowest = max(known, key=lambda row: row["step_ms"])
+    if len(known) > 1 and slowest["step_ms"] > STRAGGLES * middle:
+        return (
+            f"Rank {slowest['rank']} is the slowest: {theme.number(slowest['step_ms'])} ms a step, "
+            f"the median rank takes {theme.number(middle)} ms"
+        )
+    pace = "keep pace: " if len(known) > 1 else "steps in "
+    return f"{theme.ranks(len(known)).capitalize()} {pace}{theme.number(middle)} ms a step (median)"
+
+
+def twin(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with titles, units and readable numbers."""
+    return [
+        {
+            "Rank": row["rank"],
+            "State": row["state"],
+            "Step": f"{row['steps']:,}",
+            "Step time (ms)": theme.number(row["step_ms"]),
+            "Memory (MB)": theme.number(row["memory_mb"]),
+            "Silent (s)": "–" if row["silent_s"] is None else f"{row['silent_s']:.1f}",
+        }
+        for row in rows
+    ]
+
+
+def ranks(data: RunData) -> Picture:
+    """Median step time of every rank over its last steps, with the states in words."""
+    rows = rank_rows(data)
+    sentence = finding(rows)
+    colours = [theme.PALETTE[1] if row["state"] == "failed" else theme.PALETTE[0] for row in rows]
+    labels = [f"rank {row['rank']}" for row in rows]
+    bar = {
+        "type": "bar",
+        "orientation": "h",
+        "y": labels,
+        "x": [row["step_ms"] or 0.0 for row in rows],
+        "marker": {"color": colours},
+        "text": [theme.safe(row["state"]) for row in rows],
+        "textposition": "auto",
+        "hovertemplate": "%{y}: %{x:.3~g} ms a step, %{text}<extra></extra>",
+    }
+    layout = theme.layout(
+        sentence,
+        xaxis=theme.axis("Step time (ms, median)", rangemode="tozero"),
+        yaxis=theme.axis("", autorange="reversed", type="category"),
+        height=130 + 28 * max(1, min(len(rows), 32)),
+        showlegend=False,
+    )
+    return Picture([bar], layout, summary=f"{sentence}.", rows=twin(rows))

@@ -1,0 +1,105 @@
+"""Tables: the runs side by side, and the twin of every figure."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from labkit.plots import theme
+
+MAX_ROWS = 200
+
+
+def runs_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a comparison with titles, units and readable numbers."""
+    return [
+        {
+            "Run": row["title"],
+            "Id": row["run_id"],
+            "Layout": row["layout"],
+            "Ranks": row["world_size"],
+            "State": row["state"],
+            "Batch": row["global_batch"],
+            "Steps": row["steps"],
+            "Samples/s": theme.number(row["samples_per_second"]),
+            "Step (ms)": theme.number(_scaled(row["step_seconds"], 1000)),
+            "Speed-up": _speedup(row),
+            "Efficiency": _percent(row["efficiency"]),
+            "Ceiling": theme.number(row["ceiling"]),
+            "Held-out": f"{row['metric']} {theme.number(row['final'])}" if row["final"] is not None else "–",
+            "Remarks": "; ".join([*_role(row), *row["notes"]]),
+        }
+        for row in rows
+    ]
+
+
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def _speedup(row: Mapping[str, Any]) -> str:
+    if row["speedup"] is None:
+        return "–"
+    if row["is_baseline"] or row["speedup_low"] is None:
+        return theme.number(row["speedup"])
+    return f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
+
+
+def _role(row: Mapping[str, Any]) -> list[str]:
+    return ["baseline"] if row["is_baseline"] else ["independent copies: the ceiling"] if row["is_ceiling"] else []
+
+
+def html_table(rows: Sequence[Mapping[str, Any]], caption: str = "", empty: str = "Nothing yet.") -> str:
+    """An accessible HTML table; every cell is escaped. Rows beyond MAX_ROWS are counted instead of shown."""
+    if not rows:
+        return f"<p>{html.escape(empty)}</p>"
+    columns = list(rows[0])
+    head = "".join(f'<th scope="col" style="{_CELL}{_align(rows, column)}">{_text(column)}</th>' for column in columns)
+    body = "".join(
+        "<tr>"
+        + "".join(_cell(row.get(column), column == columns[0], _align(rows, column)) for column in columns)
+        + "</tr>"
+        for row in rows[:MAX_ROWS]
+    )
+    more = f"<p>… and {len(rows) - MAX_ROWS} more rows.</p>" if len(rows) > MAX_ROWS else ""
+    title = f'<caption style="{_CAPTION}">{_text(caption)}</caption>' if caption else ""
+    return (
+        f'<div style="overflow-x:auto"><table style="{_TABLE}">{title}'
+        f'<thead style="{_HEAD}"><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{more}'
+    )
+
+
+_TABLE = (
+    "border-collapse:collapse;font-size:13px;line-height:1.35;margin:4px 0;width:auto;font-variant-numeric:tabular-nums"
+)
+_HEAD = "border-bottom:2px solid #9aa5b1"
+_CELL = "padding:4px 12px 4px 0;white-space:nowrap;vertical-align:top;background:none;"
+_CAPTION = "text-align:left;caption-side:top;color:inherit;opacity:.75;padding:2px 0 4px"
+
+
+def _align(rows: Sequence[Mapping[str, Any]], column: str) -> str:
+    """Numbers to the right, words to the left."""
+    values = [str(row.get(column, "")) for row in rows[:20]]
+    numeric = any(value[:1].isdigit() for value in values)
+    looks = all(value == "–" or value.lstrip("-–")[:1].isdigit() for value in values if value)
+    return "text-align:right;" if numeric and looks else "text-align:left;"
+
+
+def _cell(value: Any, first: bool, align: str) -> str:
+    if isinstance(value, float):
+        value = theme.number(value, 4)
+    text = _text("" if value is None else value)
+    return (
+        f'<th scope="row" style="{_CELL}{align}font-weight:600">{text}</th>'
+        if first
+        else f'<td style="{_CELL}{align}">{text}</td>'
+    )
+
+
+def _text(value: Any) -> str:
+    return html.escape(theme.plain(value, 300))

@@ -1,0 +1,131 @@
+"""Run directories as the engine leaves them, without training anything: for the tests of what reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from labkit.experiment import Experiment
+from labkit.experiment.recipes import vision_ddp
+from labkit.experiment.run_directory import RunDirectory, write_json
+
+METRIC = {"key": "accuracy", "title": "Held-out accuracy", "higher_is_better": True, "unit": "%"}
+
+
+class FakeRun:
+    """A run directory that grows when told to. Quacks like labkit.runs.run.Run where the lab needs it."""
+
+    def __init__(self, root: Path, name: str, experiment: Experiment | None = None, ranks: int = 2, **status: Any) -> None:
+        experiment = experiment or vision_ddp()
+        self.experiment = experiment.replace(f"layout.dp_replicate={ranks}")
+        path = root / "runs" / name
+        path.mkdir(parents=True)
+        self.directory = RunDirectory(path)
+        self.ranks, self.steps, self.clock = ranks, 0, 1000.0
+        self.status: dict[str, Any] = {}
+        self.asked_to_stop = False
+        self._random = np.random.default_rng(0)
+        write_json(self.directory.experiment, self.experiment.to_dict())
+        write_json(self.directory.environment, {"host": "here", "versions": {"python": "3.11"}})
+        self.set(
+            run_id=name,
+            title=self.experiment.title,
+            state="running",
+            created=1.0,
+            started=1.0,
+            ended=None,
+            world_size=ranks,
+            device="cpu",
+            layout=str(self.experiment.layout),
+            workload="vision",
+            steps=self.experiment.training.steps,
+            ranks=[],
+            warnings=[],
+            cause=None,
+            **status,
+        )
+        for rank in range(ranks):
+            extra = {"metric": METRIC, "facts": {"classes": 10}} if rank == 0 else {}
+            self.event(rank, "start", device="cpu", pid=1, threads=1, parameters=1000, first=0, **extra)
+
+    @property
+    def id(self) -> str:
+        return self.directory.id
+
+    @property
+    def state(self) -> str:
+        return str(self.status["state"])
+
+    @property
+    def done(self) -> bool:
+        return self.state in ("finished", "stopped", "failed")
+
+    @property
+    def title(self) -> str:
+        return str(self.status["title"])
+
+    def set(self, **changes: Any) -> None:
+        self.status |= changes
+        write_json(self.directory.status, self.status)
+
+    def event(self, rank: int, kind: str, **fields: Any) -> None:
+        line = {"event": kind, "rank": rank, "time": self.clock, "monotonic": self.clock} | fields
+        with open(self.directory.events(rank), "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def advance(self, count: int, step_s: float = 0.02, evaluate: bool = True) -> FakeRun:
+        """Write `count` more steps of a plausible training."""
+        at = np.arange(self.steps, self.steps + count)
+        for rank in range(self.ranks):
+            seconds = step_s * (1 + 0.05 * np.abs(self._random.standard_normal(count)))
+            loss = 2.3 * np.exp(-at / 60) + 0.08 + 0.12 * np.abs(self._random.standard_normal(count)) * np.exp(-at / 90)
+            self.clock = self.clock + float(seconds.sum()) if rank == 0 else self.clock
+            self.event(
+                rank,
+                "steps",
+                first=self.steps,
+                loss=loss.round(5).tolist(),
+                samples=[128 // self.ranks] * count,
+                seconds=seconds.round(6).tolist(),
+                data=[0.001] * count,
+                forward=[0.005] * count,
+                backward=[0.01] * count,
+                optimizer=[0.001] * count,
+                grad_norm=[1.0] * count,
+            )
+        self.steps += count
+        if evaluate:
+            accuracy = 0.985 - 0.88 * float(np.exp(-self.steps / 40))
+            self.event(0, "evaluation", step=self.steps, metrics={"loss": 0.3, "accuracy": accuracy}, seconds=0.1)
+        entries = [
+            {"rank": rank, "step": self.steps, "phase": "backward", "silent_s": 0.1, "memory_bytes": 300 * 2**20}
+            for rank in range(self.ranks)
+        ]
+        write_json(self.directory.progress, {"time": 0.0, "ranks": entries})
+        return self
+
+    def train(self, steps: int = 200, step_s: float = 0.02, every: int = 20) -> FakeRun:
+        """Run to the end."""
+        for _ in range(steps // every):
+            self.advance(every, step_s)
+        return self.end("finished")
+
+    def end(self, state: str, **more: Any) -> FakeRun:
+        for rank in range(self.ranks):
+            self.event(rank, "end", step=self.steps, reason=state)
+        self.set(state=state, ended=2.0, **more)
+        return self
+
+    def stop(self, grace: float | None = None) -> None:
+        self.asked_to_stop = True
+        self.end("stopped")
+
+    def wait(self, timeout: float | None = None) -> FakeRun:
+        assert self.done
+        return self
+
+    def logs(self, rank: int, lines: int = 50) -> str:
+        return f"log of rank {rank}"
