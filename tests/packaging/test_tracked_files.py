@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -139,17 +140,11 @@ def test_notebooks_are_valid_and_stored_without_outputs(path: Path) -> None:
 
 
 def parameters(path: Path) -> set[str]:
-    """The names that the notebook's `parameters` cell assigns; there is exactly one such cell."""
+    """The names that papermill itself finds in the notebook's `parameters` cell; there is exactly one such cell."""
     notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
-    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    assert len(cells) == 1, f"{path.name} needs exactly one cell tagged `parameters`"
-    names: set[str] = set()
-    for node in ast.parse(cells[0].source).body:
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        names |= {target.id for target in targets if isinstance(target, ast.Name)}
-    return names
+    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1, f"{path.name} needs exactly one cell tagged `parameters`"
+    return set(papermill.inspect_notebook(str(path)))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=relative)
