@@ -34,7 +34,8 @@ TERMINAL = ("finished", "stopped", "failed")
 STATES = ("starting", "running", "stopping", *TERMINAL)
 
 EVENTS = {
-    "start": "a rank is ready: device, pid, threads, parameters, first (the step it starts from)",
+    "start": "a rank is ready: device, pid, threads, parameters, first (the step it starts from), metric, facts, effective",
+    "first_step": "the first step has ended: seconds since the run was asked for (rank 0)",
     "steps": "a batch of consecutive steps from step `first` on, as equally long columns: loss (mean over this rank's "
     "samples), samples (of this rank), seconds, data, forward, backward, optimizer (s), grad_norm, lr",
     "evaluation": "held-out metrics after `step` updates (rank 0): metrics, seconds",
@@ -45,6 +46,12 @@ EVENTS = {
     "end": "this rank is done after `step` updates: reason finished | stopped",
 }
 
+PHASES = ("setup", "data", "forward", "backward", "optimizer", "evaluation", "checkpoint", "done")
+"""Where a rank can be, in the order in which it gets there."""
+
+EXIT_STOPPED = 75
+"""Exit code of a rank that ended early because it was asked to (EX_TEMPFAIL: the run can be resumed)."""
+
 MAX_JSON_BYTES = 64 * 2**20
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}")
 
@@ -52,6 +59,11 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}")
 def home() -> Path:
     """The directory that holds all runs, from LABKIT_HOME or ~/.labkit (not created here)."""
     return Path(os.environ.get("LABKIT_HOME") or "~/.labkit").expanduser().absolute()
+
+
+def standby_log(root: Path) -> Path:
+    """What the waiting launchers of this home complain about."""
+    return root / "standby.log"
 
 
 @dataclass(frozen=True)

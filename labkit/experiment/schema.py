@@ -139,8 +139,14 @@ class Training(Section):
     """Samples per update over all ranks; it does not change with the layout, so that runs compare."""
     evaluate_every: int | None = Field(default=None, ge=1)
     """Steps between two evaluations on held-out data; empty for about ten evaluations a run."""
-    checkpoint_every: int | None = Field(default=None, ge=1)
-    """Steps between two checkpoints; empty for none but the one made on Stop."""
+    checkpoint_every: int | None = Field(default=None, ge=0)
+    """Steps between two checkpoints; empty for one at the end only, 0 for none at all."""
+    keep_checkpoints: int = Field(default=2, ge=1, le=1000)
+    """How many of the latest checkpoints are kept."""
+    gradient_norm: bool = False
+    """Write down the global gradient norm of every update."""
+    loader_workers: int = Field(default=0, ge=0, le=256)
+    """Processes per rank that prepare batches ahead; 0 prepares them in the rank itself."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the weights, of the order of the samples and of everything else that is random."""
 

@@ -34,11 +34,9 @@ class Replicate:
         """The keyword handler that Accelerate passes to DistributedDataParallel."""
         from accelerate import DistributedDataParallelKwargs
 
-        # Gradients live in the buckets (no copy in or out), and buffers are equal by construction: no broadcast a step.
+        # Gradients live in the buckets: no copy in or out.
         return DistributedDataParallelKwargs(
-            bucket_cap_mb=experiment.gradients.bucket_mb,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,
+            bucket_cap_mb=experiment.gradients.bucket_mb, gradient_as_bucket_view=True
         )
 
     @staticmethod

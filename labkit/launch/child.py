@@ -1,0 +1,167 @@
+"""One rank as a child process of its supervisor: fork, environment, and how it reports why it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from errno import EDQUOT, EFBIG, ENOSPC
+from typing import Any, NoReturn
+
+from labkit.experiment import Experiment
+from labkit.experiment.run_directory import EXIT_STOPPED, RunDirectory
+from labkit.runs.processes import die_with_parent
+
+# A kernel may itself have been started by torchrun or under MPI; its place there is none of the rank's business.
+_FROM_OTHER_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+
+
+@dataclass
+class Child:
+    """A forked rank. `exit_code` and `signal` are known once it has been reaped."""
+
+    rank: int
+    pid: int
+    pipe: int
+    ended: float | None = None
+    exit_code: int | None = None
+    signal: int | None = None
+    terminated: float | None = None
+    """When the supervisor sent SIGTERM (monotonic seconds)."""
+    report: dict[str, Any] | None = None
+    """What the rank said about its exception."""
+
+    @property
+    def running(self) -> bool:
+        return self.ended is None
+
+    @property
+    def failed(self) -> bool:
+        return self.exit_code not in (0, EXIT_STOPPED, None)
+
+    @property
+    def lost_peer(self) -> bool:
+        """It failed only because another rank was gone."""
+        return bool(self.report and self.report.get("lost_peer"))
+
+    def reap(self) -> bool:
+        """Note the end of the process without waiting; True if it has just ended."""
+        if not self.running or os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            return False
+        self.exit_code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.signal = -self.exit_code if self.exit_code < 0 else None
+        self.ended = time.monotonic()
+        self.report = _read_report(self.pipe)
+        os.close(self.pipe)
+        return True
+
+    def send(self, number: int) -> None:
+        """Signal the rank; it has not been reaped, so the pid is still its own."""
+        try:
+            os.kill(self.pid, number)
+        except ProcessLookupError:
+            pass
+
+
+def fork_rank(
+    rank: int, directory: RunDirectory, experiment: Experiment, run: Callable[[], None], inherited: list[int]
+) -> Child:
+    """Fork; the child calls `run` and never returns. `inherited` are pipes of other ranks, closed in the child."""
+    parent = os.getpid()
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        os.close(writer)
+        os.set_blocking(reader, False)
+        return Child(rank, pid, reader)
+    for descriptor in (reader, *inherited):
+        os.close(descriptor)
+    _become_rank(rank, parent, writer, directory, experiment, run)
+
+
+def _become_rank(
+    rank: int, parent: int, pipe: int, directory: RunDirectory, experiment: Experiment, run: Callable[[], None]
+) -> NoReturn:
+    code = 1
+    try:
+        die_with_parent(parent)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD, signal.SIGTERM})
+        log = os.open(directory.log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        for name in _FROM_OTHER_LAUNCHERS:
+            os.environ.pop(name, None)
+        os.environ.update(environment(rank, experiment))
+        run()
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException as error:
+        _report(pipe, error)
+    finally:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:
+            pass
+        os._exit(code)
+
+
+def environment(rank: int, experiment: Experiment) -> dict[str, str]:
+    """What the distributed libraries read. Everything is bound to loopback; the rendezvous is a file, not a port."""
+    interface = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+    variables: dict[str, Any] = {
+        "OMP_NUM_THREADS": experiment.launch.threads_per_rank,
+        "GLOO_SOCKET_IFNAME": interface,
+        "NCCL_SOCKET_IFNAME": interface,
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    ranks = experiment.layout.world_size
+    if ranks > 1 and not experiment.launch.isolated:
+        # Accelerate recognises a distributed run by these; the file store makes address and port unused.
+        variables |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    return {name: str(value) for name, value in variables.items()}
+
+
+def _report(pipe: int, error: BaseException) -> None:
+    """Tell the supervisor about the exception through a pipe: that works on a full disk too."""
+    text = "".join(traceback.format_exception(error))
+    report = {
+        "type": type(error).__name__,
+        "message": str(error)[:4000],
+        "traceback": text[-16_000:],
+        "lost_peer": _lost_peer(error),
+        "disk_full": isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG),
+    }
+    os.set_blocking(pipe, False)
+    try:
+        os.write(pipe, json.dumps(report).encode())
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        pass
+
+
+def _lost_peer(error: BaseException) -> bool:
+    """Did this rank fail only because another one was gone? Told by what gloo and NCCL say then."""
+    text = f"{type(error).__name__} {error}".lower()
+    signs = ("connection closed by peer", "connection reset by peer", "broken pipe", "distbackenderror", "gloo", "nccl")
+    return not isinstance(error, OSError) and any(sign in text for sign in signs)
+
+
+def _read_report(pipe: int) -> dict[str, Any] | None:
+    try:
+        data = json.loads(os.read(pipe, 1 << 16))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None

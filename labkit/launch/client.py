@@ -1,0 +1,204 @@
+"""The launching side, in a notebook kernel or a command: writes the run directory, sends the order, returns at once.
+
+The kernel never forks, makes no CUDA call and changes no signal handler. It holds a pipe to one standby (standby.py).
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import IO, Any
+
+from labkit.experiment import Experiment, ExperimentError, Problem
+from labkit.experiment.run_directory import RunDirectory, home, standby_log, write_json
+from labkit.launch.standby import SINGLE_THREADED
+from labkit.runs import logs
+from labkit.runs import status as run_status
+from labkit.runs.processes import boot_id, identity
+from labkit.runs.run import Run
+
+LEAST_FREE_BYTES = 2 * 2**20
+# What a run should see as it is now, not as it was when the standby started.
+PASSED_ON = ("CUDA_", "NCCL_", "GLOO_", "HF_", "LABKIT_", "TORCH_")
+
+
+class Standby:
+    """A standby process and the pipe to it."""
+
+    def __init__(self) -> None:
+        self._says: IO[bytes] = tempfile.TemporaryFile()
+        log = _open_log()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "labkit.launch.standby"],
+            stdin=subprocess.PIPE,
+            stdout=self._says,
+            stderr=log,
+            start_new_session=True,  # the interrupt of a notebook goes to the kernel's whole process group
+            env=os.environ | SINGLE_THREADED,
+        )
+        log.close()
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def ready(self) -> bool:
+        """Has it imported everything?"""
+        return self.alive and b'"ready"' in os.pread(self._says.fileno(), 1 << 12, 0)
+
+    def order(self, order: dict[str, Any]) -> None:
+        """Send one order; OSError if the standby is gone."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(order).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def close(self) -> None:
+        """Let it go; runs that it has started go on."""
+        if self.process.stdin is not None and not self.process.stdin.closed:
+            self.process.stdin.close()
+
+
+def _open_log() -> IO[bytes]:
+    """Where standbys complain, e.g. that torch cannot be imported; a run that dies so shows the end of it."""
+    path = standby_log(home())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        logs.cap(path)
+        return path.open("ab")
+    except OSError:
+        return open(os.devnull, "ab")
+
+
+_lock = threading.Lock()
+_standby: Standby | None = None
+
+
+def _current() -> Standby:
+    """The living standby of this process, started if need be. Call with the lock held."""
+    global _standby
+    if _standby is None or not _standby.alive:
+        _standby = Standby()
+    return _standby
+
+
+def uses_standby() -> bool:
+    """LABKIT_STANDBY=0 turns the waiting process off where memory is short; each run then starts cold."""
+    return os.environ.get("LABKIT_STANDBY", "1") != "0"
+
+
+def warm(wait: float = 0.0) -> bool:
+    """Start the standby in the background; with `wait` seconds, wait for it. True if it is ready."""
+    if not uses_standby():
+        return False
+    with _lock:
+        standby = _current()
+    deadline = time.monotonic() + wait
+    while not standby.ready() and standby.alive and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return standby.ready()
+
+
+def standby_pid() -> int | None:
+    """Process id of the standby, or None if there is none."""
+    with _lock:
+        return _standby.process.pid if _standby is not None and _standby.alive else None
+
+
+@atexit.register
+def close() -> None:
+    """End the standby of this process. Runs go on."""
+    global _standby
+    with _lock:
+        if _standby is not None:
+            _standby.close()
+            _standby = None
+
+
+def launch(
+    experiment: Experiment,
+    *,
+    resume: Run | str | None = None,
+    baseline: Run | str | None = "auto",
+) -> Run:
+    """Start a run in the background and return its handle at once.
+
+    `resume` continues from the last checkpoint of another run. `baseline` names the one-process run that the speed-up
+    refers to; "auto" takes the latest on this machine that fits. Raises ExperimentError, and launches nothing, if the
+    experiment cannot run here or the run directory cannot be written.
+    """
+    requested = time.monotonic()
+    resolved = experiment.check()
+    checkpoint = None if resume is None else _last_checkpoint(resume)
+    directory = _create(resolved)
+    order = {
+        "run": str(directory.path),
+        "requested": requested,
+        "cwd": os.getcwd(),
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)},
+        "baseline": baseline.id if isinstance(baseline, Run) else baseline,
+        "resume": checkpoint,
+    }
+    with _lock:
+        standby = _current() if uses_standby() else Standby()
+        status = {
+            "run_id": directory.id,
+            "title": resolved.title,
+            "state": "starting",
+            "created": time.time(),
+            "started": None,
+            "ended": None,
+            "boot": boot_id(),
+            "workload": resolved.workload.name,
+            "layout": str(resolved.layout),
+            "world_size": resolved.layout.world_size,
+            "device": resolved.launch.device,
+            "steps": resolved.training.steps,
+            "warnings": [str(warning) for warning in resolved.warnings()],
+            "resumed_from": checkpoint,
+            "launcher": identity(standby.process.pid),
+            "supervisor": None,
+            "ranks": [],
+            "cause": None,
+        }
+        try:
+            run_status.update(directory, **status)
+            standby.order(order)
+        except OSError as error:
+            run_status.update(directory, state="failed", cause=run_status.cause("supervisor", f"cannot launch: {error}"))
+        if not uses_standby():
+            standby.close()
+    return Run(directory)
+
+
+def _create(experiment: Experiment) -> RunDirectory:
+    """The run directory with the experiment in it; ExperimentError if that cannot be written."""
+    try:
+        directory = RunDirectory.create(f"{experiment.workload.name}-{experiment.layout}")
+        free = shutil.disk_usage(directory.path).free
+        if free < LEAST_FREE_BYTES:
+            directory.path.rmdir()
+            raise ExperimentError([Problem("LABKIT_HOME", f"only {free / 2**20:.1f} MB are free in {home()}")])
+        run_status.reserve(directory)
+        write_json(directory.experiment, experiment.to_dict())
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ExperimentError([Problem("LABKIT_HOME", f"cannot write a run to {home()}: {why}")]) from None
+    return directory
+
+
+def _last_checkpoint(run: Run | str) -> str:
+    try:
+        run = Run.attach(run) if isinstance(run, str) else run
+    except FileNotFoundError as error:
+        raise ExperimentError([Problem("resume", str(error))]) from None
+    steps = run.checkpoints()
+    if not steps:
+        raise ExperimentError([Problem("resume", f"run {run.id} has no checkpoint (set training.checkpoint_every)")])
+    return str(run.directory.checkpoint(steps[-1]))

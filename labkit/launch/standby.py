@@ -1,0 +1,99 @@
+"""The standby: a process with torch already imported that waits for orders and forks a supervisor for each.
+
+    kernel ──pipe──▶ standby ──fork──▶ supervisor of run A ──fork──▶ rank 0, rank 1, …
+                             ──fork──▶ supervisor of run B ──fork──▶ …
+
+Importing torch and accelerate costs seconds, forking a process that has them costs milliseconds. Forking is safe here
+and nowhere else: the standby has one thread, no CUDA context, and runs no tensor operation. It dies with its kernel
+(end of file on the pipe); a supervisor is in a session of its own and does not.
+
+Orders are JSON lines on standard input: {"run": directory, "requested": monotonic seconds, "cwd": directory, …}.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import signal
+import sys
+import traceback
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from labkit.experiment.run_directory import RunDirectory
+from labkit.runs import status
+from labkit.runs.processes import identity
+
+# Set before numpy and torch load their thread pools: a thread pool would not survive the fork.
+SINGLE_THREADED = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "NUMEXPR_NUM_THREADS": "1",
+}
+# What a rank imports before its first step. Named, not imported: the two wings meet on disk only.
+PRELOAD = ("labkit.training.preload", "labkit.workloads.preload")
+
+
+def main() -> int:
+    """Read orders until the kernel is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.update(SINGLE_THREADED)
+    for name in PRELOAD:
+        import_module(name).preload()
+    supervise = import_module("labkit.launch.supervisor").supervise  # it loads numpy: after the threads are limited
+    # Objects that live now are shared by all later processes; keep the collector from touching (copying) their pages.
+    gc.collect()
+    gc.freeze()
+    print(json.dumps({"ready": os.getpid()}), flush=True)
+    pending = b""
+    while True:
+        ready, _, _ = select.select([0], [], [], 1.0)
+        _reap()
+        if not ready:
+            continue
+        chunk = os.read(0, 1 << 16)
+        if not chunk:
+            return 0
+        *lines, pending = (pending + chunk).split(b"\n")
+        for line in lines:
+            _fork_supervisor(supervise, json.loads(line))
+
+
+def _fork_supervisor(supervise: Any, order: dict[str, Any]) -> None:
+    pid = os.fork()
+    if pid:
+        # From now on the run lives and dies with its supervisor, also if this process ends at once.
+        status.update(RunDirectory(Path(order["run"])), supervisor=identity(pid))
+        return
+    code = 1
+    try:
+        os.setsid()
+        # Neither the kernel's pipe nor its output may stay open here: the run outlives the kernel.
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        log = os.open(os.path.join(order["run"], "supervisor.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        for descriptor, target in ((nowhere, 0), (log, 1), (log, 2)):
+            os.dup2(descriptor, target)
+        code = supervise(order)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _reap() -> None:
+    """Take leave of supervisors that have ended, so that they do not stay as zombies."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,256 @@
+"""Comparing runs: speed-up over a named baseline, efficiency, and what the machine could have given.
+
+Speed-up is throughput ÷ throughput of the baseline: same workload, global batch, seed, precision and threads per rank,
+on one process. The ceiling is what as many independent copies reach at once on this machine (`launch.isolated`), over
+the same baseline: it separates what the method costs from what the machine lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from labkit.experiment import Experiment, ExperimentError
+from labkit.experiment.run_directory import RunDirectory, read_json
+from labkit.runs import steady
+from labkit.runs.data import RunData
+from labkit.runs.status import reconcile
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SEARCHED = 300
+"""How many of the latest runs are looked at for a baseline."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run with its steady-state step time."""
+
+    directory: RunDirectory
+    experiment: Experiment
+    status: dict[str, Any]
+    data: RunData
+    steady: steady.Steady
+
+    @classmethod
+    def read(cls, directory: RunDirectory) -> Measured:
+        """Read a run from disk; ExperimentError if its experiment cannot be read."""
+        data = RunData(directory)
+        data.refresh()
+        experiment = Experiment.load(directory.experiment)
+        return cls(directory, experiment, reconcile(directory), data, steady.Steady.of(_step_seconds(data)))
+
+    @property
+    def is_ceiling(self) -> bool:
+        return self.experiment.launch.isolated and self.experiment.layout.world_size > 1
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.experiment.layout.world_size == 1 and self.status["state"] in ("finished", "stopped")
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """Median throughput over all ranks after the warm-up."""
+        return self.experiment.training.global_batch / self.steady.median if self.steady.median else None
+
+    @property
+    def created(self) -> float:
+        return float(self.status.get("created") or 0.0)
+
+
+def _step_seconds(data: RunData) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Seconds per step of the run, shape [steps]: the mean over its ranks, which wait for each other."""
+    columns = [seconds for seconds in data.seconds if len(seconds)]
+    if not columns:
+        return np.empty(0)
+    length = min(len(seconds) for seconds in columns)
+    return np.mean([seconds[:length] for seconds in columns], axis=0, dtype=np.float64)
+
+
+def differences(one: Experiment, other: Experiment) -> list[str]:
+    """What makes two experiments incomparable in speed; [] when only the layout and the method differ."""
+    pairs = {
+        "workload": (one.workload, other.workload),
+        "global batch": (one.training.global_batch, other.training.global_batch),
+        "seed": (one.training.seed, other.training.seed),
+        "precision": (one.quantization.training, other.quantization.training),
+        "threads per rank": (one.launch.threads_per_rank, other.launch.threads_per_rank),
+        "device": (one.launch.device, other.launch.device),
+    }
+    return [f"other {name}" for name, (a, b) in pairs.items() if a != b]
+
+
+def find_baseline(directory: RunDirectory) -> RunDirectory | None:
+    """The latest finished one-process run on this machine that `directory` can be compared with."""
+    experiment = Experiment.load(directory.experiment)
+    host = (read_json(directory.environment) or {}).get("host")
+    for other in list(RunDirectory.all(directory.path.parent.parent))[-SEARCHED:][::-1]:
+        if other.id == directory.id:
+            continue
+        try:
+            candidate = Experiment.load(other.experiment)
+        except ExperimentError:
+            continue
+        if candidate.layout.world_size != 1 or differences(experiment, candidate):
+            continue
+        same_host = (read_json(other.environment) or {}).get("host") == host
+        if same_host and (read_json(other.status) or {}).get("state") == "finished":
+            return other
+    return None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side. `rows` is one dict a run; `baseline_run_id` names what speed-ups refer to."""
+
+    rows: list[dict[str, Any]]
+    baseline_run_id: str | None
+
+    def table(self) -> pd.DataFrame:
+        """The rows as a DataFrame indexed by run id."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows).set_index("run_id")
+
+    def text(self) -> str:
+        """The finding in one sentence."""
+        claims = [row for row in self.rows if row["speedup"] is not None and not (row["is_baseline"] or row["is_ceiling"])]
+        if not claims:
+            reasons = sorted({note for row in self.rows for note in row["notes"]}) or ["no baseline: run it on one rank"]
+            return f"No speed-up can be claimed: {'; '.join(reasons)}."
+        best = max(claims, key=lambda row: row["speedup"])
+        ceiling = f", where the machine allows {best['ceiling']:.2f}" if best["ceiling"] else ""
+        return (
+            f"{best['world_size']} ranks train {best['speedup']:.2f} times as fast as one "
+            f"({best['speedup_low']:.2f} to {best['speedup_high']:.2f}{ceiling}); baseline {self.baseline_run_id}."
+        )
+
+    def __str__(self) -> str:
+        head = ["run", "layout", "state", "steps", "samples/s", "ms/step", "speed-up", "interval", "efficiency", "ceiling"]
+        metric = next((row["metric"] for row in self.rows if row["metric"]), "metric")
+        lines = [[*head, metric]]
+        for row in self.rows:
+            interval = "" if row["speedup_low"] is None else f"{row['speedup_low']:.2f}-{row['speedup_high']:.2f}"
+            mark = " (baseline)" if row["is_baseline"] else " (ceiling)" if row["is_ceiling"] else ""
+            lines.append(
+                [
+                    row["run_id"] + mark,
+                    row["layout"],
+                    row["state"],
+                    str(row["steps"]),
+                    _number(row["samples_per_second"], ".0f"),
+                    _number(row["step_seconds"] and 1000 * row["step_seconds"], ".1f"),
+                    _number(row["speedup"], ".2f"),
+                    interval,
+                    _number(row["efficiency"], ".0%"),
+                    _number(row["ceiling"], ".2f"),
+                    _number(row["final"], ".4g"),
+                ]
+            )
+        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        table.insert(1, "  ".join("-" * width for width in widths))
+        notes = [f"{row['run_id']}: {note}" for row in self.rows for note in row["notes"]]
+        return "\n".join([*table, "", *notes, self.text()])
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def compare(runs: Iterable[Any], baseline: Any = None) -> Comparison:
+    """Compare runs (Run, RunDirectory, id or path). The baseline is the given one, or each run's nearest in time.
+
+    Runs taken in turn (A B A B) are each set against the baseline next to them, because machines drift. Raises
+    FileNotFoundError for an unknown run and ExperimentError for one whose experiment cannot be read.
+    """
+    measured = [Measured.read(_directory(run)) for run in runs]
+    if baseline is not None:
+        named = Measured.read(_directory(baseline))
+        bases = [named]
+        if all(one.directory.id != named.directory.id for one in measured):
+            measured.insert(0, named)
+    else:
+        bases = [one for one in measured if one.is_baseline]
+    rows = [_row(one, bases, measured) for one in measured]
+    used = [row["baseline_run_id"] for row in rows if row["baseline_run_id"]]
+    return Comparison(rows, max(set(used), key=used.count) if used else None)
+
+
+def _directory(run: Any) -> RunDirectory:
+    if isinstance(run, RunDirectory):
+        return run
+    found = getattr(run, "directory", None)
+    return found if isinstance(found, RunDirectory) else RunDirectory.find(run)
+
+
+def _nearest(one: Measured, others: Sequence[Measured]) -> Measured | None:
+    return min(others, key=lambda other: abs(other.created - one.created), default=None)
+
+
+def _row(one: Measured, bases: Sequence[Measured], all_runs: Sequence[Measured]) -> dict[str, Any]:
+    experiment, data = one.experiment, one.data
+    fitting = [base for base in bases if not differences(one.experiment, base.experiment)]
+    base = one if one.is_baseline else _nearest(one, fitting)
+    notes = []
+    if base is None and bases:
+        notes.append(", ".join(differences(one.experiment, bases[0].experiment)) + " than the baseline")
+    speedup = low = high = None
+    complaint = one.steady.complaint or (base.steady.complaint if base else None)
+    if complaint:
+        notes.append(complaint)
+    elif base is not None:
+        speedup, low, high = (1.0, 1.0, 1.0) if base is one else steady.ratio(base.steady, one.steady)
+        if high - low > steady.MAX_RELATIVE_WIDTH * speedup:
+            notes.append(f"too noisy to claim ({low:.2f} to {high:.2f})")
+            speedup = low = high = None
+    ranks = experiment.layout.world_size
+    final = data.evaluations[-1][2] if data.evaluations else {}
+    metric = data.metric.get("key")
+    return {
+        "run_id": one.directory.id,
+        "title": one.status.get("title") or one.directory.id,
+        "workload": experiment.workload.name,
+        "layout": str(experiment.layout),
+        "world_size": ranks,
+        "device": experiment.launch.device,
+        "state": one.status["state"],
+        "global_batch": experiment.training.global_batch,
+        "steps": data.steps,
+        "metric": metric,
+        "final": None if one.is_ceiling else final.get(metric),
+        "loss": None if one.is_ceiling else final.get("loss"),
+        "samples_per_second": one.samples_per_second,
+        "step_seconds": one.steady.median,
+        "warmup_steps": one.steady.warmup_steps,
+        "speedup": speedup,
+        "speedup_low": low,
+        "speedup_high": high,
+        "efficiency": None if speedup is None else speedup / ranks,
+        "ceiling": _ceiling(one, base, all_runs),
+        "baseline_run_id": base.directory.id if base else None,
+        "is_baseline": one.is_baseline,
+        "is_ceiling": one.is_ceiling,
+        "notes": notes,
+    }
+
+
+def _ceiling(one: Measured, base: Measured | None, all_runs: Sequence[Measured]) -> float | None:
+    """What independent copies on as many ranks reach, over the baseline; None if that was not measured."""
+    if one.experiment.layout.world_size == 1:
+        return None
+    candidates = [
+        other
+        for other in all_runs
+        if other.is_ceiling
+        and other.experiment.layout.world_size == one.experiment.layout.world_size
+        and not differences(other.experiment, one.experiment)
+    ]
+    ceiling = _nearest(one, candidates)
+    if ceiling is None or base is None or not ceiling.steady.median or not base.steady.median:
+        return None
+    return base.steady.median / ceiling.steady.median

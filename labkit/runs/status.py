@@ -1,0 +1,114 @@
+"""The state of a run on disk: one writer at a time, exactly one terminal state, and readers that can finish the job.
+
+A supervisor that is killed cannot write its own end. Whoever looks next (a notebook, the command line) finds its
+process gone and writes the terminal state in its place, under the same lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from labkit.experiment.run_directory import STATES, TERMINAL, RunDirectory, read_json, standby_log, write_json
+from labkit.runs.logs import tail
+from labkit.runs.processes import alive, boot_id
+
+RESERVE_BYTES = 256 * 1024
+
+
+def read(directory: RunDirectory) -> dict[str, Any]:
+    """The status as written; a run whose status cannot be read counts as failed."""
+    status = read_json(directory.status)
+    if isinstance(status, dict) and status.get("state") in STATES:
+        return status
+    return {
+        "run_id": directory.id,
+        "title": directory.id,
+        "state": "failed",
+        "cause": cause("supervisor", "the status of this run cannot be read"),
+    }
+
+
+def cause(kind: str, message: str, **more: Any) -> dict[str, Any]:
+    """Why a run ended other than finished: kind, one sentence, and where known rank, exception, signal, log."""
+    return {"kind": kind, "message": message, "rank": None, "exception": None, "signal": None, "log": []} | more
+
+
+@contextlib.contextmanager
+def _locked(directory: RunDirectory) -> Iterator[None]:
+    # Opened for reading: that needs no free block, so the lock can be had on a full disk.
+    flags = os.O_RDONLY | (0 if directory.lock.exists() else os.O_CREAT)
+    descriptor = os.open(directory.lock, flags, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def reserve(directory: RunDirectory) -> None:
+    """Set blocks aside for the last words of the run on a full disk."""
+    descriptor = os.open(directory.reserve, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.write(descriptor, bytes(RESERVE_BYTES))
+    finally:
+        os.close(descriptor)
+    with _locked(directory):
+        pass
+
+
+def update(directory: RunDirectory, **changes: Any) -> dict[str, Any]:
+    """Merge `changes` into the status, atomically. After a terminal state nothing changes any more."""
+    with _locked(directory):
+        status = read_json(directory.status)
+        status = status if isinstance(status, dict) else {"run_id": directory.id}
+        if status.get("state") in TERMINAL:
+            return status
+        status.update(changes)
+        ends = status.get("state") in TERMINAL
+        if ends:
+            status["ended"] = time.time()
+        _write_even_if_full(directory, status)
+        if ends:
+            with contextlib.suppress(OSError):
+                directory.reserve.unlink()
+        return status
+
+
+def _write_even_if_full(directory: RunDirectory, status: dict[str, Any]) -> None:
+    try:
+        write_json(directory.status, status)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        with contextlib.suppress(OSError):
+            directory.reserve.unlink()
+        write_json(directory.status, status)
+
+
+def reconcile(directory: RunDirectory) -> dict[str, Any]:
+    """The status, after writing the terminal state of a run whose supervisor is gone."""
+    status = read(directory)
+    if status["state"] in TERMINAL:
+        return status
+    if status.get("boot") != boot_id():
+        return status  # another machine's run on a shared disk: its processes cannot be seen from here
+    holder = status.get("supervisor") or status.get("launcher")
+    if holder is None or alive(holder):
+        return status
+    status = read(directory)  # the supervisor may have ended the run just before it went
+    if status["state"] in TERMINAL or (status.get("supervisor") or status.get("launcher")) != holder:
+        return status
+    if status.get("supervisor"):
+        said = "the supervisor was killed from outside; its ranks died with it"
+        log = tail(directory.supervisor_log)
+    else:
+        said = "the launcher died before the run began"
+        log = tail(standby_log(directory.path.parent.parent))
+    return update(directory, state="failed", cause=cause("supervisor", said, log=log))
+

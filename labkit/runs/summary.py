@@ -1,0 +1,78 @@
+"""The summary of a finished run, made from its events and written to `summary.json` by its supervisor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from labkit.experiment.run_directory import RunDirectory, write_json
+from labkit.runs.compare import Measured, compare, find_baseline
+
+LOSS_POINTS = 200
+
+
+def write(directory: RunDirectory, state: str, baseline: str | None = "auto") -> dict[str, Any]:
+    """Build the summary for a run that ends in `state`, write it, and return it."""
+    summary = build(directory, state, baseline)
+    write_json(directory.summary, summary)
+    return summary
+
+
+def build(directory: RunDirectory, state: str | None = None, baseline: str | None = "auto") -> dict[str, Any]:
+    """The summary (keys: see README). `baseline` is a run id, "auto" for the latest that fits, or None."""
+    one = Measured.read(directory)
+    experiment, data, steady = one.experiment, one.data, one.steady
+    ranks = experiment.layout.world_size
+    base = None
+    if ranks > 1 and baseline is not None:
+        base = find_baseline(directory) if baseline == "auto" else RunDirectory.find(baseline)
+    comparison = compare([directory], baseline=base)
+    row = next(row for row in comparison.rows if row["run_id"] == directory.id)
+    final = data.evaluations[-1][2] if data.evaluations else {}
+    start = data.rank_starts[0] if data.rank_starts else {}
+    return {
+        "run_id": directory.id,
+        "title": experiment.title,
+        "workload": experiment.workload.name,
+        "status": state or one.status["state"],
+        "layout": str(experiment.layout),
+        "world_size": ranks,
+        "device": experiment.launch.device,
+        "global_batch": experiment.training.global_batch,
+        "steps": data.first + data.steps,
+        "loss": _thinned(data.loss, data.first),
+        "accuracy": final.get("accuracy"),
+        "metrics": final,
+        "metric": data.metric,
+        "facts": data.facts,
+        "samples_per_second": None if steady.complaint else one.samples_per_second,
+        "step_seconds": {
+            "median": steady.median,
+            "p10": steady.quantile(0.1),
+            "p90": steady.quantile(0.9),
+            "warmup_steps": steady.warmup_steps,
+            "samples": len(steady.seconds),
+        },
+        "seconds": float(data.elapsed[-1]) if len(data.elapsed) else 0.0,
+        "time_to_first_step_seconds": start.get("time_to_first_step_seconds"),
+        "communication": data.communication,
+        "peak_memory_bytes": [data.peak_memory.get(rank) for rank in range(ranks)],
+        "effective": start.get("effective", {}),
+        "baseline_run_id": row["baseline_run_id"] if ranks > 1 else None,
+        "speedup": row["speedup"] if ranks > 1 else None,
+        "speedup_interval": [row["speedup_low"], row["speedup_high"]] if ranks > 1 and row["speedup"] else None,
+        "efficiency": row["efficiency"] if ranks > 1 else None,
+        "ceiling": row["ceiling"],
+        "notes": row["notes"],
+        "warnings": one.status.get("warnings", []),
+    }
+
+
+def _thinned(loss: np.ndarray[Any, np.dtype[np.float64]], first: int) -> list[list[float | int | None]]:
+    """At most LOSS_POINTS pairs [step, loss]; a loss that is no number becomes null, because JSON has none."""
+    if not len(loss):
+        return []
+    index = np.unique(np.linspace(0, len(loss) - 1, LOSS_POINTS).round().astype(int))
+    return [[first + int(i) + 1, float(loss[i]) if math.isfinite(loss[i]) else None] for i in index]

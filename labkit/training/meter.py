@@ -1,0 +1,186 @@
+"""The meter of one rank: where each step's time goes, written every few hundred milliseconds, for under 0.5 % of it.
+
+The loop marks the borders between phases; nothing is computed and nothing is written there. A background thread turns
+marks into seconds once the device has passed them, appends a batch of steps to the rank's event file, tells the
+supervisor that this process is alive, and ends it when the supervisor is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+import time
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from labkit.experiment.run_directory import PHASES
+from labkit.training.clock import clock
+from labkit.training.events import EventWriter
+
+FLUSH_S = 0.25
+SPANS = ("data", "forward", "backward", "optimizer")
+_PHASE_NUMBERS = {name: number for number, name in enumerate(PHASES)}
+
+
+class Board(Protocol):
+    """What a rank needs of the memory that it shares with its supervisor (labkit.launch.board)."""
+
+    def progress(self, rank: int, step: int, phase: int) -> None: ...
+
+    def life(self, rank: int, memory_bytes: int) -> None: ...
+
+    def should_stop(self, rank: int, step: int) -> bool: ...
+
+
+class _Step:
+    """The marks of one step, until they are turned into seconds."""
+
+    __slots__ = ("grad_norm", "losses", "lr", "marks", "number", "samples")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.marks: list[tuple[str, Any]] = []
+        self.losses: list[tuple[Tensor, int]] = []
+        self.samples = 0
+        self.grad_norm: Any = None
+        self.lr = 0.0
+
+
+class Meter:
+    """Marks time and progress for one rank. Use as a context manager: leaving it writes what is left."""
+
+    def __init__(self, events: EventWriter, rank: int, board: Board, requested: float) -> None:
+        self.events, self.rank, self.board, self.requested = events, rank, board, requested
+        self._clock = clock(torch.device("cpu"))
+        self._device = torch.device("cpu")
+        self._step: _Step | None = None
+        self._waiting: list[_Step] = []
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._failure: BaseException | None = None
+        self._first = True
+        self._number = 0
+        self._thread = threading.Thread(target=self._work, name="labkit-meter", daemon=True)
+
+    def __enter__(self) -> Meter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._ended.set()
+        self._thread.join(timeout=5)
+        if kind is None:
+            self.raise_failure()
+            self._flush(wait=True)
+
+    def use(self, device: torch.device) -> None:
+        """Measure on this device from here on."""
+        self._device, self._clock = device, clock(device)
+
+    # -- the loop's side: cheap -----------------------------------------------------------------------------------
+
+    def begin(self, number: int, lr: float) -> None:
+        """Step `number` begins, with the phase `data`."""
+        self._step = _Step(number)
+        self._step.lr = lr
+        self._number = number
+        self.phase("data")
+
+    def phase(self, name: str) -> None:
+        """From here on it is `name`: a span of the step, or something outside of steps."""
+        self.board.progress(self.rank, self._number, _PHASE_NUMBERS[name])
+        if self._step is not None:
+            self._step.marks.append((name, self._clock.now()))
+
+    def loss(self, loss: Tensor, samples: int) -> None:
+        """Mean loss over `samples` samples of this rank in this step (one call per pass)."""
+        assert self._step is not None
+        self._step.losses.append((loss.detach(), samples))
+        self._step.samples += samples
+
+    def grad_norm(self, norm: Any) -> None:
+        assert self._step is not None
+        self._step.grad_norm = norm
+
+    def end(self) -> None:
+        """The step has ended."""
+        step = self._step
+        assert step is not None
+        step.marks.append(("", self._clock.now()))
+        self._step = None
+        with self._lock:
+            self._waiting.append(step)
+        if self._first:
+            self._first = False
+            if self.rank == 0:
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize()
+                self.events.write("first_step", seconds=time.monotonic() - self.requested)
+        if self._failure is not None:
+            self.raise_failure()
+
+    def raise_failure(self) -> None:
+        """Raise what went wrong in the background thread (a full disk) in the loop."""
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    # -- the background thread ------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        parent = os.getppid()
+        while not self._ended.wait(FLUSH_S):
+            if os.getppid() != parent:
+                os._exit(1)  # the supervisor is gone and the parent-death signal did not come
+            self.board.life(self.rank, resident_bytes())
+            try:
+                self._flush()
+            except BaseException as error:
+                self._failure = error
+                return
+
+    def _flush(self, wait: bool = False) -> None:
+        """Write the steps that the device has finished."""
+        if wait and self._device.type == "cuda":
+            torch.cuda.synchronize()
+        ready: list[_Step] = []
+        with self._lock:
+            while self._waiting and self._clock.passed(self._waiting[0].marks[-1][1]):
+                ready.append(self._waiting.pop(0))
+        if not ready:
+            return
+        columns: dict[str, list[Any]] = {name: [] for name in ("loss", "samples", "seconds", *SPANS)}
+        for step in ready:
+            spans = dict.fromkeys(SPANS, 0.0)
+            for (name, begin), (_, end) in zip(step.marks, step.marks[1:], strict=False):
+                spans[name] += self._clock.seconds(begin, end)
+            total = sum(float(loss) * samples for loss, samples in step.losses)
+            columns["loss"].append(total / max(1, step.samples))
+            columns["samples"].append(step.samples)
+            columns["seconds"].append(round(self._clock.seconds(step.marks[0][1], step.marks[-1][1]), 7))
+            for name in SPANS:
+                columns[name].append(round(spans[name], 7))
+        if ready[0].grad_norm is not None:
+            columns["grad_norm"] = [None if step.grad_norm is None else float(step.grad_norm) for step in ready]
+        if self.rank == 0:
+            columns["lr"] = [step.lr for step in ready]
+        self.events.write("steps", first=ready[0].number, **columns)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM now (bytes)."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_bytes(torch.device("cpu"))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory ever used: of the device for CUDA, else resident memory of this process (bytes)."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

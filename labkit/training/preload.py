@@ -1,0 +1,28 @@
+"""What a rank imports before its first step, imported early by the standby.
+
+Without this the first step would pay for it: torch loads parts of itself when they are first used. Nothing here starts
+a thread or touches CUDA, so that the process can still fork.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+MODULES = (
+    "torch",
+    "torch.distributed",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.nn.parallel",
+    "torch.optim",
+    "torch.utils.data",
+    "accelerate",
+    "accelerate.utils",
+    "safetensors.torch",
+    "labkit.training.worker",
+)
+
+
+def preload() -> None:
+    """Import everything in MODULES."""
+    for name in MODULES:
+        import_module(name)

@@ -1,0 +1,96 @@
+"""The runtime of one rank: threads, device, process group, Accelerator.
+
+Accelerate keeps the process state, wraps the model, gathers and saves. The process group is made here, because the
+rendezvous is a file in a private directory: no port to collide on, and nothing listens beyond loopback.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from labkit.experiment import Experiment
+from labkit.experiment.registry import registry
+from labkit.parallel.replicate import Replicate
+
+PATIENCE_S = 30.0
+"""Collectives give up this much later than the supervisor, which can name the rank at fault."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Who this rank is and what it works with."""
+
+    rank: int
+    """Rank in the run, also where ranks are isolated."""
+    ranks: int
+    """Ranks that share the global batch."""
+    device: torch.device
+    dtype: torch.dtype
+    accelerator: Accelerator
+    precision: Any
+    isolated: bool
+
+    @classmethod
+    def start(cls, experiment: Experiment, rank: int, rendezvous: str) -> Runtime:
+        """Join the other ranks. Blocks until all have joined."""
+        launch, ranks = experiment.launch, experiment.layout.world_size
+        torch.set_num_threads(launch.threads_per_rank)
+        alone = ranks == 1 or launch.isolated
+        cpu = launch.device == "cpu"
+        if not cpu:
+            device = torch.device("cuda", rank % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+            os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+        if not alone:
+            dist.init_process_group(
+                backend(launch.device, ranks),
+                init_method=f"file://{rendezvous}",
+                rank=rank,
+                world_size=ranks,
+                timeout=timedelta(seconds=launch.timeout_s + PATIENCE_S),
+            )
+        precision = registry("quantization.training")[experiment.quantization.training].load()
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=precision.mixed_precision,
+            kwargs_handlers=[Replicate.handler(experiment)],
+            step_scheduler_with_optimizer=False,
+        )
+        # Silently training N separate models is the worst that can happen: several launchers do it.
+        expected = 1 if alone else ranks
+        if accelerator.num_processes != expected:
+            raise RuntimeError(f"{accelerator.num_processes} processes have met, {expected} were expected")
+        return cls(rank, ranks, accelerator.device, precision.dtype(), accelerator, precision, launch.isolated)
+
+    def place(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Move a batch to the device; floating-point tensors also to the number format of the run."""
+        return {
+            name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None, non_blocking=True)
+            for name, tensor in batch.items()
+        }
+
+    def add_up(self, sums: dict[str, float]) -> dict[str, float]:
+        """Sum numbers over all ranks; every rank gets the result. All ranks name the same keys."""
+        if self.accelerator.num_processes == 1:
+            return sums
+        keys = sorted(sums)
+        total = torch.tensor([sums[key] for key in keys], dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return dict(zip(keys, total.tolist(), strict=True))
+
+    def end(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def backend(device: str, ranks: int) -> str:
+    """NCCL where every rank has a GPU of its own; gloo on CPUs and where ranks share a GPU (NCCL refuses that)."""
+    return "nccl" if device == "cuda" and ranks <= torch.cuda.device_count() else "gloo"

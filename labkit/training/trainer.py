@@ -1,0 +1,205 @@
+"""The training loop of one rank."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from labkit.experiment import Experiment
+from labkit.experiment.registry import registry
+from labkit.experiment.run_directory import RunDirectory
+from labkit.parallel.replicate import Replicate, share_weight
+from labkit.training import checkpoint, evaluation
+from labkit.training.events import EventWriter
+from labkit.training.meter import Board, Meter, peak_bytes
+from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
+from labkit.training.runtime import Runtime
+from labkit.training.sampling import Order, PassSampler
+from labkit.workloads.base import Batch, Task
+
+DEFAULT_EVALUATIONS = 10
+
+
+class Trainer:
+    """One rank at work: model, optimizer and data prepared, then `run()`."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        directory: RunDirectory,
+        task: Task,
+        runtime: Runtime,
+        meter: Meter,
+        board: Board,
+        resume: str | None,
+    ) -> None:
+        self.experiment, self.directory, self.task = experiment, directory, task
+        self.runtime, self.meter, self.board = runtime, meter, board
+        self.events: EventWriter = meter.events
+        training = experiment.training
+        self.bare: nn.Module = task.model.to(runtime.device, runtime.dtype)
+        self.order = Order(len(task.train), training.global_batch, training.seed)
+        self.steps = training.steps or self.order.steps(training.epochs or 1)
+        self.passes = experiment.gradients.accumulation
+        self.update = registry("gradients.update")[experiment.gradients.update.method].load()
+        self.compression = registry("gradients.compression")[experiment.gradients.compression.method].load()
+        optimizer = make_optimizer(experiment.optimizer, self.bare.parameters())
+        self.model, self.optimizer = Replicate.apply(runtime.accelerator, self.bare, optimizer)
+        self.compression.attach(self.model)
+        self.first = checkpoint.load(Path(resume), self.bare, optimizer) if resume else 0
+        self._plain_optimizer = optimizer
+        self.done = self._saved_at = self.first
+        """Updates done so far."""
+
+    def run(self) -> bool:
+        """Train to the end or until asked to stop; True if it was stopped before its end."""
+        self._write_start()
+        self.model.train()
+        batches = iter(self._loader())
+        stopped = False
+        while self.done < self.steps:
+            stopped = self.board.should_stop(self.runtime.rank, self.done)
+            if stopped:
+                break
+            self._step(self.done, batches)
+            self.done += 1
+            self._after(self.done)
+        if stopped and self.done > self._saved_at and self.experiment.training.checkpoint_every != 0:
+            self._save(self.done)
+        self._write_figures()
+        return stopped
+
+    # -- one update ---------------------------------------------------------------------------------------------------
+
+    def _step(self, step: int, batches: Iterator[Batch]) -> None:
+        """One update: the passes over this rank's share, the exchange of gradients in the last, the optimizer."""
+        meter, runtime = self.meter, self.runtime
+        settings = self.experiment.optimizer
+        rate = learning_rate(settings, step, self.steps)
+        meter.begin(step, rate)
+        set_learning_rate(self._plain_optimizer, rate)
+        # Everything random in this step (dropout, …) follows from these three, so a resumed run repeats it.
+        torch.manual_seed((self.experiment.training.seed * 1_000_003 + step) * 4099 + runtime.rank)
+        for number in range(self.passes):
+            if number:
+                meter.phase("data")
+            batch = runtime.place(next(batches))
+            samples = len(next(iter(batch.values())))
+            with self.update.passes(self.model, last=number == self.passes - 1):
+                meter.phase("forward")
+                with runtime.accelerator.autocast():
+                    loss = self.task.loss(self.model(batch["x"]), batch)
+                meter.phase("backward")
+                runtime.accelerator.backward(loss * self._weight(samples))
+            meter.loss(loss, samples)
+        meter.phase("optimizer")
+        if settings.clip_norm is not None:
+            meter.grad_norm(runtime.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_norm))
+        elif self.experiment.training.gradient_norm:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            meter.grad_norm(torch.nn.utils.get_total_norm(gradients))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        meter.end()
+
+    def _weight(self, samples: int) -> float:
+        """Weight of the mean loss over `samples` so that the update is the mean over the global batch."""
+        return share_weight(samples, self.experiment.training.global_batch, self.runtime.ranks)
+
+    def _loader(self) -> DataLoader[Batch]:
+        training = self.experiment.training
+        sampler = PassSampler(self.order, self.first, self.steps, self.runtime.rank, self.runtime.ranks, self.passes)
+        return DataLoader(
+            self.task.train,  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            collate_fn=_as_it_is,
+            num_workers=training.loader_workers,
+            pin_memory=self.runtime.device.type == "cuda",
+        )
+
+    # -- between updates ----------------------------------------------------------------------------------------------
+
+    def _after(self, step: int) -> None:
+        """What is due after `step` updates: evaluation, checkpoint."""
+        training, last = self.experiment.training, step == self.steps
+        every = training.evaluate_every or max(1, self.steps // DEFAULT_EVALUATIONS)
+        if not self.runtime.isolated and (step % every == 0 or last):
+            self._evaluate(step, last)
+        due = bool(training.checkpoint_every) and step % (training.checkpoint_every or 1) == 0
+        if not self.runtime.isolated and (due or (last and training.checkpoint_every != 0)):
+            self._save(step)
+
+    def _evaluate(self, step: int, last: bool) -> None:
+        begun = time.perf_counter()
+
+        def alive() -> None:
+            self.meter.phase("evaluation")
+
+        alive()
+        sums = evaluation.evaluate(self.task, self.bare, self.runtime, alive)
+        if last:
+            sums |= evaluation.drive(self.task, self.bare, self.runtime, self.experiment.training.seed)
+        if self.runtime.rank == 0:
+            seconds = time.perf_counter() - begun
+            self.events.write("evaluation", step=step, metrics=self.task.metrics(sums), seconds=seconds)
+
+    def _save(self, step: int) -> None:
+        begun = time.perf_counter()
+        self.meter.phase("checkpoint")
+        writes = self.runtime.rank == 0
+        folder = checkpoint.save(self.directory, step, self.bare, self._plain_optimizer, self.experiment, writes)
+        self._saved_at = step
+        if writes:
+            self.events.write(
+                "checkpoint",
+                step=step,
+                path=str(folder.relative_to(self.directory.path)),
+                seconds=time.perf_counter() - begun,
+            )
+            self.events.sync()
+
+    # -- beginning and end --------------------------------------------------------------------------------------------
+
+    def _write_start(self) -> None:
+        runtime, metric = self.runtime, self.task.metric
+        self.events.write(
+            "start",
+            device=str(runtime.device),
+            pid=os.getpid(),
+            threads=torch.get_num_threads(),
+            parameters=sum(parameter.numel() for parameter in self.bare.parameters()),
+            first=self.first,
+            metric={
+                "key": metric.key,
+                "title": metric.title,
+                "higher_is_better": metric.higher_is_better,
+                "unit": metric.unit,
+            },
+            facts=self.task.facts(),
+            effective={
+                "dtype": str(next(self.bare.parameters()).dtype).removeprefix("torch."),
+                "compressor": self.experiment.gradients.compression.method,
+                "sparsity": self.experiment.sparsity.method,
+                "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else "none",
+            },
+        )
+
+    def _write_figures(self) -> None:
+        measured = Replicate.communication(self.model)
+        if measured is not None:
+            bytes_sent = self.compression.bytes_per_step(measured["gradient_bytes"], self.runtime.ranks)
+            exposed = measured["exposed_seconds"]
+            self.events.write("communication", bytes_per_step=bytes_sent, exposed_seconds_per_step=exposed)
+        self.events.write("memory", peak_bytes=peak_bytes(self.runtime.device))
+        self.meter.phase("done")
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    """Data sets hand out whole batches; there is nothing left to collate."""
+    return batch
