@@ -44,7 +44,7 @@ demo: $(VENV)/.set-up-lab ## set up, run notebook 00, print the speed-up table a
 	failed=0; \
 	$(BIN)/papermill notebooks/00_start_here.ipynb demo-output/00_start_here.ipynb -k python3 \
 		-p report "$(CURDIR)/demo-output/report.html" --execution-timeout 600 || failed=$$?; \
-	$(BIN)/labkit stop --all || failed=1; \
+	$(BIN)/labkit stop --all >/dev/null || failed=1; \
 	if [ $$failed != 0 ]; then \
 		echo "The demo failed; the notebook as far as it came: demo-output/00_start_here.ipynb" >&2; exit 1; \
 	fi; \
