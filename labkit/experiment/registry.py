@@ -15,7 +15,8 @@ The experiment layer finds a room by its dotted name and imports it only when a 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -56,7 +57,7 @@ class Registry:
 
     field: str
     what: str
-    methods: list[Method] = field(default_factory=list)
+    methods: list[Method] = dataclasses.field(default_factory=list)
 
     def __iter__(self) -> Any:
         return iter(self.methods)

@@ -137,8 +137,8 @@ class Training(Section):
     """Passes over the training data (give this or steps)."""
     global_batch: int = Field(default=64, ge=1, le=10_000_000)
     """Samples per update over all ranks; it does not change with the layout, so that runs compare."""
-    evaluate_every: int | None = Field(default=None, ge=1)
-    """Steps between two evaluations on held-out data; empty for about ten evaluations a run."""
+    evaluate_every: int | None = Field(default=None, ge=0)
+    """Steps between two evaluations on held-out data; empty for about ten evaluations a run, 0 for none at all."""
     checkpoint_every: int | None = Field(default=None, ge=0)
     """Steps between two checkpoints; empty for one at the end only, 0 for none at all."""
     keep_checkpoints: int = Field(default=2, ge=1, le=1000)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from labkit.experiment.registry import Options
+from labkit.experiment.registry import Options as BaseOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,7 +17,7 @@ class Uncompressed:
     A ring all-reduce of n bytes over N ranks sends 2·(N-1)/N·n bytes from every rank (Patarasu and Yuan, 2009).
     """
 
-    class Options(Options):
+    class Options(BaseOptions):
         pass
 
     @staticmethod
@@ -33,7 +33,7 @@ class Uncompressed:
 class Synchronous:
     """All ranks wait for the average of all gradients before anyone changes a weight."""
 
-    class Options(Options):
+    class Options(BaseOptions):
         pass
 
     @staticmethod

@@ -1,1 +1,23 @@
+"""Run data in, plotly figures out: pure functions. Every figure has a summary in a sentence and a table twin."""
 
+from labkit.plots.curves import loss as plot_loss
+from labkit.plots.curves import metric as plot_metric
+from labkit.plots.curves import throughputs as plot_throughput
+from labkit.plots.grid import grid as plot_grid
+from labkit.plots.overview import overview as plot_overview
+from labkit.plots.picture import Picture, rows_of, summary_of
+from labkit.plots.ranks import ranks as plot_ranks
+from labkit.plots.speedup import speedup as plot_speedup
+
+__all__ = [
+    "Picture",
+    "plot_grid",
+    "plot_loss",
+    "plot_metric",
+    "plot_overview",
+    "plot_ranks",
+    "plot_speedup",
+    "plot_throughput",
+    "rows_of",
+    "summary_of",
+]

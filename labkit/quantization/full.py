@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from labkit.experiment.registry import Options
+from labkit.experiment.registry import Options as BaseOptions
 
 if TYPE_CHECKING:
     import torch
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Single:
     """float32 throughout, without TF32 or any other shortcut."""
 
-    class Options(Options):
+    class Options(BaseOptions):
         pass
 
     mixed_precision = "no"
@@ -39,5 +39,5 @@ class Double(Single):
 class Unquantized:
     """Numbers stay as they are."""
 
-    class Options(Options):
+    class Options(BaseOptions):
         pass

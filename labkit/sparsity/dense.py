@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from labkit.experiment.registry import Options
+from labkit.experiment.registry import Options as BaseOptions
 
 
 class Dense:
     """All connections stay."""
 
-    class Options(Options):
+    class Options(BaseOptions):
         pass

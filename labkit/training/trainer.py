@@ -126,14 +126,21 @@ class Trainer:
     # -- between updates ----------------------------------------------------------------------------------------------
 
     def _after(self, step: int) -> None:
-        """What is due after `step` updates: evaluation, checkpoint."""
-        training, last = self.experiment.training, step == self.steps
-        every = training.evaluate_every or max(1, self.steps // DEFAULT_EVALUATIONS)
-        if not self.runtime.isolated and (step % every == 0 or last):
-            self._evaluate(step, last)
-        due = bool(training.checkpoint_every) and step % (training.checkpoint_every or 1) == 0
-        if not self.runtime.isolated and (due or (last and training.checkpoint_every != 0)):
+        """What is due after `step` updates: evaluation, checkpoint; always at the end unless switched off (0)."""
+        if self.runtime.isolated:
+            return  # copies that do not train together have nothing to show or to keep
+        training = self.experiment.training
+        evaluate_every = training.evaluate_every
+        if evaluate_every is None:
+            evaluate_every = max(1, self.steps // DEFAULT_EVALUATIONS)
+        if self._due(step, evaluate_every):
+            self._evaluate(step, last=step == self.steps)
+        checkpoint_every = self.steps if training.checkpoint_every is None else training.checkpoint_every
+        if self._due(step, checkpoint_every):
             self._save(step)
+
+    def _due(self, step: int, every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.steps)
 
     def _evaluate(self, step: int, last: bool) -> None:
         begun = time.perf_counter()

@@ -1,0 +1,337 @@
+"""The command line: the same for people, tests and CI.
+
+Exit code 0: good. 1: the run failed, or the claim does not hold. 2: the request is wrong; the reason is one sentence
+on standard error and nothing was launched. With --json the last line of standard output is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from labkit import __version__
+from labkit.experiment import Experiment, ExperimentError, Problem
+from labkit.experiment.recipes import RECIPES, recipe
+from labkit.experiment.run_directory import TERMINAL
+
+Command = Callable[[argparse.Namespace], int]
+
+
+class UsageError(Exception):
+    """The command line itself is wrong."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    try:
+        options = _parser().parse_args(arguments)
+        command: Command = options.command
+        return command(options)
+    except UsageError as error:
+        return _refuse(str(error))
+    except ExperimentError as error:
+        return _refuse(str(error))
+    except FileNotFoundError as error:
+        return _refuse(str(error) if error.errno is None else f"{error.filename}: {error.strerror}")
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone (labkit … | head)
+        return 0
+
+
+def _refuse(sentence: str) -> int:
+    print(f"labkit: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="labkit", description="A laboratory for parallel training of neural networks.")
+    parser.add_argument("--version", action="version", version=f"labkit {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, command: Command, text: str, json_too: bool = True) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        if json_too:
+            sub.add_argument("--json", action="store_true", help="print JSON in the last line of standard output")
+        return sub
+
+    def add_experiment(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("what", nargs="?", metavar="RECIPE|FILE.json", help="what to run (default: vision-ddp)")
+        sub.add_argument(
+            "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field: layout.dp_replicate=2"
+        )
+        sub.add_argument("--ranks", type=_count, metavar="N", help="number of ranks: fills the axis that is -1")
+
+    run = add("run", _run, "Launch a run and follow it to its end.")
+    add_experiment(run)
+    run.add_argument("--resume", metavar="RUN", help="go on from the last checkpoint of this run")
+    run.add_argument(
+        "--baseline",
+        default="auto",
+        metavar="auto|none|measure|RUN",
+        help="what the speed-up refers to: the latest fitting one-process run, nothing, one made first, or this run",
+    )
+    run.add_argument("--detach", action="store_true", help="print the run's id and leave it running")
+    check = add("check", _check, "Prove that a layout computes what one process computes.")
+    add_experiment(check)
+    check.add_argument("--steps", type=_count, default=20, help="updates to compare (default: 20)")
+    check.add_argument(
+        "--precision", choices=["both", "fp64", "fp32"], default="both", help="number formats to prove (default: both)"
+    )
+    validate = add("validate", _validate, "Say whether an experiment can run here, and why not.")
+    add_experiment(validate)
+    add("recipes", _recipes, "List the ready-made experiments.")
+    add("fields", _fields, "List every field that --set takes.")
+    runs = add("runs", _runs, "List the runs.")
+    runs.add_argument("--all", action="store_true", help="all of them, not only the latest 20")
+    show = add("show", _show, "Show one run: state, cause, summary, last log lines.")
+    show.add_argument("run", metavar="RUN", nargs="?", default="last", help="run id, path, or last (default)")
+    stop = add("stop", _stop, "Stop a run: finish the step, write a checkpoint, end.")
+    stop.add_argument("run", metavar="RUN", nargs="?", help="run id, path, or last")
+    stop.add_argument("--all", action="store_true", help="every run that is still going on")
+    stop.add_argument("--grace", type=_seconds, metavar="S", help="seconds before ranks are ended by force")
+    compare = add("compare", _compare, "Compare runs: speed-up over a named baseline, efficiency, ceiling.")
+    compare.add_argument("runs", metavar="RUN", nargs="*", help="run ids or paths")
+    compare.add_argument("--all", action="store_true", help="all finished runs")
+    compare.add_argument("--baseline", metavar="RUN", help="the run that speed-ups refer to")
+    report = add("report", _report, "Write an HTML report of one or several runs that opens without a kernel.")
+    report.add_argument("runs", metavar="RUN", nargs="*", default=["last"], help="run ids or paths (default: last)")
+    report.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to (default: report.html in the last run)")
+    add("doctor", _doctor, "Show what this machine has, and what is greyed out and why.")
+    return parser
+
+
+def _count(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return number
+
+
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 86400:
+        raise argparse.ArgumentTypeError(f"must be seconds between 0 and 86400, got {text!r}")
+    return number
+
+
+def _experiment(options: argparse.Namespace, default: Experiment | None = None) -> Experiment:
+    """The experiment that the arguments ask for; ExperimentError with every reason why there is none."""
+    what = options.what
+    if what is None:
+        experiment = default or recipe("vision-ddp")
+    elif what.endswith(".json") or "/" in what:
+        experiment = Experiment.load(what)
+    else:
+        experiment = recipe(what)
+    experiment = experiment.replace(*options.set)
+    return experiment.resolve(world_size=options.ranks) if options.ranks else experiment
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, ensure_ascii=False), flush=True)
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace) -> int:
+    from labkit.runs.follow import follow
+    from labkit.launch import launch
+    from labkit.runs import Run
+
+    resumed = Run.attach(options.resume) if options.resume else None
+    experiment = _experiment(options, resumed.experiment if resumed else None).check()
+    baseline = {"none": None, "auto": "auto", "measure": None}.get(options.baseline, options.baseline)
+    if options.baseline == "measure" and experiment.layout.world_size > 1:
+        base = launch(experiment.set({"layout": {}, "name": f"baseline: {experiment.title}"}), baseline=None)
+        if follow(base, quiet=options.json).state != "finished":
+            return _end(base, options)
+        baseline = base.id
+    elif baseline not in (None, "auto"):
+        Run.attach(baseline)
+    for warning in experiment.warnings():
+        print(f"labkit: {warning}", file=sys.stderr)
+    run = launch(experiment, resume=resumed, baseline=baseline)
+    if options.detach:
+        _print_json({"run_id": run.id}) if options.json else print(run.id)
+        return 0
+    return _end(follow(run, quiet=options.json), options)
+
+
+def _end(run: Any, options: argparse.Namespace) -> int:
+    from labkit.runs.follow import summary_text
+
+    summary, cause = run.summary(), run.cause
+    if cause:
+        print(f"labkit: {run.state}: {cause['message']}", file=sys.stderr)
+        if run.state == "failed":
+            for line in cause.get("log", [])[-8:]:
+                print(f"  {line}", file=sys.stderr)
+    if options.json:
+        _print_json(summary | {"status": run.state, "cause": cause})
+    else:
+        print(summary_text(summary))
+    return 0 if run.state in ("finished", "stopped") else 1
+
+
+def _check(options: argparse.Namespace) -> int:
+    from labkit.launch.parity import check
+    from labkit.runs import RunFailed
+
+    experiment = _experiment(options)
+    experiment.check()
+    precisions = ("fp64", "fp32") if options.precision == "both" else (options.precision,)
+    try:
+        result = check(experiment, options.steps, precisions, lambda text: print(text, file=sys.stderr))
+    except RunFailed as error:
+        print(f"labkit: the check could not be made: {error}", file=sys.stderr)
+        return 1
+    for line in result["text"]:
+        print(line)
+    if options.json:
+        _print_json(result)
+    return 0 if result["parity"] else 1
+
+
+def _validate(options: argparse.Namespace) -> int:
+    experiment = _experiment(options)
+    problems, warnings = experiment.problems(), experiment.warnings()
+    if options.json:
+        described = [{"field": p.field, "reason": p.reason, "nearest": p.nearest} for p in problems]
+        _print_json({"valid": not problems, "problems": described, "warnings": [str(w) for w in warnings]})
+    for warning in warnings:
+        print(f"labkit: {warning}", file=sys.stderr)
+    if problems:
+        raise ExperimentError(problems)
+    if not options.json:
+        print(f"This can run here. {experiment.resolve()}.")
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    if options.json:
+        _print_json({name: make().to_dict() for name, make in RECIPES.items()})
+    for name, make in RECIPES.items() if not options.json else ():
+        print(f"{name:24} {(make.__doc__ or '').strip()}")
+    return 0
+
+
+def _fields(options: argparse.Namespace) -> int:
+    from labkit.experiment.fields import fields
+
+    described = fields()
+    if options.json:
+        _print_json([field.to_dict() for field in described])
+    for field in described if not options.json else ():
+        print(f"{field.name:36} {field.kind:24} {field.description}")
+    return 0
+
+
+def _runs(options: argparse.Namespace) -> int:
+    from labkit.runs import Run
+
+    runs = Run.all()
+    rows = [run.status for run in (runs if options.all else runs[-20:])]
+    if options.json:
+        _print_json(rows)
+    elif not rows:
+        print("There is no run yet. Start one with: labkit run vision-ddp")
+    else:
+        for row in rows:
+            print(f"{row['run_id']:40} {row['state']:9} {row.get('layout', ''):10} {row.get('title', '')}")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from labkit.runs.follow import summary_text
+    from labkit.runs import Run
+
+    run = Run.attach(options.run)
+    status, summary = run.status, run.summary()
+    if options.json:
+        _print_json({"status": status, "summary": summary, "experiment": run.experiment.to_dict()})
+        return 0
+    print(f"{run.id}: {status['state']}  {status.get('title', '')}")
+    print(f"directory {run.directory.path}")
+    if status.get("cause"):
+        print(f"cause: {status['cause']['message']}")
+    print(summary_text(summary))
+    log = run.logs(0, 10)
+    if log:
+        print(f"\nlast lines of rank 0:\n{log}")
+    return 0
+
+
+def _stop(options: argparse.Namespace) -> int:
+    from labkit.runs import Run
+
+    if bool(options.run) == options.all:
+        raise UsageError("name one run, or say --all")
+    runs = [run for run in Run.all() if not run.done] if options.all else [Run.attach(options.run)]
+    for run in runs:
+        run.request_stop(options.grace)
+    states = {run.id: run.stop(options.grace).state for run in runs}
+    if options.json:
+        _print_json(states)
+    for name, state in states.items() if not options.json else ():
+        print(f"{name}: {state}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from labkit.runs import Run, compare
+
+    if bool(options.runs) == options.all:
+        raise UsageError("name the runs to compare, or say --all")
+    runs = [run for run in Run.all() if run.state in TERMINAL] if options.all else [Run.attach(name) for name in options.runs]
+    if not runs:
+        raise ExperimentError([Problem("", "there is no run to compare yet")])
+    comparison = compare(runs, options.baseline)
+    if options.json:
+        _print_json({"baseline_run_id": comparison.baseline_run_id, "rows": comparison.rows, "text": comparison.text()})
+    else:
+        print(comparison)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from labkit.runs import Run
+
+    try:
+        from labkit.plots.report import report
+    except ModuleNotFoundError as error:
+        raise UsageError(f"the report needs {error.name}: pip install 'labkit[lab]'") from None
+    path = report([Run.attach(name) for name in options.runs], options.output)
+    _print_json({"report": str(path)}) if options.json else print(path)
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from labkit.launch.doctor import as_dict, examine
+
+    findings = examine()
+    if options.json:
+        _print_json(as_dict(findings))
+    for finding in findings if not options.json else ():
+        mark = {True: "ok", False: "!!", None: "--"}[finding.fine]
+        print(f"{mark}  {finding.topic:22} {finding.text}")
+    return 0 if all(finding.fine is not False for finding in findings) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,77 @@
+"""Every field of an experiment, described: for the command line, the docs and tests of the form."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+
+from labkit.experiment.choice import Choice
+from labkit.experiment.layout import Layout
+from labkit.experiment.schema import Experiment
+
+
+@dataclass(frozen=True)
+class Field:
+    """One setting: dotted name, kind (`int ≥ 1`, `adamw | sgd`), default, and what it is."""
+
+    name: str
+    kind: str
+    default: Any
+    description: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def fields(model: type[BaseModel] = Experiment, prefix: str = "") -> list[Field]:
+    """All fields below `model`, with the options of every available method."""
+    found: list[Field] = []
+    for name, info in model.model_fields.items():
+        dotted = f"{prefix}{name}"
+        section = next((kind for kind in (info.annotation, *get_args(info.annotation)) if _is_section(kind)), None)
+        if section is not None:
+            found += fields(section, f"{dotted}.")
+        else:
+            kind = _kind(info, model, name)
+            found.append(Field(dotted, kind, _plain(info.get_default(call_default_factory=True)), info.description or ""))
+    if issubclass(model, Choice):
+        for method in model.methods():
+            if method.available:
+                for option in fields(model.methods().options(method.key), prefix):
+                    found.append(Field(option.name, option.kind, option.default, f"[{method.key}] {option.description}"))
+    return found
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _kind(info: Any, model: type[BaseModel], name: str) -> str:
+    if issubclass(model, Choice) and name == model.SELECTOR:
+        return " | ".join(model.methods().names())
+    if model is Layout and name == "schedule":
+        from labkit.experiment.registry import registry
+
+        return " | ".join(registry("layout.schedule").names())
+    parts = get_args(info.annotation) if get_origin(info.annotation) not in (None, Literal) else (info.annotation,)
+    words = []
+    for part in parts:
+        if part is NoneType:
+            words.append("null")
+        elif get_origin(part) is Literal:
+            words += [str(value) for value in get_args(part)]
+        else:
+            words.append(getattr(part, "__name__", str(part)))
+    bounds = []
+    for rule in info.metadata:
+        for attribute, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
+            if getattr(rule, attribute, None) is not None:
+                bounds.append(f"{sign} {getattr(rule, attribute)}")
+    return " | ".join(words) + (f" ({', '.join(bounds)})" if bounds else "")
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value

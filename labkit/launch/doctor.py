@@ -1,0 +1,139 @@
+"""What this machine has, and what is greyed out here and why."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from labkit.experiment import Machine
+from labkit.experiment.registry import registries
+from labkit.experiment.run_directory import home
+from labkit.launch.client import uses_standby
+from labkit.runs.environment import versions
+
+# Asked in a process of its own: this one stays free of torch, and no CUDA context is made.
+_TORCH_PROBE = """
+import json, torch, torch.distributed as dist
+print(json.dumps({
+    "version": torch.__version__, "cuda_build": torch.version.cuda, "gloo": dist.is_gloo_available(),
+    "nccl": dist.is_nccl_available(), "mkl": torch.backends.mkl.is_available(), "threads": torch.get_num_threads(),
+}))
+"""
+INSTRUCTIONS = {"avx2": "avx2", "avx512f": "AVX-512", "avx512_vnni": "int8 (VNNI)", "avx512_bf16": "bf16", "amx_bf16": "AMX"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: a topic, what was found, and whether it is fine (None: merely a fact)."""
+
+    topic: str
+    text: str
+    fine: bool | None = None
+
+
+def examine() -> list[Finding]:
+    """Look at the machine; takes a few seconds, because torch is imported in another process."""
+    return [*_hardware(), *_software(), *_launching(), *_greyed_out()]
+
+
+def _hardware() -> list[Finding]:
+    machine = Machine.here()
+    of = f" of {machine.cores_total}" if machine.cores != machine.cores_total else ""
+    flags = [text for flag, text in INSTRUCTIONS.items() if flag in machine.cpu_flags]
+    findings = [
+        Finding("cores", f"{machine.cores}{of} usable: {machine.cpu_model}", machine.cores > 1),
+        Finding("instructions", ", ".join(flags) or "none of " + ", ".join(INSTRUCTIONS.values())),
+        Finding("memory", f"{machine.memory_bytes / 2**30:.1f} GiB", machine.memory_bytes > 2 * 2**30),
+    ]
+    for gpu in machine.gpus:
+        used = f"{gpu.used_bytes / 2**30:.1f} of {gpu.memory_bytes / 2**30:.1f} GiB in use"
+        findings.append(Finding(f"GPU {gpu.index}", f"{gpu.name}, {used}", True))
+    if not machine.gpus:
+        findings.append(Finding("GPU", f"{machine.gpu_reason}; ranks run as CPU processes over gloo"))
+    elif len(machine.gpus) > 1:
+        findings.append(Finding("links", _links()))
+    return findings
+
+
+def _links() -> str:
+    """How the GPUs are connected, from the driver's own matrix."""
+    command = ["nvidia-smi", "topo", "-m"]
+    try:
+        matrix = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "unknown (nvidia-smi topo does not answer)"
+    return "NVLink" if "NV" in matrix.replace("NVIDIA", "").split("Legend")[0] else "PCI Express"
+
+
+def _software() -> list[Finding]:
+    known = versions()
+    findings = [Finding("versions", ", ".join(f"{name} {number}" for name, number in known.items()))]
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-c", _TORCH_PROBE], capture_output=True, text=True, timeout=120, check=True
+        )
+        torch = json.loads(answer.stdout.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        return [*findings, Finding("torch", f"cannot be imported ({type(error).__name__})", False)]
+    build = f"CUDA {torch['cuda_build']}" if torch["cuda_build"] else "CPU build"
+    backends = [name for name in ("gloo", "nccl") if torch[name]]
+    findings.append(Finding("torch", f"{torch['version']} ({build}), backends: {', '.join(backends)}", torch["gloo"]))
+    if Machine.here().gpus and not torch["cuda_build"]:
+        findings.append(Finding("torch", "there are GPUs, but this torch is a CPU build", False))
+    for extra, modules in {"lab": ("ipywidgets", "plotly", "anywidget"), "hub": ("datasets", "transformers")}.items():
+        missing = [name for name in modules if find_spec(name) is None]
+        text = "installed" if not missing else f"{', '.join(missing)} missing: pip install 'labkit[{extra}]'"
+        findings.append(Finding(f"extra {extra}", text, None if missing else True))
+    return findings
+
+
+def _launching() -> list[Finding]:
+    root = home()
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    writable = os.access(existing, os.W_OK)
+    free = shutil.disk_usage(existing).free
+    standby = "on" if uses_standby() else "off (LABKIT_STANDBY=0): every run starts cold"
+    allowed, why = namespaces()
+    return [
+        Finding("runs", f"{root} ({free / 2**30:.1f} GiB free)" + ("" if writable else ", not writable"), writable),
+        Finding("standby", standby),
+        Finding("namespaces", "allowed: links can be slowed down" if allowed else f"not allowed: {why}", allowed or None),
+    ]
+
+
+def namespaces() -> tuple[bool, str]:
+    """May this user make a private user and network namespace? (allowed, reason if not)"""
+    unshare = shutil.which("unshare")
+    if unshare is None or not Path("/proc/self/ns/user").exists():
+        return False, "this system has no unshare(1)"
+    try:
+        command = [unshare, "--user", "--map-root-user", "--net", "true"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError) as error:
+        return False, type(error).__name__
+    return answer.returncode == 0, answer.stderr.strip().splitlines()[-1] if answer.stderr.strip() else "refused"
+
+
+def _greyed_out() -> list[Finding]:
+    """Choices of the form that this version does not have yet."""
+    findings = []
+    for knob, methods in registries():
+        planned = [method.key for method in methods if not method.available]
+        if planned:
+            findings.append(Finding(knob, f"not in this version yet: {', '.join(planned)}"))
+    return findings
+
+
+def as_dict(findings: list[Finding]) -> dict[str, Any]:
+    """For --json."""
+    return {"findings": [{"topic": f.topic, "text": f.text, "fine": f.fine} for f in findings]} | {
+        "machine": Machine.here().to_dict(),
+        "versions": versions(),
+    }

@@ -1,0 +1,99 @@
+"""Following a run in a terminal: a progress bar with time left, a first Ctrl-C that stops and a second that insists."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from labkit.experiment.run_directory import TERMINAL
+from labkit.runs.data import RunData
+from labkit.runs.run import Run
+
+REFRESH_S = 0.2
+
+
+def follow(run: Run, quiet: bool = False) -> Run:
+    """Show the progress of `run` on standard error until it has ended."""
+    console = Console(stderr=True, quiet=quiet)
+    data = RunData(run.directory)
+    asked = 0
+    columns = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}", markup=False),
+    ]
+    # Where nobody watches, a bar only fills the log.
+    live = Progress(*columns, console=console, disable=quiet or not sys.stderr.isatty())
+    if live.disable and not quiet:
+        print(f"labkit: run {run.id}", file=sys.stderr, flush=True)
+    with live:
+        task = live.add_task(f"{run.id} starting", total=None, figures="")
+        while True:
+            try:
+                data.refresh(0.05)
+                state = run.state
+                live.update(
+                    task,
+                    description=f"{run.id} {state}",
+                    total=data.total_steps,
+                    completed=data.first + data.steps,
+                    figures=figures(data),
+                )
+                if state in TERMINAL:
+                    return run
+                time.sleep(REFRESH_S)
+            except KeyboardInterrupt:
+                asked += 1
+                console.print("stopping after this step; once more to end it at once" if asked == 1 else "ending it")
+                run.request_stop(None if asked == 1 else 0.0)
+
+
+def figures(data: RunData) -> str:
+    """Loss, metric and throughput, as known now."""
+    parts = []
+    if data.steps:
+        parts.append(f"loss {data.loss[-1]:.4g}")
+    key = data.metric.get("key") if data.metric else None
+    if data.evaluations and key in data.evaluations[-1][2]:
+        parts.append(f"{key} {data.evaluations[-1][2][key]:.4g}")
+    return "  ".join(parts)
+
+
+def summary_text(summary: dict[str, Any]) -> str:
+    """The summary for people: one figure a line, with units; what is not known is left out."""
+    lines = []
+
+    def line(label: str, value: Any, form: str = "{}") -> None:
+        if value is not None:
+            lines.append(f"  {label:22} {form.format(value)}")
+
+    line("run", summary.get("run_id"))
+    line("layout", f"{summary.get('layout')} ({summary.get('world_size')} ranks on {summary.get('device')})")
+    line("steps", summary.get("steps"))
+    for key, value in (summary.get("metrics") or {}).items():
+        line(key.replace("_", " "), value, "{:.4g}")
+    line("throughput", summary.get("samples_per_second"), "{:.1f} samples/s")
+    step = summary.get("step_seconds") or {}
+    if step.get("median"):
+        left_out = f"{step['warmup_steps']} first steps left out"
+        lines.append(
+            f"  {'step':22} {1e3 * step['median']:.1f} ms (p10 {1e3 * step['p10']:.1f}, p90 {1e3 * step['p90']:.1f}; {left_out})"
+        )
+    line("first step after", summary.get("time_to_first_step_seconds"), "{:.2f} s")
+    peaks = [peak for peak in summary.get("peak_memory_bytes") or [] if peak]
+    line("peak memory per rank", max(peaks) / 2**20 if peaks else None, "{:.0f} MiB")
+    if summary.get("speedup"):
+        low, high = summary["speedup_interval"]
+        line("speed-up", f"{summary['speedup']:.2f} ({low:.2f} to {high:.2f}) over {summary['baseline_run_id']}")
+        line("efficiency", summary.get("efficiency"), "{:.0%}")
+    elif summary.get("world_size", 1) > 1:
+        line("speed-up", "no baseline yet: run the same on one rank, or use --baseline measure")
+    for note in summary.get("notes") or []:
+        line("note", note)
+    return "\n".join(lines)

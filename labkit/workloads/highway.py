@@ -1,0 +1,82 @@
+"""The road: highway-env (Leurent 2018) with three lanes, dense traffic, and five actions, one a second.
+
+Imports gymnasium and highway-env, so only the closed loop, the recorder and tests import this file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # highway-env loads pygame, which prints an advertisement
+
+import numpy as np  # noqa: E402
+from highway_env.envs.highway_env import HighwayEnv  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
+
+from labkit.workloads.expert import LANES, SPEEDS  # noqa: E402
+
+VEHICLES = 8
+"""Rows of an observation: the driver and the nearest others."""
+FEATURES = ("presence", "x", "y", "vx", "vy")
+DURATION_S = 20
+
+SETTING: dict[str, Any] = {
+    "observation": {"type": "Kinematics", "vehicles_count": 1},
+    "action": {"type": "DiscreteMetaAction", "target_speeds": list(SPEEDS)},
+    "lanes_count": LANES,
+    "vehicles_count": 14,
+    "vehicles_density": 1.3,
+    "duration": DURATION_S,
+    "simulation_frequency": 5,
+    "policy_frequency": 1,
+}
+
+Driver = Callable[[NDArray[np.float32]], int]
+
+
+class Highway(HighwayEnv):  # type: ignore[misc]
+    """highway-env's road with its Kinematics observation in metres, built without a data frame per step."""
+
+    def __init__(self) -> None:
+        super().__init__(config=SETTING)
+
+    def observe(self) -> NDArray[np.float32]:
+        """[VEHICLES, 5]: presence, x, y, vx, vy; row 0 the driver (x is 0), then the nearest others relative to it."""
+        me = self.vehicle
+        rows = np.zeros((VEHICLES, len(FEATURES)), dtype=np.float32)
+        rows[0] = (1, 0, me.position[1], *me.velocity)
+        near = self.road.close_objects_to(
+            me, self.PERCEPTION_DISTANCE, count=VEHICLES - 1, see_behind=True, sort=True, vehicles_only=True
+        )
+        for row, other in zip(rows[1:], near, strict=False):
+            row[:] = (1, *(other.position - me.position), *(other.velocity - me.velocity))
+        return rows
+
+
+def episode(env: Highway, seed: int, driver: Driver) -> Iterator[tuple[NDArray[np.float32], int]]:
+    """Drive until a crash or the end; yields each observation with the action taken."""
+    env.reset(seed=seed)
+    over = False
+    while not over:
+        seen = env.observe()
+        action = driver(seen)
+        yield seen, action
+        _, _, crashed, timeout, _ = env.step(action)
+        over = crashed or timeout
+
+
+def drive(env: Highway, seed: int, driver: Driver) -> tuple[float, bool]:
+    """One episode: distance driven (m), and whether it ended in a crash."""
+    start: float | None = None
+    for _ in episode(env, seed, driver):
+        if start is None:
+            start = float(env.vehicle.position[0])
+    return float(env.vehicle.position[0]) - (start or 0.0), bool(env.vehicle.crashed)
+
+
+def random_driver(seed: int) -> Driver:
+    """Takes any of the five actions with equal probability."""
+    random = np.random.default_rng(seed)
+    return lambda seen: int(random.integers(5))

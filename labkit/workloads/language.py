@@ -1,0 +1,160 @@
+"""Next-token prediction: a GPT or any causal model of `transformers`, on Python's documentation or on any text.
+
+Read by the form and the command line too: torch, datasets and transformers are imported inside `build()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, JsonValue
+
+from labkit.experiment.problem import Problem
+from labkit.experiment.registry import Options
+from labkit.workloads.rules import extra_missing, hub_data, is_path, nearest_divisor
+
+if TYPE_CHECKING:
+    from labkit.experiment.machine import Machine
+    from labkit.experiment.schema import Experiment
+    from labkit.workloads.base import Task
+
+DOCUMENTATION = "python-docs"
+BYTES = 256
+
+
+class LanguageOptions(Options):
+    """Which text is predicted, and by which network."""
+
+    model: Literal["gpt", "transformers"] = "gpt"
+    """The network: labkit's own GPT, or a causal model of the transformers library."""
+    data: str = Field(default=DOCUMENTATION, min_length=1, max_length=500)
+    """Text: python-docs (no download), a .txt file, a folder of them, a parquet file, or a data set of the hub."""
+    context: int = Field(default=64, ge=4, le=65536)
+    """Tokens that a sample holds and that the network looks back on (tokens)."""
+    width: int = Field(default=96, ge=8, le=8192)
+    """Embedding size of the GPT."""
+    depth: int = Field(default=3, ge=1, le=128)
+    """Layers of the GPT."""
+    heads: int = Field(default=4, ge=1, le=128)
+    """Attention heads of the GPT; they divide the width."""
+    experts: int = Field(default=0, ge=0, le=256)
+    """Experts in each layer of the GPT; 0 for a plain MLP."""
+    experts_per_token: int = Field(default=2, ge=1, le=16)
+    """Experts that process a token, if there are experts."""
+    transformers_config: dict[str, JsonValue] | None = None
+    """Model of transformers by its configuration, e.g. {"model_type": "llama", "hidden_size": 128, ...}."""
+    pretrained: str = Field(default="", max_length=500)
+    """Trained model of transformers: a local folder or an id of the hub; it brings its tokenizer."""
+    text_column: str = Field(default="", max_length=200)
+    """Column with the text; empty to find it."""
+    max_characters: int = Field(default=10_000_000, ge=1000, le=10**10)
+    """Most text that is read (characters)."""
+
+
+class Language:
+    """Next-token prediction; the metric is held-out bits per character."""
+
+    Options = LanguageOptions
+
+    @classmethod
+    def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        options = LanguageOptions(**experiment.workload.options)
+        yield from _network_problems(options)
+        if options.data == DOCUMENTATION:
+            yield from _batch_problems(options, experiment.training.global_batch)
+        elif not _plain_text(options.data):
+            yield from hub_data("workload.data", options.data, builtin=DOCUMENTATION)
+
+    @classmethod
+    def build(cls, options: Any, seed: int) -> Task:
+        """Read the text and make the network. `options`: a LanguageOptions, or a dict or section with its fields."""
+        from labkit.workloads.language_task import LanguageTask
+        from labkit.workloads.options import read
+        from labkit.workloads.text import Corpus, encode_bytes, python_documentation
+
+        options = read(LanguageOptions, options)
+        if options.data == DOCUMENTATION:
+            texts: tuple[str, str | None] = (python_documentation()[: options.max_characters], None)
+        else:
+            from labkit.workloads.hub_text import hub_text
+
+            texts = hub_text(options.data, options.text_column, options.max_characters)
+        if options.model == "transformers":
+            from labkit.workloads.models.transformers import causal_model, encoder
+
+            encode, vocabulary = encoder(options.pretrained) if options.pretrained else (encode_bytes, BYTES)
+            model = causal_model(options.transformers_config, options.pretrained, options.context, vocabulary, seed)
+        else:
+            from labkit.workloads.models.gpt import gpt
+            from labkit.workloads.seed import seeded
+
+            encode, vocabulary = encode_bytes, BYTES
+            with seeded(seed):
+                model = gpt(
+                    vocabulary,
+                    options.context,
+                    options.width,
+                    options.depth,
+                    options.heads,
+                    options.experts,
+                    options.experts_per_token,
+                )
+        corpus = Corpus.from_text(*texts, encode, vocabulary)
+        return LanguageTask(model, corpus, options.context, data=options.data)
+
+
+def _network_problems(options: LanguageOptions) -> Iterator[Problem]:
+    if options.model == "transformers":
+        yield from extra_missing("workload.model", "transformers", "hub", "a model of transformers")
+        config = options.transformers_config
+        if bool(options.pretrained) == (config is not None):
+            yield Problem(
+                "workload.transformers_config",
+                "a model of transformers needs either its configuration here or a folder or id in workload.pretrained",
+                '{"model_type": "llama"}' if config is None else None,
+            )
+        if config is not None and not isinstance(config.get("model_type"), str):
+            yield Problem("workload.transformers_config", 'has no "model_type"', '{"model_type": "llama"}')
+        if options.pretrained and is_path(options.pretrained) and not Path(options.pretrained).expanduser().is_dir():
+            yield Problem("workload.pretrained", f"there is no folder {options.pretrained}")
+        return
+    if options.width % options.heads:
+        yield Problem(
+            "workload.heads",
+            f"{options.heads} heads do not divide a width of {options.width}",
+            nearest_divisor(options.width, options.heads),
+        )
+    if options.experts and options.experts_per_token > options.experts:
+        yield Problem(
+            "workload.experts_per_token",
+            f"{options.experts_per_token} experts per token, but there are only {options.experts}",
+            options.experts,
+        )
+    for name in ("transformers_config", "pretrained"):
+        if getattr(options, name):
+            yield Problem(f"workload.{name}", "belongs to model=transformers, the model here is gpt")
+
+
+def _batch_problems(options: LanguageOptions, global_batch: int) -> Iterator[Problem]:
+    """The documentation must hold at least a batch of windows (its bytes are counted, nothing is built)."""
+    from pydoc_data.topics import topics
+
+    if options.pretrained:  # its tokenizer decides how many tokens there are
+        return
+    length = min(options.max_characters, sum(map(len, topics.values())))
+    windows = int(length * 0.9) // options.context
+    if windows < 1 or length - int(length * 0.9) <= options.context:
+        yield Problem("workload.context", f"the text of {length} characters is too short for it", 64)
+    elif global_batch > windows:
+        yield Problem(
+            "training.global_batch",
+            f"the text has {windows} windows of {options.context} tokens, a batch of {global_batch} does not fit in",
+            windows,
+        )
+
+
+def _plain_text(data: str) -> bool:
+    """An existing .txt file is read without any package."""
+    return data.endswith(".txt") and Path(data).expanduser().is_file()

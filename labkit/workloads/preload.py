@@ -1,0 +1,2 @@
+def preload():
+    pass
