@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from labkit.workloads import digits
-from labkit.workloads.base import Data, TensorData
+from labkit.workloads.base import Batch, Data, TensorData
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,33 @@ def majority_share(labels: Any) -> float:
 def resize(images: Tensor, side: int) -> Tensor:
     """Bilinear: [N, C, H, W] to [N, C, side, side]."""
     return torch.nn.functional.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
+
+
+class Shifted:
+    """Images `x` of `data`, each also moved by up to `shift` pixels each way: (2·shift + 1)² samples from each.
+
+    Augmentation as more samples rather than as random numbers: sample i is always the same picture, on every rank and in
+    every layout. Where the picture moved away, its edge is repeated.
+    """
+
+    def __init__(self, data: Data, shift: int) -> None:
+        self.data, self.shift = data, shift
+        self.places = 2 * shift + 1
+
+    def __len__(self) -> int:
+        return len(self.data) * self.places**2
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        index = torch.as_tensor(indices)
+        place = index // len(self.data)
+        batch = dict(self.data.__getitems__((index % len(self.data)).tolist()))
+        images = batch["x"]
+        height, width = images.shape[-2:]
+        padded = torch.nn.functional.pad(images, [self.shift] * 4, mode="replicate")
+        # Every place at once as a view, [N, C, places, places, H, W]; then one place for each image.
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+        batch["x"] = windows[torch.arange(len(index)), :, place // self.places, place % self.places]
+        return batch
 
 
 def digit_images(side: int) -> Images:

@@ -33,8 +33,10 @@ class VisionOptions(Options):
     """Images: digits (no download), a folder with one subfolder per class, a parquet file, or a data set of the hub."""
     image_size: int = Field(default=32, ge=8, le=512)
     """Side to which images are resized (pixels)."""
+    shift: int = Field(default=3, ge=0, le=16)
+    """Training images are also seen moved by up to this many pixels each way; (2·shift + 1)² samples from each."""
     width: int | None = Field(default=None, ge=4, le=2048)
-    """Channels of the first stage (resnet) or embedding size (vit); empty for 32 and 64."""
+    """Channels of the first stage (resnet) or embedding size (vit); empty for 24 and 64."""
     depth: int | None = Field(default=None, ge=1, le=64)
     """Residual blocks per stage (resnet) or layers (vit); empty for 1 and 4."""
     patch: int = Field(default=8, ge=1, le=64)
@@ -48,7 +50,7 @@ class VisionOptions(Options):
 
     @property
     def network_width(self) -> int:
-        return self.width or {"resnet": 32, "vit": 64}[self.model]
+        return self.width or {"resnet": 24, "vit": 64}[self.model]
 
     @property
     def network_depth(self) -> int:
@@ -79,19 +81,20 @@ class Vision:
                 )
         if options.data != DIGITS:
             yield from hub_data("workload.data", options.data, builtin=DIGITS)
-        elif experiment.training.global_batch > DIGITS_TRAIN:
+            return
+        samples = DIGITS_TRAIN * (2 * options.shift + 1) ** 2
+        if experiment.training.global_batch > samples:
             yield Problem(
                 "training.global_batch",
-                f"the training set has {DIGITS_TRAIN} samples, a batch of {experiment.training.global_batch} "
-                "does not fit in",
-                DIGITS_TRAIN,
+                f"the training set has {samples} samples, a batch of {experiment.training.global_batch} does not fit in",
+                samples,
             )
 
     @classmethod
     def build(cls, options: Any, seed: int) -> ClassificationTask:
         """Read the data and make the network. `options`: a VisionOptions, or a dict or object with its fields."""
         from labkit.workloads.base import ClassificationTask
-        from labkit.workloads.images import digit_images
+        from labkit.workloads.images import Shifted, digit_images
         from labkit.workloads.models.resnet import resnet
         from labkit.workloads.models.vit import vit
         from labkit.workloads.options import read
@@ -112,14 +115,16 @@ class Vision:
                 if options.model == "resnet"
                 else vit(images.channels, len(images.classes), size, options.patch, width, depth, options.heads)
             )
+        train = Shifted(images.train, options.shift) if options.shift else images.train
         return ClassificationTask(
             model,
-            images.train,
+            train,
             images.test,
             data=options.data,
             classes=images.classes,
             majority_share=images.majority_share,
-            train_samples=len(images.train),
+            train_images=len(images.train),
+            train_samples=len(train),
             test_samples=len(images.test),
             image_shape=[images.channels, size, size],
         )
