@@ -109,7 +109,8 @@ def metric_finding(runs: Sequence[Shown]) -> str:
 
 def throughput_finding(runs: Sequence[Shown]) -> str:
     """`5,400 samples/s with 2 ranks (median after 20 warm-up steps)`, of the latest run that has one."""
-    for one in sorted(reversed(runs), key=lambda one: one.is_ceiling):  # the ceiling speaks only when alone
+    latest_first = list(runs)[::-1]
+    for one in sorted(latest_first, key=lambda one: one.is_ceiling):  # the ceiling speaks only when alone
         rate = throughput(one.data)
         if rate is not None:
             what = "independent copies" if one.is_ceiling else "ranks"

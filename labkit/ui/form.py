@@ -59,7 +59,7 @@ class ExperimentForm:
 
     @property
     def value(self) -> Experiment:
-        """The experiment that the form describes; ExperimentError where an entry cannot be read or has no legal value."""
+        """The experiment that the form describes; ExperimentError where an entry is not legal."""
         data, unread = self._collect()
         if unread:
             raise ExperimentError(unread)
@@ -233,14 +233,24 @@ class ExperimentForm:
             if not switch.value:
                 box.children = []
                 return
-            values = {name: getattr(part, name) if part else _initial(inner) for name, inner in model.model_fields.items()}
+            values = {
+                name: getattr(part, name) if part else _initial(inner) for name, inner in model.model_fields.items()
+            }
             box.children = [self._leaf(f"{field}.{name}", model.model_fields[name], values[name]) for name in values]
 
         self.entries[field] = Entry(
-            field, switch, lambda: {} if switch.value else None, lambda value: setattr(switch, "value", value is not None)
+            field,
+            switch,
+            lambda: {} if switch.value else None,
+            lambda value: setattr(switch, "value", value is not None),
         )
+
+        def switched(_change: Any) -> None:
+            fill(None)
+            self._changed(field)
+
         fill(part)
-        switch.observe(lambda _change: (fill(None), self._changed(field)), names="value")
+        switch.observe(switched, names="value")
         return widgets.VBox([switch, box])
 
     def _rebuild_options(self, selector: str) -> None:
@@ -284,7 +294,9 @@ def _initial(info: Any) -> Any:
     if not info.is_required():
         return info.get_default(call_default_factory=True)
     kind, optional = entries._unwrap(info.annotation)
-    bounds = [getattr(part, name) for part in info.metadata for name in ("ge", "gt") if getattr(part, name, None) is not None]
+    bounds = [
+        getattr(part, name) for part in info.metadata for name in ("ge", "gt") if getattr(part, name, None) is not None
+    ]
     if optional or kind not in (int, float, str, bool):
         return "" if kind is str else None
     return kind(max([100, *bounds])) if kind in (int, float) else kind()
@@ -298,5 +310,3 @@ def _as_value(nearest: Any) -> Any:
         except ValueError:
             return nearest
     return nearest
-
-

@@ -1,0 +1,344 @@
+"""The live picture: one figure, one strip, one table, kept up to date by one thread that tails the files.
+
+Why one FigureWidget: each one sends plotly's five megabytes to the browser. Why a thread: the kernel stays free, and
+widgets take values from any thread. It prints nothing (under ipykernel a thread's prints land anywhere) and ends by
+itself when nothing is going on any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ipywidgets as widgets
+import numpy as np
+import plotly.graph_objects as go
+
+from labkit.experiment import Experiment
+from labkit.experiment.run_directory import RunDirectory
+from labkit.plots import overview, ranks, static, theme
+from labkit.plots.shown import Shown, shown
+from labkit.plots.table import html_table, runs_rows
+from labkit.runs.data import RunData
+from labkit.runs.steady import Steady
+
+REDRAW_S = 0.35
+READ_S = 0.008
+"""How long one redraw may read files; what is left over waits for the next one."""
+CATCH_UP_S = 0.02
+UNANSWERED_S = 2.0
+"""A browser that has not answered the last redraw gets the next one after this time, and not sooner."""
+RESYNC_S = 4.0
+"""How often the figure's whole state is renewed in the kernel, which is where a reloaded page takes it from."""
+
+
+class Dashboard:
+    """Widgets that show runs while they train. `watch(run)` starts the thread; `redraw()` is one turn of it."""
+
+    def __init__(self, height: int = overview.HEIGHT, on_end: Callable[[], None] | None = None) -> None:
+        self.figure = go.FigureWidget(overview.traces([], []), overview.layout([], [], height))
+        self.figure._config = static.config()
+        self.state = widgets.HTML(_line("Ready."))
+        self.progress = widgets.FloatProgress(min=0, max=1, value=0, layout={"width": "100%", "height": "10px"})
+        self.progress.style = {"bar_color": theme.PALETTE[0]}
+        self.strip = widgets.HTML()
+        self.table = widgets.HTML()
+        self.notice = ""
+        """A sentence that stands before the state, e.g. why a run could not be launched."""
+        self.runs: list[Any] = []
+        self.rows: list[dict[str, Any]] = []
+        """The comparison of the runs that have ended, and the estimate for the one that goes on."""
+        self._data: dict[str, RunData] = {}
+        self._compared: tuple[tuple[str, str], ...] = ()
+        self._ended_rows: list[dict[str, Any]] = []
+        self._on_end = on_end
+        self._thread: threading.Thread | None = None
+        self._lock = threading.RLock()
+        self._stop = threading.Event()
+        self._sent = self._synced = 0.0
+        self.widget = widgets.VBox([self.figure, self.strip, self.table])
+
+    # -- what is shown ----------------------------------------------------------------------------------------------
+
+    def watch(self, run: Any) -> None:
+        """Show a run (Run) from now on, and keep it up to date while it goes on."""
+        with self._lock:
+            if all(known.id != run.id for known in self.runs):
+                self.runs.append(run)
+                self._data[run.id] = RunData(run.directory)
+            if self._thread is None or not self._thread.is_alive():
+                self._stop.clear()
+                self._thread = threading.Thread(target=self._live, name="labkit-dashboard", daemon=True)
+                self._thread.start()
+
+    @property
+    def active(self) -> Any:
+        """The latest run that goes on, or None."""
+        return next((run for run in reversed(self.runs) if not run.done), None)
+
+    @property
+    def running(self) -> bool:
+        """Whether the thread is at work."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def close(self, timeout: float = 2.0) -> None:
+        """End the thread."""
+        self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def say(self, sentence: str) -> None:
+        """Put a sentence before the state."""
+        self.notice = sentence
+        self._write_state()
+
+    # -- the thread -------------------------------------------------------------------------------------------------
+
+    def _live(self) -> None:
+        while not self._stop.is_set():
+            begun = time.monotonic()
+            try:
+                going_on = self.active is not None
+                # what was written before the end is seen, because the state is looked at first
+                read_all = self.redraw(force=not going_on)
+            except Exception as error:
+                # Nothing may escape: a traceback from a thread would be printed into whatever cell is running.
+                self.notice = f"The picture could not be drawn ({type(error).__name__}: {theme.plain(error, 200)})."
+                with contextlib.suppress(Exception):
+                    self._write_state()
+                going_on, read_all = self.active is not None, True
+            with self._lock:
+                if not going_on and read_all:
+                    self._thread = None
+                    break
+            pause = CATCH_UP_S if not read_all else max(0.05, REDRAW_S - (time.monotonic() - begun))
+            self._stop.wait(pause)
+        with contextlib.suppress(Exception):
+            self.sync()
+            if self._on_end is not None:
+                self._on_end()
+
+    def redraw(self, force: bool = False) -> bool:
+        """Read what is new and show it; True when everything there is has been read."""
+        with self._lock:
+            read_all = self._read()
+            self._compare(read_all)
+            if force or not self._unanswered():
+                self._draw()
+            self._write_state()
+            self._write_tables()
+            if time.monotonic() - self._synced > RESYNC_S:
+                self.sync()
+            return read_all
+
+    def _read(self) -> bool:
+        slice_s = READ_S / max(1, len(self._data))
+        unread = [data for data in self._data.values() if not data.refresh(slice_s)]
+        return not unread
+
+    def _unanswered(self) -> bool:
+        """Whether the browser is still busy with the last redraw: without this, updates would pile up in its queue."""
+        busy = bool(getattr(self.figure, "_trace_edit_in_process", False))
+        return busy and time.monotonic() - self._sent < UNANSWERED_S
+
+    def _draw(self) -> None:
+        many = self.shown()
+        traces = overview.traces(many, self.rows)
+        layout = overview.layout(many, self.rows)
+        changed = [_differences(old, new) for old, new in zip(self.figure.data, traces, strict=True)]
+        with self.figure.batch_update():
+            for trace, changes in zip(self.figure.data, changed, strict=True):
+                for name, value in changes.items():
+                    trace[name] = value
+            for note, new in zip(self.figure.layout.annotations, layout["annotations"], strict=True):
+                if note.text != new["text"]:
+                    note.text = new["text"]
+            title = layout["yaxis2"]["title"]["text"]
+            if self.figure.layout.yaxis2.title.text != title:
+                self.figure.layout.yaxis2.title.text = title
+        if any(changed):
+            self._sent = time.monotonic()
+
+    def sync(self) -> None:
+        """Renew the state that a reloaded page reads. plotly keeps it current only when the figure is displayed."""
+        self._synced = time.monotonic()
+        self.figure._repr_mimebundle_()
+
+    def shown(self) -> list[Shown]:
+        """The runs of the figure: the latest ones, with the baseline if there is one."""
+        runs = self.runs[-overview.SLOTS :]
+        if len(self.runs) > len(runs) and not any(self._data[run.id].world_size == 1 for run in runs):
+            base = [run for run in self.runs if self._data[run.id].world_size == 1]
+            runs = [*base[-1:], *runs[1:]] if base else runs
+        return shown([self._data[run.id] for run in runs])
+
+    # -- comparison -------------------------------------------------------------------------------------------------
+
+    def _compare(self, read_all: bool) -> None:
+        """Compare the runs that have ended, once; estimate the one that goes on, each time."""
+        ended = [run for run in self.runs if run.done]
+        key = tuple((run.id, run.state) for run in ended)
+        if key != self._compared and read_all:
+            self._compared = key
+            self._ended_rows = compared([run.directory for run in ended])
+        active = self.active
+        live = live_row(active.experiment, self._data[active.id], self._ended_rows) if active is not None else None
+        self.rows = [*self._ended_rows, *([live] if live else [])]
+
+    # -- words ------------------------------------------------------------------------------------------------------
+
+    def _write_state(self) -> None:
+        run = self.active or (self.runs[-1] if self.runs else None)
+        said = "Ready."
+        if run is not None:
+            status = run.status
+            said, share = describe(status, self._data[run.id])
+            self.progress.value = share
+            colour = theme.PALETTE[1] if status.get("state") == "failed" else theme.PALETTE[0]
+            if self.progress.style.bar_color != colour:
+                self.progress.style.bar_color = colour
+        _put(self.state, _line(f"{self.notice} {said}".strip()))
+
+    def _write_tables(self) -> None:
+        run = self.active or (self.runs[-1] if self.runs else None)
+        if run is not None:
+            rows = ranks.rank_rows(self._data[run.id])
+            sentence = html.escape(ranks.finding(rows))
+            body = html_table(ranks.twin(rows), caption=f"Ranks of {run.title}")
+            _put(self.strip, f'<div class="labkit-scroll"><b>{sentence}.</b>{body}</div>')
+        if self.rows:
+            body = html_table(runs_rows(self.rows), caption="Runs of this lab")
+            _put(self.table, f'<div class="labkit-scroll">{body}</div>')
+
+
+def compared(directories: Sequence[RunDirectory]) -> list[dict[str, Any]]:
+    """The rows of a comparison; a run that cannot be read is left out."""
+    from labkit.experiment import ExperimentError
+    from labkit.runs.compare import compare
+
+    with contextlib.suppress(ExperimentError, FileNotFoundError, OSError):
+        return list(compare(directories).rows)
+    return []
+
+
+def live_row(experiment: Experiment, data: RunData, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The run that goes on, with the speed-up so far over the nearest baseline; None before there is a step."""
+    from labkit.runs.compare import differences
+
+    if not data.steps:
+        return None
+    steady = Steady.of(data.seconds[0][: data.steps].astype(np.float64))
+    median = None if steady.median is None or not np.isfinite(steady.median) else steady.median
+    base = next(
+        (
+            row
+            for row in reversed(rows)
+            if row["is_baseline"] and row["step_seconds"] and _fits(row, experiment, differences)
+        ),
+        None,
+    )
+    size = data.world_size
+    speedup = base["step_seconds"] / median if base and median and not steady.complaint and size > 1 else None
+    ceiling = next((row["ceiling"] for row in reversed(rows) if row["is_ceiling"] and row["world_size"] == size), None)
+    return {
+        "run_id": data.directory.id,
+        "title": data.status.get("title") or experiment.title,
+        "workload": experiment.workload.name,
+        "layout": str(experiment.layout),
+        "world_size": size,
+        "device": experiment.launch.device,
+        "state": data.state,
+        "global_batch": experiment.training.global_batch,
+        "steps": data.steps,
+        "metric": data.metric.get("key"),
+        "final": None,
+        "loss": None,
+        "samples_per_second": experiment.training.global_batch / median if median else None,
+        "step_seconds": median,
+        "speedup": None if experiment.launch.isolated else speedup,
+        "speedup_low": None,
+        "speedup_high": None,
+        "efficiency": None if speedup is None or experiment.launch.isolated else speedup / size,
+        "ceiling": ceiling,
+        "is_baseline": False,
+        "is_ceiling": experiment.launch.isolated and size > 1,
+        "notes": ["so far"],
+        "live": True,
+    }
+
+
+def _fits(row: dict[str, Any], experiment: Experiment, differences: Any) -> bool:
+    from labkit.experiment import ExperimentError
+
+    try:
+        return not differences(experiment, Experiment.load(RunDirectory.find(row["run_id"]).experiment))
+    except (ExperimentError, FileNotFoundError):
+        return row["workload"] == experiment.workload.name and row["global_batch"] == experiment.training.global_batch
+
+
+def describe(status: dict[str, Any], data: RunData) -> tuple[str, float]:
+    """The state in words, and the share of the steps that is done: `Running, step 40 of 200, 12 s left`."""
+    done, total = data.first + data.steps, data.total_steps
+    share = min(1.0, done / total) if total else 0.0
+    state = str(status.get("state", "starting"))
+    of = f"step {done:,} of {total:,}" if total else f"step {done:,}"
+    if state == "running" and done == data.first:
+        return "Starting, no step yet.", share
+    if state == "running":
+        left = _left(data, total)
+        return f"Running, {of}{f', {left} left' if left else ''}.", share
+    if state in ("starting", "stopping"):
+        return f"{state.capitalize()}, {of}.", share
+    cause = status.get("cause")
+    why = theme.plain(cause.get("message"), 300) if isinstance(cause, dict) and cause.get("message") else ""
+    return f"{state.capitalize()} after {of}{f': {why}' if why and state == 'failed' else ''}.", share
+
+
+def _left(data: RunData, total: int | None) -> str:
+    """Time left at the pace of the last steps, evaluations included."""
+    elapsed = data.elapsed
+    if total is None or len(elapsed) < 3:
+        return ""
+    recent = elapsed[-min(len(elapsed), 200) :]
+    seconds = (total - data.first - len(elapsed)) * float(recent[-1] - recent[0]) / (len(recent) - 1)
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(0.0, seconds):.0f} s"
+
+
+def _differences(old: Any, new: dict[str, Any]) -> dict[str, Any]:
+    """What a redraw has to replace in a trace: arrays that changed, and the words."""
+    found: dict[str, Any] = {}
+    for name in ("x", "y", "text", "name", "showlegend", "mode"):
+        if name not in new:
+            continue
+        before, after = old[name], new[name]
+        same = (
+            before is not None
+            and len(before) == len(after)
+            and np.array_equal(before, after, equal_nan=_numeric(after))
+            if name in ("x", "y", "text")
+            else before == after
+        )
+        if not same:
+            found[name] = after
+    if (new["type"] == "bar" and "y" in found) or "text" in found:
+        found |= {"error_y": new["error_y"], "marker": new["marker"]} if new["type"] == "bar" else {}
+    return found
+
+
+def _numeric(values: Any) -> bool:
+    return isinstance(values, np.ndarray) and values.dtype.kind == "f"
+
+
+def _line(sentence: str) -> str:
+    return f'<div role="status" aria-live="polite" class="labkit-state">{html.escape(sentence)}</div>'
+
+
+def _put(widget: Any, value: str) -> None:
+    if widget.value != value:
+        widget.value = value

@@ -1,0 +1,12 @@
+"""Display a figure as a record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from labkit.plots import static
+
+
+def show(figure: Any) -> None:
+    """Display a figure statically: it stays in the saved notebook, with its summary and its table below."""
+    static.show(figure)
