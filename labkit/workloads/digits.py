@@ -36,7 +36,7 @@ def raw() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
         images, labels = load_digits(return_X_y=True)
         table = np.concatenate([images, labels[:, None]], axis=1).astype(np.float32)
-    return table[:, :-1].reshape(-1, SIDE, SIDE) / MAX_LEVEL, table[:, -1].astype(np.int64)
+    return table[:, :-1].reshape(-1, SIDE, SIDE) / np.float32(MAX_LEVEL), table[:, -1].astype(np.int64)
 
 
 def stratified_split(labels: NDArray[Any], share: float = TEST_SHARE) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -11,11 +11,11 @@ from typing import Any
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # highway-env loads pygame, which prints an advertisement
 
-import numpy as np  # noqa: E402
-from highway_env.envs.highway_env import HighwayEnv  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
+import numpy as np
+from highway_env.envs.highway_env import HighwayEnv
+from numpy.typing import NDArray
 
-from labkit.workloads.expert import LANES, SPEEDS  # noqa: E402
+from labkit.workloads.expert import LANES, SPEEDS
 
 VEHICLES = 8
 """Rows of an observation: the driver and the nearest others."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,8 @@ def resize(images: Tensor, side: int) -> Tensor:
 class Shifted:
     """Images `x` of `data`, each also moved by up to `shift` pixels each way: (2·shift + 1)² samples from each.
 
-    Augmentation as more samples rather than as random numbers: sample i is always the same picture, on every rank and in
-    every layout. Where the picture moved away, its edge is repeated.
+    Augmentation as more samples rather than as random numbers: sample i is always the same picture, on every rank and
+    in every layout. Where the picture moved away, its edge is repeated.
     """
 
     def __init__(self, data: Data, shift: int) -> None:
@@ -64,6 +65,7 @@ class Shifted:
         return batch
 
 
+@lru_cache(maxsize=4)
 def digit_images(side: int) -> Images:
     """scikit-learn's digits, resized to `side` pixels, shifted and scaled by the training part's mean and deviation."""
     pixels, labels = digits.raw()

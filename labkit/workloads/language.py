@@ -16,6 +16,8 @@ from labkit.experiment.registry import Options
 from labkit.workloads.rules import extra_missing, hub_data, is_path, nearest_divisor
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from labkit.experiment.machine import Machine
     from labkit.experiment.schema import Experiment
     from labkit.workloads.base import Task
@@ -69,7 +71,7 @@ class Language:
 
     @classmethod
     def build(cls, options: Any, seed: int) -> Task:
-        """Read the text and make the network. `options`: a LanguageOptions, or a dict or section with its fields."""
+        """Read the text and make the network. `options`: a LanguageOptions, a dict of its fields, or a section."""
         from labkit.workloads.language_task import LanguageTask
         from labkit.workloads.options import read
         from labkit.workloads.text import Corpus, encode_bytes, python_documentation
@@ -81,6 +83,7 @@ class Language:
             from labkit.workloads.hub_text import hub_text
 
             texts = hub_text(options.data, options.text_column, options.max_characters)
+        model: nn.Module
         if options.model == "transformers":
             from labkit.workloads.models.transformers import causal_model, encoder
 
@@ -150,7 +153,7 @@ def _batch_problems(options: LanguageOptions, global_batch: int) -> Iterator[Pro
     elif global_batch > windows:
         yield Problem(
             "training.global_batch",
-            f"the text has {windows} windows of {options.context} tokens, a batch of {global_batch} does not fit in",
+            f"the text has {windows} windows of {options.context} tokens, fewer than a batch of {global_batch}",
             windows,
         )
 

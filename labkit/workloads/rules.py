@@ -35,5 +35,7 @@ def hub_data(field: str, data: str, builtin: str) -> Iterator[Problem]:
         if not Path(data).expanduser().exists():
             yield Problem(field, f"there is no file or folder {data}", builtin)
     elif not _HUB_ID.fullmatch(data):
-        yield Problem(field, f"{data!r} is no path and no name of a data set like owner/name or owner/name:config", builtin)
+        yield Problem(
+            field, f"{data!r} is no path and no name of a data set like owner/name or owner/name:config", builtin
+        )
     yield from extra_missing(field, "datasets", "hub", "a data set other than the built-in one")

@@ -79,7 +79,7 @@ class Corpus:
         return cls(encode(train), held_out, len(held_out) / len(test), vocabulary)
 
     def bits_per_character(self, nats_per_token: float) -> float:
-        """loss / ln 2 · tokens / characters."""
+        """Loss / ln 2 · tokens / characters."""
         return nats_per_token / math.log(2) * self.tokens_per_character
 
     def unigram_entropy(self) -> float:

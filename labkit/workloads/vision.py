@@ -86,13 +86,13 @@ class Vision:
         if experiment.training.global_batch > samples:
             yield Problem(
                 "training.global_batch",
-                f"the training set has {samples} samples, a batch of {experiment.training.global_batch} does not fit in",
+                f"the training set has {samples} samples, fewer than a batch of {experiment.training.global_batch}",
                 samples,
             )
 
     @classmethod
     def build(cls, options: Any, seed: int) -> ClassificationTask:
-        """Read the data and make the network. `options`: a VisionOptions, or a dict or object with its fields."""
+        """Read the data and make the network. `options`: a VisionOptions, a dict of its fields, or a section."""
         from labkit.workloads.base import ClassificationTask
         from labkit.workloads.images import Shifted, digit_images
         from labkit.workloads.models.resnet import resnet

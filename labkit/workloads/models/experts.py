@@ -1,8 +1,8 @@
-"""A mixture of experts in place of an MLP (Shazeer et al. 2017, arXiv:1701.06538; top-k as in Mixtral, arXiv:2401.04088).
+"""A mixture of experts in place of an MLP (Shazeer et al. 2017, arXiv:1701.06538; as in Mixtral, arXiv:2401.04088).
 
 A router scores the experts for each token; the `k` best ones process it, weighted by the softmax of their k scores.
-Nothing is dropped and nothing depends on the other tokens, so that splitting a batch over ranks changes nothing. There is
-no load-balancing loss for the same reason: it is no mean over samples.
+Nothing is dropped and nothing depends on the other tokens, so that splitting a batch over ranks changes nothing. There
+is no load-balancing loss for the same reason: it is no mean over samples.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small residual network (He et al. 2016, arXiv:1512.03385) with group normalisation (Wu & He 2018, arXiv:1803.08494).
+"""A small residual network (He et al. 2016, arXiv:1512.03385) with group normalisation (Wu & He, arXiv:1803.08494).
 
 Group normalisation looks at one sample at a time. Batch normalisation would take its mean and variance from the samples
 that happen to lie on one rank, so that two ranks with half of the batch each would compute something else than one rank
@@ -61,7 +61,5 @@ def resnet(channels: int, classes: int, image_size: int, width: int, depth: int)
             blocks[f"stage{stage}_{index + 1}"] = ResidualBlock(before, after, stride)
             before = after
     side = min(MAP_SIDE, math.ceil(image_size / 8))
-    blocks["head"] = nn.Sequential(
-        nn.AdaptiveAvgPool2d(side), nn.Flatten(), nn.Linear(before * side**2, classes)
-    )
+    blocks["head"] = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten(), nn.Linear(before * side**2, classes))
     return Blocks(blocks)

@@ -1,0 +1,97 @@
+"""Your own model, data and loss: a function in a file, in a module, or in a notebook cell.
+
+The function is called on every rank and returns either a `Task` (see `base.py`) or the short form
+
+    def make_task():
+        import torch
+        from torch import nn
+        model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+        x = torch.randn(1000, 8)
+        y = (x.sum(1) > 0).long()
+        return {
+            "model": model,                      # takes x
+            "train": (x[:800], y[:800]),         # (x, y) tensors, a torch Dataset of (x, y), or a Data
+            "test": (x[800:], y[800:]),          # held out
+            "loss_fn": nn.CrossEntropyLoss(),    # loss_fn(output, y): the mean over the samples
+            "metric": "accuracy",                # or "loss"; may be left out
+        }
+
+or the same as a tuple (model, train, test, loss_fn). Random numbers inside start from the experiment's seed; a
+parameter named `seed` receives it. Nothing of it is run while the experiment is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from labkit.experiment.problem import Problem
+from labkit.experiment.registry import Options
+from labkit.workloads.travel import CannotTravel, check, travels
+
+if TYPE_CHECKING:
+    from labkit.experiment.machine import Machine
+    from labkit.experiment.schema import Experiment
+    from labkit.workloads.base import Task
+
+__all__ = ["CannotTravel", "Custom", "CustomOptions", "from_notebook", "travels"]
+
+
+class CustomOptions(Options):
+    """Where the function that makes the task stands."""
+
+    path: str = Field(default="", max_length=1000)
+    """The function as module:function or file.py:function."""
+    source: str = Field(default="", max_length=1_000_000)
+    """The function's source text, e.g. of a notebook cell (instead of a path)."""
+    factory: str = Field(default="make_task", pattern=r"^[^\W\d]\w*$", max_length=200)
+    """Name of the function in the source text."""
+
+
+class Custom:
+    """Your own workload; the metric is accuracy for classes, else the loss, or what your Task says."""
+
+    Options = CustomOptions
+
+    @classmethod
+    def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        options = CustomOptions(**experiment.workload.options)
+        if bool(options.path) == bool(options.source):
+            yield Problem(
+                "workload.path",
+                "your own workload needs either a path like file.py:make_task or the source of a notebook cell",
+                "file.py:make_task" if not options.path else None,
+            )
+        elif options.path:
+            from labkit.workloads.locate import why_not
+
+            reason = why_not(options.path)
+            if reason:
+                yield Problem("workload.path", reason)
+        else:
+            try:
+                check(options.source, options.factory)
+            except CannotTravel as error:
+                yield Problem("workload.source", str(error))
+
+    @classmethod
+    def build(cls, options: Any, seed: int) -> Task:
+        """Run the function and take what it returns. `options`: a CustomOptions, a dict of its fields, or a section."""
+        from labkit.workloads.custom_task import as_task, call
+        from labkit.workloads.locate import load
+        from labkit.workloads.options import read
+        from labkit.workloads.travel import arrive
+
+        options = read(CustomOptions, options)
+        factory = load(options.path) if options.path else arrive(options.source, options.factory)
+        return as_task(call(factory, seed), factory.__name__)
+
+
+def from_notebook(factory: Callable[..., Any]) -> dict[str, str]:
+    """The workload section for a function of a notebook cell; raises CannotTravel (a ValueError) with the reason.
+
+    >>> experiment.replace(workload=from_notebook(make_task))    # doctest: +SKIP
+    """
+    return {"name": "custom", "source": travels(factory), "factory": factory.__name__}

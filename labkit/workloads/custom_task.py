@@ -1,0 +1,154 @@
+"""What a user's function returned, as a Task; every misfit is named in one sentence."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from labkit.workloads.base import Batch, Data, Metric, Task, TensorData
+from labkit.workloads.seed import seeded
+
+_TASK = ("model", "train", "test", "metric", "loss", "evaluate", "metrics", "closed_loop", "facts")
+_FORM = "a Task, a dict with model, train, test and loss_fn, or a tuple (model, train, test, loss_fn)"
+
+
+class PairData:
+    """A torch Dataset of pairs (x, y) as `Data`."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        from torch.utils.data import default_collate
+
+        x, y = default_collate([self.dataset[index] for index in indices])
+        return {"x": x, "y": y}
+
+
+class SimpleTask:
+    """Model, data and a loss function of (output, y)."""
+
+    def __init__(
+        self, model: nn.Module, train: Data, test: Data, loss_fn: Callable[[Tensor, Tensor], Tensor], metric: str
+    ) -> None:
+        self.model, self.train, self.test, self.loss_fn = model, train, test, loss_fn
+        self.counts_right = metric == "accuracy"
+        self.metric = (
+            Metric("accuracy", "Held-out accuracy", True, "%")
+            if self.counts_right
+            else Metric("loss", "Held-out loss", False)
+        )
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        return self.loss_fn(output, batch["y"])
+
+    def evaluate(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+        target = batch["y"]
+        sums = {"count": output.new_tensor(len(target)), "loss": self.loss(output, batch) * len(target)}
+        if self.counts_right:
+            sums["correct"] = (output.argmax(-1) == target).sum()
+        return sums
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        metrics = {"loss": sums["loss"] / sums["count"]}
+        if self.counts_right:
+            metrics["accuracy"] = sums["correct"] / sums["count"]
+        return metrics
+
+    def closed_loop(self, model: nn.Module, rank: int, world_size: int, seed: int) -> dict[str, float]:
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        return {"train_samples": len(self.train), "test_samples": len(self.test)}
+
+
+def call(factory: Callable[..., Any], seed: int) -> Any:
+    """Call the user's function; random numbers in it start from `seed`."""
+    parameters = inspect.signature(factory).parameters
+    needed = [
+        p.name
+        for p in parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    if any(name != "seed" for name in needed):
+        raise ValueError(f"{factory.__name__} may have a parameter seed and others with defaults, but needs {needed}")
+    with seeded(seed):
+        return factory(seed=seed) if "seed" in parameters else factory()
+
+
+def as_task(made: Any, name: str) -> Task:
+    """The Task in what `name` returned; raises ValueError with what is wrong about it."""
+    if all(hasattr(made, attribute) for attribute in _TASK):
+        task: Task = made
+        return task
+    if isinstance(made, tuple) and len(made) == 4:
+        made = dict(zip(("model", "train", "test", "loss_fn"), made, strict=True))
+    if not isinstance(made, dict):
+        lacking = [attribute for attribute in _TASK if not hasattr(made, attribute)]
+        close = f"; as a Task it lacks {', '.join(lacking)}" if len(lacking) < len(_TASK) - 1 else ""
+        raise ValueError(f"{name} must return {_FORM}, it returned {_kind(made)}{close}")
+    missing = [key for key in ("model", "train", "test", "loss_fn") if key not in made]
+    unknown = sorted(set(made) - {"model", "train", "test", "loss_fn", "metric"})
+    if missing or unknown:
+        fault = f"lacks {', '.join(missing)}" if missing else f"has unknown keys {', '.join(map(str, unknown))}"
+        raise ValueError(f"what {name} returned {fault}; it must be {_FORM}")
+    model, loss_fn = made["model"], made["loss_fn"]
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model from {name} must be a torch.nn.Module, it is {_kind(model)}")
+    if not callable(loss_fn):
+        raise ValueError(f"loss_fn from {name} must be a function of (output, y), it is {_kind(loss_fn)}")
+    if getattr(loss_fn, "reduction", "mean") != "mean":
+        raise ValueError(
+            f"loss_fn from {name} must be the mean over the samples, its reduction is {loss_fn.reduction!r}"
+        )
+    train, test = _data(made["train"], f"train from {name}"), _data(made["test"], f"test from {name}")
+    metric = made.get("metric") or _guess_metric(loss_fn, test)
+    if metric not in ("accuracy", "loss"):
+        raise ValueError(f"metric from {name} must be 'accuracy' or 'loss', it is {metric!r}")
+    return SimpleTask(model, train, test, loss_fn, metric)
+
+
+def _data(given: Any, what: str) -> Data:
+    """(x, y) tensors, a torch Dataset of pairs, or a Data."""
+    if isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(part, Tensor) for part in given):
+        x, y = given
+        if len(x) != len(y):
+            raise ValueError(f"{what} has {len(x)} inputs and {len(y)} targets")
+        data: Data = TensorData(x=x, y=y)
+    elif isinstance(given, torch.utils.data.IterableDataset):
+        raise ValueError(f"{what} is an iterable data set; samples must be found by their index, in any order")
+    elif isinstance(given, torch.utils.data.Dataset):
+        data = _dataset(given, what)
+    elif hasattr(given, "__getitems__") and hasattr(given, "__len__"):
+        data = given
+    else:
+        raise ValueError(f"{what} must be (x, y) tensors, a torch Dataset or a Data, it is {_kind(given)}")
+    if not len(data):
+        raise ValueError(f"{what} is empty")
+    return data
+
+
+def _dataset(given: Any, what: str) -> Data:
+    if not hasattr(given, "__len__"):
+        raise ValueError(f"{what} has no length (__len__)")
+    if len(given) and not (isinstance(given[0], tuple | list) and len(given[0]) == 2):
+        raise ValueError(f"{what} must give pairs (x, y), its first sample is {_kind(given[0])}")
+    return PairData(given)
+
+
+def _guess_metric(loss_fn: Any, test: Data) -> str:
+    y = test.__getitems__([0])["y"]
+    classes = y.dim() == 1 and not y.is_floating_point()
+    crossed = isinstance(loss_fn, nn.CrossEntropyLoss) or loss_fn is nn.functional.cross_entropy
+    return "accuracy" if classes and crossed else "loss"
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__}" if value is not None else "None"

@@ -1,0 +1,54 @@
+"""The recorded drives on disk: arrays in `driving.npz`, how they were made in `driving.json`. Needs numpy only."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FOLDER = Path(__file__).parent / "data"
+NAME = "driving"
+
+SCALE = np.array([1.0, 100.0, 12.0, 20.0, 4.0], dtype=np.float32)
+"""Metres and metres per second that the network sees as 1, for presence, x, y, vx, vy."""
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def write(folder: Path, arrays: Arrays, about: dict[str, Any]) -> None:
+    """Write both files; the same arrays give the same bytes (`np.savez` would put the time of day into the archive)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / f"{NAME}.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name, array in arrays.items():
+            content = io.BytesIO()
+            np.lib.format.write_array(content, array, allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getvalue(), zipfile.ZIP_DEFLATED)
+    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+    (folder / f"{NAME}.json").write_text(text, encoding="utf-8")
+
+
+@lru_cache(maxsize=1)
+def load() -> tuple[Arrays, dict[str, Any]]:
+    """The arrays and the description; read once per process."""
+    with np.load(FOLDER / f"{NAME}.npz", allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    return arrays, about()
+
+
+@lru_cache(maxsize=1)
+def about() -> dict[str, Any]:
+    """How the data was made and what is known of it."""
+    found: dict[str, Any] = json.loads((FOLDER / f"{NAME}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def normalise(seen: NDArray[Any]) -> NDArray[np.float32]:
+    """Observations [..., vehicles, 5] in metres to network input [..., vehicles · 5], about 1 in size."""
+    scaled: NDArray[np.float32] = seen.astype(np.float32) / SCALE
+    return scaled.reshape(*seen.shape[:-2], -1)
