@@ -118,6 +118,8 @@ class Optimizer(Section):
     """Pull of the weights towards zero (decoupled for AdamW)."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of SGD, or the first beta of AdamW."""
+    eps: float = Field(default=1e-8, gt=0, le=1)
+    """Floor under AdamW's denominator; gradients far below it hardly move a weight."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup_steps: int = Field(default=0, ge=0)

@@ -104,10 +104,11 @@ def _become_rank(
         os.environ.update(environment(rank, experiment))
         run()
         code = 0
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
     except BaseException as error:
-        _report(pipe, error)
+        if isinstance(error, SystemExit) and error.code == EXIT_STOPPED:
+            code = EXIT_STOPPED
+        else:  # also when somebody's code calls sys.exit(0) in the middle of training
+            _report(pipe, error)
     finally:
         try:
             sys.stdout.flush()
@@ -137,10 +138,11 @@ def environment(rank: int, experiment: Experiment) -> dict[str, str]:
 def _report(pipe: int, error: BaseException) -> None:
     """Tell the supervisor about the exception through a pipe: that works on a full disk too."""
     text = "".join(traceback.format_exception(error))
+    # The pipe holds 64 KiB, and JSON may take six bytes for a character.
     report = {
-        "type": type(error).__name__,
-        "message": str(error)[:4000],
-        "traceback": text[-16_000:],
+        "type": type(error).__name__[:200],
+        "message": str(error)[:2000],
+        "traceback": text[-6000:],
         "lost_peer": _lost_peer(error),
         "disk_full": isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG),
     }

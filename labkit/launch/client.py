@@ -6,6 +6,7 @@ The kernel never forks, makes no CUDA call and changes no signal handler. It hol
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import shutil
@@ -18,13 +19,19 @@ from typing import IO, Any
 
 from labkit.experiment import Experiment, ExperimentError, Problem
 from labkit.experiment.run_directory import RunDirectory, home, standby_log, write_json
-from labkit.launch.standby import SINGLE_THREADED
 from labkit.runs import logs
 from labkit.runs import status as run_status
 from labkit.runs.processes import boot_id, identity
 from labkit.runs.run import Run
 
 LEAST_FREE_BYTES = 2 * 2**20
+# In force before numpy and torch load their thread pools in the standby: a thread pool would not survive the fork.
+SINGLE_THREADED = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "NUMEXPR_NUM_THREADS": "1",
+}
 # What a run should see as it is now, not as it was when the standby started.
 PASSED_ON = ("CUDA_", "NCCL_", "GLOO_", "HF_", "LABKIT_", "TORCH_")
 
@@ -62,7 +69,8 @@ class Standby:
     def close(self) -> None:
         """Let it go; runs that it has started go on."""
         if self.process.stdin is not None and not self.process.stdin.closed:
-            self.process.stdin.close()
+            with contextlib.suppress(OSError):  # it was gone before it could take the last order
+                self.process.stdin.close()
 
 
 def _open_log() -> IO[bytes]:
@@ -136,11 +144,12 @@ def launch(
     requested = time.monotonic()
     resolved = experiment.check()
     checkpoint = None if resume is None else _last_checkpoint(resume)
+    here = _working_directory()
     directory = _create(resolved)
     order = {
         "run": str(directory.path),
         "requested": requested,
-        "cwd": os.getcwd(),
+        "cwd": here,
         "environment": {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)},
         "baseline": baseline.id if isinstance(baseline, Run) else baseline,
         "resume": checkpoint,
@@ -175,6 +184,13 @@ def launch(
         if not uses_standby():
             standby.close()
     return Run(directory)
+
+
+def _working_directory() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise ExperimentError([Problem("", "the current directory has been deleted; change to another one")]) from None
 
 
 def _create(experiment: Experiment) -> RunDirectory:

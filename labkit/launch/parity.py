@@ -86,6 +86,7 @@ def check(
                 "training.evaluate_every": 0,
                 "training.checkpoint_every": 0,
                 "training.gradient_norm": True,
+                "optimizer.schedule": "constant",  # as in the first steps of a long run
                 "quantization.training": precision,
             }
         )

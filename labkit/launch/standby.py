@@ -27,24 +27,21 @@ from labkit.experiment.run_directory import RunDirectory
 from labkit.runs import status
 from labkit.runs.processes import identity
 
-# Set before numpy and torch load their thread pools: a thread pool would not survive the fork.
-SINGLE_THREADED = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "NUMEXPR_NUM_THREADS": "1",
-}
 # What a rank imports before its first step. Named, not imported: the two wings meet on disk only.
-PRELOAD = ("labkit.training.preload", "labkit.workloads.preload")
+ENGINE_PRELOAD = "labkit.training.preload"
+WORKLOADS_PRELOAD = "labkit.workloads.preload"
 
 
 def main() -> int:
-    """Read orders until the kernel is gone."""
+    """Read orders until the kernel is gone. Started with client.SINGLE_THREADED in its environment."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.update(SINGLE_THREADED)
-    for name in PRELOAD:
-        import_module(name).preload()
-    supervise = import_module("labkit.launch.supervisor").supervise  # it loads numpy: after the threads are limited
+    import_module(ENGINE_PRELOAD).preload()
+    try:
+        import_module(WORKLOADS_PRELOAD).preload()
+    except Exception:
+        # One workload whose data or package is missing must not end the runs of the others: its own rank says so.
+        traceback.print_exc()
+    supervise = import_module("labkit.launch.supervisor").supervise
     # Objects that live now are shared by all later processes; keep the collector from touching (copying) their pages.
     gc.collect()
     gc.freeze()

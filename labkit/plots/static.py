@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import html
 import json
+import sys
 from typing import Any
 
 import plotly.graph_objects as go
@@ -43,8 +44,12 @@ def details(figure: go.Figure, opened: bool = False) -> str:
 
 def show(figure: go.Figure, display_id: str | None = None, update: bool = False) -> None:
     """Display the figure statically, and below it the summary with the table twin."""
+    from IPython.core.getipython import get_ipython
     from IPython.display import display
 
+    if get_ipython() is None:  # a plain script: there is nothing that could draw
+        sys.stdout.write(f"{_summary(figure)}\n")
+        return
     first = bundle(figure)
     second = {"text/html": details(figure), "text/plain": ""}
     first.pop("text/html")  # the table comes as an output of its own, beside the figure

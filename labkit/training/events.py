@@ -31,13 +31,23 @@ class EventWriter:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event; OSError when the disk does not take it whole (what was written before stays)."""
+        """Append one event; OSError when the disk does not take it whole (then nothing of it stays)."""
         head = {"event": event, "rank": self.rank, "time": time.time(), "monotonic": time.monotonic()}
         line = json.dumps(finite(head | fields), separators=(",", ":"), allow_nan=False).encode() + b"\n"
         with self._lock:
             written = os.write(self._file, line)
             if written < len(line):
-                os.write(self._file, line[written:])  # raises the reason of the short write
+                self._write_rest(line[written:], written)
+
+    def _write_rest(self, rest: bytes, written: int) -> None:
+        """After a short write: the next write gives the reason. Half a line would spoil the line after it."""
+        while rest:
+            try:
+                count = os.write(self._file, rest)
+            except OSError:
+                os.ftruncate(self._file, os.fstat(self._file).st_size - written)
+                raise
+            rest, written = rest[count:], written + count
 
     def sync(self) -> None:
         """Make sure that all events are on the disk."""

@@ -7,6 +7,7 @@ supervisor that this process is alive, and ends it when the supervisor is gone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import threading
@@ -75,6 +76,9 @@ class Meter:
         if kind is None:
             self.raise_failure()
             self._flush(wait=True)
+        elif self._failure is None:
+            with contextlib.suppress(Exception):  # the steps before the fault; the fault itself matters more
+                self._flush()
 
     def use(self, device: torch.device) -> None:
         """Measure on this device from here on."""

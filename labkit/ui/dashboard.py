@@ -101,8 +101,9 @@ class Dashboard:
     def _live(self) -> None:
         while not self._stop.is_set():
             begun = time.monotonic()
+            known, going_on = 0, True
             try:
-                going_on = self.active is not None
+                known, going_on = len(self.runs), self.active is not None
                 # what was written before the end is seen, because the state is looked at first
                 read_all = self.redraw(force=not going_on)
             except Exception as error:
@@ -110,9 +111,9 @@ class Dashboard:
                 self.notice = f"The picture could not be drawn ({type(error).__name__}: {theme.plain(error, 200)})."
                 with contextlib.suppress(Exception):
                     self._write_state()
-                going_on, read_all = self.active is not None, True
+                read_all = True
             with self._lock:
-                if not going_on and read_all:
+                if not going_on and read_all and known == len(self.runs):
                     self._thread = None
                     break
             pause = CATCH_UP_S if not read_all else max(0.05, REDRAW_S - (time.monotonic() - begun))
