@@ -53,7 +53,7 @@ class Driving:
 
     @classmethod
     def build(cls, options: Any, seed: int) -> Task:
-        """Read the recorded drives, make the network. `options`: a DrivingOptions, a dict of its fields or a section."""
+        """Read the recorded drives, make the network. `options`: a DrivingOptions, its fields or a section."""
         from labkit.workloads.driving_task import DrivingTask
         from labkit.workloads.options import read
 

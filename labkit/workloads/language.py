@@ -35,9 +35,9 @@ class LanguageOptions(Options):
     """Text: python-docs (no download), a .txt file, a folder of them, a parquet file, or a data set of the hub."""
     context: int = Field(default=64, ge=4, le=65536)
     """Tokens that a sample holds and that the network looks back on (tokens)."""
-    width: int = Field(default=96, ge=8, le=8192)
+    width: int = Field(default=128, ge=8, le=8192)
     """Embedding size of the GPT."""
-    depth: int = Field(default=3, ge=1, le=128)
+    depth: int = Field(default=2, ge=1, le=128)
     """Layers of the GPT."""
     heads: int = Field(default=4, ge=1, le=128)
     """Attention heads of the GPT; they divide the width."""

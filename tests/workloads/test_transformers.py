@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from labkit.workloads.language import Language
+from tests.workloads.helpers import train
+
+pytest.importorskip("transformers", reason="needs the extra 'hub'")
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4}
+
+
+def options(config: dict, **more: object) -> dict:
+    return {"model": "transformers", "transformers_config": config, "context": 32, "max_characters": 50_000} | more
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=lambda c: c["model_type"])
+def test_a_model_from_its_configuration_learns(config: dict) -> None:
+    task = Language.build(options(config), 0)
+    x = task.train.__getitems__([0, 1])["x"]
+    assert task.model(x).shape == (2, 32, 256)
+    assert torch.equal(task.model(x), task.model(x)), "dropout is on"
+    losses = train(task, 12, 8, 1e-2)
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_the_seed_decides_the_weights() -> None:
+    first, again, other = (Language.build(options(LLAMA), seed).model.state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_folder_with_a_trained_model_brings_its_weights_and_its_tokenizer(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate(["[unk]", "the", "of", "a", "is", "to"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[unk]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[unk]").save_pretrained(tmp_path)
+    stored = LlamaForCausalLM(LlamaConfig(vocab_size=6, **{k: v for k, v in LLAMA.items() if k != "model_type"}))
+    stored.save_pretrained(tmp_path)
+
+    chosen = {"model": "transformers", "pretrained": str(tmp_path), "context": 16, "max_characters": 50_000}
+    task = Language.build(chosen, 0)
+    assert task.corpus.vocabulary == 6
+    assert task.corpus.tokens_per_character < 0.5  # words, not bytes
+    x = task.train.__getitems__([0])["x"]
+    torch.testing.assert_close(task.model(x), stored(input_ids=x).logits)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"model_type": "no-such-model"}, "transformers refuses this configuration"),
+        (LLAMA | {"vocab_size": 10}, "the model's vocab_size is 10, the text has 256 kinds of tokens"),
+        (LLAMA | {"max_position_embeddings": 8}, "the model looks back on 8 tokens"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_named(config: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Language.build(options(config), 0)
