@@ -1,0 +1,85 @@
+"""The vision recipe written by hand: what labkit is measured against.
+
+    python _by_hand.py ddp RANK STORE STEPS FILE     torch DistributedDataParallel over gloo, file rendezvous
+    accelerate launch … _by_hand.py accelerate FILE  the same through Accelerate
+
+Both take the data and the model from the workload, so that only the loop differs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+SEED, BATCH, LR = 0, 128, 3e-3
+
+
+def build() -> Any:
+    from labkit.experiment.recipes import vision_ddp
+    from labkit.workloads.vision import Vision
+
+    return Vision.build(Vision.Options(**vision_ddp().workload.options), SEED)
+
+
+def first_step_with_accelerate(stamp: str) -> None:
+    """An ordinary Accelerate script up to the end of its first step; then writes the time to `stamp`."""
+    import torch
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2, f"{accelerator.num_processes} processes"
+    task = build()
+    optimizer = torch.optim.AdamW(task.model.parameters(), lr=LR)
+    model, optimizer = accelerator.prepare(task.model, optimizer)
+    share = BATCH // accelerator.num_processes
+    begin = accelerator.process_index * share
+    batch = task.train.__getitems__(list(range(begin, begin + share)))
+    accelerator.backward(task.loss(model(batch["x"]), batch))
+    optimizer.step()
+    optimizer.zero_grad()
+    if accelerator.is_main_process:
+        with open(stamp, "w") as file:
+            file.write(str(time.monotonic()))
+
+
+def ddp(rank: int, store: str, steps: int, result: str) -> None:
+    """A plain torch DDP loop with fused AdamW; writes the seconds of every step to `result`."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    task = build()
+    model = DistributedDataParallel(task.model, gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    order = np.random.default_rng(SEED)
+    permutation = np.concatenate([order.permutation(len(task.train)) for _ in range(-(-steps * BATCH // len(task.train)))])
+    share = BATCH // 2
+    model.train()
+    seconds = []
+    for step in range(steps):
+        begun = time.perf_counter()
+        begin = step * BATCH + rank * share
+        batch = task.train.__getitems__(permutation[begin : begin + share].tolist())
+        loss = task.loss(model(batch["x"]), batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - begun)
+    if rank == 0:
+        with open(result, "w") as file:
+            json.dump(seconds, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "ddp":
+        ddp(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5])
+    else:
+        first_step_with_accelerate(sys.argv[2])

@@ -1,0 +1,102 @@
+"""What labkit costs per step: beside a hand-written torch DDP loop, and with a live dashboard beside none.
+
+Same model, data, batch and optimizer, two ranks with one thread each, medians of the steps after the warm-up. The live
+dashboard runs in a real Jupyter kernel that shows a Lab.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from _common import arguments, finished, interleave, ratios, report, spread
+from jupyter_client.manager import start_new_kernel
+
+from labkit.experiment.recipes import vision_ddp
+from labkit.launch import warm
+
+STEPS, WARMUP = 100, 20
+SCRIPT = str(Path(__file__).with_name("_by_hand.py"))
+EXPERIMENT = vision_ddp().replace(
+    f"training.steps={STEPS}", "training.evaluate_every=0", "training.checkpoint_every=0", "optimizer.schedule=constant"
+)
+CELL = """
+import json, labkit
+from labkit.experiment import Experiment
+lab = labkit.Lab(Experiment.from_json({experiment!r}), ui="live")
+display(lab)
+run = lab.run(wait=True)
+print("STEPS", json.dumps([float(s) for s in run.data().seconds[0]]))
+"""
+
+
+def by_hand() -> float:
+    """Median step of the hand-written loop (s)."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [str(Path(folder, "store")), str(STEPS), str(Path(folder, "result"))]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        ranks = [
+            subprocess.Popen([sys.executable, SCRIPT, "ddp", str(rank), *arguments], env=environment) for rank in (0, 1)
+        ]
+        assert all(rank.wait() == 0 for rank in ranks)
+        return statistics.median(json.loads(Path(folder, "result").read_text())[WARMUP:])
+
+
+def headless() -> float:
+    """Median step of labkit without anyone watching (s)."""
+    return statistics.median(map(float, finished(EXPERIMENT).data().seconds[0][WARMUP:]))
+
+
+class Live:
+    """A Jupyter kernel with a Lab that draws while the run goes on."""
+
+    def __init__(self) -> None:
+        self.manager, self.client = start_new_kernel(kernel_name="python3")
+        self.client.execute_interactive("import labkit; labkit.warm(120)", timeout=200, output_hook=lambda message: None)
+
+    def __call__(self) -> float:
+        said: list[str] = []
+
+        def listen(message: dict) -> None:  # type: ignore[type-arg]
+            if message["msg_type"] == "stream":
+                said.append(message["content"]["text"])
+            elif message["msg_type"] == "error":
+                raise RuntimeError("\n".join(message["content"]["traceback"]))
+
+        cell = CELL.format(experiment=EXPERIMENT.to_json())
+        self.client.execute_interactive(cell, timeout=300, output_hook=listen)
+        line = next(line for line in "".join(said).splitlines() if line.startswith("STEPS"))
+        return statistics.median(json.loads(line.removeprefix("STEPS"))[WARMUP:])
+
+    def close(self) -> None:
+        self.client.stop_channels()
+        self.manager.shutdown_kernel(now=True)
+
+
+def main() -> int:
+    options = arguments(__doc__ or "")
+    warm(wait=120)
+    live = Live()
+    try:
+        cases = {"torch DDP by hand": by_hand, "labkit": headless, "labkit, live dashboard": live}
+        figures = interleave(cases, options.repeats)
+    finally:
+        live.close()
+    loop = ratios(figures, "labkit", "torch DDP by hand")
+    dashboard = ratios(figures, "labkit, live dashboard", "labkit")
+    rows = [(name, spread([1000 * value for value in values]) + " ms/step") for name, values in figures.items()]
+    rows += [("labkit / by hand", spread(loop)), ("live / headless", spread(dashboard))]
+    claims = [
+        ("labkit step over hand-written step", statistics.median(loop), "<=", 1.02),
+        ("live dashboard over headless", statistics.median(dashboard), "<=", 1.02),
+    ]
+    return report("Overhead per step, 2 ranks, vision recipe", rows, claims, options, figures)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
