@@ -48,6 +48,8 @@ class Runtime:
             device = torch.device("cuda", rank % torch.cuda.device_count())
             torch.cuda.set_device(device)
             os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+            if not alone:  # Accelerate takes the local rank for the index of the GPU; ranks may share one here
+                os.environ["LOCAL_RANK"] = str(device.index)
         if not alone:
             dist.init_process_group(
                 backend(launch.device, ranks),

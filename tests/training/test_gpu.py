@@ -1,0 +1,55 @@
+"""What can only be shown on a GPU; each test skips where there is none."""
+
+from __future__ import annotations
+
+import pytest
+
+from labkit.experiment import Experiment, Machine
+from labkit.experiment.recipes import vision_ddp
+from labkit.launch import launch
+from labkit.launch.parity import check
+
+pytestmark = pytest.mark.gpu
+
+
+def short(*assignments: str) -> Experiment:
+    base = vision_ddp().replace("training.steps=12", "training.evaluate_every=0", "training.checkpoint_every=0")
+    return base.replace("launch.device=cuda", *assignments)
+
+
+def test_one_gpu_computes_what_a_cpu_computes() -> None:
+    figures = {}
+    for device in ("cpu", "cuda"):
+        run = launch(short("layout.dp_replicate=1", "quantization.training=fp64", f"launch.device={device}"))
+        run.result(300)
+        figures[device] = run.data().loss
+    assert abs(figures["cpu"] - figures["cuda"]).max() < 1e-9
+
+
+def test_ranks_that_share_a_gpu_run_over_gloo_and_are_flagged() -> None:
+    ranks = len(Machine.here().gpus) + 1
+    experiment = short(f"layout.dp_replicate={ranks}")
+    assert any("share" in str(warning) for warning in experiment.warnings())
+    run = launch(experiment)
+    run.result(300)
+    assert run.summary()["effective"]["backend"] == "gloo"
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_parity_on_gpus(accumulation: int) -> None:
+    result = check(short("layout.dp_replicate=2", f"gradients.accumulation={accumulation}", "training.global_batch=67"))
+    assert result["parity"], result["text"]
+
+
+def test_nccl_where_every_rank_has_a_gpu() -> None:
+    if len(Machine.here().gpus) < 2:
+        pytest.skip("needs two GPUs")
+    run = launch(short("layout.dp_replicate=2"))
+    run.result(300)
+    assert run.summary()["effective"]["backend"] == "nccl"
+
+
+def test_this_process_made_no_cuda_context() -> None:
+    import torch
+
+    assert not torch.cuda.is_initialized()
