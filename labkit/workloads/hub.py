@@ -5,12 +5,31 @@ Only data is ever read: `trust_remote_code` is not passed, and `datasets` from 4
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from labkit.workloads.rules import is_path
 
 TEST_NAMES = ("test", "validation", "valid", "dev", "eval")
+
+
+def use_cache_when_offline() -> None:
+    """Switch the Hugging Face libraries to what they have stored, if their server cannot be reached.
+
+    They would try again and again for most of a minute otherwise. To be called before they are imported. Behind a
+    proxy, and where HF_HUB_OFFLINE is set, nothing is tried.
+    """
+    if "HF_HUB_OFFLINE" in os.environ or getproxies():
+        return
+    server = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((server.hostname or "", server.port or 443), timeout=5).close()
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def load(data: str) -> tuple[Any, Any | None]:
@@ -19,8 +38,11 @@ def load(data: str) -> tuple[Any, Any | None]:
     `data` is a folder, a .parquet file, or a name on the hub: `name`, `owner/name` or `owner/name:configuration`.
     Raises ValueError in one sentence where nothing can be loaded.
     """
+    if not is_path(data):
+        use_cache_when_offline()
     import datasets
 
+    datasets.disable_progress_bars()  # a rank writes to a log
     path = Path(data).expanduser()
     try:
         if is_path(data):
@@ -33,7 +55,7 @@ def load(data: str) -> tuple[Any, Any | None]:
             name, _, configuration = data.partition(":")
             found = datasets.load_dataset(name, configuration or None)
     except Exception as error:  # whatever the hub, the network or a file reader raises, people need one sentence
-        raise ValueError(_sentence(data, error)) from error
+        raise ValueError(sentence(data, error)) from error
     return split(found)
 
 
@@ -57,14 +79,15 @@ def column(dataset: Any, wanted: str, kind: str, candidates: list[str], option: 
     return candidates[0]
 
 
-def _sentence(data: str, error: Exception) -> str:
+def sentence(data: str, error: Exception) -> str:
+    """Why `data` cannot be loaded and what to do instead, from whatever was raised."""
     first = (str(error).strip().splitlines() or [""])[0]
     if is_path(data):
-        return f"cannot read {data} as a data set: {first or type(error).__name__}"
-    unreachable = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-    if unreachable or "offline" in first.lower() or "couldn't reach" in first.lower() or "connect" in first.lower():
+        return f"cannot read {data}: {first or type(error).__name__}"
+    said = first.lower()
+    if isinstance(error, ConnectionError) or any(word in said for word in ("offline", "couldn't reach", "connect")):
         return (
             f"cannot reach the Hugging Face hub to load {data!r}; "
-            "without internet, give a local folder or parquet file, or the built-in data"
+            "without internet, give a local folder or file, or what is built in"
         )
     return f"cannot load {data!r} from the Hugging Face hub: {first or type(error).__name__}"

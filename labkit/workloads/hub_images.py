@@ -86,8 +86,12 @@ def _decoded(rows: Any, image_column: str) -> Any:
     """Rows whose images come as PIL images, whatever the file said about the column's type."""
     import datasets
 
-    if isinstance(rows.features.get(image_column), datasets.Image):
+    feature = rows.features[image_column]
+    if isinstance(feature, datasets.Image):
         return rows
+    if getattr(feature, "dtype", "") in ("string", "large_string"):
+        # Would be taken as paths or addresses: a foreign data set could have files of this machine opened.
+        raise ValueError(f"column {image_column!r} does not hold images, it holds text")
     try:
         return rows.cast_column(image_column, datasets.Image())
     except Exception as error:  # pyarrow and datasets raise many kinds here

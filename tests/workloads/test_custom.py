@@ -74,8 +74,16 @@ def build(section: dict[str, str], seed: int = 0) -> Any:
 @pytest.mark.parametrize(
     ("before", "body", "sentence"),
     [
-        ("train_set = [1]", "return train_set", "train_set is defined elsewhere in the notebook; define it inside make_task"),
-        ("import numpy as np", "return np.zeros(3)", "np is imported elsewhere in the notebook; write `import numpy as np`"),
+        (
+            "train_set = [1]",
+            "return train_set",
+            "train_set is defined elsewhere in the notebook; define it inside make_task",
+        ),
+        (
+            "import numpy as np",
+            "return np.zeros(3)",
+            "np is imported elsewhere in the notebook; write `import numpy as np`",
+        ),
         ("import math", "return math.pi", "math is imported elsewhere in the notebook; write `import math` inside"),
         ("", "return nowhere", "nowhere is not defined in the source"),
         ("def helper(): ...", "return [helper() for _ in range(2)]", "helper is defined elsewhere in the notebook"),

@@ -129,7 +129,11 @@ def test_a_short_training_beats_the_unigram_entropy() -> None:
     ("options", "training", "sentence"),
     [
         ({"width": 50}, {}, "workload.heads: 4 heads do not divide a width of 50; nearest legal value: 5."),
-        ({"experts": 2, "experts_per_token": 3}, {}, "workload.experts_per_token: 3 experts per token, but there are only 2"),
+        (
+            {"experts": 2, "experts_per_token": 3},
+            {},
+            "workload.experts_per_token: 3 experts per token, but there are only 2",
+        ),
         ({}, {"global_batch": 100_000}, "training.global_batch: the text has"),
         ({"context": 60_000}, {}, "workload.context: the text of"),
         ({"data": "no.txt"}, {}, "workload.data: there is no file or folder no.txt"),

@@ -107,10 +107,18 @@ def test_a_short_training_beats_the_majority_by_far() -> None:
 @pytest.mark.parametrize(
     ("options", "training", "sentence"),
     [
-        ({"model": "vit", "width": 50}, {}, "workload.heads: 4 heads do not divide a width of 50; nearest legal value: 5."),
+        (
+            {"model": "vit", "width": 50},
+            {},
+            "workload.heads: 4 heads do not divide a width of 50; nearest legal value: 5.",
+        ),
         ({"model": "vit", "patch": 5}, {}, "workload.patch: patches of 5 pixels do not divide images of 32; "),
         ({"shift": 0}, {"global_batch": 5000}, "training.global_batch: the training set has 1438 samples, fewer than"),
-        ({"data": "./nowhere"}, {}, "workload.data: there is no file or folder ./nowhere; nearest legal value: digits."),
+        (
+            {"data": "./nowhere"},
+            {},
+            "workload.data: there is no file or folder ./nowhere; nearest legal value: digits.",
+        ),
         ({"data": "what is this?"}, {}, "workload.data: 'what is this?' is no path and no name of a data set"),
     ],
 )

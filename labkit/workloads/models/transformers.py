@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from labkit.workloads import hub
+from labkit.workloads.rules import is_path
 from labkit.workloads.seed import seeded
 from labkit.workloads.text import Encode
 
@@ -40,7 +42,7 @@ def causal_model(
         try:
             loaded = AutoModelForCausalLM.from_pretrained(pretrained, dtype="float32", trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load the model {pretrained!r}: {_first_line(error)}") from error
+            raise ValueError(hub.sentence(pretrained, error)) from error
         _switch_off_dropout(loaded, {})
         _check_sizes(loaded.config, context, vocabulary)
         return CausalModel(loaded.train())
@@ -58,12 +60,14 @@ def causal_model(
 
 def encoder(pretrained: str) -> tuple[Encode, int]:
     """The tokenizer of a trained model, and the size of its vocabulary."""
+    if not is_path(pretrained):
+        hub.use_cache_when_offline()
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(pretrained, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the tokenizer of {pretrained!r}: {_first_line(error)}") from error
+        raise ValueError(hub.sentence(pretrained, error)) from error
 
     def encode(text: str) -> np.ndarray[Any, Any]:
         return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
