@@ -10,15 +10,16 @@ that all-reduce is done, so each of them sees the mark when it looks at the begi
 from __future__ import annotations
 
 import mmap
-import struct
 import time
 from dataclasses import dataclass
 
 from labkit.experiment.run_directory import PHASES
 
-_HEAD = struct.Struct("qq")  # stop requested, stop at this step (-1: no)
-_ROW = struct.Struct("qqddq")  # step, phase, time of last progress, time of last sign of life, memory in bytes
-_WORD = struct.Struct("q")
+# Everything is a word of 8 bytes, written and read in one piece. (struct.pack_into would not do: it fills its target with
+# zeros first, and another process may look just then.)
+_WORD = 8
+_REQUESTED, _STOP_AT, _HEAD = 0, 1, 2  # stop requested; stop at this step (-1: no)
+_STEP, _PHASE, _PROGRESS, _LIFE, _MEMORY, _ROW = 0, 1, 2, 3, 4, 5  # where; times of last progress and last sign of life
 
 
 @dataclass(frozen=True)
@@ -37,42 +38,58 @@ class Board:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self._memory = mmap.mmap(-1, _HEAD.size + world_size * _ROW.size)
-        _HEAD.pack_into(self._memory, 0, 0, -1)
+        memory = memoryview(mmap.mmap(-1, _WORD * (_HEAD + world_size * _ROW)))
+        self._whole, self._real = memory.cast("q"), memory.cast("d")
+        self._whole[_STOP_AT] = -1
         now = time.monotonic()
         for rank in range(world_size):
-            _ROW.pack_into(self._memory, self._row(rank), 0, 0, now, now, 0)
+            self._real[self._row(rank) + _PROGRESS] = self._real[self._row(rank) + _LIFE] = now
 
-    def _row(self, rank: int) -> int:
-        return _HEAD.size + rank * _ROW.size
+    @staticmethod
+    def _row(rank: int) -> int:
+        return _HEAD + rank * _ROW
 
     # -- the rank's side --------------------------------------------------------------------------------------------
 
     def progress(self, rank: int, step: int, phase: int) -> None:
         """Rank `rank` begins phase number `phase` of step `step`."""
-        struct.pack_into("qqd", self._memory, self._row(rank), step, phase, time.monotonic())
+        row = _HEAD + rank * _ROW
+        self._whole[row + _STEP] = step
+        self._whole[row + _PHASE] = phase
+        self._real[row + _PROGRESS] = time.monotonic()
 
     def life(self, rank: int, memory_bytes: int) -> None:
         """Rank `rank` is alive, whatever its main thread does."""
-        struct.pack_into("dq", self._memory, self._row(rank) + 24, time.monotonic(), memory_bytes)
+        row = self._row(rank)
+        self._whole[row + _MEMORY] = memory_bytes
+        self._real[row + _LIFE] = time.monotonic()
 
     def should_stop(self, rank: int, step: int) -> bool:
         """Called by every rank at the beginning of step `step`; the same answer on all ranks."""
-        requested, stop_at = _HEAD.unpack_from(self._memory, 0)
-        if rank == 0 and requested and stop_at < 0:
+        stop_at = self._whole[_STOP_AT]
+        if rank == 0 and stop_at < 0 and self._whole[_REQUESTED]:
             # A rank that is alone has nobody to agree with.
             stop_at = step if self.world_size == 1 else step + 1
-            _WORD.pack_into(self._memory, 8, stop_at)
+            self._whole[_STOP_AT] = stop_at
         return 0 <= stop_at <= step
 
     # -- the supervisor's side --------------------------------------------------------------------------------------
 
     def request_stop(self) -> None:
-        _WORD.pack_into(self._memory, 0, 1)
+        """Ask all ranks to end after a step that they agree on."""
+        self._whole[_REQUESTED] = 1
 
     def place(self, rank: int) -> Place:
-        step, phase, progress, life, memory = _ROW.unpack_from(self._memory, self._row(rank))
-        return Place(step, PHASES[phase], progress, life, memory)
+        """Where `rank` is."""
+        row = self._row(rank)
+        whole, real = self._whole, self._real
+        return Place(
+            whole[row + _STEP],
+            PHASES[whole[row + _PHASE]],
+            real[row + _PROGRESS],
+            real[row + _LIFE],
+            whole[row + _MEMORY],
+        )
 
     def silent(self, limit_s: float, ranks: list[int]) -> list[int]:
         """Of the running `ranks`, those to blame for a standstill; [] while there is none.
