@@ -227,6 +227,7 @@ class RunData:
             "pid": _integer(event.get("pid"), 0, 2**31),
             "threads": _integer(event.get("threads"), 0, 2**16),
             "parameters": _integer(event.get("parameters"), 0, 2**62),
+            "steps": _integer(event.get("steps"), 1, MAX_STEPS),
             "time_to_first_step_seconds": _number(event.get("time_to_first_step_seconds")),
             "effective": event["effective"] if _is_small_dict(event.get("effective")) else {},
         }
@@ -359,7 +360,10 @@ class RunData:
     @property
     def total_steps(self) -> int | None:
         """Updates at the end of the run, counted like `step`; None if unknown."""
-        return _integer(self.status.get("steps"), 1, MAX_STEPS)
+        known = _integer(self.status.get("steps"), 1, MAX_STEPS)
+        if known is None and self._ranks:  # given as epochs: only the ranks know how many steps that is
+            known = self._ranks[0].start.get("steps")
+        return known
 
     @property
     def rank_steps(self) -> list[int]:

@@ -12,6 +12,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from labkit.experiment.run_directory import STATES, TERMINAL, RunDirectory, read_json, standby_log, write_json
@@ -19,19 +20,44 @@ from labkit.runs.logs import tail
 from labkit.runs.processes import alive, boot_id
 
 RESERVE_BYTES = 256 * 1024
+FOREIGN_SILENCE_S = 600.0
+"""A run on another machine (or from before a restart of this one) that wrote nothing for so long is given up."""
+
+# What readers rely on; a directory from elsewhere may hold anything.
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("title", "boot", "workload", "layout", "device", "resumed_from"), (str,)),
+    **dict.fromkeys(("created", "started", "ended"), (int, float)),
+    **dict.fromkeys(("world_size", "steps"), (int,)),
+    **dict.fromkeys(("supervisor", "launcher", "cause"), (dict,)),
+    **dict.fromkeys(("ranks", "warnings"), (list,)),
+}
 
 
 def read(directory: RunDirectory) -> dict[str, Any]:
-    """The status as written; a run whose status cannot be read counts as failed."""
+    """The status as written, without entries of a wrong type; a run whose status cannot be read counts as failed."""
     status = read_json(directory.status)
     if isinstance(status, dict) and status.get("state") in STATES:
-        return status
+        return _believable(directory, status)
     return {
         "run_id": directory.id,
         "title": directory.id,
         "state": "failed",
         "cause": cause("supervisor", "the status of this run cannot be read"),
     }
+
+
+def _believable(directory: RunDirectory, status: dict[str, Any]) -> dict[str, Any]:
+    kept = {
+        name: value
+        for name, value in status.items()
+        if value is None or name not in _TYPES or (isinstance(value, _TYPES[name]) and not isinstance(value, bool))
+    }
+    kept |= {"run_id": directory.id, "title": kept.get("title") or directory.id}
+    if kept.get("cause"):
+        blamed = cause("supervisor", "") | kept["cause"]
+        log = blamed["log"] if isinstance(blamed["log"], list) else []
+        kept["cause"] = blamed | {"message": str(blamed["message"]), "log": [str(line) for line in log]}
+    return kept
 
 
 def cause(kind: str, message: str, **more: Any) -> dict[str, Any]:
@@ -97,7 +123,12 @@ def reconcile(directory: RunDirectory) -> dict[str, Any]:
     if status["state"] in TERMINAL:
         return status
     if status.get("boot") != boot_id():
-        return status  # another machine's run on a shared disk: its processes cannot be seen from here
+        # Its processes cannot be seen from here, only what it writes: progress.json twice a second.
+        silent = time.time() - max(map(_changed, (directory.status, directory.progress)))
+        if silent < FOREIGN_SILENCE_S:
+            return status
+        said = f"no sign of life for {silent / 60:.0f} min; it ran on another machine, or this one was restarted"
+        return _end(directory, status, said, tail(directory.supervisor_log))
     holder = status.get("supervisor") or status.get("launcher")
     if holder is None or alive(holder):
         return status
@@ -106,9 +137,21 @@ def reconcile(directory: RunDirectory) -> dict[str, Any]:
         return status
     if status.get("supervisor"):
         said = "the supervisor was killed from outside; its ranks died with it"
-        log = tail(directory.supervisor_log)
-    else:
-        said = "the launcher died before the run began"
-        log = tail(standby_log(directory.path.parent.parent))
-    return update(directory, state="failed", cause=cause("supervisor", said, log=log))
+        return _end(directory, status, said, tail(directory.supervisor_log))
+    said = "the launcher died before the run began"
+    return _end(directory, status, said, tail(standby_log(directory.path.parent.parent)))
 
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _end(directory: RunDirectory, status: dict[str, Any], said: str, log: list[str]) -> dict[str, Any]:
+    changes = {"state": "failed", "cause": cause("supervisor", said, log=log)}
+    try:
+        return update(directory, **changes)
+    except OSError:
+        return status | changes  # a directory that may only be read

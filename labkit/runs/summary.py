@@ -31,6 +31,10 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
     comparison = compare([directory], baseline=base)
     row = next(row for row in comparison.rows if row["run_id"] == directory.id)
     final = data.evaluations[-1][2] if data.evaluations else {}
+    notes = row["notes"]
+    diverged = np.flatnonzero(~np.isfinite(data.loss))
+    if len(diverged):
+        notes = [*notes, f"the loss is no finite number from step {data.first + int(diverged[0]) + 1} on"]
     start = data.rank_starts[0] if data.rank_starts else {}
     return {
         "run_id": directory.id,
@@ -65,7 +69,7 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
         "speedup_interval": [row["speedup_low"], row["speedup_high"]] if ranks > 1 and row["speedup"] else None,
         "efficiency": row["efficiency"] if ranks > 1 else None,
         "ceiling": row["ceiling"],
-        "notes": row["notes"],
+        "notes": notes,
         "warnings": one.status.get("warnings", []),
     }
 

@@ -182,6 +182,7 @@ class Trainer:
             threads=torch.get_num_threads(),
             parameters=sum(parameter.numel() for parameter in self.bare.parameters()),
             first=self.first,
+            steps=self.steps,
             metric={
                 "key": metric.key,
                 "title": metric.title,
