@@ -50,7 +50,7 @@ def throughput_line(data: RunData) -> Line:
     with np.errstate(invalid="ignore", divide="ignore"):
         rate = data.samples / seconds
     x, y = means(data.step, rate, weight=seconds, most=400)
-    return (x, smooth(y, max(1, len(y) // 40))) if count >= SMOOTHED_FROM else (x, y)
+    return (x, smooth(y, max(1, len(y) // 20))) if count >= SMOOTHED_FROM else (x, y)
 
 
 def _step_seconds(data: RunData, count: int) -> Floats:
@@ -140,6 +140,7 @@ def line(index: int, name: str, points: Line, unit: str, **more: Any) -> dict[st
         "mode": "lines+markers" if few else "lines",
         "name": theme.safe(name),
         "legendgroup": str(index),
+        "showlegend": True,
         "x": points[0],
         "y": points[1],
         "line": {"color": colour, "dash": dash, "width": 2.5},

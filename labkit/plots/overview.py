@@ -17,6 +17,7 @@ from labkit.plots.shown import Shown, shown
 from labkit.plots.table import runs_rows
 
 SLOTS = 4
+AXES = ("xaxis", "yaxis", "xaxis2", "yaxis2", "xaxis3", "yaxis3", "xaxis4", "yaxis4")
 HEIGHT = 640
 _NOTHING = (np.zeros(0), np.zeros(0))
 _LEFT, _RIGHT, _UPPER, _LOWER = [0.0, 0.455], [0.545, 1.0], [0.60, 0.955], [0.06, 0.415]
@@ -85,13 +86,14 @@ def layout(runs: Sequence[Shown], rows: Rows, height: int = HEIGHT) -> dict[str,
     """Axes, titles and legends of the four panels."""
     base = {key: value for key, value in theme.LAYOUT.items() if key != "title"}
     step = "Step (updates done)"
-    return base | {
+    from_zero = {"autorangeoptions": {"clipmin": 0}}
+    found = base | {
         "height": height,
-        "xaxis": theme.axis(step, domain=_LEFT, anchor="y"),
-        "yaxis": theme.axis("Training loss", domain=_UPPER, anchor="x"),
-        "xaxis2": theme.axis(step, domain=_RIGHT, anchor="y2"),
+        "xaxis": theme.axis(step, domain=_LEFT, anchor="y", **from_zero),
+        "yaxis": theme.axis("Training loss", domain=_UPPER, anchor="x", **from_zero),
+        "xaxis2": theme.axis(step, domain=_RIGHT, anchor="y2", **from_zero),
         "yaxis2": theme.axis(theme.safe(curves.metric_title(runs)), domain=_UPPER, anchor="x2"),
-        "xaxis3": theme.axis(step, domain=_LEFT, anchor="y3"),
+        "xaxis3": theme.axis(step, domain=_LEFT, anchor="y3", **from_zero),
         "yaxis3": theme.axis("Throughput (samples/s)", domain=_LOWER, anchor="x3", rangemode="tozero"),
         "xaxis4": theme.axis("", domain=_RIGHT, anchor="y4", type="category"),
         "yaxis4": theme.axis("Speed-up (× 1 rank)", domain=_LOWER, anchor="x4", rangemode="tozero"),
@@ -100,8 +102,11 @@ def layout(runs: Sequence[Shown], rows: Rows, height: int = HEIGHT) -> dict[str,
         "legend2": base["legend"] | {"x": _RIGHT[0], "y": _LOWER[0] - 0.075, "yanchor": "top"},
         "showlegend": True,
         "margin": {"l": 60, "r": 16, "t": 56, "b": 48},
-        "bargap": 0.4,
+        "autosize": True,
     }
+    for name in AXES:  # numbers along an empty axis would mean nothing
+        found[name]["showticklabels"] = bool(runs)
+    return found
 
 
 def overview(runs: Iterable[Any] | Any, comparison: Any = (), height: int = HEIGHT) -> Picture:

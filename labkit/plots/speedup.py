@@ -57,6 +57,10 @@ def finding(rows: Rows) -> str:
     best = max(claims, key=lambda bar: bar["value"])
     ceiling = f" (ceiling {best['ceiling']:.2f})" if best["ceiling"] else ""
     so_far = " so far" if best["live"] else ""
+    if best["low"] <= 1 <= best["high"] and best["low"] < best["high"]:
+        return (
+            f"{best['ranks']} ranks train about as fast as 1 ({best['low']:.2f} to {best['high']:.2f} times){ceiling}"
+        )
     if best["value"] < 1:
         return f"{best['ranks']} ranks train {1 / best['value']:.2f} times slower than 1{so_far}{ceiling}"
     return f"{best['ranks']} ranks train {best['value']:.2f} times faster than 1{so_far}{ceiling}"
@@ -73,7 +77,7 @@ def traces(rows: Rows, **more: Any) -> list[dict[str, Any]]:
             "name": "Measured",
             "x": labels,
             "y": [bar["value"] for bar in found],
-            "width": min(0.55, 0.25 + 0.1 * len(found)),
+            "width": 0.5,
             "marker": {
                 "color": [theme.MUTED if bar["baseline"] else theme.PALETTE[0] for bar in found],
                 "opacity": [0.6 if bar["live"] else 1.0 for bar in found],

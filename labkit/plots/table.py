@@ -13,10 +13,11 @@ MAX_ROWS = 200
 
 def runs_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows of a comparison with titles, units and readable numbers."""
+    named = any(_named(row) for row in rows)
     return [
-        {
-            "Run": row["title"],
-            "Id": row["run_id"],
+        {"Run": row["run_id"]}
+        | ({"Title": row["title"]} if named else {})
+        | {
             "Layout": row["layout"],
             "Ranks": row["world_size"],
             "State": row["state"],
@@ -34,6 +35,11 @@ def runs_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def _named(row: Mapping[str, Any]) -> bool:
+    """Whether a person gave the run a title of its own."""
+    return row["title"] not in (row["run_id"], f"{row['workload']} {row['layout']}")
+
+
 def _scaled(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
 
@@ -47,7 +53,7 @@ def _speedup(row: Mapping[str, Any]) -> str:
         return "–"
     if row["is_baseline"] or row["speedup_low"] is None:
         return theme.number(row["speedup"])
-    return f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
+    return f"{row['speedup']:.2f} ({row['speedup_low']:.2f}–{row['speedup_high']:.2f})"
 
 
 def _role(row: Mapping[str, Any]) -> list[str]:
@@ -78,13 +84,15 @@ _TABLE = (
     "border-collapse:collapse;font-size:13px;line-height:1.35;margin:4px 0;width:auto;font-variant-numeric:tabular-nums"
 )
 _HEAD = "border-bottom:2px solid #9aa5b1"
-_CELL = "padding:4px 12px 4px 0;white-space:nowrap;vertical-align:top;background:none;"
+_CELL = "padding:4px 14px 4px 0;white-space:nowrap;vertical-align:top;background:none;"
 _CAPTION = "text-align:left;caption-side:top;color:inherit;opacity:.75;padding:2px 0 4px"
 
 
 def _align(rows: Sequence[Mapping[str, Any]], column: str) -> str:
     """Numbers to the right, words to the left."""
     values = [str(row.get(column, "")) for row in rows[:20]]
+    if column == "Run":
+        return "text-align:left;"
     numeric = any(value[:1].isdigit() for value in values)
     looks = all(value == "–" or value.lstrip("-–")[:1].isdigit() for value in values if value)
     return "text-align:right;" if numeric and looks else "text-align:left;"

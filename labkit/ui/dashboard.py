@@ -16,7 +16,6 @@ from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
-import plotly.graph_objects as go
 
 from labkit.experiment import Experiment
 from labkit.experiment.run_directory import RunDirectory
@@ -25,6 +24,7 @@ from labkit.plots.shown import Shown, shown
 from labkit.plots.table import html_table, runs_rows
 from labkit.runs.data import RunData
 from labkit.runs.steady import Steady
+from labkit.ui.live_figure import LiveFigure
 
 REDRAW_S = 0.35
 READ_S = 0.008
@@ -40,7 +40,7 @@ class Dashboard:
     """Widgets that show runs while they train. `watch(run)` starts the thread; `redraw()` is one turn of it."""
 
     def __init__(self, height: int = overview.HEIGHT, on_end: Callable[[], None] | None = None) -> None:
-        self.figure = go.FigureWidget(overview.traces([], []), overview.layout([], [], height))
+        self.figure = LiveFigure(overview.traces([], []), overview.layout([], [], height))
         self.figure._config = static.config()
         self.state = widgets.HTML(_line("Ready."))
         self.progress = widgets.FloatProgress(min=0, max=1, value=0, layout={"width": "100%", "height": "10px"})
@@ -143,8 +143,7 @@ class Dashboard:
 
     def _unanswered(self) -> bool:
         """Whether the browser is still busy with the last redraw: without this, updates would pile up in its queue."""
-        busy = bool(getattr(self.figure, "_trace_edit_in_process", False))
-        return busy and time.monotonic() - self._sent < UNANSWERED_S
+        return self.figure.busy and time.monotonic() - self._sent < UNANSWERED_S
 
     def _draw(self) -> None:
         many = self.shown()
@@ -158,16 +157,19 @@ class Dashboard:
             for note, new in zip(self.figure.layout.annotations, layout["annotations"], strict=True):
                 if note.text != new["text"]:
                     note.text = new["text"]
-            title = layout["yaxis2"]["title"]["text"]
-            if self.figure.layout.yaxis2.title.text != title:
-                self.figure.layout.yaxis2.title.text = title
+            for name in overview.AXES:
+                axis, new = self.figure.layout[name], layout[name]
+                if axis.title.text != new["title"]["text"]:
+                    axis.title.text = new["title"]["text"]
+                if axis.showticklabels != new["showticklabels"]:
+                    axis.showticklabels = new["showticklabels"]
         if any(changed):
             self._sent = time.monotonic()
 
     def sync(self) -> None:
-        """Renew the state that a reloaded page reads. plotly keeps it current only when the figure is displayed."""
+        """Renew the state that a reloaded page reads."""
         self._synced = time.monotonic()
-        self.figure._repr_mimebundle_()
+        self.figure.renew()
 
     def shown(self) -> list[Shown]:
         """The runs of the figure: the latest ones, with the baseline if there is one."""
@@ -315,21 +317,17 @@ def _differences(old: Any, new: dict[str, Any]) -> dict[str, Any]:
     """What a redraw has to replace in a trace: arrays that changed, and the words."""
     found: dict[str, Any] = {}
     for name in ("x", "y", "text", "name", "showlegend", "mode"):
-        if name not in new:
-            continue
-        before, after = old[name], new[name]
-        same = (
-            before is not None
-            and len(before) == len(after)
-            and np.array_equal(before, after, equal_nan=_numeric(after))
-            if name in ("x", "y", "text")
-            else before == after
-        )
-        if not same:
-            found[name] = after
-    if (new["type"] == "bar" and "y" in found) or "text" in found:
-        found |= {"error_y": new["error_y"], "marker": new["marker"]} if new["type"] == "bar" else {}
+        if name in new and not _same(old[name], new[name]):
+            found[name] = new[name]
+    if new["type"] == "bar" and found:
+        found |= {part: new[part] for part in ("error_y", "marker", "width")}
     return found
+
+
+def _same(before: Any, after: Any) -> bool:
+    if not isinstance(after, list | np.ndarray):
+        return bool(before == after)
+    return before is not None and len(before) == len(after) and np.array_equal(before, after, equal_nan=_numeric(after))
 
 
 def _numeric(values: Any) -> bool:

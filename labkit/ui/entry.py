@@ -86,6 +86,8 @@ def entry(field: str, info: FieldInfo, value: Any, methods: Registry | None = No
     common = {"description": label(field), "tooltip": tooltip(field, info)}
     if methods is not None:
         shown = [(_method(method), method.key) for method in methods]
+        known = "; ".join(f"{method.key}: {method.summary}" for method in methods if method.available)
+        common["tooltip"] = f"{common['tooltip']} {known}."
         return _pick(field, shown, value, common)
     if get_origin(kind) is Literal:
         shown = [(str(item), item) for item in get_args(kind)]
@@ -115,7 +117,7 @@ def _unwrap(annotation: Any) -> tuple[Any, bool]:
 
 
 def _method(method: Any) -> str:
-    return f"{method.key}: {method.summary}" if method.available else f"{method.key} {NOT_YET}"
+    return method.key if method.available else f"{method.key} {NOT_YET}"
 
 
 def _plain(field: str, widget: Any) -> Entry:

@@ -1,0 +1,224 @@
+"""One HTML file that tells what runs did: opens without a kernel and without a network.
+
+Nothing from a run directory reaches the page unescaped, and the page forbids itself every connection.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from labkit.experiment import ExperimentError
+from labkit.experiment.run_directory import read_json
+from labkit.plots import curves, ranks, speedup, static, theme
+from labkit.plots.picture import Picture
+from labkit.plots.shown import Shown, shown
+from labkit.plots.table import html_table, runs_rows
+
+LOG_LINES = 40
+MAX_VALUE = 400
+
+_STYLE = f"""
+:root {{ color-scheme: light; }}
+body {{ font: 15px/1.55 {theme.FONT}; color: {theme.INK}; background: #fff; max-width: 1080px;
+  margin: 0 auto; padding: 28px 24px 64px; }}
+h1 {{ font-size: 26px; line-height: 1.25; margin: 0 0 4px; }}
+h2 {{ font-size: 19px; margin: 36px 0 8px; border-bottom: 1px solid {theme.FAINT}; padding-bottom: 4px; }}
+h3 {{ font-size: 16px; margin: 24px 0 6px; overflow-wrap: anywhere; }}
+.lead {{ font-size: 18px; margin: 4px 0 0; }} .muted {{ color: {theme.MUTED}; }}
+.failed {{ border-left: 5px solid {theme.PALETTE[1]}; padding: 4px 12px; background: #fdf3ec; }}
+pre {{ background: #f5f7fa; border: 1px solid {theme.FAINT}; border-radius: 6px; padding: 10px 12px; overflow: auto;
+  max-height: 340px; font-size: 12.5px; white-space: pre-wrap; overflow-wrap: anywhere; }}
+summary {{ cursor: pointer; }} details {{ margin: 4px 0 14px; }} figure {{ margin: 0; }}
+@media print {{ details > * {{ display: block; }} }}
+"""
+
+
+def report(runs: Iterable[Any] | Any, path: str | Path | None = None, comparison: Any = None) -> Path:
+    """Write the report of one or several runs and return its path.
+
+    `runs` are Runs, ids or paths; without `path` it is report.html in the directory of the last run. `comparison` is
+    what `labkit.runs.compare.compare` returns; None compares the runs with each other. Raises OSError where the file
+    cannot be written.
+    """
+    many = shown(runs)
+    if not many:
+        raise ValueError("a report needs at least one run")
+    if comparison is None:
+        comparison = _compared(many)
+    target = Path(path) if path is not None else many[-1].data.directory.path / "report.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page(many, comparison), encoding="utf-8")
+    return target
+
+
+def _compared(many: Sequence[Shown]) -> Any:
+    from labkit.runs.compare import compare
+
+    try:
+        return compare([one.data.directory for one in many])
+    except (ExperimentError, OSError):
+        return None
+
+
+def page(many: Sequence[Shown], comparison: Any) -> str:
+    """The whole page as text."""
+    rows = list(getattr(comparison, "rows", None) or [])
+    trained = [one for one in many if not one.is_ceiling] or list(many)
+    figures = [curves.loss(trained), curves.metric(trained), curves.throughputs(many)]
+    if rows:
+        figures.insert(0, speedup.speedup(comparison))
+    lead = speedup.finding(rows) if rows else curves.metric_finding(trained)
+    title = f"{theme.plain(many[-1].label)}" if len(many) == 1 else f"{len(many)} runs side by side"
+    body = [
+        f"<h1>{html.escape(title)}</h1>",
+        f'<p class="lead">{html.escape(lead)}.</p>',
+        f'<p class="muted">{html.escape(_baseline(comparison))} Written {time.strftime("%Y-%m-%d %H:%M")}.</p>',
+    ]
+    if rows:
+        body += [
+            "<h2>Comparison</h2>",
+            html_table(runs_rows(rows), "Speed-up over the baseline, with its 95 % interval"),
+        ]
+    body.append("<h2>Curves</h2>")
+    scripts = [_library()]
+    for number, figure in enumerate(figures):
+        body.append(_figure(number, figure))
+    scripts.append(_drawing(figures))
+    for one in many:
+        body += _run(one)
+    # Only these scripts may run, by their hash, and nothing may be loaded or sent.
+    allowed = " ".join(f"'sha256-{_hash(script)}'" for script in scripts)
+    policy = (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "form-action 'none'; base-uri 'none'"
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy)}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>labkit: {html.escape(title)}</title><style>{_STYLE}</style></head><body><main>\n"
+        + "\n".join(body)
+        + "\n</main>"
+        + "".join(f"<script>{script}</script>\n" for script in scripts)
+        + "</body></html>\n"
+    )
+
+
+def _baseline(comparison: Any) -> str:
+    baseline = getattr(comparison, "baseline_run_id", None)
+    return f"Baseline: {theme.plain(baseline)}." if baseline else "No baseline among these runs."
+
+
+# -- figures --------------------------------------------------------------------------------------------------------
+
+
+def _figure(number: int, figure: Picture) -> str:
+    label = html.escape(figure.summary)
+    style = f"height:{figure.layout.height or 360}px"
+    return (
+        f'<figure><div id="figure-{number}" role="img" aria-label="{label}" style="{style}">'
+        f"</div><figcaption>{static.details(figure)}</figcaption></figure>"
+    )
+
+
+def _library() -> str:
+    """plotly.js, once."""
+    from plotly.offline import get_plotlyjs
+
+    library: str = get_plotlyjs()
+    # The HTML parser ends a script at the first closing tag, wherever in the text it stands.
+    return re.sub(r"</(script)", r"<\\/\1", library, flags=re.IGNORECASE)
+
+
+def _drawing(figures: Sequence[Picture]) -> str:
+    """Draw all figures; JSON inside a script must not contain `<`."""
+    found = [json.loads(figure.to_json()) | {"config": static.config()} for figure in figures]
+    for figure in found:
+        figure["layout"].pop("template", None)
+    text = json.dumps(found).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return (
+        f"const figures = {text};\n"
+        "figures.forEach((one, at) => Plotly.newPlot(`figure-${at}`, one.data, one.layout, one.config));"
+    )
+
+
+def _hash(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+# -- one run --------------------------------------------------------------------------------------------------------
+
+
+def _run(one: Shown) -> list[str]:
+    data = one.data
+    status = data.status
+    parts = [
+        f"<h2>{html.escape(one.label)}</h2>",
+        f'<p class="muted">{html.escape(theme.plain(data.directory.id))}, {html.escape(theme.plain(data.state))}</p>',
+    ]
+    cause = status.get("cause")
+    if isinstance(cause, dict):
+        parts += _cause(cause)
+    warnings = status.get("warnings")
+    if isinstance(warnings, list) and warnings:
+        items = "".join(f"<li>{html.escape(theme.plain(warning, 400))}</li>" for warning in warnings[:50])
+        parts.append(f"<h3>Warnings</h3><ul>{items}</ul>")
+    parts += ["<h3>Ranks</h3>", html_table(ranks.twin(ranks.rank_rows(data)))]
+    settings = one.experiment.to_dict() if one.experiment else {}
+    parts.append(_details("Settings", html_table(flat(settings), empty="The experiment cannot be read.")))
+    environment = read_json(data.directory.environment)
+    told = flat(environment if isinstance(environment, dict) else {})
+    parts.append(_details("Environment", html_table(told, empty="Nothing was written down.")))
+    parts += _errors(data.errors)
+    return parts
+
+
+def _cause(cause: dict[str, Any]) -> list[str]:
+    message = html.escape(theme.plain(cause.get("message") or "", 500))
+    kind = html.escape(theme.plain(cause.get("kind") or "", 40))
+    parts = [f'<p class="failed"><b>{kind}</b>: {message}</p>'] if message else []
+    log = cause.get("log")
+    if isinstance(log, list) and log:
+        lines = "\n".join(html.escape(_line(line)) for line in log[-LOG_LINES:])
+        parts.append(f"<h3>Last lines of the log</h3><pre>{lines}</pre>")
+    return parts
+
+
+def _errors(errors: Sequence[dict[str, Any]]) -> list[str]:
+    return [
+        _details(
+            f"Exception of rank {error['rank']}: {error['type']}: {error['message'][:200]}",
+            "<pre>" + "\n".join(html.escape(_line(line)) for line in error["traceback"].splitlines()[-80:]) + "</pre>",
+        )
+        for error in errors[:64]
+    ]
+
+
+def _line(text: Any) -> str:
+    """A line of a log: its spaces stay, control characters go."""
+    return "".join(char for char in str(text)[:2000] if char == "\t" or char.isprintable())
+
+
+def _details(title: str, body: str) -> str:
+    return f"<details><summary><b>{html.escape(theme.plain(title, 300))}</b></summary>{body}</details>"
+
+
+def flat(data: Any, prefix: str = "", most: int = 400) -> list[dict[str, Any]]:
+    """Nested dicts as rows of dotted names and values."""
+    rows: list[dict[str, Any]] = []
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and len(rows) < most and name.count(".") < 8:
+            rows += flat(value, f"{name}.", most)
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            rows.append({"Setting": theme.plain(name, 120), "Value": theme.plain(text, MAX_VALUE)})
+    return rows[:most]
