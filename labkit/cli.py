@@ -41,17 +41,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _refuse(str(error))
     except ExperimentError as error:
-        return _refuse(str(error))
-    except FileNotFoundError as error:
-        return _refuse(str(error) if error.errno is None else f"{error.filename}: {error.strerror}")
+        return _refuse(*map(str, error.problems))
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone (labkit … | head)
         return 0
+    except TimeoutError as error:
+        print(f"labkit: {_plain(str(error))}.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        return _refuse(str(error) if error.errno is None else f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("labkit: interrupted.", file=sys.stderr)
+        return 130
 
 
-def _refuse(sentence: str) -> int:
-    print(f"labkit: {sentence}", file=sys.stderr)
+def _refuse(*sentences: str) -> int:
+    for sentence in sentences:
+        stop = "" if sentence.endswith((".", ")")) else "."
+        print(f"labkit: {_plain(sentence)}{stop}", file=sys.stderr)
     return 2
+
+
+def _plain(text: Any) -> str:
+    """Text that came from a file or an argument, without what would steer a terminal or break the line."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in str(text))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,10 +168,12 @@ def _run(options: argparse.Namespace) -> int:
     from labkit.runs import Run
 
     resumed = Run.attach(options.resume) if options.resume else None
+    if resumed and not resumed.checkpoints():
+        raise UsageError(f"run {resumed.id} has no checkpoint to go on from")
     experiment = _experiment(options, resumed.experiment if resumed else None).check()
     baseline = {"none": None, "auto": "auto", "measure": None}.get(options.baseline, options.baseline)
     if options.baseline == "measure" and experiment.layout.world_size > 1:
-        base = launch(experiment.set({"layout": {}, "name": f"baseline: {experiment.title}"}), baseline=None)
+        base = launch(experiment.set({"layout": {}, "name": f"baseline: {experiment.title}"[:200]}), baseline=None)
         if follow(base, quiet=options.json).state != "finished":
             return _end(base, options)
         baseline = base.id
@@ -178,10 +193,10 @@ def _end(run: Any, options: argparse.Namespace) -> int:
 
     summary, cause = run.summary(), run.cause
     if cause:
-        print(f"labkit: {run.state}: {cause['message']}", file=sys.stderr)
+        print(f"labkit: {run.state}: {_plain(cause['message'])}", file=sys.stderr)
         if run.state == "failed":
             for line in cause.get("log", [])[-8:]:
-                print(f"  {line}", file=sys.stderr)
+                print(f"  {_plain(line)}", file=sys.stderr)
     if options.json:
         _print_json(summary | {"status": run.state, "cause": cause})
     else:
@@ -253,7 +268,7 @@ def _runs(options: argparse.Namespace) -> int:
         print("There is no run yet. Start one with: labkit run vision-ddp")
     else:
         for row in rows:
-            print(f"{row['run_id']:40} {row['state']:9} {row.get('layout', ''):10} {row.get('title', '')}")
+            print(f"{row['run_id']:40} {row['state']:9} {_plain(row.get('layout') or ''):10} {_plain(row['title'])}")
     return 0
 
 
@@ -266,10 +281,10 @@ def _show(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"status": status, "summary": summary, "experiment": run.experiment.to_dict()})
         return 0
-    print(f"{run.id}: {status['state']}  {status.get('title', '')}")
+    print(f"{run.id}: {status['state']}  {_plain(status['title'])}")
     print(f"directory {run.directory.path}")
     if status.get("cause"):
-        print(f"cause: {status['cause']['message']}")
+        print(f"cause: {_plain(status['cause']['message'])}")
     print(summary_text(summary))
     log = run.logs(0, 10)
     if log:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -53,9 +53,20 @@ def closest(word: str, known: Iterable[str]) -> str | None:
 def unknown(field: str, word: str, known: Iterable[str], what: str = "field") -> Problem:
     """A problem for a word that is not in the list of known ones."""
     known = list(known)
+    if not known:
+        return Problem(field, f"there is no {what} {word!r} here")
     return Problem(field, f"unknown {what} {word!r}; known: {', '.join(known)}", closest(word, known))
 
 
+_NOT_OF_TYPE = ("_type", "_parsing", "_parsing_size", "_from_float", "_unicode")
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "model": "a JSON object with named fields",
+    "dict": "a JSON object with named fields",
+}
 _COMPARISONS = {
     "greater_than_equal": ("at least", "ge"),
     "greater_than": ("greater than", "gt"),
@@ -83,6 +94,13 @@ def explain(error: ValidationError, model: type | None = None, prefix: str = "")
             problems.append(Problem(field, f"must be a finite number, got {_short(given)}"))
         elif kind == "literal_error":
             problems.append(Problem(field, f"must be one of {context['expected']}, got {_short(given)}"))
+        elif kind == "string_too_long":
+            most = context["max_length"]
+            problems.append(Problem(field, f"must have at most {most} characters, got {len(str(given))}"))
+        elif kind.endswith(_NOT_OF_TYPE) and kind.split("_")[0] in _KINDS:
+            what = _KINDS[kind.split("_")[0]] + (" or a short form like dp2·tp2" if field == "layout" else "")
+            who = "" if field else "the experiment "
+            problems.append(Problem(field, f"{who}must be {what}, got {_short(given)}"))
         elif kind == "missing":
             problems.append(Problem(field, "is required"))
         elif isinstance(context.get("error"), OptionError):
@@ -99,10 +117,15 @@ def explain(error: ValidationError, model: type | None = None, prefix: str = "")
 def _fields_at(model: type | None, path: list[str]) -> list[str]:
     """Names of the fields of the section at `path` below `model`."""
     for part in path:
-        model = getattr(model, "model_fields", {})[part].annotation if model else None
+        annotation = getattr(model, "model_fields", {})[part].annotation if model else None
+        kinds = (annotation, *get_args(annotation))  # a section that may be null is a union
+        model = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
     return list(getattr(model, "model_fields", {}))
 
 
 def _short(value: Any, limit: int = 60) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = "something nested too deeply"
     return text if len(text) <= limit else text[: limit - 1] + "…"

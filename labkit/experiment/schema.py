@@ -337,7 +337,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise ExperimentError([Problem("", f"cannot read {text!r}; write section.field=value")])
     try:
         return field.strip(), json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return field.strip(), value
 
 
@@ -353,15 +353,21 @@ def _assign(data: dict[str, Any], field: str, value: Any) -> None:
             raise ExperimentError([unknown(field, part, known, "section")])
         if place.get(part) is None:
             place[part] = {}
-        elif isinstance(place[part], str):
-            place[part] = Layout._parse(place[part])
+        elif model is Layout and isinstance(place[part], str):
+            try:
+                place[part] = Layout._parse(place[part])
+            except ValueError as error:
+                raise ExperimentError([Problem("layout", str(error))]) from None
+        elif not isinstance(place[part], dict):
+            section, inner = ".".join(parts[: depth + 1]), parts[depth + 1]
+            raise ExperimentError([Problem(section, f"was set to {place[part]!r}, which has no field {inner}")])
         place = place[part]
     last = parts[-1]
     if isinstance(model, type) and issubclass(model, Choice):
         if last == model.SELECTOR and place.get(last) != value:
             for option in [name for name in place if name not in model.model_fields]:
                 del place[option]
-    elif isinstance(model, type) and last not in model.model_fields:
+    elif last not in getattr(model, "model_fields", {last: None}):
         raise ExperimentError([unknown(field, last, model.model_fields)])
     if (field, value is not None) in (("training.steps", True), ("training.epochs", True)):
         # The two exclude each other: setting one clears the other, so that a recipe's length can be changed.

@@ -19,7 +19,7 @@ from labkit.experiment.run_directory import PHASES
 # zeros first, and another process may look just then.)
 _WORD = 8
 _REQUESTED, _STOP_AT, _HEAD = 0, 1, 2  # stop requested; stop at this step (-1: no)
-_STEP, _PHASE, _PROGRESS, _LIFE, _MEMORY, _ROW = 0, 1, 2, 3, 4, 5  # where; times of last progress and last sign of life
+_STEP, _PHASE, _PROGRESS, _LIFE, _MEMORY, _ROW = 0, 1, 2, 3, 4, 5  # where and when
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Standby:
 
     def ready(self) -> bool:
         """Has it imported everything?"""
-        return self.alive and b'"ready"' in os.pread(self._says.fileno(), 1 << 12, 0)
+        return not self._says.closed and self.alive and b'"ready"' in os.pread(self._says.fileno(), 1 << 12, 0)
 
     def order(self, order: dict[str, Any]) -> None:
         """Send one order; OSError if the standby is gone."""
@@ -68,6 +68,7 @@ class Standby:
 
     def close(self) -> None:
         """Let it go; runs that it has started go on."""
+        self._says.close()
         if self.process.stdin is not None and not self.process.stdin.closed:
             with contextlib.suppress(OSError):  # it was gone before it could take the last order
                 self.process.stdin.close()
@@ -86,14 +87,25 @@ def _open_log() -> IO[bytes]:
 
 _lock = threading.Lock()
 _standby: Standby | None = None
+_leaving: list[Standby] = []
+"""Let go, but not ended yet: kept so that their exit codes are fetched and no zombie stays."""
 
 
 def _current() -> Standby:
     """The living standby of this process, started if need be. Call with the lock held."""
     global _standby
-    if _standby is None or not _standby.alive:
+    if _standby is not None and not _standby.alive:
+        _standby.close()
+        _standby = None
+    if _standby is None:
         _standby = Standby()
     return _standby
+
+
+def _let_go(standby: Standby) -> None:
+    """Call with the lock held."""
+    standby.close()
+    _leaving[:] = [one for one in (*_leaving, standby) if one.alive]
 
 
 def uses_standby() -> bool:
@@ -125,7 +137,7 @@ def close() -> None:
     global _standby
     with _lock:
         if _standby is not None:
-            _standby.close()
+            _let_go(_standby)
             _standby = None
 
 
@@ -182,7 +194,7 @@ def launch(
         except OSError as error:
             run_status.update(directory, state="failed", cause=run_status.cause("supervisor", f"cannot launch: {error}"))
         if not uses_standby():
-            standby.close()
+            _let_go(standby)
     return Run(directory)
 
 

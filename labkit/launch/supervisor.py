@@ -35,6 +35,8 @@ SETTLE_S = 3.0
 """How long the other ranks get to end by themselves after one has failed."""
 KILL_AFTER_S = 3.0
 """Time between SIGTERM and SIGKILL."""
+HELD_UP_S = 0.5
+"""A rank that has not moved for so long when the time to stop is over is the one that the others wait for."""
 
 
 class Supervisor:
@@ -51,6 +53,8 @@ class Supervisor:
         """A standstill, and whom to blame for it."""
         self.deadline: float | None = None
         """From here on ranks are ended by force."""
+        self.held_up_by: list[int] = []
+        """Ranks for which the others were still waiting when the time to stop was over."""
         self.next_progress = 0.0
         # Local and private: a file store on a network disk may lose updates.
         self.rendezvous = tempfile.mkdtemp(prefix="labkit-")
@@ -107,7 +111,9 @@ class Supervisor:
         if self.stop is not None:
             return
         self.stop = run_status.cause(kind, message)
-        grace_s = float(grace) if isinstance(grace, int | float) else self.experiment.launch.grace_s
+        # Read from a file, so it may be anything, NaN included.
+        believable = isinstance(grace, int | float) and 0 <= grace < 86400
+        grace_s = float(grace) if believable else self.experiment.launch.grace_s
         self._end_by(time.monotonic() + grace_s)
         self.board.request_stop()
         self._try(lambda: run_status.update(self.directory, state="stopping"))
@@ -141,6 +147,8 @@ class Supervisor:
         now = time.monotonic()
         if self.deadline is None or now < self.deadline:
             return
+        if all(child.terminated is None for child in self.children):
+            self.held_up_by = self.board.silent(HELD_UP_S, [child.rank for child in self.children if child.running])
         for child in self.children:
             if child.running and child.terminated is None:
                 child.terminated = now
@@ -190,8 +198,9 @@ class Supervisor:
         if failure is not None and not killed:
             return {"state": "failed", "cause": failure}  # it failed by itself while it was being stopped
         if killed:
-            self.stop["message"] += f"; {_ranks(killed)} did not end in time and had to be killed"
-            self.stop |= {"rank": killed[0], "log": logs.tail(self.directory.log(killed[0]))}
+            late = self.held_up_by or killed
+            self.stop["message"] += f"; {_ranks(late)} did not end in time, so {_ranks(killed)} had to be killed"
+            self.stop |= {"rank": late[0], "log": logs.tail(self.directory.log(late[0]))}
         return {"state": "stopped", "cause": self.stop}
 
     def _first_failure(self) -> dict[str, Any] | None:

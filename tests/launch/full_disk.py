@@ -1,0 +1,52 @@
+"""A run whose disk fills up; to be run in a mount namespace of its own. Exits 77 if it cannot mount."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from labkit.launch import client
+from labkit.runs import Run
+from tests.launch.helpers import ENDLESS, Watched, start, steps_written, tiny
+
+
+def main() -> int:
+    """Mount, run, fill, look."""
+    disk = Path(tempfile.mkdtemp(prefix="labkit-full-"))
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode != 0:
+        print(mounted.stderr.strip())
+        disk.rmdir()
+        return 77
+    os.environ["LABKIT_HOME"] = str(disk / "home")
+    run = start(tiny(steps=ENDLESS, training__checkpoint_every=None))
+    with Watched(run) as watch:
+        watch.begun()
+        fill(disk / "ballast")
+        written = [steps_written(run, rank) for rank in (0, 1)]
+        cause = watch.ends("failed", within=10, kind="disk")
+        assert "disk under the run directory is full" in cause["message"], cause
+        assert cause["rank"] in (0, 1)
+    assert [steps_written(run, rank) >= written[rank] for rank in (0, 1)] == [True, True]
+    assert Run.attach(run.id).summary()["steps"] > 0, "a summary can still be made"
+    client.close()
+    print("all proved")
+    return 0
+
+
+def fill(path: Path) -> None:
+    """Take every free block."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 12, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
