@@ -27,7 +27,7 @@ MAX_VALUE = 400
 
 _STYLE = f"""
 :root {{ color-scheme: light; }}
-body {{ font: 15px/1.55 {theme.FONT}; color: {theme.INK}; background: #fff; max-width: 1080px;
+body {{ font: 15px/1.55 {theme.FONT}; color: {theme.INK}; background: #fff; max-width: 1200px;
   margin: 0 auto; padding: 28px 24px 64px; }}
 h1 {{ font-size: 26px; line-height: 1.25; margin: 0 0 4px; }}
 h2 {{ font-size: 19px; margin: 36px 0 8px; border-bottom: 1px solid {theme.FAINT}; padding-bottom: 4px; }}

@@ -12,10 +12,10 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def bars(rows: Rows) -> list[dict[str, Any]]:
-    """One bar per layout (the latest run of each), by number of ranks: label, value, low, high, ideal, ceiling."""
+    """One bar per layout (the latest run of each that did not fail), by number of ranks: label, value, low, high, ideal, ceiling."""
     latest: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for row in rows:
-        if row["speedup"] is not None and not row["is_ceiling"]:
+        if row["speedup"] is not None and not row["is_ceiling"] and row["state"] != "failed":
             latest[(row["workload"], row["world_size"], row["layout"])] = row
     kept = sorted(latest.values(), key=lambda row: (row["world_size"], str(row["workload"])))
     workloads = {row["workload"] for row in kept}

@@ -18,7 +18,9 @@ METRIC = {"key": "accuracy", "title": "Held-out accuracy", "higher_is_better": T
 class FakeRun:
     """A run directory that grows when told to. Quacks like labkit.runs.run.Run where the lab needs it."""
 
-    def __init__(self, root: Path, name: str, experiment: Experiment | None = None, ranks: int = 2, **status: Any) -> None:
+    def __init__(
+        self, root: Path, name: str, experiment: Experiment | None = None, ranks: int = 2, **status: Any
+    ) -> None:
         experiment = experiment or vision_ddp()
         self.experiment = experiment.replace(f"layout.dp_replicate={ranks}")
         path = root / "runs" / name
