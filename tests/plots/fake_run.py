@@ -121,7 +121,7 @@ class FakeRun:
         self.set(state=state, ended=2.0, **more)
         return self
 
-    def stop(self, grace: float | None = None) -> None:
+    def request_stop(self, grace: float | None = None) -> None:
         self.asked_to_stop = True
         self.end("stopped")
 

@@ -1,0 +1,186 @@
+"""The form shows an experiment, gives it back unchanged, and says what is wrong as somebody types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ipywidgets as widgets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from labkit.experiment import Experiment, ExperimentError
+from labkit.experiment.recipes import RECIPES, recipe
+from labkit.experiment.registry import registries
+from labkit.ui.form import ExperimentForm
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_form_gives_back_what_it_was_given(name: str) -> None:
+    experiment = recipe(name)
+    form = ExperimentForm(experiment)
+    assert form.value == experiment
+    assert form.problems == []
+
+
+changes = st.fixed_dictionaries(
+    {},
+    optional={
+        "name": st.text(max_size=30),
+        "layout.dp_replicate": st.integers(1, 8),
+        "layout.microbatches": st.integers(1, 8),
+        "gradients.accumulation": st.integers(1, 8),
+        "gradients.bucket_mb": st.floats(0.1, 1000),
+        "gradients.compression.method": st.sampled_from(["none", "topk", "powersgd"]),
+        "sparsity.target": st.floats(0, 0.99),
+        "quantization.training": st.sampled_from(["fp32", "fp64", "bf16"]),
+        "optimizer.lr": st.floats(1e-9, 1000),
+        "optimizer.clip_norm": st.none() | st.floats(1e-6, 10),
+        "optimizer.state_bits": st.sampled_from([32, 8]),
+        "training.steps": st.integers(1, 10_000_000),
+        "training.evaluate_every": st.none() | st.integers(1, 100),
+        "training.seed": st.integers(0, 2**31 - 1),
+        "launch.device": st.sampled_from(["auto", "cpu", "cuda"]),
+        "launch.isolated": st.booleans(),
+        "launch.network": st.none()
+        | st.fixed_dictionaries({"rate_mbit": st.floats(1, 1e6), "delay_ms": st.floats(0, 100)}),
+        "workload.width": st.none() | st.integers(8, 64),
+    },
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(changes)
+def test_any_legal_experiment_survives_the_form(values: dict[str, Any]) -> None:
+    experiment = recipe("vision-ddp").set(values)
+    assert ExperimentForm(experiment).value == experiment
+
+
+@settings(max_examples=15, deadline=None)
+@given(changes)
+def test_entering_values_one_by_one_gives_the_same_experiment(values: dict[str, Any]) -> None:
+    form = ExperimentForm(recipe("vision-ddp"))
+    for field, value in values.items():
+        form.set(field, value)
+        if field == "launch.network" and value is not None:
+            for name, part in value.items():
+                form.set(f"launch.network.{name}", part)
+    assert form.value == recipe("vision-ddp").set(values)
+
+
+@pytest.fixture
+def form() -> ExperimentForm:
+    return ExperimentForm(recipe("vision-ddp"))
+
+
+def test_every_field_of_the_experiment_can_be_reached(form: ExperimentForm) -> None:
+    def leaves(data: dict[str, Any], prefix: str = "") -> set[str]:
+        found = set()
+        for key, value in data.items():
+            found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}"}
+        return found
+
+    assert leaves(recipe("vision-ddp").to_dict()) - set(form.entries) == {"schema_version"}
+
+
+def test_every_entry_says_what_it_is(form: ExperimentForm) -> None:
+    for field, entry in form.entries.items():
+        assert entry.widget.description.strip(), field
+        assert f"[{field}]" in entry.widget.tooltip
+        assert len(entry.widget.tooltip) > len(field) + 12, field
+
+
+def test_ranges_stand_in_the_tooltip(form: ExperimentForm) -> None:
+    assert "at least 1, at most 4096" in form.entries["gradients.accumulation"].widget.tooltip
+
+
+def test_planned_methods_are_listed_as_unavailable_and_refused(form: ExperimentForm) -> None:
+    shown = dict(form.entries["gradients.compression.method"].widget.options)
+    planned = {key for label, key in shown.items() if label.endswith("(not in this version yet)")}
+    by_field = {registry.field: registry for _, registry in registries()}
+    assert planned == {method.key for method in by_field["gradients.compression.method"] if not method.available}
+    for key in sorted(planned)[:1]:
+        form.set("gradients.compression.method", key)
+        [problem] = form.problems
+        assert "not in this version" in problem.reason
+        form.use(problem)
+        assert form.problems == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words", "fixed"),
+    [
+        ("training.steps", "0", "at least 1", 1),
+        ("training.steps", "many", "whole number", None),
+        ("optimizer.clip_norm", "nan", "finite", None),
+        ("layout.dp_replicate", 0, "at least 1", None),
+        ("training.global_batch", 1, "at least 2 samples", 2),
+        ("optimizer.lr", -1.0, "greater than 0", None),
+        ("launch.device", "cuda", "no GPU", "cpu"),
+    ],
+)
+def test_what_is_wrong_is_said_and_mended(form: ExperimentForm, field: str, value: Any, words: str, fixed: Any) -> None:
+    if field == "launch.device" and not Experiment().replace("launch.device=cuda").problems():
+        pytest.skip("this machine has a GPU")
+    calls: list[int] = []
+    form.on_change(lambda: calls.append(len(form.problems)))
+    form.set(field, value)
+    assert calls
+    problem = form.problems[0]
+    assert problem.field == field
+    assert words in problem.reason
+    if fixed is not None:
+        form.use(problem)
+        assert form.problems == []
+        assert form.value.get(field) == fixed
+
+
+def test_an_illegal_entry_makes_no_experiment(form: ExperimentForm) -> None:
+    form.set("training.steps", "abc")
+    with pytest.raises(ExperimentError, match=r"training\.steps: must be a whole number"):
+        _ = form.value
+
+
+def test_steps_and_epochs_exclude_each_other(form: ExperimentForm) -> None:
+    form.set("training.epochs", 2.5)
+    assert (form.value.training.steps, form.value.training.epochs) == (None, 2.5)
+    form.set("training.steps", 7)
+    assert (form.value.training.steps, form.value.training.epochs) == (7, None)
+
+
+def test_options_change_with_the_workload(form: ExperimentForm) -> None:
+    assert "workload.image_size" in form.entries
+    form.set("workload.name", "language")
+    assert "workload.context" in form.entries
+    assert "workload.image_size" not in form.entries
+    assert form.value.workload.name == "language"
+    assert form.problems == []
+
+
+def test_a_section_that_may_be_absent_has_a_switch(form: ExperimentForm) -> None:
+    assert "launch.network.rate_mbit" not in form.entries
+    form.set("launch.network", {})
+    form.set("launch.network.rate_mbit", 50.0)
+    assert form.value.launch.network is not None
+    assert form.value.launch.network.rate_mbit == 50.0
+    form.set("launch.network", None)
+    assert form.value.launch.network is None
+
+
+def test_knobs_come_first_and_in_the_order_of_the_lesson() -> None:
+    form = ExperimentForm(recipe("vision-ddp"), knobs=["training.global_batch", "layout.dp_replicate"])
+    first = [row.description for row in form.widget.children[:-1]]
+    assert first == ["Global batch", "Data-parallel ranks"]
+    assert isinstance(form.widget.children[-1], widgets.Accordion)
+    assert form.widget.children[-1].selected_index is None
+
+
+def test_an_unknown_knob_is_refused() -> None:
+    with pytest.raises(ExperimentError, match="no field"):
+        ExperimentForm(recipe("vision-ddp"), knobs=["layout.wings"])
+
+
+def test_setting_the_value_shows_another_experiment(form: ExperimentForm) -> None:
+    other = recipe("language-ddp").replace("training.epochs=1.5", "optimizer.clip_norm=null")
+    form.value = other
+    assert form.value == other
