@@ -76,7 +76,8 @@ class RunDirectory:
     def create(cls, slug: str, root: Path | None = None) -> RunDirectory:
         """Make a fresh directory with a readable id such as `20261123-0412-vision-dp2`; OSError if it cannot be."""
         runs = (root or home()) / "runs"
-        runs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for folder in (runs.parent, runs):  # `mode` holds for the last folder only
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         slug = re.sub(r"[^a-z0-9]+", "-", slug.lower()).strip("-")[:60] or "run"
         base = time.strftime("%Y%m%d-%H%M-") + slug
         for attempt in range(1, 10_000):

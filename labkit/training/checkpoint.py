@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -32,15 +33,22 @@ from labkit.experiment import Experiment
 from labkit.experiment.run_directory import RunDirectory, read_json, write_json
 
 FORMAT = 1
-_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+_SAVE = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+# torch (seen with 2.13) cannot load what it has flattened when the state is full: it is nested again here.
+_LOAD = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def save(
-    directory: RunDirectory, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, experiment: Experiment, writes: bool
+    directory: RunDirectory,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    experiment: Experiment,
+    writes: bool,
 ) -> Path:
     """Write the state after `step` updates. All ranks call it; the one that `writes` does. Returns the folder."""
-    weights = get_model_state_dict(model, options=_OPTIONS)
-    state = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
+    weights = get_model_state_dict(model, options=_SAVE)
+    state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=_SAVE))
     final = directory.checkpoint(step)
     if not writes:
         return final
@@ -64,20 +72,37 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> in
     content = read_json(folder / "checkpoint.json")
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("step"), int):
         raise ValueError(f"{folder} is not a checkpoint of this version of labkit")
-    weights = load_file(folder / "model.safetensors")
-    state: dict[str, Any] = dict(load_file(folder / "optimizer.safetensors"))
-    # A tuple such as Adam's betas is a list in JSON.
-    state |= {name: tuple(value) if isinstance(value, list) else value for name, value in content["optimizer"].items()}
+    numbers = content.get("optimizer")
     try:
-        set_model_state_dict(model, _with_shared(model, weights), options=_OPTIONS)
-        set_optimizer_state_dict(model, optimizer, state, options=_OPTIONS)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"the checkpoint {folder.name} does not fit this model: {error}") from error
+        weights = load_file(folder / "model.safetensors")
+        tensors = load_file(folder / "optimizer.safetensors")
+        state = _nested(model, optimizer, tensors | (numbers if isinstance(numbers, dict) else {}))
+        set_model_state_dict(model, {**_with_shared(model, weights)}, options=_LOAD)
+        if tensors:  # an optimizer without memory (SGD without momentum) has nothing to restore
+            set_optimizer_state_dict(model, optimizer, state, options=_LOAD)
+    except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"the checkpoint {folder.name} is damaged or does not fit this model: {error}") from error
     return int(content["step"])
 
 
+def _nested(model: nn.Module, optimizer: torch.optim.Optimizer, flat: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's state dict, by parameter name, from `state.NAME.KEY` and `param_groups.NAME.KEY`."""
+    by_name: dict[str, dict[str, dict[str, Any]]] = {"state": {}, "param_groups": {}}
+    for path, value in flat.items():
+        kind, _, rest = path.partition(".")
+        name, _, key = rest.rpartition(".")
+        # A tuple such as Adam's betas is a list in JSON.
+        by_name[kind].setdefault(name, {})[key] = tuple(value) if isinstance(value, list) else value
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+    return {
+        "state": by_name["state"],
+        "param_groups": [by_name["param_groups"][group[0]] | {"params": group} for group in groups],
+    }
+
+
 def _unshared(weights: dict[str, Any]) -> dict[str, Tensor]:
-    """safetensors refuses tensors that share memory (tied embeddings): keep the first name of each."""
+    """Keep the first name of each tensor: safetensors refuses those that share memory (tied embeddings)."""
     seen: set[tuple[int, int]] = set()
     kept = {}
     for name, tensor in weights.items():
@@ -90,8 +115,6 @@ def _unshared(weights: dict[str, Any]) -> dict[str, Tensor]:
 
 def _with_shared(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give tied tensors their second names back."""
-    if hasattr(model, "module"):
-        model = model.module
     by_tensor: dict[int, str] = {}
     full = dict(weights)
     for name, parameter in model.named_parameters(remove_duplicate=False):
