@@ -120,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--baseline", metavar="RUN", help="the run that speed-ups refer to")
     report = add("report", _report, "Write an HTML report of one or several runs that opens without a kernel.")
     report.add_argument("runs", metavar="RUN", nargs="*", default=["last"], help="run ids or paths (default: last)")
-    report.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to (default: report.html in the last run)")
+    report.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="where to (default: report.html in the last run)"
+    )
     add("doctor", _doctor, "Show what this machine has, and what is greyed out and why.")
     return parser
 
@@ -163,9 +165,9 @@ def _print_json(data: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from labkit.runs.follow import follow
     from labkit.launch import launch
     from labkit.runs import Run
+    from labkit.runs.follow import follow
 
     resumed = Run.attach(options.resume) if options.resume else None
     if resumed and not resumed.checkpoints():
@@ -273,8 +275,8 @@ def _runs(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from labkit.runs.follow import summary_text
     from labkit.runs import Run
+    from labkit.runs.follow import summary_text
 
     run = Run.attach(options.run)
     status, summary = run.status, run.summary()
@@ -313,7 +315,11 @@ def _compare(options: argparse.Namespace) -> int:
 
     if bool(options.runs) == options.all:
         raise UsageError("name the runs to compare, or say --all")
-    runs = [run for run in Run.all() if run.state in TERMINAL] if options.all else [Run.attach(name) for name in options.runs]
+    runs = (
+        [run for run in Run.all() if run.state in TERMINAL]
+        if options.all
+        else [Run.attach(name) for name in options.runs]
+    )
     if not runs:
         raise ExperimentError([Problem("", "there is no run to compare yet")])
     comparison = compare(runs, options.baseline)

@@ -36,12 +36,16 @@ def fields(model: type[BaseModel] = Experiment, prefix: str = "") -> list[Field]
             found += fields(section, f"{dotted}.")
         else:
             kind = _kind(info, model, name)
-            found.append(Field(dotted, kind, _plain(info.get_default(call_default_factory=True)), info.description or ""))
+            found.append(
+                Field(dotted, kind, _plain(info.get_default(call_default_factory=True)), info.description or "")
+            )
     if issubclass(model, Choice):
         for method in model.methods():
             if method.available:
                 for option in fields(model.methods().options(method.key), prefix):
-                    found.append(Field(option.name, option.kind, option.default, f"[{method.key}] {option.description}"))
+                    found.append(
+                        Field(option.name, option.kind, option.default, f"[{method.key}] {option.description}")
+                    )
     return found
 
 

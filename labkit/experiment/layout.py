@@ -110,7 +110,7 @@ class Layout(BaseModel):
         return self.dp_replicate * self.dp_shard
 
     def resolve(self, world_size: int) -> Layout:
-        """Fill in the axis that is -1, and check that the product is `world_size` (else ValueError, with the equation)."""
+        """Fill in the axis that is -1; ValueError, with the equation, if the product is not `world_size`."""
         if world_size < 1:
             raise ValueError(f"world_size must be at least 1, got {world_size}")
         known = prod(size for size in self.sizes.values() if size != -1)
@@ -142,7 +142,6 @@ class Layout(BaseModel):
     def grid(self) -> list[dict[str, Any]]:
         """The rank table that the notebook draws: one row a rank, with its place on every axis larger than one."""
         return [
-            {"rank": rank}
-            | {axis: index for axis, index in self.coordinates(rank).items() if getattr(self, axis) > 1}
+            {"rank": rank} | {axis: index for axis, index in self.coordinates(rank).items() if getattr(self, axis) > 1}
             for rank in range(self.world_size)
         ]

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -100,11 +101,12 @@ def _usable_memory() -> int:
         limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     except (ValueError, OSError):
         limits = []
-    for read in (lambda: os.environ["MEM_LIMIT"], lambda: Path("/sys/fs/cgroup/memory.max").read_text()):
-        try:
-            limits.append(int(read()))
-        except (KeyError, ValueError, OSError):
-            pass
+    said = [os.environ.get("MEM_LIMIT", "")]
+    with suppress(OSError):
+        said.append(Path("/sys/fs/cgroup/memory.max").read_text())
+    for text in said:
+        with suppress(ValueError):  # "max" is no limit
+            limits.append(int(text))
     return min(limits, default=0)
 
 

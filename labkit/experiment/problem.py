@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -89,11 +90,13 @@ def explain(error: ValidationError, model: type | None = None, prefix: str = "")
             words, key = _COMPARISONS[kind]
             bound = context[key]
             nearest = bound if key in ("ge", "le") else None
-            problems.append(Problem(field, f"must be {words} {bound}, got {_short(given)}", nearest))
+            problems.append(Problem(field, f"must be {words} {bound:g}, got {_short(given)}", nearest))
         elif kind == "finite_number":
             problems.append(Problem(field, f"must be a finite number, got {_short(given)}"))
         elif kind == "literal_error":
-            problems.append(Problem(field, f"must be one of {context['expected']}, got {_short(given)}"))
+            offered = re.findall(r"'([^']*)'", context["expected"])
+            said = f"must be one of {context['expected']}, got {_short(given)}"
+            problems.append(Problem(field, said, closest(str(given), offered)))
         elif kind == "string_too_long":
             most = context["max_length"]
             problems.append(Problem(field, f"must have at most {most} characters, got {len(str(given))}"))
@@ -125,7 +128,7 @@ def _fields_at(model: type | None, path: list[str]) -> list[str]:
 
 def _short(value: Any, limit: int = 60) -> str:
     try:
-        text = repr(value)
+        text = "null" if value is None else repr(value)
     except RecursionError:
         text = "something nested too deeply"
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -14,8 +14,8 @@ The experiment layer finds a room by its dotted name and imports it only when a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any

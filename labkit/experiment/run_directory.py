@@ -34,7 +34,8 @@ TERMINAL = ("finished", "stopped", "failed")
 STATES = ("starting", "running", "stopping", *TERMINAL)
 
 EVENTS = {
-    "start": "a rank is ready: device, pid, threads, parameters, first (the step it starts from), metric, facts, effective",
+    "start": "a rank is ready: device, pid, threads, parameters, first (the step it starts from), steps, metric, "
+    "facts, effective",
     "first_step": "the first step has ended: seconds since the run was asked for (rank 0)",
     "steps": "a batch of consecutive steps from step `first` on, as equally long columns: loss (mean over this rank's "
     "samples), samples (of this rank), seconds, data, forward, backward, optimizer (s), grad_norm, lr",
@@ -104,7 +105,8 @@ class RunDirectory:
         else:
             raise FileNotFoundError(f"{text!r} is not a run id")
         if not found.experiment.is_file():
-            raise FileNotFoundError(f"there is no run {text!r} in {runs}")
+            where = f"at {found.path}" if os.sep in text else f"{text!r} in {runs}"
+            raise FileNotFoundError(f"there is no run {where}")
         return found
 
     @classmethod

@@ -295,9 +295,7 @@ class Experiment(Section):
                 layout = layout.resolve(max(1, machine.slots(device)))
         except ValueError as error:
             raise ExperimentError([Problem("layout", str(error))]) from None
-        return self.model_copy(
-            update={"layout": layout, "launch": self.launch.model_copy(update={"device": device})}
-        )
+        return self.model_copy(update={"layout": layout, "launch": self.launch.model_copy(update={"device": device})})
 
     # -- judgement --------------------------------------------------------------------------------------------------
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from labkit.experiment.run_directory import PHASES
 
-# Everything is a word of 8 bytes, written and read in one piece. (struct.pack_into would not do: it fills its target with
-# zeros first, and another process may look just then.)
+# Everything is a word of 8 bytes, written and read in one piece. (struct.pack_into would not do: it fills its target
+# with zeros first, and another process may look just then.)
 _WORD = 8
 _REQUESTED, _STOP_AT, _HEAD = 0, 1, 2  # stop requested; stop at this step (-1: no)
 _STEP, _PHASE, _PROGRESS, _LIFE, _MEMORY, _ROW = 0, 1, 2, 3, 4, 5  # where and when

@@ -149,7 +149,7 @@ def _report(pipe: int, error: BaseException) -> None:
     os.set_blocking(pipe, False)
     try:
         os.write(pipe, json.dumps(report).encode())
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)  # noqa: T201  (the log of the rank)
     except OSError:
         pass
 

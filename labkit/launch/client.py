@@ -40,7 +40,7 @@ class Standby:
     """A standby process and the pipe to it."""
 
     def __init__(self) -> None:
-        self._says: IO[bytes] = tempfile.TemporaryFile()
+        self._says: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the standby)
         log = _open_log()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "labkit.launch.standby"],
@@ -192,7 +192,9 @@ def launch(
             run_status.update(directory, **status)
             standby.order(order)
         except OSError as error:
-            run_status.update(directory, state="failed", cause=run_status.cause("supervisor", f"cannot launch: {error}"))
+            run_status.update(
+                directory, state="failed", cause=run_status.cause("supervisor", f"cannot launch: {error}")
+            )
         if not uses_standby():
             _let_go(standby)
     return Run(directory)

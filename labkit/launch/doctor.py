@@ -26,7 +26,13 @@ print(json.dumps({
     "nccl": dist.is_nccl_available(), "mkl": torch.backends.mkl.is_available(), "threads": torch.get_num_threads(),
 }))
 """
-INSTRUCTIONS = {"avx2": "avx2", "avx512f": "AVX-512", "avx512_vnni": "int8 (VNNI)", "avx512_bf16": "bf16", "amx_bf16": "AMX"}
+INSTRUCTIONS = {
+    "avx2": "avx2",
+    "avx512f": "AVX-512",
+    "avx512_vnni": "int8 (VNNI)",
+    "avx512_bf16": "bf16",
+    "amx_bf16": "AMX",
+}
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,9 @@ def _launching() -> list[Finding]:
     return [
         Finding("runs", f"{root} ({free / 2**30:.1f} GiB free)" + ("" if writable else ", not writable"), writable),
         Finding("standby", standby),
-        Finding("namespaces", "allowed: links can be slowed down" if allowed else f"not allowed: {why}", allowed or None),
+        Finding(
+            "namespaces", "allowed: links can be slowed down" if allowed else f"not allowed: {why}", allowed or None
+        ),
     ]
 
 

@@ -23,7 +23,7 @@ STEPS = 20
 
 @dataclass(frozen=True)
 class Parity:
-    """The verdict for one number format. Differences are absolute for losses, relative (above 1) for gradient norms."""
+    """The verdict for one number format. Differences are absolute for losses, relative above 1 for gradient norms."""
 
     precision: str
     parity: bool
@@ -37,10 +37,12 @@ class Parity:
     reference_run_id: str
 
     def __str__(self) -> str:
-        verdict = "equal to one process" if self.parity else f"DIFFERS from one process at step {self.first_step_beyond}"
+        verdict = (
+            "equal to one process" if self.parity else f"DIFFERS from one process at step {self.first_step_beyond}"
+        )
         return (
-            f"{self.precision}: {verdict} over {self.steps} steps; largest difference {self.max_loss_difference:.1e} in loss, "
-            f"{self.max_gradient_norm_difference:.1e} in gradient norm (tolerance {self.tolerance:.0e})"
+            f"{self.precision}: {verdict} over {self.steps} steps; largest difference {self.max_loss_difference:.1e} "
+            f"in loss, {self.max_gradient_norm_difference:.1e} in gradient norm (tolerance {self.tolerance:.0e})"
         )
 
 

@@ -130,10 +130,11 @@ class Supervisor:
                 child.send(signal.SIGUSR1)
         time.sleep(0.2)
         place = self.board.place(guilty[0])
+        silence = time.monotonic() - place.progress
         self.fault = run_status.cause(
             "silent",
-            f"{_ranks(guilty)} {'is' if len(guilty) == 1 else 'are'} silent for {time.monotonic() - place.progress:.0f} s, "
-            f"in {place.phase} of step {place.step} (launch.timeout_s is {limit:g})",
+            f"{_ranks(guilty)} {'is' if len(guilty) == 1 else 'are'} silent for {silence:.0f} s, in {place.phase} "
+            f"of step {place.step} (launch.timeout_s is {limit:g})",
             rank=guilty[0],
             log=logs.tail(self.directory.log(guilty[0])),
         )
@@ -219,7 +220,10 @@ class Supervisor:
         exception = f"{report['type']}: {report['message']}"
         first_line = exception.splitlines()[0][:500]
         if report.get("disk_full"):
-            kind, said = "disk", f"rank {child.rank} cannot write: the disk under the run directory is full ({first_line})"
+            kind, said = (
+                "disk",
+                f"rank {child.rank} cannot write: the disk under the run directory is full ({first_line})",
+            )
         else:
             kind, said = "exception", f"rank {child.rank} raised {first_line}"
         log = log or report.get("traceback", "").splitlines()[-20:]
@@ -271,6 +275,6 @@ def _ranks(ranks: list[int]) -> str:
 
 def _say(text: str) -> None:
     try:
-        print(f"labkit: {text}", file=sys.stderr, flush=True)
+        print(f"labkit: {text}", file=sys.stderr, flush=True)  # noqa: T201  (the log of the supervisor)
     except OSError:
         pass

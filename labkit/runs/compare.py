@@ -118,9 +118,13 @@ class Comparison:
 
     def text(self) -> str:
         """The finding in one sentence."""
-        claims = [row for row in self.rows if row["speedup"] is not None and not (row["is_baseline"] or row["is_ceiling"])]
+        claims = [
+            row for row in self.rows if row["speedup"] is not None and not (row["is_baseline"] or row["is_ceiling"])
+        ]
         if not claims:
-            reasons = sorted({note for row in self.rows for note in row["notes"]}) or ["no baseline: run it on one rank"]
+            reasons = sorted({note for row in self.rows for note in row["notes"]}) or [
+                "no baseline: run it on one rank"
+            ]
             return f"No speed-up can be claimed: {'; '.join(reasons)}."
         best = max(claims, key=lambda row: row["speedup"])
         ceiling = f", where the machine allows {best['ceiling']:.2f}" if best["ceiling"] else ""
@@ -130,7 +134,18 @@ class Comparison:
         )
 
     def __str__(self) -> str:
-        head = ["run", "layout", "state", "steps", "samples/s", "ms/step", "speed-up", "interval", "efficiency", "ceiling"]
+        head = [
+            "run",
+            "layout",
+            "state",
+            "steps",
+            "samples/s",
+            "ms/step",
+            "speed-up",
+            "interval",
+            "efficiency",
+            "ceiling",
+        ]
         metric = next((row["metric"] for row in self.rows if row["metric"]), "metric")
         lines = [[*head, metric]]
         for row in self.rows:
@@ -152,7 +167,9 @@ class Comparison:
                 ]
             )
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
         table.insert(1, "  ".join("-" * width for width in widths))
         notes = [f"{row['run_id']}: {note}" for row in self.rows for note in row["notes"]]
         return "\n".join([*table, "", *notes, self.text()])
@@ -222,7 +239,7 @@ def _row(one: Measured, bases: Sequence[Measured], all_runs: Sequence[Measured])
         "global_batch": experiment.training.global_batch,
         "steps": data.steps,
         "metric": metric,
-        "final": None if one.is_ceiling else final.get(metric),
+        "final": None if one.is_ceiling else final.get(metric or ""),
         "loss": None if one.is_ceiling else final.get("loss"),
         "samples_per_second": one.samples_per_second,
         "step_seconds": one.steady.median,

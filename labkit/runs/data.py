@@ -372,8 +372,9 @@ class RunData:
 
     @property
     def rank_starts(self) -> list[dict[str, Any]]:
-        """What each rank told when it was ready: device, pid, threads, parameters, time_to_first_step_seconds (None until
-        known) and effective; {} before that."""
+        """What each rank told when it was ready: device, pid, threads, parameters, steps,
+        time_to_first_step_seconds (None until known) and effective; {} before that.
+        """
         return [rank.start for rank in self._ranks]
 
     @property

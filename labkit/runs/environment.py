@@ -12,7 +12,17 @@ from typing import Any
 
 from labkit.experiment import Machine
 
-PACKAGES = ("labkit", "torch", "accelerate", "numpy", "safetensors", "pydantic", "transformers", "datasets", "highway-env")
+PACKAGES = (
+    "labkit",
+    "torch",
+    "accelerate",
+    "numpy",
+    "safetensors",
+    "pydantic",
+    "transformers",
+    "datasets",
+    "highway-env",
+)
 # An allow-list: a run directory is shared, and the environment may hold tokens.
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "LABKIT_STANDBY")
 
@@ -36,7 +46,10 @@ def git_state(directory: str) -> dict[str, Any] | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -31,7 +31,7 @@ def follow(run: Run, quiet: bool = False) -> Run:
     # Where nobody watches, a bar only fills the log.
     live = Progress(*columns, console=console, disable=quiet or not sys.stderr.isatty())
     if live.disable and not quiet:
-        print(f"labkit: run {run.id}", file=sys.stderr, flush=True)
+        console.print(f"labkit: run {run.id}", highlight=False, markup=False)
     with live:
         task = live.add_task(f"{run.id} starting", total=None, figures="")
         while True:
@@ -82,9 +82,8 @@ def summary_text(summary: dict[str, Any]) -> str:
     step = summary.get("step_seconds") or {}
     if step.get("median"):
         left_out = f"{step['warmup_steps']} first steps left out"
-        lines.append(
-            f"  {'step':22} {1e3 * step['median']:.1f} ms (p10 {1e3 * step['p10']:.1f}, p90 {1e3 * step['p90']:.1f}; {left_out})"
-        )
+        p10, p90 = 1e3 * step["p10"], 1e3 * step["p90"]
+        line("step", f"{1e3 * step['median']:.1f} ms (p10 {p10:.1f}, p90 {p90:.1f}; {left_out})")
     line("first step after", summary.get("time_to_first_step_seconds"), "{:.2f} s")
     peaks = [peak for peak in summary.get("peak_memory_bytes") or [] if peak]
     line("peak memory per rank", max(peaks) / 2**20 if peaks else None, "{:.0f} MiB")

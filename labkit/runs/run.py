@@ -137,7 +137,9 @@ class Run:
             }
         )
         ranks = [
-            pd.DataFrame({"rank": rank, "step": np.arange(data.first + 1, data.first + len(seconds) + 1), "seconds": seconds})
+            pd.DataFrame(
+                {"rank": rank, "step": np.arange(data.first + 1, data.first + len(seconds) + 1), "seconds": seconds}
+            )
             for rank, seconds in enumerate(data.seconds)
         ]
         table = pd.concat(ranks, ignore_index=True) if ranks else pd.DataFrame(columns=["rank", "step", "seconds"])

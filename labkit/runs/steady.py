@@ -63,7 +63,8 @@ class Steady:
 
 def ratio(numerator: Steady, denominator: Steady) -> tuple[float, float, float]:
     """Ratio of the two medians with its interval: (value, low, high). Both need enough steps."""
-    assert numerator.median is not None and denominator.median is not None
+    assert numerator.median is not None
+    assert denominator.median is not None
     spread = numerator.medians(seed=1) / denominator.medians(seed=2)
     tail = (1 - CONFIDENCE) / 2
     return numerator.median / denominator.median, float(np.quantile(spread, tail)), float(np.quantile(spread, 1 - tail))

@@ -12,7 +12,10 @@ from labkit.experiment import Optimizer
 
 
 def make_optimizer(settings: Optimizer, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of the experiment, with torch's fused kernels. Biases and gains (fewer than two dimensions) do not decay."""
+    """The optimizer of the experiment, with torch's fused kernels.
+
+    Biases and gains (fewer than two dimensions) do not decay.
+    """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
@@ -25,7 +28,7 @@ def make_optimizer(settings: Optimizer, parameters: Iterable[nn.Parameter]) -> t
 
 
 def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
-    """Learning rate of update `step` of `steps`: a linear rise over the warm-up, then constant, linear or cosine to zero."""
+    """Learning rate of update `step` of `steps`: a linear rise, then constant, or linear or cosine to zero."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
@@ -36,5 +39,6 @@ def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Use `value` from the next update on."""
     for group in optimizer.param_groups:
         group["lr"] = value

@@ -118,7 +118,7 @@ class Trainer:
         return DataLoader(
             self.task.train,  # type: ignore[arg-type]
             batch_sampler=sampler,
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
             num_workers=training.loader_workers,
             pin_memory=self.runtime.device.type == "cuda",
         )

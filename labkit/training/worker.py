@@ -56,4 +56,4 @@ def _write_error(events: EventWriter, error: BaseException) -> None:
     try:
         events.write("error", type=type(error).__name__, message=str(error)[:4000], traceback=trace)
     except OSError:
-        print(trace, file=sys.stderr, flush=True)
+        print(trace, file=sys.stderr, flush=True)  # noqa: T201  (the log of the rank)

@@ -59,7 +59,9 @@ def ddp(rank: int, store: str, steps: int, result: str) -> None:
     model = DistributedDataParallel(task.model, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
     order = np.random.default_rng(SEED)
-    permutation = np.concatenate([order.permutation(len(task.train)) for _ in range(-(-steps * BATCH // len(task.train)))])
+    permutation = np.concatenate(
+        [order.permutation(len(task.train)) for _ in range(-(-steps * BATCH // len(task.train)))]
+    )
     share = BATCH // 2
     model.train()
     seconds = []

@@ -54,10 +54,13 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def report(title: str, rows: list[tuple[str, str]], claims: list[tuple[str, float, str, float]], options: Any, data: Any) -> int:
+def report(
+    title: str, rows: list[tuple[str, str]], claims: list[tuple[str, float, str, float]], options: Any, data: Any
+) -> int:
     """Print the table; a claim is (what, figure, "<=" or ">=", bound). Returns 0 if all of them hold, else 1."""
     machine = Machine.here()
-    print(f"\n{title}\n{machine.cpu_model}, {machine.cores} cores, torch {versions().get('torch')}, {time.strftime('%Y-%m-%d')}")
+    torch, today = versions().get("torch"), time.strftime("%Y-%m-%d")
+    print(f"\n{title}\n{machine.cpu_model}, {machine.cores} cores, torch {torch}, {today}")
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"  {name:{width}}  {value}")
@@ -67,6 +70,12 @@ def report(title: str, rows: list[tuple[str, str]], claims: list[tuple[str, floa
         verdicts.append({"claim": f"{what} {sign} {bound:g}", "figure": figure, "holds": holds})
         print(f"  {'holds ' if holds else 'MISSED'}  {what}: {figure:.3f} {sign} {bound:g}")
     if options.json:
-        described = {"title": title, "machine": machine.to_dict(), "versions": versions(), "claims": verdicts, "data": data}
+        described = {
+            "title": title,
+            "machine": machine.to_dict(),
+            "versions": versions(),
+            "claims": verdicts,
+            "data": data,
+        }
         print(json.dumps(described))
     return 0 if all(verdict["holds"] for verdict in verdicts) else 1

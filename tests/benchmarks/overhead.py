@@ -57,7 +57,9 @@ class Live:
 
     def __init__(self) -> None:
         self.manager, self.client = start_new_kernel(kernel_name="python3")
-        self.client.execute_interactive("import labkit; labkit.warm(120)", timeout=200, output_hook=lambda message: None)
+        self.client.execute_interactive(
+            "import labkit; labkit.warm(120)", timeout=200, output_hook=lambda message: None
+        )
 
     def __call__(self) -> float:
         said: list[str] = []

@@ -1,7 +1,7 @@
 """Two ranks of the vision recipe against what this machine can give two processes that do not talk.
 
-Speed-up over one rank, and the ceiling: two isolated copies with half of the batch each, at once. The claim is about the
-ratio of the two: what data parallelism costs, not what the machine lacks.
+Speed-up over one rank, and the ceiling: two isolated copies with half of the batch each, at once. The claim is about
+the ratio of the two: what data parallelism costs, not what the machine lacks.
 """
 
 from __future__ import annotations

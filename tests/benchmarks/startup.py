@@ -7,6 +7,7 @@ labkit starts with nothing. `notebook_launcher` runs in a process that has torch
 from __future__ import annotations
 
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from accelerate import notebook_launcher
 import torch, labkit.workloads.vision
 from _by_hand import first_step_with_accelerate
 begun = time.monotonic()
-notebook_launcher(first_step_with_accelerate, (sys.argv[2],), num_processes=2, use_port="0")
+notebook_launcher(first_step_with_accelerate, (sys.argv[2],), num_processes=2, use_port=sys.argv[3])
 print(float(open(sys.argv[2]).read()) - begun)
 """
 EXPERIMENT = vision_ddp().replace("training.steps=3", "training.evaluate_every=0", "training.checkpoint_every=0")
@@ -49,17 +50,31 @@ def labkit_cold() -> float:
 def accelerate_launch() -> float:
     with tempfile.TemporaryDirectory() as folder:
         stamp = Path(folder, "stamp")
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+        # Two CPU processes start only by way of --multi_gpu: with --cpu, accelerate launches a single one.
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        command += [
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "0",
+        ]
         begun = time.monotonic()
-        subprocess.run([*command, SCRIPT, "accelerate", str(stamp)], check=True, capture_output=True, env=environment())
+        command += [SCRIPT, "accelerate", str(stamp)]
+        subprocess.run(command, check=True, capture_output=True, env=environment(), timeout=120)
         return float(stamp.read_text()) - begun
 
 
 def notebook_launcher() -> float:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", NOTEBOOK, str(Path(SCRIPT).parent), str(Path(folder, "stamp"))]
-        answer = subprocess.run(command, check=True, capture_output=True, text=True, env=environment())
+        with socket.socket() as free:  # given port 0, notebook_launcher waits for ever
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-c", NOTEBOOK, str(Path(SCRIPT).parent), str(Path(folder, "stamp")), str(port)]
+        answer = subprocess.run(command, check=True, capture_output=True, text=True, env=environment(), timeout=120)
         return float(answer.stdout.splitlines()[-1])
 
 
