@@ -28,7 +28,8 @@ def extremes(x: NDArray[Any], y: Floats, most: int = MAX_POINTS) -> tuple[NDArra
     bins = room.reshape(-1, width)
     low = starts + np.argmin(np.where(np.isnan(bins), np.inf, bins), axis=1)
     high = starts + np.argmax(np.where(np.isnan(bins), -np.inf, bins), axis=1)
-    index = np.unique(np.concatenate([[0], low, high, [len(y) - 1]]))
+    index = np.sort(np.concatenate([[0], low, high, [len(y) - 1]]))
+    index = index[np.diff(index, prepend=-1) > 0]
     return x[index], y[index]
 
 

@@ -26,23 +26,33 @@ def rank_rows(data: RunData) -> list[dict[str, Any]]:
         if isinstance(entry, dict) and isinstance(entry.get("rank"), int)
     }
     failed = {error["rank"] for error in data.errors}
+    steps, middles = data.rank_steps, _medians([seconds[-RECENT:] for seconds in data.seconds])
     rows = []
-    for rank, seconds in enumerate(data.seconds):
+    for rank, middle in enumerate(middles):
         entry = now.get(rank, {})
-        known = seconds[-RECENT:][np.isfinite(seconds[-RECENT:])]
         memory = _number(entry.get("memory_bytes")) or data.peak_memory.get(rank)
         silent = None if data.done else _number(entry.get("silent_s"))
         rows.append(
             {
                 "rank": rank,
                 "state": _state(data, rank, entry, rank in failed, silent),
-                "steps": data.first + data.rank_steps[rank],
-                "step_ms": 1000 * float(np.median(known)) if len(known) else None,
+                "steps": data.first + steps[rank],
+                "step_ms": 1000 * middle if math.isfinite(middle) else None,
                 "memory_mb": memory / 2**20 if memory else None,
                 "silent_s": silent,
             }
         )
     return rows
+
+
+def _medians(columns: list[Any]) -> list[float]:
+    """The median of each column, NaN for an empty one; in one go where they are equally long and whole."""
+    if columns and len({len(column) for column in columns}) == 1 and len(columns[0]):
+        table = np.stack(columns)
+        if np.isfinite(table).all():
+            return [float(value) for value in np.median(table, axis=1)]
+    known = [column[np.isfinite(column)] for column in columns]
+    return [float(np.median(column)) if len(column) else math.nan for column in known]
 
 
 def _state(data: RunData, rank: int, entry: dict[str, Any], failed: bool, silent: float | None) -> str:

@@ -46,10 +46,14 @@ class Shown:
             experiment = Experiment.load(data.directory.experiment)
         except ExperimentError:
             experiment = None
-        title = theme.plain(
-            data.status.get("title") or (experiment.title if experiment else "") or data.directory.id, 60
-        )
-        return cls(label(title, data.world_size, bool(experiment and experiment.launch.isolated)), data, experiment)
+        return cls.named(data, experiment)
+
+    @classmethod
+    def named(cls, data: RunData, experiment: Experiment | None) -> Shown:
+        """With the title that the run gives itself."""
+        title = data.status.get("title") or (experiment.title if experiment else "") or data.directory.id
+        isolated = bool(experiment and experiment.launch.isolated)
+        return cls(label(theme.plain(title, 60), data.world_size, isolated), data, experiment)
 
 
 def label(title: str, ranks: int, isolated: bool) -> str:

@@ -12,7 +12,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def bars(rows: Rows) -> list[dict[str, Any]]:
-    """One bar per layout (the latest run of each that did not fail), by number of ranks: label, value, low, high, ideal, ceiling."""
+    """One bar per layout, the latest run of it that did not fail: label, value, low, high, ideal, ceiling."""
     latest: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for row in rows:
         if row["speedup"] is not None and not row["is_ceiling"] and row["state"] != "failed":

@@ -65,11 +65,12 @@ def html_table(rows: Sequence[Mapping[str, Any]], caption: str = "", empty: str 
     if not rows:
         return f"<p>{html.escape(empty)}</p>"
     columns = list(rows[0])
-    head = "".join(f'<th scope="col" style="{_CELL}{_align(rows, column)}">{_text(column)}</th>' for column in columns)
+    styles = [_CELL + _align(rows, column) for column in columns]
+    head = "".join(
+        f'<th scope="col" style="{style}">{_text(column)}</th>' for column, style in zip(columns, styles, strict=True)
+    )
     body = "".join(
-        "<tr>"
-        + "".join(_cell(row.get(column), column == columns[0], _align(rows, column)) for column in columns)
-        + "</tr>"
+        "<tr>" + "".join(_cell(row.get(column), at == 0, styles[at]) for at, column in enumerate(columns)) + "</tr>"
         for row in rows[:MAX_ROWS]
     )
     more = f"<p>… and {len(rows) - MAX_ROWS} more rows.</p>" if len(rows) > MAX_ROWS else ""
@@ -98,14 +99,12 @@ def _align(rows: Sequence[Mapping[str, Any]], column: str) -> str:
     return "text-align:right;" if numeric and looks else "text-align:left;"
 
 
-def _cell(value: Any, first: bool, align: str) -> str:
+def _cell(value: Any, first: bool, style: str) -> str:
     if isinstance(value, float):
         value = theme.number(value, 4)
     text = _text("" if value is None else value)
     return (
-        f'<th scope="row" style="{_CELL}{align}font-weight:600">{text}</th>'
-        if first
-        else f'<td style="{_CELL}{align}">{text}</td>'
+        f'<th scope="row" style="{style}font-weight:600">{text}</th>' if first else f'<td style="{style}">{text}</td>'
     )
 
 

@@ -68,8 +68,11 @@ def style(index: int) -> tuple[str, str, str]:
 
 def plain(text: Any, limit: int = 200) -> str:
     """One printable line of at most `limit` characters: control and direction-changing characters are left out."""
-    line = "".join(" " if char.isspace() else char for char in str(text)[: 4 * limit])
-    line = "".join(char for char in line if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Cn")).strip()
+    line = str(text)[: 4 * limit]
+    if not (line.isascii() and line.isprintable()):
+        line = "".join(" " if char.isspace() else char for char in line)
+        line = "".join(char for char in line if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
+    line = line.strip()
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 
-from labkit.experiment import Experiment
+from labkit.experiment import Experiment, ExperimentError
 from labkit.experiment.run_directory import RunDirectory
 from labkit.plots import overview, ranks, static, theme
 from labkit.plots.shown import Shown, shown
@@ -27,9 +27,12 @@ from labkit.runs.steady import Steady
 from labkit.ui.live_figure import LiveFigure
 
 REDRAW_S = 0.35
-READ_S = 0.008
-"""How long one redraw may read files; what is left over waits for the next one."""
-CATCH_UP_S = 0.02
+READ_S = 0.005
+"""How long a redraw may read files; what is left over is read in slices of this length before the next one."""
+CATCH_UP_S = 0.01
+"""Pause between two such slices: the interpreter belongs to the kernel."""
+TABLES_S = 1.0
+"""How often the tables are written anew."""
 UNANSWERED_S = 2.0
 """A browser that has not answered the last redraw gets the next one after this time, and not sooner."""
 RESYNC_S = 4.0
@@ -53,13 +56,15 @@ class Dashboard:
         self.rows: list[dict[str, Any]] = []
         """The comparison of the runs that have ended, and the estimate for the one that goes on."""
         self._data: dict[str, RunData] = {}
+        self._experiments: dict[str, Experiment | None] = {}
+        self._drawn = (overview.traces([], []), overview.layout([], [], height))
         self._compared: tuple[tuple[str, str], ...] = ()
         self._ended_rows: list[dict[str, Any]] = []
         self._on_end = on_end
         self._thread: threading.Thread | None = None
         self._lock = threading.RLock()
         self._stop = threading.Event()
-        self._sent = self._synced = 0.0
+        self._sent = self._synced = self._tabled = 0.0
         self.widget = widgets.VBox([self.figure, self.strip, self.table])
 
     # -- what is shown ----------------------------------------------------------------------------------------------
@@ -70,6 +75,7 @@ class Dashboard:
             if all(known.id != run.id for known in self.runs):
                 self.runs.append(run)
                 self._data[run.id] = RunData(run.directory)
+                self._experiment(run)
             if self._thread is None or not self._thread.is_alive():
                 self._stop.clear()
                 self._thread = threading.Thread(target=self._live, name="labkit-dashboard", daemon=True)
@@ -112,16 +118,19 @@ class Dashboard:
                 with contextlib.suppress(Exception):
                     self._write_state()
                 read_all = True
-            with self._lock:
-                if not going_on and read_all and known == len(self.runs):
-                    self._thread = None
-                    break
-            pause = CATCH_UP_S if not read_all else max(0.05, REDRAW_S - (time.monotonic() - begun))
-            self._stop.wait(pause)
-        with contextlib.suppress(Exception):
-            self.sync()
-            if self._on_end is not None:
-                self._on_end()
+            if not going_on and read_all:
+                with contextlib.suppress(Exception):
+                    self.sync()
+                    if self._on_end is not None:
+                        self._on_end()
+                with self._lock:
+                    if known == len(self.runs):  # else a run was added meanwhile, and the thread goes on for it
+                        self._thread = None
+                        return
+            while not read_all and time.monotonic() - begun < REDRAW_S and not self._stop.wait(CATCH_UP_S):
+                with self._lock, contextlib.suppress(Exception):
+                    read_all = self._read()
+            self._stop.wait(max(CATCH_UP_S, REDRAW_S - (time.monotonic() - begun)))
 
     def redraw(self, force: bool = False) -> bool:
         """Read what is new and show it; True when everything there is has been read."""
@@ -131,7 +140,9 @@ class Dashboard:
             if force or not self._unanswered():
                 self._draw()
             self._write_state()
-            self._write_tables()
+            if force or time.monotonic() - self._tabled > TABLES_S:
+                self._tabled = time.monotonic()
+                self._write_tables()
             if time.monotonic() - self._synced > RESYNC_S:
                 self.sync()
             return read_all
@@ -149,20 +160,22 @@ class Dashboard:
         many = self.shown()
         traces = overview.traces(many, self.rows)
         layout = overview.layout(many, self.rows)
-        changed = [_differences(old, new) for old, new in zip(self.figure.data, traces, strict=True)]
+        before, shape = self._drawn
+        changed = [_differences(old, new) for old, new in zip(before, traces, strict=True)]
         with self.figure.batch_update():
             for trace, changes in zip(self.figure.data, changed, strict=True):
                 for name, value in changes.items():
                     trace[name] = value
-            for note, new in zip(self.figure.layout.annotations, layout["annotations"], strict=True):
-                if note.text != new["text"]:
-                    note.text = new["text"]
+            for at, (old, new) in enumerate(zip(shape["annotations"], layout["annotations"], strict=True)):
+                if old["text"] != new["text"]:
+                    self.figure.layout.annotations[at].text = new["text"]
             for name in overview.AXES:
-                axis, new = self.figure.layout[name], layout[name]
-                if axis.title.text != new["title"]["text"]:
-                    axis.title.text = new["title"]["text"]
-                if axis.showticklabels != new["showticklabels"]:
-                    axis.showticklabels = new["showticklabels"]
+                old, new = shape[name], layout[name]
+                if old["title"] != new["title"]:
+                    self.figure.layout[name].title.text = new["title"]["text"]
+                if old["showticklabels"] != new["showticklabels"]:
+                    self.figure.layout[name].showticklabels = new["showticklabels"]
+        self._drawn = (traces, layout)
         if any(changed):
             self._sent = time.monotonic()
 
@@ -177,7 +190,16 @@ class Dashboard:
         if len(self.runs) > len(runs) and not any(self._data[run.id].world_size == 1 for run in runs):
             base = [run for run in self.runs if self._data[run.id].world_size == 1]
             runs = [*base[-1:], *runs[1:]] if base else runs
-        return shown([self._data[run.id] for run in runs])
+        return shown([Shown.named(self._data[run.id], self._experiment(run)) for run in runs])
+
+    def _experiment(self, run: Any) -> Experiment | None:
+        """What a run runs, read once; None if it cannot be read."""
+        if run.id not in self._experiments:
+            try:
+                self._experiments[run.id] = run.experiment
+            except ExperimentError:
+                self._experiments[run.id] = None
+        return self._experiments[run.id]
 
     # -- comparison -------------------------------------------------------------------------------------------------
 
@@ -189,8 +211,20 @@ class Dashboard:
             self._compared = key
             self._ended_rows = compared([run.directory for run in ended])
         active = self.active
-        live = live_row(active.experiment, self._data[active.id], self._ended_rows) if active is not None else None
+        experiment = self._experiment(active) if active is not None else None
+        live = live_row(experiment, self._data[active.id], self._bases(experiment)) if experiment is not None else None
         self.rows = [*self._ended_rows, *([live] if live else [])]
+
+    def _bases(self, experiment: Experiment) -> list[dict[str, Any]]:
+        """The rows of ended runs whose speed can be compared with that of `experiment`."""
+        from labkit.runs.compare import differences
+
+        known = {run.id: self._experiments.get(run.id) for run in self.runs}
+        return [
+            row
+            for row in self._ended_rows
+            if (other := known.get(row["run_id"])) is not None and not differences(experiment, other)
+        ]
 
     # -- words ------------------------------------------------------------------------------------------------------
 
@@ -220,7 +254,6 @@ class Dashboard:
 
 def compared(directories: Sequence[RunDirectory]) -> list[dict[str, Any]]:
     """The rows of a comparison; a run that cannot be read is left out."""
-    from labkit.experiment import ExperimentError
     from labkit.runs.compare import compare
 
     with contextlib.suppress(ExperimentError, FileNotFoundError, OSError):
@@ -229,21 +262,12 @@ def compared(directories: Sequence[RunDirectory]) -> list[dict[str, Any]]:
 
 
 def live_row(experiment: Experiment, data: RunData, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The run that goes on, with the speed-up so far over the nearest baseline; None before there is a step."""
-    from labkit.runs.compare import differences
-
-    if not data.steps:
+    """The run that goes on, with its speed-up so far over the latest baseline in `rows`; None before its first step."""
+    if not data.steps or not len(data.seconds[0]):
         return None
-    steady = Steady.of(data.seconds[0][: data.steps].astype(np.float64))
+    steady = Steady.of(data.seconds[0].astype(np.float64))
     median = None if steady.median is None or not np.isfinite(steady.median) else steady.median
-    base = next(
-        (
-            row
-            for row in reversed(rows)
-            if row["is_baseline"] and row["step_seconds"] and _fits(row, experiment, differences)
-        ),
-        None,
-    )
+    base = next((row for row in reversed(rows) if row["is_baseline"] and row["step_seconds"]), None)
     size = data.world_size
     speedup = base["step_seconds"] / median if base and median and not steady.complaint and size > 1 else None
     ceiling = next((row["ceiling"] for row in reversed(rows) if row["is_ceiling"] and row["world_size"] == size), None)
@@ -272,15 +296,6 @@ def live_row(experiment: Experiment, data: RunData, rows: Sequence[dict[str, Any
         "notes": ["so far"],
         "live": True,
     }
-
-
-def _fits(row: dict[str, Any], experiment: Experiment, differences: Any) -> bool:
-    from labkit.experiment import ExperimentError
-
-    try:
-        return not differences(experiment, Experiment.load(RunDirectory.find(row["run_id"]).experiment))
-    except (ExperimentError, FileNotFoundError):
-        return row["workload"] == experiment.workload.name and row["global_batch"] == experiment.training.global_batch
 
 
 def describe(status: dict[str, Any], data: RunData) -> tuple[str, float]:
