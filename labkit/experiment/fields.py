@@ -7,6 +7,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
 from labkit.experiment.choice import Choice
 from labkit.experiment.layout import Layout
@@ -78,4 +79,6 @@ def _kind(info: Any, model: type[BaseModel], name: str) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if value is PydanticUndefined:  # a field that must be given
+        return None
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
