@@ -156,7 +156,10 @@ def _mebibytes(text: str) -> int:
 
 
 def visible(gpus: tuple[Gpu, ...], wanted: str | None) -> tuple[tuple[Gpu, ...], str]:
-    """Apply CUDA_VISIBLE_DEVICES as CUDA does: a list of indices or UUID prefixes, cut at the first invalid entry."""
+    """Apply CUDA_VISIBLE_DEVICES as CUDA does.
+
+    A list of indices or unambiguous UUID prefixes, cut at the first invalid entry; an entry that comes twice hides all.
+    """
     if not gpus:
         return (), "the NVIDIA driver reports no GPU"
     if wanted is None:
@@ -165,7 +168,10 @@ def visible(gpus: tuple[Gpu, ...], wanted: str | None) -> tuple[tuple[Gpu, ...],
     for entry in wanted.split(","):
         entry = entry.strip()
         match = [gpu for gpu in gpus if entry and (entry == str(gpu.index) or gpu.uuid.startswith(entry))]
-        if not match:
+        if len(match) != 1:
+            break
+        if match[0] in chosen:
+            chosen = []
             break
         chosen.append(match[0])
     return tuple(chosen), "" if chosen else f"CUDA_VISIBLE_DEVICES={wanted!r} hides every GPU"
