@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 class DrivingOptions(Options):
     """The network, and how far it is driven at the end."""
 
-    width: int = Field(default=384, ge=4, le=8192)
-    """Units of each hidden layer."""
-    depth: int = Field(default=3, ge=1, le=64)
-    """Hidden layers."""
+    width: int = Field(default=256, ge=4, le=8192)
+    """Units of each layer."""
+    depth: int = Field(default=2, ge=1, le=64)
+    """Layers after the one that looks at the vehicles."""
     episodes: int = Field(default=20, ge=0, le=10_000)
     """Episodes that the trained network drives on the simulated road, shared by the ranks; 0 for none."""
 

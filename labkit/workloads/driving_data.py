@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 FOLDER = Path(__file__).parent / "data"
 NAME = "driving"
 
-SCALE = np.array([1.0, 100.0, 12.0, 20.0, 4.0], dtype=np.float32)
-"""Metres and metres per second that the network sees as 1, for presence, x, y, vx, vy."""
+SCALE = np.array([1.0, 25.0, 4.0, 8.0, 2.0], dtype=np.float32)
+"""Metres and metres per second that the network sees as 1, for presence, x, y, vx, vy: a lane is 1 wide, and the
+distances at which the driver has to decide are about 1."""
 
 Arrays = dict[str, NDArray[Any]]
 

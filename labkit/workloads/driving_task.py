@@ -11,7 +11,7 @@ from torch import nn
 from labkit.workloads import driving_data
 from labkit.workloads.base import ClassificationTask, TensorData
 from labkit.workloads.expert import ACTIONS
-from labkit.workloads.models.mlp import mlp
+from labkit.workloads.models.driver import driver
 from labkit.workloads.seed import seeded
 
 ROAD_SEED = 2_000_000
@@ -26,8 +26,9 @@ class DrivingTask(ClassificationTask):
         x = torch.from_numpy(driving_data.normalise(arrays["seen"]))
         y = torch.from_numpy(arrays["action"]).long()
         test = torch.from_numpy(arrays["episode"] >= about["first_test_episode"])
+        _, vehicles, features = arrays["seen"].shape
         with seeded(seed):
-            model = mlp(x.shape[1], len(ACTIONS), width, depth)
+            model = driver(vehicles, features, len(ACTIONS), width, depth)
         super().__init__(
             model,
             TensorData(x=x[~test], y=y[~test]),
@@ -50,7 +51,7 @@ class DrivingTask(ClassificationTask):
 
         parameter = next(model.parameters())
 
-        def driver(seen: Any) -> int:
+        def act(seen: Any) -> int:
             x = torch.from_numpy(driving_data.normalise(seen)).to(parameter.device, parameter.dtype)
             return int(model(x.unsqueeze(0)).argmax())
 
@@ -59,7 +60,7 @@ class DrivingTask(ClassificationTask):
         try:
             with torch.inference_mode():
                 env = Highway()
-                drives = [drive(env, ROAD_SEED + 10_000 * seed + number, driver) for number in mine]
+                drives = [drive(env, ROAD_SEED + 10_000 * seed + number, act) for number in mine]
         finally:
             model.train(was_training)
         return {

@@ -1,6 +1,6 @@
 """Make the driving data set again: `python -m labkit.workloads.record_driving [--episodes N] [--out FOLDER]`.
 
-The expert drives seeded episodes. In one step of four the car does something random instead, so that the recording also
+The expert drives seeded episodes. In one step of five the car does something random instead, so that the recording also
 shows how to get out of a bad spot; what is written down is always what the expert would have done (Laskey et al. 2017,
 arXiv:1703.09327). The same versions of the packages give the same file, byte for byte.
 """
@@ -19,9 +19,9 @@ from labkit.workloads import driving_data
 from labkit.workloads.expert import ACTIONS, expert_action
 from labkit.workloads.highway import FEATURES, SETTING, VEHICLES, Highway, drive, episode, random_driver
 
-EPISODES = 600
+EPISODES = 1500
 TEST_SHARE = 0.2
-NOISE = 0.25
+NOISE = 0.2
 MEASURED_EPISODES = 200
 MEASURE_SEED = 1_000_000
 """Seeds of the measured drives begin here, far from the recorded ones."""

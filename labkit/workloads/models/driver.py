@@ -1,0 +1,38 @@
+"""The driver's network: looks at each vehicle by itself, gathers what matters, decides.
+
+Which car stands in which row of an observation means nothing, so all rows go through the same small network and the
+greatest answer to each of its questions counts (Zaheer et al. 2017, "Deep Sets", arXiv:1703.06114).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from labkit.workloads.base import Blocks
+
+
+class Surroundings(nn.Module):
+    """Observation [N, vehicles · features] to [N, width]: each vehicle beside the driver itself, then the maximum."""
+
+    def __init__(self, vehicles: int, features: int, width: int) -> None:
+        super().__init__()
+        self.shape = (vehicles, features)
+        self.each = nn.Sequential(nn.Linear(2 * features, width), nn.GELU(), nn.Linear(width, width))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.unflatten(-1, self.shape)
+        own, others = rows[:, :1], rows[:, 1:]
+        seen = self.each(torch.cat([others, own.expand_as(others)], dim=-1))
+        out: Tensor = self.norm(seen.amax(1))
+        return out
+
+
+def driver(vehicles: int, features: int, actions: int, width: int, depth: int) -> Blocks:
+    """Blocks `surroundings`, `layer_0` … `layer_<depth-1>`, `head`: [N, vehicles · features] to [N, actions]."""
+    blocks: dict[str, nn.Module] = {"surroundings": Surroundings(vehicles, features, width)}
+    for index in range(depth):
+        blocks[f"layer_{index}"] = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.GELU())
+    blocks["head"] = nn.Linear(width, actions)
+    return Blocks(blocks)
