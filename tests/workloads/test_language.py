@@ -118,7 +118,7 @@ def test_bits_per_character_count_characters_not_bytes() -> None:
 def test_a_short_training_beats_the_unigram_entropy() -> None:
     task = Language.build(SMALL | {"max_characters": 100_000}, 0)
     untrained = evaluate(task)
-    assert untrained["loss"] == pytest.approx(math.log(256), abs=0.3)
+    assert math.log(256) - 0.1 < untrained["loss"] < math.log(256) + 0.7  # knows nothing yet
     train(task, 150, 16, 1e-2)
     result = evaluate(task)
     assert result["bits_per_character"] < task.facts()["unigram_entropy_bits"] - 0.3

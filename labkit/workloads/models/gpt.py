@@ -55,8 +55,6 @@ def gpt(
         for name, parameter in model.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 parameter.mul_((2 * depth) ** -0.5)
-            elif name.endswith("score.weight"):  # at first every token is about equally likely
-                parameter.mul_(0.1)
     return model
 
 
