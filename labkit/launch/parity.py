@@ -52,8 +52,9 @@ def compare_losses(run: Run, reference: Run, steps: int, precision: str) -> Pari
     if one.steps != steps or other.steps != steps:
         raise RunFailed(f"{steps} steps were asked for, the runs have {one.steps} and {other.steps}")
     tolerance = TOLERANCE[precision]
-    loss = np.abs(one.loss - other.loss)
-    norm = np.abs(one.grad_norm - other.grad_norm) / np.maximum(1.0, np.abs(other.grad_norm))
+    with np.errstate(invalid="ignore"):  # a loss that is no number is read as infinite
+        loss = np.abs(one.loss - other.loss)
+        norm = np.abs(one.grad_norm - other.grad_norm) / np.maximum(1.0, np.abs(other.grad_norm))
     # A NaN on either side is a difference, never agreement.
     beyond = ~((loss <= tolerance) & (norm <= tolerance))
     return Parity(
@@ -92,14 +93,17 @@ def check(
                 "quantization.training": precision,
             }
         )
-        alone = proof.set(
-            {"layout": {}, "gradients.accumulation": 1, "name": f"parity reference {precision}: {experiment.title}"}
-        )
+        name = f"parity reference {precision}: {experiment.title}"[:200]
+        alone = proof.set({"layout": {}, "gradients.accumulation": 1, "name": name})
         runs = []
-        for part in (alone, proof.set({"name": f"parity {precision}: {experiment.title}"})):
+        for part in (alone, proof.set({"name": f"parity {precision}: {experiment.title}"[:200]})):
             say(f"{part.title}: layout {part.layout}, {steps} steps")
             run = launch(part, baseline=None)
-            run.result()
+            try:
+                run.result()
+            except KeyboardInterrupt:
+                run.request_stop(0.0)
+                raise
             runs.append(run)
         verdicts.append(compare_losses(runs[1], runs[0], steps, precision))
     figures = asdict(verdicts[0])
