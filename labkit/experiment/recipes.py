@@ -14,14 +14,14 @@ def vision_ddp() -> Experiment:
     return Experiment(
         workload=Workload(name="vision"),
         layout=Layout(dp_replicate=2),
-        optimizer=Optimizer(lr=3e-3, warmup_steps=10),
-        training=Training(steps=200, global_batch=128),
+        optimizer=Optimizer(lr=2e-3, weight_decay=0.05, warmup_steps=10),
+        training=Training(steps=180, global_batch=64),
     )
 
 
 def vision_transformer_ddp() -> Experiment:
     """Handwritten digits with a small vision transformer, data parallel."""
-    return vision_ddp().replace("workload.model=vit")
+    return vision_ddp().replace("workload.model=vit", "optimizer.lr=3e-3", "training.steps=400")
 
 
 def language_ddp() -> Experiment:
@@ -29,8 +29,8 @@ def language_ddp() -> Experiment:
     return Experiment(
         workload=Workload(name="language"),
         layout=Layout(dp_replicate=2),
-        optimizer=Optimizer(lr=3e-3, warmup_steps=20, clip_norm=1.0),
-        training=Training(steps=200, global_batch=32),
+        optimizer=Optimizer(lr=5e-3, weight_decay=0.1, warmup_steps=20, clip_norm=1.0),
+        training=Training(steps=400, global_batch=16),
     )
 
 
@@ -39,8 +39,8 @@ def driving_ddp() -> Experiment:
     return Experiment(
         workload=Workload(name="driving"),
         layout=Layout(dp_replicate=2),
-        optimizer=Optimizer(lr=2e-3, warmup_steps=10),
-        training=Training(steps=300, global_batch=256),
+        optimizer=Optimizer(lr=5e-3, weight_decay=0.05, warmup_steps=20),
+        training=Training(steps=300, global_batch=512),
     )
 
 

@@ -79,9 +79,7 @@ def method_rules(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     for knob, field in CHOICES.items():
         method = registry(knob)[experiment.get(field)]
         if method.available:
-            check = getattr(method.load(), "problems", None)
-            if check is not None:
-                yield from check(experiment, machine)
+            yield from getattr(method.load(), "problems", _none)(experiment, machine)
 
 
 def batch_covers_ranks(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
@@ -157,4 +155,16 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
         yield Problem("optimizer.warmup_steps", f"the learning rate never reaches its value in {steps} steps")
 
 
-WARNINGS: list[Rule] = [oversubscribed, options_without_effect]
+def method_warnings(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """The warnings that stand in the files of the chosen methods."""
+    for knob, field in CHOICES.items():
+        method = registry(knob)[experiment.get(field)]
+        if method.available:
+            yield from getattr(method.load(), "warnings", _none)(experiment, machine)
+
+
+def _none(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    return iter(())
+
+
+WARNINGS: list[Rule] = [oversubscribed, options_without_effect, method_warnings]

@@ -13,7 +13,7 @@ from pydantic import Field, JsonValue
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options
-from labkit.workloads.rules import extra_missing, hub_data, is_path, nearest_divisor
+from labkit.workloads.rules import extra_missing, hub_data, is_path, nearest_divisor, without_effect
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,6 +68,16 @@ class Language:
             yield from _batch_problems(options, experiment.training.global_batch)
         elif not _plain_text(options.data):
             yield from hub_data("workload.data", options.data, builtin=DOCUMENTATION)
+
+    @classmethod
+    def warnings(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        """Options that do nothing with the chosen network."""
+        options = LanguageOptions(**experiment.workload.options)
+        if options.model == "transformers":
+            names = ("width", "depth", "heads", "experts", "experts_per_token")
+            yield from without_effect(options, names, "a model of transformers has its own sizes")
+        elif not options.experts:
+            yield from without_effect(options, ("experts_per_token",), "there are no experts")
 
     @classmethod
     def build(cls, options: Any, seed: int) -> Task:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+
+from pydantic import BaseModel
 
 from labkit.experiment.problem import Problem
 
@@ -39,3 +41,10 @@ def hub_data(field: str, data: str, builtin: str) -> Iterator[Problem]:
             field, f"{data!r} is no path and no name of a data set like owner/name or owner/name:config", builtin
         )
     yield from extra_missing(field, "datasets", "hub", "a data set other than the built-in one")
+
+
+def without_effect(options: BaseModel, names: Iterable[str], because: str) -> Iterator[Problem]:
+    """A warning for each of these options that was changed though it does nothing here."""
+    for name in names:
+        if getattr(options, name) != type(options).model_fields[name].get_default(call_default_factory=True):
+            yield Problem(f"workload.{name}", f"has no effect: {because}")

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options
-from labkit.workloads.rules import hub_data, nearest_divisor
+from labkit.workloads.rules import hub_data, nearest_divisor, without_effect
 
 if TYPE_CHECKING:
     from labkit.experiment.machine import Machine
@@ -89,6 +89,15 @@ class Vision:
                 f"the training set has {samples} samples, fewer than a batch of {experiment.training.global_batch}",
                 samples,
             )
+
+    @classmethod
+    def warnings(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        """Options that do nothing with the chosen network or data."""
+        options = VisionOptions(**experiment.workload.options)
+        if options.model == "resnet":
+            yield from without_effect(options, ("patch", "heads"), "the residual network has no patches and no heads")
+        if options.data == DIGITS:
+            yield from without_effect(options, ("image_column", "label_column"), "the digits have no columns")
 
     @classmethod
     def build(cls, options: Any, seed: int) -> ClassificationTask:

@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any
 
-SEED, BATCH, LR = 0, 128, 3e-3
+SEED, BATCH, LR, WEIGHT_DECAY = 0, 64, 2e-3, 0.05
 
 
 def build() -> Any:
@@ -32,7 +32,7 @@ def first_step_with_accelerate(stamp: str) -> None:
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2, f"{accelerator.num_processes} processes"
     task = build()
-    optimizer = torch.optim.AdamW(task.model.parameters(), lr=LR)
+    optimizer = torch.optim.AdamW(task.model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     model, optimizer = accelerator.prepare(task.model, optimizer)
     share = BATCH // accelerator.num_processes
     begin = accelerator.process_index * share
@@ -57,7 +57,7 @@ def ddp(rank: int, store: str, steps: int, result: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     task = build()
     model = DistributedDataParallel(task.model, gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
     order = np.random.default_rng(SEED)
     permutation = np.concatenate(
         [order.permutation(len(task.train)) for _ in range(-(-steps * BATCH // len(task.train)))]
