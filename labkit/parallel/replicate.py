@@ -35,9 +35,7 @@ class Replicate:
         from accelerate import DistributedDataParallelKwargs
 
         # Gradients live in the buckets: no copy in or out.
-        return DistributedDataParallelKwargs(
-            bucket_cap_mb=experiment.gradients.bucket_mb, gradient_as_bucket_view=True
-        )
+        return DistributedDataParallelKwargs(bucket_cap_mb=experiment.gradients.bucket_mb, gradient_as_bucket_view=True)
 
     @staticmethod
     def apply(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:

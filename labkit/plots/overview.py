@@ -91,9 +91,9 @@ def layout(runs: Sequence[Shown], rows: Rows, height: int = HEIGHT) -> dict[str,
         "height": height,
         "xaxis": theme.axis(step, domain=_LEFT, anchor="y", **from_zero),
         "yaxis": theme.axis("Training loss", domain=_UPPER, anchor="x", **from_zero),
-        "xaxis2": theme.axis(step, domain=_RIGHT, anchor="y2", **from_zero),
+        "xaxis2": theme.axis(step, domain=_RIGHT, anchor="y2", matches="x", **from_zero),
         "yaxis2": theme.axis(theme.safe(curves.metric_title(runs)), domain=_UPPER, anchor="x2"),
-        "xaxis3": theme.axis(step, domain=_LEFT, anchor="y3", **from_zero),
+        "xaxis3": theme.axis(step, domain=_LEFT, anchor="y3", matches="x", **from_zero),
         "yaxis3": theme.axis("Throughput (samples/s)", domain=_LOWER, anchor="x3", rangemode="tozero"),
         "xaxis4": theme.axis("", domain=_RIGHT, anchor="y4", type="category"),
         "yaxis4": theme.axis("Speed-up (× 1 rank)", domain=_LOWER, anchor="x4", rangemode="tozero"),
@@ -105,7 +105,7 @@ def layout(runs: Sequence[Shown], rows: Rows, height: int = HEIGHT) -> dict[str,
         "autosize": True,
     }
     for name in AXES:  # numbers along an empty axis would mean nothing
-        found[name]["showticklabels"] = bool(runs)
+        found[name]["showticklabels"] = bool(speedup.bars(rows) if name.endswith("4") else runs)
     return found
 
 

@@ -57,7 +57,9 @@ def _speedup(row: Mapping[str, Any]) -> str:
 
 
 def _role(row: Mapping[str, Any]) -> list[str]:
-    return ["baseline"] if row["is_baseline"] else ["independent copies: the ceiling"] if row["is_ceiling"] else []
+    """What the run is in the comparison, in words."""
+    roles = {"is_baseline": "baseline", "is_ceiling": "independent copies: the ceiling", "live": "so far"}
+    return [words for key, words in roles.items() if row.get(key)]
 
 
 def html_table(rows: Sequence[Mapping[str, Any]], caption: str = "", empty: str = "Nothing yet.") -> str:

@@ -19,6 +19,14 @@ class Single:
     mixed_precision = "no"
 
     @staticmethod
+    def prepare() -> None:
+        """Switch off what rounds behind the user's back: convolutions on GPUs take TF32 (10 bits) unless told not to."""
+        import torch
+
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+    @staticmethod
     def dtype() -> torch.dtype:
         """Type of weights and inputs."""
         import torch

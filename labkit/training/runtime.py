@@ -59,6 +59,7 @@ class Runtime:
                 timeout=timedelta(seconds=launch.timeout_s + PATIENCE_S),
             )
         precision = registry("quantization.training")[experiment.quantization.training].load()
+        precision.prepare()
         accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=precision.mixed_precision,

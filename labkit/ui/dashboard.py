@@ -293,7 +293,7 @@ def live_row(experiment: Experiment, data: RunData, rows: Sequence[dict[str, Any
         "ceiling": ceiling,
         "is_baseline": False,
         "is_ceiling": experiment.launch.isolated and size > 1,
-        "notes": ["so far"],
+        "notes": [],
         "live": True,
     }
 

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from labkit.experiment.run_directory import RunDirectory
+from labkit.runs.run import Run
 from tests.browser.find_browser import find_browser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,10 +104,13 @@ class Jupyter:
         book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
         book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(book, self.root / name)
-        return f"http://127.0.0.1:{self.port}/lab/tree/{name}?token={self.token}"
+        # a workspace of its own, else JupyterLab opens the notebooks of the earlier tests beside it
+        return f"http://127.0.0.1:{self.port}/lab/workspaces/{Path(name).stem}/tree/{name}?token={self.token}"
 
     def close(self) -> None:
-        """End the server and its kernels; what they launched is stopped by its own rules."""
+        """End the runs (they outlive their kernel on purpose), the kernels and the server."""
+        for directory in RunDirectory.all(self.home):
+            Run(directory).stop(grace=1)
         self._api("kernels", stop=True)
         self.process.send_signal(signal.SIGTERM)
         try:
