@@ -20,7 +20,7 @@ class Single:
 
     @staticmethod
     def prepare() -> None:
-        """Switch off what rounds behind the user's back: convolutions on GPUs take TF32 (10 bits) unless told not to."""
+        """Switch off what rounds behind the user's back: on GPUs convolutions take TF32 (10 bits) by default."""
         import torch
 
         torch.backends.cudnn.allow_tf32 = False
