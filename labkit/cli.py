@@ -157,6 +157,11 @@ def _experiment(options: argparse.Namespace, default: Experiment | None = None) 
     return experiment.resolve(world_size=options.ranks) if options.ranks else experiment
 
 
+def _print_lines(text: str) -> None:
+    for line in text.splitlines():
+        print(_plain(line))
+
+
 def _print_json(data: Any) -> None:
     print(json.dumps(data, ensure_ascii=False), flush=True)
 
@@ -202,7 +207,7 @@ def _end(run: Any, options: argparse.Namespace) -> int:
     if options.json:
         _print_json(summary | {"status": run.state, "cause": cause})
     else:
-        print(summary_text(summary))
+        _print_lines(summary_text(summary))
     return 0 if run.state in ("finished", "stopped") else 1
 
 
@@ -287,10 +292,11 @@ def _show(options: argparse.Namespace) -> int:
     print(f"directory {run.directory.path}")
     if status.get("cause"):
         print(f"cause: {_plain(status['cause']['message'])}")
-    print(summary_text(summary))
+    _print_lines(summary_text(summary))
     log = run.logs(0, 10)
     if log:
-        print(f"\nlast lines of rank 0:\n{log}")
+        print("\nlast lines of rank 0:")
+        _print_lines(log)
     return 0
 
 
@@ -326,7 +332,7 @@ def _compare(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"baseline_run_id": comparison.baseline_run_id, "rows": comparison.rows, "text": comparison.text()})
     else:
-        print(comparison)
+        _print_lines(str(comparison))
     return 0
 
 

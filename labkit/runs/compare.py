@@ -45,6 +45,11 @@ class Measured:
         return cls(directory, experiment, reconcile(directory), data, steady.Steady.of(_step_seconds(data)))
 
     @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return self.experiment.layout.world_size
+
+    @property
     def is_ceiling(self) -> bool:
         return self.experiment.launch.isolated and self.experiment.layout.world_size > 1
 
@@ -186,6 +191,7 @@ def compare(runs: Iterable[Any], baseline: Any = None) -> Comparison:
     FileNotFoundError for an unknown run and ExperimentError for one whose experiment cannot be read.
     """
     measured = [Measured.read(_directory(run)) for run in runs]
+    named = None
     if baseline is not None:
         named = Measured.read(_directory(baseline))
         bases = [named]
@@ -193,7 +199,7 @@ def compare(runs: Iterable[Any], baseline: Any = None) -> Comparison:
             measured.insert(0, named)
     else:
         bases = [one for one in measured if one.is_baseline]
-    rows = [_row(one, bases, measured) for one in measured]
+    rows = [_row(one, bases, measured, named) for one in measured]
     used = [row["baseline_run_id"] for row in rows if row["baseline_run_id"]]
     return Comparison(rows, max(set(used), key=used.count) if used else None)
 
@@ -209,10 +215,13 @@ def _nearest(one: Measured, others: Sequence[Measured]) -> Measured | None:
     return min(others, key=lambda other: abs(other.created - one.created), default=None)
 
 
-def _row(one: Measured, bases: Sequence[Measured], all_runs: Sequence[Measured]) -> dict[str, Any]:
+def _row(
+    one: Measured, bases: Sequence[Measured], all_runs: Sequence[Measured], named: Measured | None
+) -> dict[str, Any]:
     experiment, data = one.experiment, one.data
+    is_baseline = one.is_baseline if named is None else one.directory.id == named.directory.id
     fitting = [base for base in bases if not differences(one.experiment, base.experiment)]
-    base = one if one.is_baseline else _nearest(one, fitting)
+    base = one if is_baseline else _nearest(one, fitting)
     notes = []
     if base is None and bases:
         notes.append(", ".join(differences(one.experiment, bases[0].experiment)) + " than the baseline")
@@ -247,10 +256,10 @@ def _row(one: Measured, bases: Sequence[Measured], all_runs: Sequence[Measured])
         "speedup": speedup,
         "speedup_low": low,
         "speedup_high": high,
-        "efficiency": None if speedup is None else speedup / ranks,
+        "efficiency": None if speedup is None or base is None else speedup * base.ranks / ranks,
         "ceiling": _ceiling(one, base, all_runs),
         "baseline_run_id": base.directory.id if base else None,
-        "is_baseline": one.is_baseline,
+        "is_baseline": is_baseline,
         "is_ceiling": one.is_ceiling,
         "notes": notes,
     }

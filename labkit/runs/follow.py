@@ -67,6 +67,13 @@ def figures(data: RunData) -> str:
 
 def summary_text(summary: dict[str, Any]) -> str:
     """The summary for people: one figure a line, with units; what is not known is left out."""
+    try:
+        return _summary_text(summary)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
+        return "  The summary of this run cannot be read."  # a directory from elsewhere may hold anything
+
+
+def _summary_text(summary: dict[str, Any]) -> str:
     lines = []
 
     def line(label: str, value: Any, form: str = "{}") -> None:
