@@ -6,7 +6,6 @@ import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from labkit.launch import client
@@ -16,12 +15,11 @@ from tests.launch.helpers import ENDLESS, Watched, start, steps_written, tiny
 
 def main() -> int:
     """Mount, run, fill, look."""
-    disk = Path(tempfile.mkdtemp(prefix="labkit-full-"))
+    disk = Path(sys.argv[1])
     command = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)]
     mounted = subprocess.run(command, capture_output=True, text=True)
     if mounted.returncode != 0:
         print(mounted.stderr.strip())
-        disk.rmdir()
         return 77
     os.environ["LABKIT_HOME"] = str(disk / "home")
     run = start(tiny(steps=ENDLESS, training__checkpoint_every=None))

@@ -223,9 +223,9 @@ def test_a_rank_that_is_frozen_is_named() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare(1) to mount a small disk")
-def test_a_full_disk_ends_the_run_by_name() -> None:
+def test_a_full_disk_ends_the_run_by_name(tmp_path: Path) -> None:
     mapped = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    command = ["unshare", "--mount", *mapped, sys.executable, "-m", "tests.launch.full_disk"]
+    command = ["unshare", "--mount", *mapped, sys.executable, "-m", "tests.launch.full_disk", str(tmp_path)]
     if subprocess.run([*command[: 2 + len(mapped)], "true"], capture_output=True).returncode != 0:
         pytest.skip("this machine allows no mount namespace")
     root = Path(helpers.__file__).parents[2]
