@@ -1,53 +1,217 @@
-"""Every notebook as CI runs it: executed by papermill, without a browser, its own assertions holding."""
+"""Every lesson as CI runs it: by papermill, without a browser.
+
+After the notebook's own cells the same kernel runs its solutions, wrong answers, and the claims on falsified results.
+So one execution shows that the lesson runs, that its solutions are right, and that its checks and assertions bite.
+"""
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 
-ROOT = Path(__file__).parents[2]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# Each is meant to end within about two minutes on two cores; the limit leaves room for a busy machine.
+from tests.notebooks.lesson import LESSONS, Lesson
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
+
+# A lesson is meant to end within about two minutes on two cores; the limit leaves room for a busy machine.
 LIMIT_S = 360
 MAX_BYTES = 300_000
+SMALL = {"steps": 15, "ranks": 2, "ui": "static"}
+
+WRONG: dict[str, list[str]] = {
+    "00_start_here": [
+        "bytes_with_eight = 8 * weights",
+        "impossible = experiment",
+        "long_run = many",
+    ],
+    "01_data_parallelism": [
+        "average = lambda gradients, counts: sum(gradients) / len(gradients)",
+        "smallest_batch = 1_000_000",
+        "fits = base.set({'training.global_batch': 256})",
+    ],
+}
+"""One plausible wrong answer for every exercise, in order."""
+
+_FAILED = "type('Failed', (), {'state': 'failed'})()"
+_LOSSES = "dict(zip(held_out, [{{'loss': loss}} for loss in {}]))"
+
+FALSIFIED: dict[str, list[str]] = {
+    "00_start_here": [
+        "by_hand = 1e-6",
+        f"runs = [*runs[:-1], {_FAILED}]",
+        "ranks = ranks + 1",
+        "accuracy = {**accuracy, 'many': 0.1}",
+        "difference = difference + 0.1",
+        "one = many",
+        "sent = sent / 2",
+        f"path = __import__('pathlib').Path({os.devnull!r})",
+    ],
+    "01_data_parallelism": [
+        "even_error = 1e-6",
+        "weighted_error = 1e-6",
+        "plain_error = 0.0",
+        "no_distance = [1e-12] * UPDATES",
+        "distance = [0.0] * UPDATES",
+        "together_error = 1e-6",
+        "hand_error = 1e-6",
+        "ddp_error = 1e-6",
+        "proofs = {**proofs, 'even': {**proofs['even'], 'parity': False}}",
+        "proofs = {**proofs, 'uneven, two passes': {**proofs['uneven, two passes'], 'global_batch': 32}}",
+        "counted = [2 * number for number in counted]",
+        "sent = sent / 2",
+        f"runs = [*runs[:-1], {_FAILED}]",
+        f"held_out = {_LOSSES.format('(2.0, 0.75, 0.4, 1.5)')}",
+        f"held_out = {_LOSSES.format('(0.2, 0.45, 0.4, 1.5)')}",
+        f"held_out = {_LOSSES.format('(0.2, 0.75, 0.4, 0.4)')}",
+    ],
+}
+"""Results as they would be if something were wrong; each must make the claims fail, together all of them."""
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(LIMIT_S + 60)
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_and_stays_small(path: Path, tmp_path: Path) -> None:
-    executed = tmp_path / path.name
-    done = subprocess.run(
-        [sys.executable, "-m", "papermill", str(path), str(executed), "-k", "python3", "--no-progress-bar"],
-        cwd=tmp_path,  # whatever a notebook writes beside itself lands here
-        env={
-            **os.environ,
-            "LABKIT_UI": "static",
-            "LABKIT_HOME": str(tmp_path / "home"),
-            # The kernel is started by the name `python`: the one that runs these tests.
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        stdin=subprocess.DEVNULL,
+def attempt(source: str, before: str = "") -> str:
+    """A cell that runs `source` in the notebook after `before`, reports what was asserted, and puts the names back."""
+    return "\n".join(
+        [
+            "import json as _json",
+            "_kept = dict(globals())",
+            "try:",
+            f"    exec({before!r}, globals())",
+            f"    exec({source!r}, globals())",
+            "    print(_json.dumps({'held': True, 'message': ''}))",
+            "except AssertionError as _error:",
+            "    print(_json.dumps({'held': False, 'message': str(_error)}))",
+            "globals().update(_kept)",
+        ]
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "unknown parameter" not in done.stderr.lower()
 
-    size = executed.stat().st_size
+
+def extended(lesson: Lesson) -> Any:
+    """The notebook with the tests' own cells after its last one."""
+    notebook = copy.deepcopy(lesson.notebook)
+    for number, (wrong, (_, check, solution)) in enumerate(zip(WRONG[lesson.name], lesson.exercises, strict=True)):
+        notebook.cells.append(code_cell(attempt(check.source, wrong), f"wrong-{number}"))
+        notebook.cells.append(code_cell(f"{solution}\n\n{check.source}", f"solved-{number}"))
+    for number, lie in enumerate(FALSIFIED[lesson.name]):
+        notebook.cells.append(code_cell(attempt(lesson.claims, lie), f"falsified-{number}"))
+    return notebook
+
+
+def code_cell(source: str, name: str) -> Any:
+    return nbformat.v4.new_code_cell(source, id=name)  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class Executed:
+    """What came out."""
+
+    lesson: Lesson
+    path: Path
+    messages: str
+
+    def appended(self, prefix: str) -> list[str]:
+        """What the tests' own cells printed whose id begins with `prefix`."""
+        return [printed(cell) for cell in self._cells() if cell.id.startswith(prefix)]
+
+    def tagged(self, role: str) -> list[str]:
+        """What the notebook's cells with this tag printed."""
+        return [printed(cell) for cell in self._cells() if role in cell.metadata.get("tags", [])]
+
+    def _cells(self) -> list[Any]:
+        return list(nbformat.read(self.path, as_version=4).cells)  # type: ignore[no-untyped-call]
+
+
+def printed(cell: Any) -> str:
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+@pytest.fixture(scope="module", params=LESSONS, ids=lambda path: path.stem)
+def executed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executed]:
+    lesson = Lesson(request.param)
+    folder = tmp_path_factory.mktemp(lesson.name)
+    source, target = folder / "extended.ipynb", folder / request.param.name
+    nbformat.write(extended(lesson), source)  # type: ignore[no-untyped-call]
+    values = SMALL | ({"report": str(folder / "report.html")} if "report" in lesson.parameters else {})
+    given = [word for name, value in values.items() for word in ("-p", name, str(value))]
+    environment = {
+        **os.environ,
+        "LABKIT_UI": "static",
+        "LABKIT_HOME": str(folder / "home"),
+        # The kernel is started by the name `python`: the one that runs these tests.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "papermill", str(source), str(target), "-k", "python3", "--no-progress-bar", *given],
+            cwd=folder,  # whatever a notebook writes beside itself lands here
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        yield Executed(lesson, target, done.stderr)
+    finally:
+        stop = [sys.executable, "-m", "labkit", "stop", "--all"]
+        subprocess.run(stop, env=environment, capture_output=True, timeout=60)
+
+
+def test_it_shows_something_and_stays_small(executed: Executed) -> None:
+    assert "unknown parameter" not in executed.messages.lower()
+    size = executed.path.stat().st_size
     assert size <= MAX_BYTES, f"{size} bytes executed: a figure carries its library, or a table is too long"
-    notebook = nbformat.read(executed, as_version=4)  # type: ignore[no-untyped-call]
+    notebook = nbformat.read(executed.path, as_version=4)  # type: ignore[no-untyped-call]
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert outputs, "a lesson that shows nothing"
     kinds = {kind for output in outputs for kind in output.get("data", {})}
+    assert "application/vnd.plotly.v1+json" in kinds, "a lesson that shows no figure"
     assert "application/vnd.jupyter.widget-view+json" not in kinds, "static mode shows no widget"
+    assert "widgets" not in notebook.metadata
+    warned = [output.text for output in outputs if output.get("name") == "stderr"]
+    assert not warned, "a learner would see this in red"
 
 
-def test_there_are_notebooks() -> None:
-    assert NOTEBOOKS
+def test_its_claims_hold(executed: Executed) -> None:
+    assert executed.tagged("claims") == ["All of it held.\n"]
+
+
+def test_open_exercises_do_not_stop_it(executed: Executed) -> None:
+    said = executed.tagged("check")
+    assert said == [f"Exercise {number} is still open.\n" for number in range(1, len(said) + 1)]
+
+
+def test_solutions_pass_their_checks(executed: Executed) -> None:
+    said = executed.appended("solved-")
+    assert len(said) == len(executed.lesson.exercises)
+    assert all(f"Exercise {number} is right" in text for number, text in enumerate(said, 1)), said
+
+
+def test_wrong_answers_do_not_pass(executed: Executed) -> None:
+    verdicts = [json.loads(text.splitlines()[-1]) for text in executed.appended("wrong-")]
+    assert len(verdicts) == len(executed.lesson.exercises)
+    assert all(not verdict["held"] and verdict["message"] for verdict in verdicts), verdicts
+
+
+def test_every_claim_fails_on_falsified_results(executed: Executed) -> None:
+    """Each lie is noticed, and there is no claim that none of the lies could break."""
+    verdicts = [json.loads(text.splitlines()[-1]) for text in executed.appended("falsified-")]
+    lies = FALSIFIED[executed.lesson.name]
+    believed = [lie for lie, verdict in zip(lies, verdicts, strict=True) if verdict["held"]]
+    assert not believed
+    assert {verdict["message"] for verdict in verdicts} == executed.lesson.messages
+
+
+def test_every_lesson_has_lies_and_wrong_answers() -> None:
+    """A new lesson comes with both."""
+    names = {path.stem for path in LESSONS}
+    assert set(FALSIFIED) == names
+    assert set(WRONG) == names
