@@ -43,9 +43,12 @@ def traces(runs: Sequence[Shown], rows: Rows) -> list[dict[str, Any]]:
     for slot in range(SLOTS):
         one = runs[slot] if slot < len(runs) else None
         if one is None:
-            found += [curves.line(slot, "", _NOTHING, "", showlegend=False, **_at(panel)) for panel in (1, 1, 2, 3)]
+            found += [
+                *_no_loss(slot),
+                *(curves.line(slot, "", _NOTHING, "", showlegend=False, **_at(at)) for at in (2, 3)),
+            ]
             continue
-        losses = [_empty(slot)] * 2 if one.is_ceiling else curves.loss_traces(slot, one, **_at(1))
+        losses = _no_loss(slot) if one.is_ceiling else curves.loss_traces(slot, one, **_at(1))
         found += losses
         held_out = _NOTHING if one.is_ceiling else curves.metric_line(one.data)
         found.append(curves.line(slot, one.label, held_out, "", **_at(2), showlegend=False))
@@ -54,8 +57,12 @@ def traces(runs: Sequence[Shown], rows: Rows) -> list[dict[str, Any]]:
     return found + speedup.traces(rows, **_at(4))
 
 
-def _empty(slot: int) -> dict[str, Any]:
-    return curves.line(slot, "", _NOTHING, "", showlegend=False, **_at(1))
+def _no_loss(slot: int) -> list[dict[str, Any]]:
+    """The two traces of a loss, empty."""
+    return [
+        curves.faint(slot, "", _NOTHING, **_at(1)),
+        curves.line(slot, "", _NOTHING, "", showlegend=False, **_at(1)),
+    ]
 
 
 def _at(panel: int) -> dict[str, str]:

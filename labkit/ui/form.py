@@ -162,12 +162,11 @@ class ExperimentForm:
         order = {field: at for at, field in enumerate(self._wanted)}
         knobs.sort(key=lambda pair: order[pair[0]])
         advanced = {name: rows for name, rows in sections.items() if rows}
-        pages = [widgets.VBox(rows) for rows in advanced.values()]
-        titles = ["Run" if name == "name" else name.capitalize() for name in advanced]
-        inner = widgets.Accordion(children=pages, titles=titles)
-        outer = widgets.Accordion(children=[inner], titles=["Advanced"])
-        outer.add_class("labkit-advanced")
-        self.widget.children = [*(row for _, row in knobs), outer]
+        titles = {name: "Run" if name == "name" else name.capitalize() for name in advanced}
+        inner = [part for name, rows in advanced.items() for part in fold(titles[name], rows)]
+        outer = fold("Advanced", inner)
+        outer[1].add_class("labkit-advanced")
+        self.widget.children = [*(row for _, row in knobs), *outer]
         self._refresh_problems_only()
 
     def _refresh_problems_only(self) -> None:
@@ -273,6 +272,22 @@ class ExperimentForm:
                 value = values.get(name, info.get_default(call_default_factory=True))
                 rows.append(self._leaf(f"{prefix}.{name}", info, _initial(info) if info.is_required() else value))
         box.children = rows
+
+
+def fold(title: str, rows: Sequence[Any]) -> list[Any]:
+    """A button that shows and hides rows (ipywidgets' own Accordion cannot be reached with the keyboard)."""
+    box = widgets.VBox(list(rows), layout={"display": "none", "padding": "0 0 6px 8px"})
+    button = widgets.Button(description=f"▸ {title}", tooltip=f"Show {title}", layout={"width": "auto"})
+    button.add_class("labkit-fold")
+
+    def turn(_button: Any) -> None:
+        hidden = box.layout.display == "none"
+        box.layout.display = "" if hidden else "none"
+        button.description = f"{'▾' if hidden else '▸'} {title}"
+        button.tooltip = f"{'Hide' if hidden else 'Show'} {title}"
+
+    button.on_click(turn)
+    return [button, box]
 
 
 def _default_knobs(experiment: Experiment) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import ipywidgets as widgets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -169,10 +168,12 @@ def test_a_section_that_may_be_absent_has_a_switch(form: ExperimentForm) -> None
 
 def test_knobs_come_first_and_in_the_order_of_the_lesson() -> None:
     form = ExperimentForm(recipe("vision-ddp"), knobs=["training.global_batch", "layout.dp_replicate"])
-    first = [row.description for row in form.widget.children[:-1]]
-    assert first == ["Global batch", "Data-parallel ranks"]
-    assert isinstance(form.widget.children[-1], widgets.Accordion)
-    assert form.widget.children[-1].selected_index is None
+    *first, button, advanced = form.widget.children
+    assert [row.description for row in first] == ["Global batch", "Data-parallel ranks"]
+    assert advanced.layout.display == "none"
+    button.click()
+    assert advanced.layout.display == ""
+    assert button.tooltip == "Hide Advanced"
 
 
 def test_an_unknown_knob_is_refused() -> None:
