@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 
 from labkit.experiment import Experiment
 from labkit.experiment.run_directory import RunDirectory, read_json, write_json
+from labkit.launch import rendezvous
 from labkit.launch.board import Board
 from labkit.launch.child import Child, fork_rank
 from labkit.runs import environment, logs, summary
@@ -56,8 +56,7 @@ class Supervisor:
         self.held_up_by: list[int] = []
         """Ranks for which the others were still waiting when the time to stop was over."""
         self.next_progress = 0.0
-        # Local and private: a file store on a network disk may lose updates.
-        self.rendezvous = tempfile.mkdtemp(prefix="labkit-")
+        self.rendezvous = rendezvous.make_folder()
 
     def start(self) -> None:
         """Fork the ranks. Called in the only thread of this process: the parent-death signal is tied to it."""
@@ -70,7 +69,7 @@ class Supervisor:
                 experiment=self.experiment,
                 rank=rank,
                 board=self.board,
-                rendezvous=os.path.join(self.rendezvous, "store"),
+                rendezvous=str(self.rendezvous / "store"),
                 requested=self.order["requested"],
                 resume=self.order.get("resume"),
             )

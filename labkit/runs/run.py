@@ -110,7 +110,8 @@ class Run:
             return self.wait(bound)
         except TimeoutError:
             status = run_status.read(self.directory)
-            if status.get("boot") == boot_id():
+            # A directory that somebody else wrote may name any process.
+            if status.get("boot") == boot_id() and self.directory.path.stat().st_uid == os.getuid():
                 kill(status.get("supervisor"))
                 kill(None if status.get("supervisor") else status.get("launcher"))
             return self.wait(OVERTIME_S)

@@ -31,10 +31,17 @@ def evaluate(task: Task, model: nn.Module, runtime: Runtime, alive: Callable[[],
     return runtime.add_up(totals)
 
 
-def drive(task: Task, model: nn.Module, runtime: Runtime, seed: int) -> dict[str, float]:
-    """Sums of the workload's test beyond the held-out data, if it has one; equal on all ranks."""
+def drive(task: Task, model: nn.Module, runtime: Runtime, seed: int, alive: Callable[[], None]) -> dict[str, float]:
+    """Sums of the workload's test beyond the held-out data, if it has one; equal on all ranks.
+
+    `alive` is called whenever the model is asked.
+    """
     model.eval()
-    with torch.inference_mode():
-        sums = task.closed_loop(model, runtime.rank, runtime.ranks, seed)
+    watched = model.register_forward_pre_hook(lambda module, inputs: alive())
+    try:
+        with torch.inference_mode():
+            sums = task.closed_loop(model, runtime.rank, runtime.ranks, seed)
+    finally:
+        watched.remove()
     model.train()
     return runtime.add_up(sums) if sums else {}

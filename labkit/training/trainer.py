@@ -151,7 +151,7 @@ class Trainer:
         alive()
         sums = evaluation.evaluate(self.task, self.bare, self.runtime, alive)
         if last:
-            sums |= evaluation.drive(self.task, self.bare, self.runtime, self.experiment.training.seed)
+            sums |= evaluation.drive(self.task, self.bare, self.runtime, self.experiment.training.seed, alive)
         if self.runtime.rank == 0:
             seconds = time.perf_counter() - begun
             self.events.write("evaluation", step=step, metrics=self.task.metrics(sums), seconds=seconds)
