@@ -16,6 +16,7 @@ from labkit.experiment.registry import Registry
 
 _WORDS = {
     "lr": "Learning rate",
+    "eps": "Epsilon",
     "qat": "Quantization-aware training",
     "bucket_mb": "Bucket (MB)",
     "dp_replicate": "Data-parallel ranks",

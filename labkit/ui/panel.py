@@ -28,7 +28,7 @@ _STYLE = f"""<style>
 .labkit-left .jupyter-button {{ border-radius: 6px; font-weight: 600; }}
 .labkit-left .jupyter-button:focus-visible, .labkit-left input:focus-visible, .labkit-left select:focus-visible
   {{ outline: 3px solid #E69F00; outline-offset: 1px; }}
-.labkit-left .labkit-fold {{ text-align: left; background: none; padding-left: 0; color: var(--jp-ui-font-color1, #1f2933); }}
+.labkit-left .labkit-fold {{ text-align: left; background: none; padding-left: 0; }}
 .labkit-left .labkit-advanced {{ border-left: 2px solid var(--jp-border-color2, #d9dee4); }}
 .labkit-run {{ background: #0072B2; color: #ffffff; }}
 .labkit-run[disabled] {{ background: #9aa5b1; opacity: 1; }}

@@ -163,6 +163,15 @@ def open_notebook(page: Any, address: str, cells: int = 1) -> None:
                 break
 
 
+def save(page: Any, path: Path) -> None:
+    """Save the notebook and wait until it is on disk."""
+    before = path.stat().st_mtime_ns
+    page.locator("[data-command='docmanager:save']").first.click()
+    eventually(
+        lambda: path.stat().st_mtime_ns != before and '"outputs": []' not in path.read_text()[:2000], what="saved"
+    )
+
+
 def lengths(page: Any) -> list[int]:
     """Number of points of every trace of the lab's figure, as the browser has them."""
     found: list[int] = page.evaluate(

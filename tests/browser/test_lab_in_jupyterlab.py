@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 
-from tests.browser.jupyter import PICTURES, Jupyter, browser, eventually, lengths, open_notebook, state, steps_done
+from tests.browser.jupyter import (
+    PICTURES,
+    Jupyter,
+    browser,
+    eventually,
+    lengths,
+    open_notebook,
+    save,
+    state,
+    steps_done,
+)
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -98,7 +108,7 @@ def test_choose_two_ranks_run_watch_stop_and_reload(jupyter: Jupyter, page: Any)
 
     # The browser that comes back finds the run where it is, not where it left it.
     before = steps_done(state(page))
-    page.keyboard.press("Control+s")
+    save(page, jupyter.root / "lab.ipynb")
     page.reload()
     shown_lab(page)
     eventually(lambda: steps_done(state(page)) > before, what="the run goes on after the reload")
@@ -109,8 +119,7 @@ def test_choose_two_ranks_run_watch_stop_and_reload(jupyter: Jupyter, page: Any)
     eventually(lambda: "Stopped after" in state(page), what="Stop stops")
     drawn = settled(page)
     picture(page, "3-stopped")
-    page.keyboard.press("Control+s")
-    time.sleep(2)
+    save(page, jupyter.root / "lab.ipynb")
     page.reload()
     shown_lab(page)
     eventually(lambda: lengths(page) == drawn, what="a reload keeps the curve of a run that has ended")
@@ -128,8 +137,7 @@ def test_the_saved_notebook_holds_a_small_record(jupyter: Jupyter, page: Any) ->
     assert (
         page.locator(".jp-OutputArea-child .js-plotly-plot:visible").count() == 1
     )  # the record waits until it is needed
-    page.locator(".jp-Notebook").click()
-    page.keyboard.press("Control+s")
+    save(page, jupyter.root / "record.ipynb")
 
     def record() -> Any:
         text = (jupyter.root / "record.ipynb").read_text()

@@ -12,6 +12,7 @@ from labkit.experiment import Experiment
 from labkit.experiment.recipes import vision_ddp
 from labkit.experiment.run_directory import RunDirectory, write_json
 
+EXPERIMENT = vision_ddp().replace("training.steps=200", "training.global_batch=128")
 METRIC = {"key": "accuracy", "title": "Held-out accuracy", "higher_is_better": True, "unit": "%"}
 
 
@@ -21,7 +22,7 @@ class FakeRun:
     def __init__(
         self, root: Path, name: str, experiment: Experiment | None = None, ranks: int = 2, **status: Any
     ) -> None:
-        experiment = experiment or vision_ddp()
+        experiment = experiment or EXPERIMENT
         self.experiment = experiment.replace(f"layout.dp_replicate={ranks}")
         path = root / "runs" / name
         path.mkdir(parents=True)

@@ -20,7 +20,7 @@ from labkit.ui import Lab
 from labkit.ui.dashboard import describe
 from labkit.ui.mode import mode
 from labkit.ui.show_code import code
-from tests.plots.fake_run import FakeRun
+from tests.plots.fake_run import EXPERIMENT, FakeRun
 
 EVIL = "<img src=x onerror=alert(1)>"
 
@@ -55,7 +55,7 @@ def launcher(labkit_home: Path, monkeypatch: pytest.MonkeyPatch) -> Launcher:
 
 @pytest.fixture
 def lab(launcher: Launcher) -> Iterator[Lab]:
-    lab = Lab("vision-ddp", ui="live")
+    lab = Lab(EXPERIMENT, ui="live")
     yield lab
     for run in launcher.runs:
         if not run.done:
@@ -77,7 +77,7 @@ def test_run_shows_the_curve_while_it_grows_and_the_thread_ends_with_it(lab: Lab
     panel = lab._panel
     panel.run_button.click()
     [run] = launcher.runs
-    assert run.experiment == recipe("vision-ddp")
+    assert run.experiment == EXPERIMENT
     assert panel.run_button.disabled
     assert not panel.stop_button.disabled
     lengths = []
@@ -151,7 +151,7 @@ def test_the_speedup_moves_while_the_run_goes_on(lab: Lab, launcher: Launcher) -
 
 
 def test_an_earlier_baseline_is_found(lab: Lab, launcher: Launcher, labkit_home: Path) -> None:
-    FakeRun(labkit_home, "earlier", recipe("vision-ddp"), ranks=1).train(60)
+    FakeRun(labkit_home, "earlier", ranks=1).train(60)
     lab.run()
     assert [run.id for run in lab.runs] == ["earlier", "run-0"]
 
