@@ -43,7 +43,8 @@ demo: $(VENV)/.set-up-lab ## set up, run notebook 00, print the speed-up table a
 	@export LABKIT_HOME="$(CURDIR)/demo-output/home" LABKIT_UI=static; \
 	failed=0; \
 	$(BIN)/papermill notebooks/00_start_here.ipynb demo-output/00_start_here.ipynb -k python3 \
-		-p report "$(CURDIR)/demo-output/report.html" --execution-timeout 600 || failed=$$?; \
+		-p report "$(CURDIR)/demo-output/report.html" --execution-timeout 600 \
+		2> >(grep -v --line-buffered IPKernelApp >&2) || failed=$$?; \
 	$(BIN)/labkit stop --all >/dev/null || failed=1; \
 	if [ $$failed != 0 ]; then \
 		echo "The demo failed; the notebook as far as it came: demo-output/00_start_here.ipynb" >&2; exit 1; \
@@ -104,7 +105,7 @@ help: ## this list
 		/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 # Tests get a home of their own with a short path (it holds sockets), and nothing of theirs stays behind.
-pytest = home=$$(mktemp -d /tmp/labkit-test-XXXXXX); failed=0; \
+pytest = home=$$(mktemp -d -t labkit-test-XXXXXX); failed=0; \
 	LABKIT_TEST_HOME="$$home" $(BIN)/python -m pytest $(1) $(PYTEST_ARGS) || failed=$$?; \
 	LABKIT_HOME="$$home" $(BIN)/labkit stop --all >/dev/null || failed=1; \
 	rm -rf "$$home"; \
@@ -112,11 +113,13 @@ pytest = home=$$(mktemp -d /tmp/labkit-test-XXXXXX); failed=0; \
 
 # A stamp per set-up: pip runs again only when what is to be installed has changed.
 $(VENV)/.set-up-lab: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[lab]'
+	@echo "Installing labkit and JupyterLab into $(VENV); this takes some minutes."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[lab]'
 	@touch $@
 
 $(VENV)/.set-up-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[lab,hub,dev]'
+	@echo "Installing labkit with all its extras into $(VENV); this takes some minutes."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[lab,hub,dev]'
 	@touch $@ $(VENV)/.set-up-lab
 
 $(VENV)/bin/python:
