@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import linecache
+import tempfile
 import textwrap
 import traceback
 from pathlib import Path
@@ -38,7 +39,7 @@ class Cells:
     def run(self, text: str) -> dict[str, Any]:
         self.count += 1
         text = textwrap.dedent(text)
-        name = f"/tmp/ipykernel_1/{id(self)}{self.count}.py"
+        name = f"{tempfile.gettempdir()}/ipykernel_1/{id(self)}{self.count}.py"
         linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
         exec(compile(text, name, "exec"), self.names)
         return self.names
