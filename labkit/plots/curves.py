@@ -16,6 +16,8 @@ from labkit.runs.steady import warmup
 
 SMOOTHED_FROM = 60
 """From this many steps on, the loss is drawn as a running mean over a faint line of the single steps."""
+WIDTHS = (4, 2.5, 2)
+"""Equal runs lie on each other: the first one is the widest, so that it can be seen below the others."""
 _TITLE = "Step (updates done)"
 
 Line = tuple[Floats, Floats]
@@ -143,7 +145,7 @@ def line(index: int, name: str, points: Line, unit: str, **more: Any) -> dict[st
         "showlegend": True,
         "x": points[0],
         "y": points[1],
-        "line": {"color": colour, "dash": dash, "width": 2.5},
+        "line": {"color": colour, "dash": dash, "width": WIDTHS[min(index, len(WIDTHS) - 1)]},
         "marker": {"symbol": marker, "size": 7, "color": colour},
         "hovertemplate": f"step %{{x:,.0f}}: %{{y:.4~g}}{theme.safe(unit)}<extra>%{{fullData.name}}</extra>",
     } | more

@@ -173,6 +173,7 @@ class Lab:
         display(self._panel.widget)  # type: ignore[no-untyped-call]
         if self._record:
             # The place of the record: empty now, filled when a run ends. A saved notebook shows it without a kernel.
+            # JupyterLab forgets such places when the page is reloaded; after that, `lab.show()` in a cell keeps one.
             self._slot = f"labkit-{secrets.token_hex(8)}"
             display({"text/plain": ""}, raw=True, display_id=self._slot)  # type: ignore[no-untyped-call]
 
