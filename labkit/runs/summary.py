@@ -63,6 +63,7 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
         "time_to_first_step_seconds": start.get("time_to_first_step_seconds"),
         "communication": data.communication,
         "peak_memory_bytes": [data.peak_memory.get(rank) for rank in range(ranks)],
+        "parameters": start.get("parameters"),
         "effective": start.get("effective", {}),
         "baseline_run_id": row["baseline_run_id"] if ranks > 1 else None,
         "speedup": row["speedup"] if ranks > 1 else None,
