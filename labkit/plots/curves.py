@@ -32,7 +32,8 @@ def loss_lines(data: RunData) -> tuple[Line, Line]:
     raw = extremes(step.astype(np.float64), loss)
     if len(loss) < SMOOTHED_FROM:
         return raw, (np.zeros(0), np.zeros(0))
-    return raw, means(step, smooth(loss, max(5, len(loss) // 50)))
+    at, mean = means(step, loss)
+    return raw, (at, smooth(mean, max(5, len(mean) // 50)))
 
 
 def metric_line(data: RunData) -> Line:
@@ -74,8 +75,10 @@ def throughput(data: RunData) -> float | None:
     known = np.isfinite(seconds) & (samples > 0)
     if not known.any():
         return None
-    middle = float(np.median(seconds[known]))
-    return float(np.median(samples[known])) / middle if middle > 0 else None
+    if not known.all():
+        seconds, samples = seconds[known], samples[known]
+    middle, batch = float(np.median(seconds)), samples[0] if samples.min() == samples.max() else np.median(samples)
+    return float(batch) / middle if middle > 0 else None
 
 
 # -- findings -------------------------------------------------------------------------------------------------------

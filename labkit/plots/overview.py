@@ -21,7 +21,7 @@ AXES = ("xaxis", "yaxis", "xaxis2", "yaxis2", "xaxis3", "yaxis3", "xaxis4", "yax
 HEIGHT = 640
 _NOTHING = (np.zeros(0), np.zeros(0))
 _LEFT, _RIGHT, _UPPER, _LOWER = [0.0, 0.455], [0.545, 1.0], [0.60, 0.955], [0.06, 0.415]
-_CHARACTERS = 56
+_CHARACTERS = 50
 """So many characters of a panel's title fit on a line."""
 
 Rows = Sequence[Mapping[str, Any]]

@@ -122,6 +122,7 @@ class RunData:
         self._lr = GrowingArray(np.float32)
         self._stamps: dict[str, tuple[int, int, int]] = {}
         self._turn = 0
+        self._loss: Floats | None = None
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -274,6 +275,7 @@ class RunData:
             weight = np.nan_to_num(np.clip(samples[drop:], 0, 1e12), nan=0.0, posinf=0.0, neginf=0.0).astype(np.int64)
             with np.errstate(all="ignore"):
                 part = np.where(weight > 0, loss[drop:] * weight, 0.0)
+            self._loss = None
             self._weighted.add(at, np.where(np.isfinite(part), part, np.inf))
             self._samples.add(at, weight)
         if number == 0:
@@ -395,6 +397,8 @@ class RunData:
         A step that no file holds any more (a lost line) repeats the one before it.
         """
         count = self.steps
+        if self._loss is not None and len(self._loss) == count:
+            return self._loss
         samples = self._samples.values[:count]
         loss = self._weighted.values[:count] / np.maximum(samples, 1)
         known = samples > 0
@@ -402,6 +406,8 @@ class RunData:
             source = np.maximum.accumulate(np.where(known, np.arange(count), -1))
             source[source < 0] = int(np.argmax(known))
             loss = loss[source]
+        loss.flags.writeable = False
+        self._loss = loss
         return loss
 
     @property

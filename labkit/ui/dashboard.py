@@ -27,7 +27,7 @@ from labkit.runs.steady import Steady
 from labkit.ui.live_figure import LiveFigure
 
 REDRAW_S = 0.35
-READ_S = 0.005
+READ_S = 0.004
 """How long a redraw may read files; what is left over is read in slices of this length before the next one."""
 CATCH_UP_S = 0.01
 """Pause between two such slices: the interpreter belongs to the kernel."""
@@ -58,6 +58,7 @@ class Dashboard:
         self._data: dict[str, RunData] = {}
         self._experiments: dict[str, Experiment | None] = {}
         self._drawn = (overview.traces([], []), overview.layout([], [], height))
+        self._seen: tuple[Any, ...] = ()
         self._compared: tuple[tuple[str, str], ...] = ()
         self._ended_rows: list[dict[str, Any]] = []
         self._on_end = on_end
@@ -136,9 +137,12 @@ class Dashboard:
         """Read what is new and show it; True when everything there is has been read."""
         with self._lock:
             read_all = self._read()
-            self._compare(read_all)
-            if force or not self._unanswered():
-                self._draw()
+            known = tuple((run.id, run.done, data.steps, len(data.evaluations)) for run, data in self._pairs())
+            if force or known != self._seen:
+                self._compare(read_all)
+                if force or not self._unanswered():
+                    self._draw()
+                    self._seen = known if read_all else ()
             self._write_state()
             if force or time.monotonic() - self._tabled > TABLES_S:
                 self._tabled = time.monotonic()
@@ -151,6 +155,9 @@ class Dashboard:
         slice_s = READ_S / max(1, len(self._data))
         unread = [data for data in self._data.values() if not data.refresh(slice_s)]
         return not unread
+
+    def _pairs(self) -> list[tuple[Any, RunData]]:
+        return [(run, self._data[run.id]) for run in self.runs]
 
     def _unanswered(self) -> bool:
         """Whether the browser is still busy with the last redraw: without this, updates would pile up in its queue."""
@@ -266,7 +273,8 @@ def live_row(experiment: Experiment, data: RunData, rows: Sequence[dict[str, Any
     if not data.steps or not len(data.seconds[0]):
         return None
     steady = Steady.of(data.seconds[0].astype(np.float64))
-    median = None if steady.median is None or not np.isfinite(steady.median) else steady.median
+    median = steady.median
+    median = median if median is not None and np.isfinite(median) else None
     base = next((row for row in reversed(rows) if row["is_baseline"] and row["step_seconds"]), None)
     size = data.world_size
     speedup = base["step_seconds"] / median if base and median and not steady.complaint and size > 1 else None

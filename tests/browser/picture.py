@@ -29,7 +29,7 @@ def main() -> int:
     server = Jupyter(Path(tempfile.mkdtemp(prefix="labkit-picture-")))
     try:
         cell = f'from labkit.ui import Lab\n\nlab = Lab("{given.recipe}")\nlab'
-        with browser(width=1440, height=1500) as page:
+        with browser(width=1560, height=1500) as page:
             open_notebook(page, server.notebook("lab.ipynb", cell))
             page.wait_for_selector(".labkit-lab .js-plotly-plot .main-svg")
             for done, words in enumerate(("Run baseline", "Measure ceiling", "Run"), start=1):
