@@ -33,7 +33,8 @@ FLOORS: dict[str, set[str]] = {
     "ui": {"experiment", "runs", "launch", "plots", "planner"},
     "cli": {"experiment", "runs", "launch", "plots", "planner"},
     "__main__": {"cli"},
-    "": set(),  # labkit/__init__.py; its version may be read by all
+    # labkit/__init__.py: the public names of all rooms, imported when first used; its version may be read by all.
+    "": {"experiment", "workloads", "runs", "launch", "plots", "ui"},
 }
 NOTEBOOK_PACKAGES = {
     "IPython",
