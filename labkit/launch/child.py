@@ -19,6 +19,8 @@ from labkit.experiment.run_directory import EXIT_STOPPED, RunDirectory
 from labkit.runs.processes import die_with_parent
 
 # A kernel may itself have been started by torchrun or under MPI; its place there is none of the rank's business.
+# Accelerate takes settings from these, e.g. accumulation, and would change the training behind the experiment's back.
+_OF_ACCELERATE = ("ACCELERATE_", "PARALLELISM_CONFIG_", "FSDP_")
 _FROM_OTHER_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 
@@ -37,13 +39,16 @@ class Child:
     report: dict[str, Any] | None = None
     """What the rank said about its exception."""
 
+    left_early: bool = False
+    """It ended with exit code 0 before it was done."""
+
     @property
     def running(self) -> bool:
         return self.ended is None
 
     @property
     def failed(self) -> bool:
-        return self.exit_code not in (0, EXIT_STOPPED, None)
+        return self.left_early or self.exit_code not in (0, EXIT_STOPPED, None)
 
     @property
     def lost_peer(self) -> bool:
@@ -99,8 +104,9 @@ def _become_rank(
         log = os.open(directory.log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        for name in _FROM_OTHER_LAUNCHERS:
-            os.environ.pop(name, None)
+        for name in list(os.environ):
+            if name in _FROM_OTHER_LAUNCHERS or name.startswith(_OF_ACCELERATE):
+                del os.environ[name]
         os.environ.update(environment(rank, experiment))
         run()
         code = 0

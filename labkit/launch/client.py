@@ -15,10 +15,11 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 from typing import IO, Any
 
 from labkit.experiment import Experiment, ExperimentError, Problem
-from labkit.experiment.run_directory import RunDirectory, home, standby_log, write_json
+from labkit.experiment.run_directory import RunDirectory, home, read_json, standby_log, write_json
 from labkit.runs import logs
 from labkit.runs import status as run_status
 from labkit.runs.processes import boot_id, identity
@@ -156,6 +157,8 @@ def launch(
     requested = time.monotonic()
     resolved = experiment.check()
     checkpoint = None if resume is None else _last_checkpoint(resume)
+    if checkpoint is not None:
+        _refuse_other_training(checkpoint, resolved)
     here = _working_directory()
     directory = _create(resolved)
     order = {
@@ -221,6 +224,27 @@ def _create(experiment: Experiment) -> RunDirectory:
         why = error.strerror or str(error)
         raise ExperimentError([Problem("LABKIT_HOME", f"cannot write a run to {home()}: {why}")]) from None
     return directory
+
+
+def _refuse_other_training(checkpoint: str, experiment: Experiment) -> None:
+    """A resumed run continues the same training: another layout or length is fine, other samples or weights are not."""
+    content = read_json(Path(checkpoint) / "checkpoint.json")
+    try:
+        before, step = Experiment.from_dict(content["experiment"]), int(content["step"])
+    except (ExperimentError, KeyError, TypeError, ValueError):
+        return  # damaged: the rank that reads it says how
+    changed = [
+        Problem(field, f"was {before.get(field)} in the run to resume and must stay so", before.get(field))
+        for field in ("workload.name", "training.seed", "training.global_batch", "optimizer.name")
+        if before.get(field) != experiment.get(field)
+    ]
+    if not changed and before.workload != experiment.workload:
+        changed = [Problem("workload", "its options were others in the run to resume and must stay so")]
+    steps = experiment.training.steps
+    if steps is not None and steps <= step:
+        changed.append(Problem("training.steps", f"{step} steps are done already, so there is nothing left", step + 1))
+    if changed:
+        raise ExperimentError(changed)
 
 
 def _last_checkpoint(run: Run | str) -> str:

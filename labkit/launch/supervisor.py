@@ -85,9 +85,13 @@ class Supervisor:
             if caught is not None and caught.si_signo == signal.SIGTERM:
                 self._begin_stop("stop", "the supervisor was asked to end (SIGTERM)")
             for child in self.children:
-                if child.reap() and child.failed:
-                    self._end_by(time.monotonic() + SETTLE_S)
+                if child.reap():
+                    # Native code may leave with exit code 0 in the middle of the training.
+                    child.left_early = child.exit_code == 0 and self.board.place(child.rank).phase != "done"
+                    if child.failed:
+                        self._end_by(time.monotonic() + SETTLE_S)
             self._look_for_stop()
+            self._look_for_directory()
             self._look_for_standstill()
             self._enforce_deadline()
             self._write_progress()
@@ -105,6 +109,12 @@ class Supervisor:
             self._begin_stop("stop", "stopped on request", grace)
         elif time.monotonic() - self.started > limit:
             self._begin_stop("duration", f"launch.max_duration_s of {limit:g} s is over")
+
+    def _look_for_directory(self) -> None:
+        """Without its directory a run can neither be seen nor be stopped: it must not go on."""
+        if self.fault is None and not self.directory.path.is_dir():
+            self.fault = run_status.cause("disk", f"the run directory {self.directory.path} was removed")
+            self._end_by(time.monotonic())
 
     def _begin_stop(self, kind: str, message: str, grace: Any = None) -> None:
         if self.stop is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from labkit.experiment import Experiment, ExperimentError
+from labkit.experiment import Experiment, ExperimentError, Problem
 from labkit.experiment.run_directory import RunDirectory, read_json
 from labkit.runs import steady
 from labkit.runs.data import RunData
@@ -56,7 +56,7 @@ class Measured:
 
     @property
     def is_baseline(self) -> bool:
-        return self.experiment.layout.world_size == 1 and self.status["state"] in ("finished", "stopped")
+        return can_be_baseline(self.experiment) and self.status["state"] in ("finished", "stopped")
 
     @property
     def samples_per_second(self) -> float | None:
@@ -84,10 +84,26 @@ def differences(one: Experiment, other: Experiment) -> list[str]:
         "global batch": (one.training.global_batch, other.training.global_batch),
         "seed": (one.training.seed, other.training.seed),
         "precision": (one.quantization.training, other.quantization.training),
+        "optimizer": (one.optimizer, other.optimizer),
+        "loader": (one.training.loader_workers, other.training.loader_workers),
         "threads per rank": (one.launch.threads_per_rank, other.launch.threads_per_rank),
         "device": (one.launch.device, other.launch.device),
     }
     return [f"other {name}" for name, (a, b) in pairs.items() if a != b]
+
+
+def can_be_baseline(experiment: Experiment) -> bool:
+    """Speed-ups refer to one process that does the whole batch in one pass; anything else would flatter them."""
+    return experiment.layout.world_size == 1 and experiment.gradients.accumulation == 1
+
+
+def named_baseline(run: Any) -> RunDirectory:
+    """The run that is to be the baseline; ExperimentError if it cannot be one, FileNotFoundError if it is unknown."""
+    directory = _directory(run)
+    if not can_be_baseline(Experiment.load(directory.experiment)):
+        reason = f"run {directory.id} is not one process that computes the batch in one pass, so it is no baseline"
+        raise ExperimentError([Problem("baseline", reason)])
+    return directory
 
 
 def find_baseline(directory: RunDirectory) -> RunDirectory | None:
@@ -101,7 +117,7 @@ def find_baseline(directory: RunDirectory) -> RunDirectory | None:
             candidate = Experiment.load(other.experiment)
         except ExperimentError:
             continue
-        if candidate.layout.world_size != 1 or differences(experiment, candidate):
+        if not can_be_baseline(candidate) or differences(experiment, candidate):
             continue
         same_host = (read_json(other.environment) or {}).get("host") == host
         if same_host and (read_json(other.status) or {}).get("state") == "finished":
@@ -144,7 +160,7 @@ class Comparison:
         median = f", median of {repeats} runs" if repeats > 1 else ""
         ceiling = f", where the machine allows {best['ceiling']:.2f}" if best["ceiling"] else ""
         return (
-            f"{best['world_size']} ranks train {best['speedup']:.2f} times as fast as one "
+            f"{_count(best['world_size'])} {best['speedup']:.2f} times as fast as one "
             f"({best['speedup_low']:.2f} to {best['speedup_high']:.2f}{median}{ceiling}); "
             f"baseline {best['baseline_run_id']}."
         )
@@ -194,6 +210,10 @@ class Comparison:
         return "\n".join([*table, "", *notes, self.text()])
 
 
+def _count(ranks: int) -> str:
+    return "1 rank trains" if ranks == 1 else f"{ranks} ranks train"
+
+
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -204,10 +224,11 @@ def compare(runs: Iterable[Any], baseline: Any = None) -> Comparison:
     Runs taken in turn (A B A B) are each set against the baseline next to them, because machines drift. Raises
     FileNotFoundError for an unknown run and ExperimentError for one whose experiment cannot be read.
     """
-    measured = [Measured.read(_directory(run)) for run in runs]
+    directories = {directory.path: directory for directory in map(_directory, runs)}  # each run counts once
+    measured = [Measured.read(directory) for directory in directories.values()]
     named = None
     if baseline is not None:
-        named = Measured.read(_directory(baseline))
+        named = Measured.read(named_baseline(baseline))
         bases = [named]
         if all(one.directory.id != named.directory.id for one in measured):
             measured.insert(0, named)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -32,10 +34,19 @@ def follow(run: Run, quiet: bool = False) -> Run:
     live = Progress(*columns, console=console, disable=quiet or not sys.stderr.isatty())
     if live.disable and not quiet:
         console.print(f"labkit: run {run.id}", highlight=False, markup=False)
-    with live:
-        task = live.add_task(f"{run.id} starting", total=None, figures="")
-        while True:
-            try:
+
+    def interrupted(number: int, frame: Any) -> None:
+        # A handler and not KeyboardInterrupt: an exception may strike where it is swallowed.
+        nonlocal asked
+        asked += 1
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, interrupted) if in_main else None
+    obeyed = 0
+    try:
+        with live:
+            task = live.add_task(f"{run.id} starting", total=None, figures="")
+            while True:
                 data.refresh(0.05)
                 state = run.state
                 live.update(
@@ -47,11 +58,15 @@ def follow(run: Run, quiet: bool = False) -> Run:
                 )
                 if state in TERMINAL:
                     return run
+                if asked > obeyed:
+                    said = "ending it" if asked > 1 else "stopping after this step; once more to end it at once"
+                    console.print(said)
+                    run.request_stop(0.0 if asked > 1 else None)
+                    obeyed = asked
                 time.sleep(REFRESH_S)
-            except KeyboardInterrupt:
-                asked += 1
-                console.print("stopping after this step; once more to end it at once" if asked == 1 else "ending it")
-                run.request_stop(None if asked == 1 else 0.0)
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, before)
 
 
 def figures(data: RunData) -> str:

@@ -63,6 +63,7 @@ class Runtime:
         accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=precision.mixed_precision,
+            gradient_accumulation_steps=1,  # the loop weighs its passes itself
             kwargs_handlers=[Replicate.handler(experiment)],
             step_scheduler_with_optimizer=False,
         )

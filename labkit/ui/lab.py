@@ -198,7 +198,9 @@ class Lab:
 def as_baseline(experiment: Experiment) -> Experiment:
     """The same training on one rank."""
     name = f"{experiment.name} on 1 rank" if experiment.name else ""
-    return experiment.set({"layout": Layout(), "launch.isolated": False, "name": name[:200]})
+    return experiment.set(
+        {"layout": Layout(), "gradients.accumulation": 1, "launch.isolated": False, "name": name[:200]}
+    )
 
 
 def as_ceiling(experiment: Experiment) -> Experiment:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from labkit.experiment import Experiment
+from labkit.experiment import Experiment, ExperimentError
+from labkit.launch import launch
 from labkit.runs import Run
 from tests.launch.helpers import SMALLEST, Watched, start, steps_written, tiny, wait_until
 
@@ -90,11 +91,23 @@ def test_only_the_latest_checkpoints_are_kept(whole: dict[str, Run]) -> None:
     assert whole["fp32"].checkpoints() == [STEPS - STEPS % EVERY, STEPS]
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_name(whole: dict[str, Run]) -> None:
-    wider = experiment("fp32").replace("workload.width=16")
-    with Watched(start(wider, resume=whole["fp32"])) as watch:
-        cause = watch.ends("failed", within=30, kind="exception")
-    assert "or does not fit this model" in cause["message"]
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ("workload.width=16", "workload"),
+        ("training.seed=99", "training.seed"),
+        ("training.global_batch=32", "training.global_batch"),
+        ("optimizer.name=sgd", "optimizer.name"),
+        ("training.steps=2", "training.steps"),
+    ],
+)
+def test_another_training_is_no_continuation(whole: dict[str, Run], change: str, field: str) -> None:
+    longer = experiment("fp32").replace(f"training.steps={STEPS + 2}")
+    before = len(Run.all())
+    with pytest.raises(ExperimentError) as refusal:
+        launch(longer.replace(change), resume=whole["fp32"])
+    assert [problem.field for problem in refusal.value.problems] == [field]
+    assert len(Run.all()) == before, "nothing was launched"
 
 
 @pytest.mark.parametrize("damage", ["weights", "json", "nothing"])

@@ -119,12 +119,23 @@ def test_the_named_baseline_counts_for_all_others(home: Path) -> None:
     assert [one["is_baseline"] for one in found.rows] == [True, False, False]
 
 
-def test_a_baseline_of_several_ranks_is_counted_with_its_ranks(home: Path) -> None:
-    two = record(home, "two", noisy(0.1), "layout=dp2")
+@pytest.mark.parametrize("what", ["layout=dp2", "gradients.accumulation=4"])
+def test_only_one_process_in_one_pass_can_be_the_baseline(home: Path, what: str) -> None:
+    other = record(home, "other", noisy(0.1), what)
     four = record(home, "four", noisy(0.05), "layout=dp4")
-    found = row(compare([four], baseline=two), "four")
-    assert found["speedup"] == pytest.approx(2, rel=0.05)
-    assert found["efficiency"] == pytest.approx(1, rel=0.05)
+    with pytest.raises(ExperimentError, match="no baseline"):
+        compare([four], baseline=other)
+    found = row(compare([other, four]), "four")
+    assert found["speedup"] is None
+    assert found["baseline_run_id"] is None
+
+
+def test_a_run_named_twice_counts_once(home: Path) -> None:
+    base = record(home, "one", noisy(0.1))
+    two = record(home, "two", noisy(0.05), "layout=dp2")
+    found = compare([base, base, two, two])
+    assert [one["run_id"] for one in found.rows] == ["one", "two"]
+    assert "median" not in found.text()
 
 
 def test_the_ceiling_is_what_independent_copies_reach(home: Path) -> None:
