@@ -225,7 +225,10 @@ class Supervisor:
             hint = "; the machine may have run out of memory" if child.signal == signal.SIGKILL else ""
             said = f"rank {child.rank} was killed by {name}{hint}"
             return run_status.cause("signal", said, rank=child.rank, signal=name, log=log)
-        report = child.report or {"type": "SystemExit", "message": f"exit code {child.exit_code}"}
+        report = child.report or {
+            "type": "SystemExit",
+            "message": f"exit code {child.exit_code}" + (" before it was done" if child.left_early else ""),
+        }
         exception = f"{report['type']}: {report['message']}"
         first_line = exception.splitlines()[0][:500]
         if report.get("disk_full"):

@@ -204,6 +204,31 @@ def test_a_rank_that_raises_alone_or_before_its_first_step() -> None:
         assert said in cause["message"]
 
 
+def test_a_rank_that_leaves_with_exit_code_zero_before_its_end_has_failed() -> None:
+    with Watched(start(faulty("leaves_with_exit_code_zero", steps=ENDLESS))) as watch:
+        cause = watch.ends("failed", within=20, kind="exception")
+    assert cause["rank"] == 1
+    assert "exit code 0 before it was done" in cause["message"]
+
+
+def test_a_run_whose_directory_is_removed_ends() -> None:
+    run = start(faulty("slow", steps=ENDLESS))
+    wait_until(lambda: steps_written(run, 1) > 0, 60, "steps")
+    known = [run.status["supervisor"], *run.status["ranks"]]
+    shutil.rmtree(run.directory.path)
+    wait_until(lambda: not any(map(alive, known)), 10, "the end of all its processes")
+
+
+def test_settings_of_accelerate_in_the_shell_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = start(faulty("slow", steps=5))
+    plain.result(60)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("LABKIT_STANDBY", "0")  # a standby of its own, which sees the variable
+    other = start(faulty("slow", steps=5))
+    other.result(60)
+    assert list(other.data().loss) == list(plain.data().loss)
+
+
 def test_a_rank_that_hangs_is_named_with_its_place() -> None:
     with Watched(start(faulty("hangs", steps=ENDLESS, launch__timeout_s=2))) as watch:
         watch.begun(AT_STEP - 1)
