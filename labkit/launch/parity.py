@@ -81,7 +81,8 @@ def check(
     Returns the JSON of `labkit check`: the first format's figures at the top, all of them under `precisions`. `say` is
     told what is going on. Raises ExperimentError if the experiment cannot run, RunFailed if one of the runs fails.
     """
-    verdicts = []
+    verdicts: list[Parity] = []
+    reasons: list[str] = []
     for precision in precisions:
         proof = experiment.set(
             {
@@ -105,6 +106,9 @@ def check(
                 run.request_stop(0.0)
                 raise
             runs.append(run)
+        if precision == precisions[0]:
+            starts = runs[1].data().rank_starts
+            reasons = list(starts[0].get("warnings", [])) if starts else []
         verdicts.append(compare_losses(runs[1], runs[0], steps, precision))
     figures = asdict(verdicts[0])
     return figures | {
@@ -115,5 +119,5 @@ def check(
         "accumulation": experiment.gradients.accumulation,
         "workload": experiment.workload.name,
         "precisions": {verdict.precision: asdict(verdict) for verdict in verdicts},
-        "text": [str(verdict) for verdict in verdicts],
+        "text": [*(str(verdict) for verdict in verdicts), *reasons],
     }

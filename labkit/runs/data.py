@@ -232,6 +232,8 @@ class RunData:
             "time_to_first_step_seconds": _number(event.get("time_to_first_step_seconds")),
             "effective": event["effective"] if _is_small_dict(event.get("effective")) else {},
         }
+        said = event.get("warnings")
+        rank.start["warnings"] = [str(text)[:400] for text in said[:20]] if isinstance(said, list) else []
         effective = event.get("effective")
         if isinstance(effective, dict):
             rank.start["effective"] = {str(key)[:100]: str(value)[:200] for key, value in list(effective.items())[:50]}

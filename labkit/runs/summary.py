@@ -31,11 +31,11 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
     comparison = compare([directory], baseline=base)
     row = next(row for row in comparison.rows if row["run_id"] == directory.id)
     final = data.evaluations[-1][2] if data.evaluations else {}
-    notes = row["notes"]
+    start = data.rank_starts[0] if data.rank_starts else {}
+    notes = [*row["notes"], *start.get("warnings", [])]
     diverged = np.flatnonzero(~np.isfinite(data.loss))
     if len(diverged):
         notes = [*notes, f"the loss is no finite number from step {data.first + int(diverged[0]) + 1} on"]
-    start = data.rank_starts[0] if data.rank_starts else {}
     return {
         "run_id": directory.id,
         "title": experiment.title,

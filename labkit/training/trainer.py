@@ -17,6 +17,7 @@ from labkit.experiment.run_directory import RunDirectory
 from labkit.parallel.replicate import Replicate, share_weight
 from labkit.training import checkpoint, evaluation
 from labkit.training.events import EventWriter
+from labkit.training.exactness import inexact_parts
 from labkit.training.meter import Board, Meter, peak_bytes
 from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
 from labkit.training.runtime import Runtime
@@ -190,6 +191,7 @@ class Trainer:
                 "unit": metric.unit,
             },
             facts=self.task.facts(),
+            warnings=inexact_parts(self.bare, runtime.ranks),
             effective={
                 "dtype": str(next(self.bare.parameters()).dtype).removeprefix("torch."),
                 "compressor": self.experiment.gradients.compression.method,
