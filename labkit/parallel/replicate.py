@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
-    from torch.optim import Optimizer
 
     from labkit.experiment import Experiment
 
@@ -38,10 +37,10 @@ class Replicate:
         return DistributedDataParallelKwargs(bucket_cap_mb=experiment.gradients.bucket_mb, gradient_as_bucket_view=True)
 
     @staticmethod
-    def apply(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        """Wrap model and optimizer for the ranks of `accelerator`."""
-        prepared = accelerator.prepare(model, optimizer)
-        return prepared[0], prepared[1]
+    def apply(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+        """Wrap the model for the ranks of `accelerator`."""
+        wrapped: nn.Module = accelerator.prepare(model)
+        return wrapped
 
     @staticmethod
     def communication(model: nn.Module) -> dict[str, float] | None:

@@ -80,6 +80,12 @@ class Runtime:
             for name, tensor in batch.items()
         }
 
+    def seed(self, value: int) -> None:
+        """Seed what draws random numbers here: torch.manual_seed also wakes every other kind of device, each step."""
+        torch.default_generator.manual_seed(value)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(value)
+
     def add_up(self, sums: dict[str, float]) -> dict[str, float]:
         """Sum numbers over all ranks; every rank gets the result. All ranks name the same keys."""
         if self.accelerator.num_processes == 1:

@@ -51,10 +51,10 @@ class Trainer:
         self.update = registry("gradients.update")[experiment.gradients.update.method].load()
         self.compression = registry("gradients.compression")[experiment.gradients.compression.method].load()
         optimizer = make_optimizer(experiment.optimizer, self.bare.parameters())
-        self.model, self.optimizer = Replicate.apply(runtime.accelerator, self.bare, optimizer)
+        self.model = Replicate.apply(runtime.accelerator, self.bare)
         self.compression.attach(self.model)
         self.first = checkpoint.load(Path(resume), self.bare, optimizer) if resume else 0
-        self._plain_optimizer = optimizer
+        self.optimizer = optimizer
         self.done = self._saved_at = self.first
         """Updates done so far."""
 
@@ -62,7 +62,7 @@ class Trainer:
         """Train to the end or until asked to stop; True if it was stopped before its end."""
         self._write_start()
         self.model.train()
-        batches = iter(self._loader())
+        batches = self._batches()
         stopped = False
         while self.done < self.steps:
             stopped = self.board.should_stop(self.runtime.rank, self.done)
@@ -84,9 +84,9 @@ class Trainer:
         settings = self.experiment.optimizer
         rate = learning_rate(settings, step, self.steps)
         meter.begin(step, rate)
-        set_learning_rate(self._plain_optimizer, rate)
+        set_learning_rate(self.optimizer, rate)
         # Everything random in this step (dropout, …) follows from these three, so a resumed run repeats it.
-        torch.manual_seed((self.experiment.training.seed * 1_000_003 + step) * 4099 + runtime.rank)
+        runtime.seed((self.experiment.training.seed * 1_000_003 + step) * 4099 + runtime.rank)
         for number in range(self.passes):
             if number:
                 meter.phase("data")
@@ -113,15 +113,24 @@ class Trainer:
         """Weight of the mean loss over `samples` so that the update is the mean over the global batch."""
         return share_weight(samples, self.experiment.training.global_batch, self.runtime.ranks)
 
-    def _loader(self) -> DataLoader[Batch]:
-        training = self.experiment.training
+    def _batches(self) -> Iterator[Batch]:
+        """The passes of this rank, in order.
+
+        Without loader processes the data is asked directly: a DataLoader in this process could not prefetch, and costs
+        more than fetching a batch of small images does.
+        """
         sampler = PassSampler(self.order, self.first, self.steps, self.runtime.rank, self.runtime.ranks, self.passes)
-        return DataLoader(
-            self.task.train,  # type: ignore[arg-type]
-            batch_sampler=sampler,
-            collate_fn=_as_it_is,  # type: ignore[arg-type]
-            num_workers=training.loader_workers,
-            pin_memory=self.runtime.device.type == "cuda",
+        workers, cuda = self.experiment.training.loader_workers, self.runtime.device.type == "cuda"
+        if not workers and not cuda:
+            return map(self.task.train.__getitems__, sampler)
+        return iter(
+            DataLoader(
+                self.task.train,  # type: ignore[arg-type]
+                batch_sampler=sampler,
+                collate_fn=_as_it_is,  # type: ignore[arg-type]
+                num_workers=workers,
+                pin_memory=cuda,
+            )
         )
 
     # -- between updates ----------------------------------------------------------------------------------------------
@@ -161,7 +170,7 @@ class Trainer:
         begun = time.perf_counter()
         self.meter.phase("checkpoint")
         writes = self.runtime.rank == 0
-        folder = checkpoint.save(self.directory, step, self.bare, self._plain_optimizer, self.experiment, writes)
+        folder = checkpoint.save(self.directory, step, self.bare, self.optimizer, self.experiment, writes)
         self._saved_at = step
         if writes:
             self.events.write(

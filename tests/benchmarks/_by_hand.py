@@ -57,7 +57,11 @@ def ddp(rank: int, store: str, steps: int, result: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     task = build()
     model = DistributedDataParallel(task.model, gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
+    # As in the recipe, biases and gains do not decay: two groups of parameters.
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, fused=True)
     order = np.random.default_rng(SEED)
     permutation = np.concatenate(
         [order.permutation(len(task.train)) for _ in range(-(-steps * BATCH // len(task.train)))]

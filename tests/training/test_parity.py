@@ -65,7 +65,7 @@ MISTAKES = {
     ),
     "gradients are not averaged at all": (
         "import labkit.parallel.replicate as broken\n"
-        "broken.Replicate.apply = staticmethod(lambda accelerator, model, optimizer: (model, optimizer))\n"
+        "broken.Replicate.apply = staticmethod(lambda accelerator, model: model)\n"
     ),
     "gradients are added instead of averaged": (
         "import labkit.training.trainer as broken\n"
