@@ -107,7 +107,7 @@ class Layout(BaseModel):
     @property
     def data_parallel(self) -> int:
         """Number of ranks that see different samples."""
-        return self.dp_replicate * self.dp_shard
+        return self.dp_replicate * self.dp_shard * self.ep
 
     def resolve(self, world_size: int) -> Layout:
         """Fill in the axis that is -1; ValueError, with the equation, if the product is not `world_size`."""

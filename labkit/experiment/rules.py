@@ -82,6 +82,14 @@ def method_rules(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
             yield from getattr(method.load(), "problems", _none)(experiment, machine)
 
 
+def axis_rules(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """The rules of the axes along which there is more than one rank."""
+    axes = registry("layout.axes")
+    for axis in AXES:
+        if getattr(experiment.layout, axis) > 1 and axes[axis].available:
+            yield from getattr(axes[axis].load(), "problems", _none)(experiment, machine)
+
+
 def batch_covers_ranks(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """Every rank needs at least one sample in every pass."""
     ranks, passes = experiment.layout.data_parallel, experiment.gradients.accumulation
@@ -120,6 +128,7 @@ def isolated_makes_no_update(experiment: Experiment, machine: Machine) -> Iterat
 RULES: list[Rule] = [
     planned_methods,
     method_rules,
+    axis_rules,
     device_exists,
     ranks_fit,
     batch_covers_ranks,

@@ -7,11 +7,11 @@ AXES = Registry(
     "axis",
     [
         Method("dp_replicate", "data parallelism", "labkit.parallel.replicate:Replicate"),
-        Method("dp_shard", "sharded data parallelism (ZeRO)"),
-        Method("tp", "tensor parallelism"),
+        Method("dp_shard", "sharded data parallelism (ZeRO)", "labkit.parallel.rules:Shard"),
+        Method("tp", "tensor parallelism", "labkit.parallel.rules:TensorAxis"),
         Method("cp", "context parallelism"),
         Method("ep", "expert parallelism"),
-        Method("pp", "pipeline parallelism"),
+        Method("pp", "pipeline parallelism", "labkit.parallel.rules:PipelineAxis"),
     ],
 )
 

@@ -14,10 +14,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import torch
     from accelerate import Accelerator
-    from torch import nn
+    from torch import Tensor, nn
 
     from labkit.experiment import Experiment
+    from labkit.workloads.base import Batch, Task
 
 
 def share_weight(samples: int, global_batch: int, ranks: int) -> float:
@@ -56,3 +60,55 @@ class Replicate:
         hidden = data.get("avg_backward_compute_comm_overlap_time", 0)
         exposed = max(0, data.get("avg_backward_comm_time", 0) - hidden) / 1e9
         return {"gradient_bytes": data.get("total_parameter_size_bytes", 0), "exposed_seconds": exposed}
+
+
+class ReplicatedModel:
+    """The whole model on every rank: the same methods as `labkit.parallel.model.ParallelModel`, on DDP."""
+
+    reports = True
+
+    def __init__(self, experiment: Experiment, task: Task, accelerator: Accelerator, update: Any) -> None:
+        self.task, self.bare, self._update = task, task.model, update
+        self.wrapped = Replicate.apply(accelerator, task.model)
+        self.averaged_over = experiment.layout.dp_replicate
+
+    def optimized(self) -> list[tuple[nn.Parameter, bool]]:
+        """What the optimizer works on, and whether it decays."""
+        return [(parameter, parameter.dim() >= 2) for parameter in self.bare.parameters()]
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        yield from self.bare.named_parameters()
+
+    def run_pass(self, batch: Batch, weight: float, last: bool, phase: Callable[[str], None], autocast: Any) -> Tensor:
+        """Forward and backward; DDP averages over the ranks, hence `averaged_over`."""
+        with self._update.passes(self.wrapped, last=last):
+            phase("forward")
+            with autocast():
+                loss: Tensor = self.task.loss(self.wrapped(batch["x"]), batch)
+            phase("backward")
+            (loss * weight).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def grad_norm(self) -> Tensor:
+        """The norm of the update's whole gradient."""
+        import torch
+
+        return torch.nn.utils.get_total_norm([p.grad for p in self.bare.parameters() if p.grad is not None])
+
+    def clip(self, limit: float) -> Tensor:
+        """Scale the gradients so that their norm is at most `limit`; returns the norm before."""
+        import torch
+
+        return torch.nn.utils.clip_grad_norm_(self.bare.parameters(), limit)
+
+    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer has stepped."""
+        optimizer.zero_grad()
+
+    def output(self, x: Tensor) -> Tensor:
+        """Output of the model for evaluation."""
+        out: Tensor = self.bare(x)
+        return out
+
+    def train(self, mode: bool = True) -> None:
+        self.bare.train(mode)

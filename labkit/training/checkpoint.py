@@ -13,7 +13,10 @@ from seed, step and rank.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +49,38 @@ def save(
     experiment: Experiment,
     writes: bool,
 ) -> Path:
-    """Write the state after `step` updates. All ranks call it; the one that `writes` does. Returns the folder."""
+    """Write the state of a whole model after `step` updates; the rank that `writes` does. Returns the folder."""
     weights = get_model_state_dict(model, options=_SAVE)
     state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=_SAVE))
-    final = directory.checkpoint(step)
     if not writes:
-        return final
-    tensors = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
+        return directory.checkpoint(step)
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     numbers = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-    partial = final.with_name(f".{final.name}.partial")
+    begin(directory, step)
+    write_part(directory, step, weights, tensors)
+    return finish(directory, step, experiment, numbers)
+
+
+def begin(directory: RunDirectory, step: int) -> None:
+    """Make the folder in which the parts come together."""
+    partial = _partial(directory, step)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True, mode=0o700)
-    save_file(_unshared(weights), partial / "model.safetensors")
-    save_file(tensors, partial / "optimizer.safetensors")
+
+
+def write_part(
+    directory: RunDirectory, step: int, weights: dict[str, Any], tensors: dict[str, Tensor], number: int = 0
+) -> None:
+    """Write one part: everything, or what the stages of pipeline rank `number` hold."""
+    suffix = f"-{number}" if number else ""
+    partial = _partial(directory, step)
+    save_file(_unshared(weights), partial / f"model{suffix}.safetensors")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, partial / f"optimizer{suffix}.safetensors")
+
+
+def finish(directory: RunDirectory, step: int, experiment: Experiment, numbers: dict[str, Any]) -> Path:
+    """All parts are there: the checkpoint becomes visible."""
+    final, partial = directory.checkpoint(step), _partial(directory, step)
     content = {"format": FORMAT, "step": step, "experiment": experiment.to_dict(), "optimizer": _plain(numbers)}
     write_json(partial / "checkpoint.json", content)
     shutil.rmtree(final, ignore_errors=True)
@@ -67,22 +89,55 @@ def save(
     return final
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restore model and optimizer on every rank; returns the number of updates done. ValueError if it does not fit."""
+def _partial(directory: RunDirectory, step: int) -> Path:
+    final = directory.checkpoint(step)
+    return final.with_name(f".{final.name}.partial")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a checkpoint holds, whole, whatever layout wrote it."""
+
+    step: int
+    weights: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any]
+
+
+def read(folder: Path) -> Stored:
+    """Read all parts. ValueError if it is no checkpoint of ours or damaged."""
     content = read_json(folder / "checkpoint.json")
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("step"), int):
         raise ValueError(f"{folder} is not a checkpoint of this version of labkit")
     numbers = content.get("optimizer")
-    try:
-        weights = load_file(folder / "model.safetensors")
-        tensors = load_file(folder / "optimizer.safetensors")
-        state = _nested(model, optimizer, tensors | (numbers if isinstance(numbers, dict) else {}))
-        set_model_state_dict(model, {**_with_shared(model, weights)}, options=_LOAD)
-        if tensors:  # an optimizer without memory (SGD without momentum) has nothing to restore
+    weights: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    with _one_sentence(folder):
+        load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")  # must be there
+        for path in sorted(folder.glob("model*.safetensors")):
+            weights |= load_file(path)
+        for path in sorted(folder.glob("optimizer*.safetensors")):
+            tensors |= load_file(path)
+    return Stored(int(content["step"]), weights, tensors, numbers if isinstance(numbers, dict) else {})
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Restore a whole model and its optimizer; returns the number of updates done. ValueError if it does not fit."""
+    stored = read(folder)
+    with _one_sentence(folder):
+        state = _nested(model, optimizer, stored.tensors | stored.numbers)
+        set_model_state_dict(model, {**_with_shared(model, stored.weights)}, options=_LOAD)
+        if stored.tensors:  # an optimizer without memory (SGD without momentum) has nothing to restore
             set_optimizer_state_dict(model, optimizer, state, options=_LOAD)
+    return stored.step
+
+
+@contextlib.contextmanager
+def _one_sentence(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"the checkpoint {folder.name} is damaged or does not fit this model: {error}") from error
-    return int(content["step"])
 
 
 def _nested(model: nn.Module, optimizer: torch.optim.Optimizer, flat: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +152,14 @@ def _nested(model: nn.Module, optimizer: torch.optim.Optimizer, flat: dict[str, 
     groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
     return {
         "state": by_name["state"],
-        "param_groups": [by_name["param_groups"][group[0]] | {"params": group} for group in groups],
+        "param_groups": [
+            {key: value for key, value in now.items() if key != "params"}
+            | by_name["param_groups"].get(
+                group[0], {}
+            )  # a spread model's checkpoint has none: they are the experiment's
+            | {"params": group}
+            for now, group in zip(optimizer.param_groups, groups, strict=True)
+        ],
     }
 
 

@@ -11,20 +11,22 @@ from torch import nn
 from labkit.experiment import Optimizer
 
 
-def make_optimizer(settings: Optimizer, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of the experiment, with torch's fused kernels.
-
-    Biases and gains (fewer than two dimensions) do not decay.
-    """
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+def make_optimizer(settings: Optimizer, parameters: Iterable[tuple[nn.Parameter, bool]]) -> torch.optim.Optimizer:
+    """The optimizer of the experiment, with torch's fused kernels, on pairs of parameter and "it decays"."""
+    pairs = [(parameter, decays) for parameter, decays in parameters if parameter.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p, decays in pairs if decays], "weight_decay": settings.weight_decay},
+        {"params": [p for p, decays in pairs if not decays], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=True)
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999), eps=settings.eps, fused=True)
+
+
+def by_shape(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, bool]]:
+    """Biases and gains (fewer than two dimensions) do not decay."""
+    return [(parameter, parameter.dim() >= 2) for parameter in parameters]
 
 
 def learning_rate(settings: Optimizer, step: int, steps: int) -> float:

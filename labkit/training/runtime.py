@@ -17,7 +17,9 @@ from accelerate import Accelerator
 
 from labkit.experiment import Experiment
 from labkit.experiment.registry import registry
+from labkit.parallel.mesh import Mesh
 from labkit.parallel.replicate import Replicate
+from labkit.parallel.stages import held_last
 
 PATIENCE_S = 30.0
 """Collectives give up this much later than the supervisor, which can name the rank at fault."""
@@ -30,12 +32,13 @@ class Runtime:
     rank: int
     """Rank in the run, also where ranks are isolated."""
     ranks: int
-    """Ranks that share the global batch."""
+    """All ranks of the run."""
     device: torch.device
     dtype: torch.dtype
     accelerator: Accelerator
     precision: Any
     isolated: bool
+    mesh: Mesh
 
     @classmethod
     def start(cls, experiment: Experiment, rank: int, rendezvous: str) -> Runtime:
@@ -71,7 +74,9 @@ class Runtime:
         expected = 1 if alone else ranks
         if accelerator.num_processes != expected:
             raise RuntimeError(f"{accelerator.num_processes} processes have met, {expected} were expected")
-        return cls(rank, ranks, accelerator.device, precision.dtype(), accelerator, precision, launch.isolated)
+        layout, kind = experiment.layout, accelerator.device.type
+        mesh = Mesh(layout, rank, kind, connect=layout.world_size > layout.dp_replicate)
+        return cls(rank, ranks, accelerator.device, precision.dtype(), accelerator, precision, launch.isolated, mesh)
 
     def place(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Move a batch to the device; floating-point tensors also to the number format of the run."""
@@ -90,10 +95,40 @@ class Runtime:
         """Sum numbers over all ranks; every rank gets the result. All ranks name the same keys."""
         if self.accelerator.num_processes == 1:
             return sums
+        if self.mesh.size("pp") > 1:  # only the last stage has seen a result
+            names: list[Any] = [sorted(sums)]
+            dist.broadcast_object_list(names, self.mesh.first_with(pp=held_last(self.mesh.layout)))
+            sums = dict.fromkeys(names[0], 0.0) | sums
         keys = sorted(sums)
         total = torch.tensor([sums[key] for key in keys], dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return dict(zip(keys, total.tolist(), strict=True))
+
+    @property
+    def spread(self) -> bool:
+        """One copy of the model lies on more than one rank."""
+        return self.ranks > self.mesh.layout.dp_replicate
+
+    def from_last_stage(self, output: torch.Tensor | None) -> torch.Tensor:
+        """The output of the last pipeline stage, on every rank of the pipeline."""
+        mesh = self.mesh
+        if mesh.size("pp") == 1:
+            assert output is not None
+            return output
+        group, ranks = mesh.group("pp"), mesh.ranks_along("pp")
+        holder = ranks[held_last(mesh.layout)]
+        head = torch.zeros(8, dtype=torch.int64, device=self.device)
+        if output is not None:
+            head[: output.dim() + 1] = torch.tensor([output.dim(), *output.shape])
+        dist.broadcast(head, holder, group)
+        dims, *shape = head.tolist()
+        received = (
+            output.contiguous()
+            if output is not None
+            else torch.empty(shape[:dims], dtype=self.dtype, device=self.device)
+        )
+        dist.broadcast(received, holder, group)
+        return received
 
     def end(self) -> None:
         """Leave the process group."""

@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader
 from labkit.experiment import Experiment
 from labkit.experiment.registry import registry
 from labkit.experiment.run_directory import RunDirectory
-from labkit.parallel.replicate import Replicate, share_weight
+from labkit.parallel import state
+from labkit.parallel.model import ParallelModel
+from labkit.parallel.replicate import Replicate, ReplicatedModel, share_weight
 from labkit.training import checkpoint, evaluation
 from labkit.training.events import EventWriter
 from labkit.training.exactness import inexact_parts
@@ -50,11 +52,15 @@ class Trainer:
         self.passes = experiment.gradients.accumulation
         self.update = registry("gradients.update")[experiment.gradients.update.method].load()
         self.compression = registry("gradients.compression")[experiment.gradients.compression.method].load()
-        optimizer = make_optimizer(experiment.optimizer, self.bare.parameters())
-        self.model = Replicate.apply(runtime.accelerator, self.bare)
-        self.compression.attach(self.model)
-        self.first = checkpoint.load(Path(resume), self.bare, optimizer) if resume else 0
-        self.optimizer = optimizer
+        self.parameters = sum(parameter.numel() for parameter in self.bare.parameters())
+        self.model: ReplicatedModel | ParallelModel
+        if runtime.spread:
+            self.model = ParallelModel(experiment, task, runtime.mesh, runtime.device)
+        else:
+            self.model = ReplicatedModel(experiment, task, runtime.accelerator, self.update)
+            self.compression.attach(self.model.wrapped)
+        self.optimizer = make_optimizer(experiment.optimizer, self.model.optimized())
+        self.first = self._load(Path(resume)) if resume else 0
         self.done = self._saved_at = self.first
         """Updates done so far."""
 
@@ -92,26 +98,22 @@ class Trainer:
                 meter.phase("data")
             batch = runtime.place(next(batches))
             samples = len(next(iter(batch.values())))
-            with self.update.passes(self.model, last=number == self.passes - 1):
-                meter.phase("forward")
-                with runtime.accelerator.autocast():
-                    loss = self.task.loss(self.model(batch["x"]), batch)
-                meter.phase("backward")
-                runtime.accelerator.backward(loss * self._weight(samples))
-            meter.loss(loss, samples)
+            last = number == self.passes - 1
+            loss = self.model.run_pass(batch, self._weight(samples), last, meter.phase, runtime.accelerator.autocast)
+            if loss is not None:
+                meter.loss(loss, samples)
         meter.phase("optimizer")
         if settings.clip_norm is not None:
-            meter.grad_norm(runtime.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_norm))
+            meter.grad_norm(self.model.clip(settings.clip_norm))
         elif self.experiment.training.gradient_norm:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            meter.grad_norm(torch.nn.utils.get_total_norm(gradients))
+            meter.grad_norm(self.model.grad_norm())
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.model.after_update(self.optimizer)
         meter.end()
 
     def _weight(self, samples: int) -> float:
         """Weight of the mean loss over `samples` so that the update is the mean over the global batch."""
-        return share_weight(samples, self.experiment.training.global_batch, self.runtime.ranks)
+        return share_weight(samples, self.experiment.training.global_batch, self.model.averaged_over)
 
     def _batches(self) -> Iterator[Batch]:
         """The passes of this rank, in order.
@@ -119,7 +121,8 @@ class Trainer:
         Without loader processes the data is asked directly: a DataLoader in this process could not prefetch, and costs
         more than fetching a batch of small images does.
         """
-        sampler = PassSampler(self.order, self.first, self.steps, self.runtime.rank, self.runtime.ranks, self.passes)
+        share, shares = self.runtime.mesh.samples
+        sampler = PassSampler(self.order, self.first, self.steps, share, shares, self.passes)
         workers, cuda = self.experiment.training.loader_workers, self.runtime.device.type == "cuda"
         if not workers and not cuda:
             return map(self.task.train.__getitems__, sampler)
@@ -159,9 +162,9 @@ class Trainer:
             self.meter.phase("evaluation")
 
         alive()
-        sums = evaluation.evaluate(self.task, self.bare, self.runtime, alive)
+        sums = evaluation.evaluate(self.task, self.model, self.runtime, alive)
         if last:
-            sums |= evaluation.drive(self.task, self.bare, self.runtime, self.experiment.training.seed, alive)
+            sums |= evaluation.drive(self.task, self.model, self.runtime, self.experiment.training.seed, alive)
         if self.runtime.rank == 0:
             seconds = time.perf_counter() - begun
             self.events.write("evaluation", step=step, metrics=self.task.metrics(sums), seconds=seconds)
@@ -170,7 +173,7 @@ class Trainer:
         begun = time.perf_counter()
         self.meter.phase("checkpoint")
         writes = self.runtime.rank == 0
-        folder = checkpoint.save(self.directory, step, self.bare, self.optimizer, self.experiment, writes)
+        folder = self._write_checkpoint(step, writes)
         self._saved_at = step
         if writes:
             self.events.write(
@@ -181,6 +184,29 @@ class Trainer:
             )
             self.events.sync()
 
+    def _write_checkpoint(self, step: int, writes: bool) -> Path:
+        if isinstance(self.model, ReplicatedModel):
+            return checkpoint.save(self.directory, step, self.bare, self.optimizer, self.experiment, writes)
+        if writes:
+            checkpoint.begin(self.directory, step)
+        weights, moments = state.read(self.model, self.optimizer)  # collective: the folder is there when it is done
+        torch.distributed.barrier()
+        if self.runtime.rank == self.model.writer:
+            number = self.runtime.mesh.place["pp"]
+            checkpoint.write_part(self.directory, step, weights, moments, number)
+        torch.distributed.barrier()
+        if writes:
+            return checkpoint.finish(self.directory, step, self.experiment, {})
+        return self.directory.checkpoint(step)
+
+    def _load(self, folder: Path) -> int:
+        """Restore what another run left, whatever its layout was; returns the number of updates done."""
+        if isinstance(self.model, ReplicatedModel):
+            return checkpoint.load(folder, self.bare, self.optimizer)
+        stored = checkpoint.read(folder)
+        state.write(self.model, self.optimizer, stored.weights, stored.tensors)
+        return stored.step
+
     # -- beginning and end --------------------------------------------------------------------------------------------
 
     def _write_start(self) -> None:
@@ -190,7 +216,7 @@ class Trainer:
             device=str(runtime.device),
             pid=os.getpid(),
             threads=torch.get_num_threads(),
-            parameters=sum(parameter.numel() for parameter in self.bare.parameters()),
+            parameters=self.parameters,
             first=self.first,
             steps=self.steps,
             metric={
@@ -202,7 +228,7 @@ class Trainer:
             facts=self.task.facts(),
             warnings=inexact_parts(self.bare, runtime.ranks),
             effective={
-                "dtype": str(next(self.bare.parameters()).dtype).removeprefix("torch."),
+                "dtype": str(self.runtime.dtype).removeprefix("torch."),
                 "compressor": self.experiment.gradients.compression.method,
                 "sparsity": self.experiment.sparsity.method,
                 "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else "none",
@@ -210,7 +236,9 @@ class Trainer:
         )
 
     def _write_figures(self) -> None:
-        measured = Replicate.communication(self.model)
+        measured = None
+        if isinstance(self.model, ReplicatedModel):
+            measured = Replicate.communication(self.model.wrapped)
         if measured is not None:
             bytes_sent = self.compression.bytes_per_step(measured["gradient_bytes"], self.runtime.ranks)
             exposed = measured["exposed_seconds"]

@@ -21,9 +21,12 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(context, width)
+        self.cut_positions = (0, 1)
+        """Which part of the sequence this rank goes on with, of how many (sequence parallelism cuts it here)."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        index, parts = self.cut_positions
+        out: Tensor = self.token(tokens) + self.position.weight[: tokens.shape[1]].chunk(parts)[index]
         return out
 
 

@@ -1,0 +1,120 @@
+"""Collectives with a gradient: the pairs of Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et al. 2022).
+
+| forward                  | backward                 | name              |
+|--------------------------|--------------------------|-------------------|
+| nothing                  | sum                      | `enter`           |
+| sum                      | nothing                  | `leave`           |
+| gather a dimension       | sum, keep the own part   | `gather_sum`      |
+| sum, keep the own part   | gather                   | `sum_scatter`     |
+| gather a dimension       | keep the own part        | `gather`          |
+| keep the own part        | gather                   | `scatter`         |
+
+`enter` and `leave` stand around a tensor-parallel region; with sequence parallelism `gather_sum` and `sum_scatter` take
+their places: the same bytes, but the activations between the regions are cut too. `gather` and `scatter` stand where
+every rank goes on with the same computation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup
+
+
+def _sum(x: Tensor, group: Group) -> Tensor:
+    x = x.contiguous().clone()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def _gather(x: Tensor, group: Group, dim: int) -> Tensor:
+    moved = x.movedim(dim, 0).contiguous()
+    out = moved.new_empty((group.size() * moved.shape[0], *moved.shape[1:]))
+    dist.all_gather_into_tensor(out, moved, group=group)
+    return out.movedim(0, dim)
+
+
+def _sum_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
+    moved = x.movedim(dim, 0).contiguous()
+    out = moved.new_empty((moved.shape[0] // group.size(), *moved.shape[1:]))
+    dist.reduce_scatter_tensor(out, moved, group=group)
+    return out.movedim(0, dim)
+
+
+def _own(x: Tensor, group: Group, dim: int) -> Tensor:
+    return x.chunk(group.size(), dim)[group.rank()].contiguous()
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _sum(grad, ctx.group), None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return _sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
+class _Pair(torch.autograd.Function):
+    """One operation forward, another one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int, there: Any, back: Any) -> Tensor:
+        ctx.group, ctx.dim, ctx.back = group, dim, back
+        out: Tensor = there(x, group, dim)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return ctx.back(grad, ctx.group, ctx.dim), None, None, None, None
+
+
+def enter(x: Tensor, group: Group) -> Tensor:
+    """Into a region in which each rank computes a part."""
+    out: Tensor = _Enter.apply(x, group)
+    return out
+
+
+def leave(x: Tensor, group: Group) -> Tensor:
+    """Out of that region: the sum of the parts."""
+    out: Tensor = _Leave.apply(x, group)
+    return out
+
+
+def gather_sum(x: Tensor, group: Group, dim: int) -> Tensor:
+    """As `enter`, from activations that are cut along `dim`."""
+    out: Tensor = _Pair.apply(x, group, dim, _gather, _sum_scatter)
+    return out
+
+
+def sum_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
+    """As `leave`, to activations that are cut along `dim`."""
+    out: Tensor = _Pair.apply(x, group, dim, _sum_scatter, _gather)
+    return out
+
+
+def gather(x: Tensor, group: Group, dim: int) -> Tensor:
+    """Whole again, for a computation that all ranks repeat."""
+    out: Tensor = _Pair.apply(x, group, dim, _gather, _own)
+    return out
+
+
+def scatter(x: Tensor, group: Group, dim: int) -> Tensor:
+    """Keep the own part of what all ranks have computed."""
+    out: Tensor = _Pair.apply(x, group, dim, _own, _gather)
+    return out

@@ -1,0 +1,58 @@
+"""What a rank holds of a parameter: notes that stand on the parameter itself while a layout is applied.
+
+`cut`: the axis along whose ranks the parameter is cut, and the dimension that is cut.
+`partial`: axes along which every rank has only a part of the gradient although it holds the same values; the parts are
+added after the backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from labkit.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Holding:
+    """How one parameter lies on the mesh."""
+
+    cuts: dict[str, int] = field(default_factory=dict)
+    """Axis to dimension."""
+    partial: frozenset[str] = frozenset()
+    counted: bool = True
+    """False for the second copy of a tied parameter, which the gradient norm must not count again."""
+
+
+def holding(parameter: Tensor) -> Holding:
+    """What is noted on the parameter; by default it is whole on every rank."""
+    noted: Holding = getattr(parameter, "labkit_holding", None) or Holding()
+    return noted
+
+
+def note(parameter: Tensor, **changes: object) -> None:
+    """Change what is noted on the parameter."""
+    from dataclasses import replace
+
+    parameter.labkit_holding = replace(holding(parameter), **changes)  # type: ignore[attr-defined, arg-type]
+
+
+def cut(parameter: nn.Parameter, mesh: Mesh, axis: str, dim: int) -> nn.Parameter:
+    """This rank's part of the parameter, along `axis` of the mesh and dimension `dim`. ValueError if it is uneven."""
+    parts, index = mesh.size(axis), mesh.index(axis)
+    if parameter.shape[dim] % parts:
+        raise ValueError(f"{parts} ranks along {axis} do not divide {parameter.shape[dim]}")
+    part = nn.Parameter(
+        parameter.detach().chunk(parts, dim)[index].clone(memory_format=torch.contiguous_format),
+        requires_grad=parameter.requires_grad,
+    )
+    before = holding(parameter)
+    note(part, cuts={**before.cuts, axis: dim}, partial=before.partial)
+    return part
+
+
+def add_partial(parameter: Tensor, axis: str) -> None:
+    """Note that the gradient of the parameter has to be added along `axis`."""
+    note(parameter, partial=holding(parameter).partial | {axis})

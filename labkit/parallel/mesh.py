@@ -1,0 +1,116 @@
+"""The ranks as a mesh: who shares which axis with whom, and the process groups to talk in.
+
+One `DeviceMesh` over the axes that are larger than one, outermost first as in `MESH_ORDER`. Methods here also speak of
+products of axes (all ranks that see different samples are `dp_replicate × dp_shard × ep`), for which a mesh has no name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from labkit.experiment.layout import MESH_ORDER, Layout
+
+DATA = ("dp_replicate", "dp_shard", "ep")
+"""Axes along which ranks see different samples."""
+REDUCED = ("dp_replicate", "dp_shard", "cp", "ep")
+"""Axes over which the gradient of a parameter is summed, unless the parameter itself is cut along one of them."""
+
+
+class Mesh:
+    """The place of one rank in the layout. Making it is collective: all ranks make the same groups in the same order."""
+
+    def __init__(self, layout: Layout, rank: int, device_type: str, connect: bool = True) -> None:
+        self.layout, self.rank = layout, rank
+        self.place = layout.coordinates(rank)
+        self.device_mesh: DeviceMesh | None = None
+        self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
+        named = {axis: size for axis, size in layout.sizes.items() if size > 1}
+        if not named or not connect:
+            return
+        self.device_mesh = init_device_mesh(device_type, tuple(named.values()), mesh_dim_names=tuple(named))
+        for axis in named:
+            self._groups[(axis,)] = self.device_mesh.get_group(axis)
+        everyone = [axis for axis in REDUCED if axis in named]
+        for axes in (
+            everyone,
+            [*everyone, "tp"],
+            [axis for axis in everyone if axis != "ep"],
+            [axis for axis in everyone if axis != "dp_shard"],
+            [*(axis for axis in everyone if axis != "dp_shard"), "tp"],
+            [axis for axis in everyone if axis not in ("dp_shard", "ep")],
+        ):
+            self._make(self._key(axes))
+
+    def size(self, *axes: str) -> int:
+        """Number of ranks along these axes together."""
+        return prod(getattr(self.layout, axis) for axis in axes)
+
+    def index(self, *axes: str) -> int:
+        """Place of this rank along these axes together, the first axis outermost."""
+        index = 0
+        for axis in axes:
+            index = index * getattr(self.layout, axis) + self.place[axis]
+        return index
+
+    def group(self, *axes: str) -> dist.ProcessGroup | None:
+        """The ranks that differ from this one along these axes only; None if this rank is alone there."""
+        key = self._key(axes)
+        return self._groups[key] if key else None
+
+    def sub(self, *axes: str) -> DeviceMesh:
+        """The part of the `DeviceMesh` along these axes, which are all larger than one."""
+        assert self.device_mesh is not None
+        return self.device_mesh[axes if len(axes) > 1 else axes[0]]
+
+    @property
+    def samples(self) -> tuple[int, int]:
+        """Which share of every batch is this rank's, of how many."""
+        return self.index(*DATA), self.size(*DATA)
+
+    @property
+    def writer(self) -> int:
+        """The rank with the same stages that stands first along every other axis."""
+        return self.first_with(pp=self.place["pp"])
+
+    def first_with(self, pp: int) -> int:
+        """The rank at `pp` along the pipeline that stands first along every other axis."""
+        return min(rank for rank in range(self.layout.world_size) if self.layout.coordinates(rank)["pp"] == pp)
+
+    def ranks_along(self, axis: str) -> list[int]:
+        """Global ranks along one axis through this rank, in order."""
+        return [rank for rank in range(self.layout.world_size) if self._same(rank, {axis})]
+
+    def _key(self, axes: Iterable[str]) -> tuple[str, ...]:
+        wanted = set(axes)
+        return tuple(axis for axis in MESH_ORDER if axis in wanted and getattr(self.layout, axis) > 1)
+
+    def _same(self, rank: int, free: set[str], origin: dict[str, int] | None = None) -> bool:
+        other, mine = self.layout.coordinates(rank), origin or self.place
+        return all(other[axis] == mine[axis] for axis in MESH_ORDER if axis not in free)
+
+    def _make(self, key: tuple[str, ...]) -> None:
+        if not key or key in self._groups:
+            return
+        world = range(self.layout.world_size)
+        families = {tuple(r for r in world if self._same(r, set(key), self.layout.coordinates(rank))) for rank in world}
+        if len(families) == 1:
+            assert dist.group.WORLD is not None
+            self._groups[key] = dist.group.WORLD
+            return
+        for family in sorted(families):
+            group: Any = dist.new_group(list(family))
+            if self.rank in family:
+                self._groups[key] = group
+
+
+def sum_over(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Sum in place over the group (nothing to do without one)."""
+    if group is not None:
+        dist.all_reduce(values, group=group)
+    return values

@@ -1,0 +1,117 @@
+"""Pipeline parallelism: each rank holds some stages of the model, microbatches walk through them.
+
+The schedules are those of `torch.distributed.pipelining`. `naive` is GPipe with a single microbatch: one stage works while
+all others wait, the seed of the idea.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import schedules as torch_schedules
+
+from labkit.experiment.layout import Layout
+from labkit.parallel.mesh import Mesh
+from labkit.parallel.stages import held_by
+
+SCHEDULES = {
+    "naive": "ScheduleGPipe",
+    "gpipe": "ScheduleGPipe",
+    "1f1b": "Schedule1F1B",
+    "interleaved_1f1b": "ScheduleInterleaved1F1B",
+    "looped_bfs": "ScheduleLoopedBFS",
+    "interleaved_zero_bubble": "ScheduleInterleavedZeroBubble",
+    "zbv": "ScheduleZBVZeroBubble",
+    "dualpipev": "ScheduleDualPipeV",
+}
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(output of a microbatch, numbers of its samples) to the loss that is followed backward."""
+
+
+class _Held(nn.Module):
+    """Hides a sharded module from torch's stage, which would exchange gradients in the middle of the schedule."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x)
+        return out
+
+
+class Pipeline:
+    """The stages of one rank and the schedule that drives them."""
+
+    def __init__(
+        self, modules: dict[int, nn.Module], layout: Layout, mesh: Mesh, device: torch.device, loss: Loss
+    ) -> None:
+        group = mesh.group("pp")
+        assert group is not None
+        count = layout.pp * layout.stages_per_rank
+        self.modules, self.group, self.layout, self._mesh = modules, group, layout, mesh
+        self.first, self.last = 0 in modules, count - 1 in modules
+        self._loss, self._count, self._device = loss, count, device
+        self._stages = [
+            PipelineStage(_Held(module), number, count, device, group=group) for number, module in modules.items()
+        ]
+        self._schedule: Any = None
+
+    @property
+    def microbatches(self) -> int:
+        return 1 if self.layout.schedule == "naive" else self.layout.microbatches
+
+    def run(self, x: Tensor, samples: int) -> None:
+        """Forward and backward over a batch of `samples`, cut into microbatches."""
+        if self._schedule is None:
+            made = getattr(torch_schedules, SCHEDULES[self.layout.schedule])
+            single = issubclass(made, torch_schedules.PipelineScheduleSingle)
+            stages: Any = self._stages[0] if single else self._stages
+            self._schedule = made(stages, self.microbatches, loss_fn=self._loss, scale_grads=False)
+        inputs = (x,) if self.first else ()
+        target = torch.arange(samples, device=self._device) if self.last else None
+        self._schedule.step(*inputs, target=target, return_outputs=False)
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """Forward alone, stage after stage; the output on the ranks that hold the last stage, None elsewhere.
+
+        Shapes travel with the activations, so that the batch may have any size.
+        """
+        where = {number: place for place in range(self.layout.pp) for number in held_by(self.layout, place)}
+        ranks = self._mesh.ranks_along("pp")
+        me = self._mesh.index("pp")
+        out: Tensor | None = x if self.first else None
+        for number in range(self._count):
+            if where[number] != me:
+                continue
+            if number and where[number - 1] != me:
+                out = _receive(ranks[where[number - 1]], self.group, self._device)
+            assert out is not None
+            out = self.modules[number](out)
+            if number + 1 < self._count and where[number + 1] != me:
+                _send(out, ranks[where[number + 1]], self.group)
+        return out if self.last else None
+
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
+
+
+def _send(x: Tensor, to: int, group: dist.ProcessGroup) -> None:
+    shape = [_DTYPES.index(x.dtype), x.dim(), *x.shape]
+    dist.send(torch.tensor(shape + [0] * (8 - len(shape)), device=x.device), to, group)
+    dist.send(x.contiguous(), to, group)
+
+
+def _receive(source: int, group: dist.ProcessGroup, device: torch.device) -> Tensor:
+    head = torch.zeros(8, dtype=torch.int64, device=device)
+    dist.recv(head, source, group)
+    kind, dims, *shape = head.tolist()
+    x = torch.empty(shape[:dims], dtype=_DTYPES[kind], device=device)
+    dist.recv(x, source, group)
+    return x

@@ -1,0 +1,136 @@
+"""What an axis of the layout asks of the model and of the batch. Imports no torch: forms and commands read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import gcd
+from typing import Any
+
+from labkit.experiment.layout import Layout
+from labkit.experiment.machine import Machine
+from labkit.experiment.problem import Problem
+from labkit.experiment.registry import registry
+from labkit.experiment.schema import Experiment
+from labkit.parallel.stages import SEVERAL, V_SHAPED
+
+
+def _options(experiment: Experiment) -> Any:
+    return registry("workload")[experiment.workload.name].load().Options(**experiment.workload.options)
+
+
+def network(experiment: Experiment) -> str:
+    """The kind of network: gpt, transformers, resnet, vit, driver or custom."""
+    kinds = {"driving": "driver", "custom": "custom"}
+    name = experiment.workload.name
+    return kinds[name] if name in kinds else str(_options(experiment).model)
+
+
+def num_blocks(experiment: Experiment) -> int | None:
+    """Length of the chain of blocks; None where only the ranks know it."""
+    kind, options = network(experiment), _options(experiment)
+    if kind == "resnet":
+        return int(3 * options.network_depth + 2)
+    if kind == "vit":
+        return int(options.network_depth + 2)
+    return int(options.depth + 2) if kind in ("gpt", "driver") else None
+
+
+def _nearest(size: int, *numbers: int) -> int:
+    """The greatest size up to `size` that divides all numbers."""
+    whole = gcd(*numbers)
+    return max(part for part in range(1, size + 1) if whole % part == 0)
+
+
+class Shard:
+    """The axis dp_shard: ZeRO."""
+
+    @staticmethod
+    def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        return iter(())
+
+
+class TensorAxis:
+    """The axis tp: layers cut over ranks."""
+
+    @staticmethod
+    def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        kind, options, tp = network(experiment), _options(experiment), experiment.layout.tp
+        field = "layout.tp"
+        if kind in ("custom", "transformers"):
+            what = "your own model" if kind == "custom" else "a model of transformers"
+            yield Problem(field, f"labkit has no plan yet for cutting the layers of {what}", 1)
+            return
+        if kind == "gpt" and options.experts:
+            yield Problem(field, "labkit has no plan yet for cutting experts over tp", 1)
+        if kind in ("gpt", "vit") and options.heads % tp:
+            yield Problem(
+                field, f"{tp} ranks do not divide the {options.heads} attention heads", _nearest(tp, options.heads)
+            )
+        if kind == "resnet":
+            width = options.network_width
+            groups = gcd(width, 8)
+            if groups % tp:
+                yield Problem(
+                    field,
+                    f"{tp} ranks do not divide the {groups} channel groups of a width of {width}",
+                    _nearest(tp, groups),
+                )
+        if kind == "driver" and options.width % tp:
+            yield Problem(field, f"{tp} ranks do not divide a width of {options.width}", _nearest(tp, options.width))
+        if not experiment.layout.sequence_parallel:
+            return
+        if kind in ("resnet", "driver"):
+            yield Problem("layout.sequence_parallel", "this network has no sequence to cut", "false")
+            return
+        length = options.context if kind == "gpt" else (options.image_size // options.patch) ** 2
+        if length % tp:
+            yield Problem("layout.sequence_parallel", f"{tp} ranks do not divide a sequence of {length}", "false")
+
+
+class PipelineAxis:
+    """The axis pp: stages of a chain of blocks."""
+
+    @staticmethod
+    def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        layout = experiment.layout
+        blocks = num_blocks(experiment)
+        if blocks is None:
+            yield Problem("layout.pp", "labkit cannot cut this model into stages yet: it is no chain of blocks", 1)
+            return
+        yield from schedule_problems(layout)
+        count = layout.pp * layout.stages_per_rank
+        if blocks < count:
+            yield Problem(
+                "layout.pp",
+                f"{layout.pp} ranks × {layout.stages_per_rank} stages need at least {count} blocks, the model has {blocks}",
+                max(1, blocks // layout.stages_per_rank),
+            )
+        share = layout.data_parallel * experiment.gradients.accumulation
+        pieces = share * (1 if layout.schedule == "naive" else layout.microbatches)
+        if experiment.training.global_batch % pieces:
+            yield Problem(
+                "training.global_batch",
+                f"{pieces} microbatches of one size (data-parallel ranks × passes × microbatches) do not divide "
+                f"{experiment.training.global_batch} samples",
+                -(-experiment.training.global_batch // pieces) * pieces,
+            )
+
+
+def schedule_problems(layout: Layout) -> Iterator[Problem]:
+    """What the schedule asks of stages and microbatches."""
+    schedule, stages = layout.schedule, layout.stages_per_rank
+    count = layout.pp * stages
+    if schedule in V_SHAPED and stages != 2:
+        yield Problem("layout.stages_per_rank", f"{schedule} folds the pipeline: exactly 2 stages per rank", 2)
+    elif schedule in SEVERAL and stages < 2:
+        yield Problem("layout.stages_per_rank", f"{schedule} needs at least 2 stages per rank", 2)
+    elif schedule not in SEVERAL + V_SHAPED and stages != 1:
+        yield Problem("layout.stages_per_rank", f"{schedule} runs one stage per rank", 1)
+    least = {"1f1b": layout.pp, "dualpipev": count}.get(schedule, 1)
+    if layout.microbatches < least:
+        yield Problem("layout.microbatches", f"{schedule} needs at least as many microbatches as stages", least)
+    elif schedule in ("interleaved_1f1b", "interleaved_zero_bubble"):
+        rounds = max(1, layout.microbatches // layout.pp)
+        if layout.microbatches % rounds:
+            nearest = layout.microbatches // layout.pp * layout.pp
+            yield Problem("layout.microbatches", f"{schedule} needs a multiple of {layout.pp} microbatches", nearest)

@@ -1,0 +1,160 @@
+"""Tensor parallelism: single layers are cut over ranks (Shoeybi et al. 2019, arXiv:1909.08053).
+
+A pair of layers is cut so that nothing travels between the two: the first by columns (each rank computes some of the
+outputs), the second by rows (each rank adds up over some of the inputs), and one sum over the ranks completes the pair.
+In an attention the pair are query, key, value and the output layer, and the outputs of a rank are whole heads. The
+embedding is cut along the vocabulary.
+
+With `sequence_parallel` the activations between the pairs are cut along the sequence, so norms and residual sums are
+computed once instead of on every rank (Korthikanti et al. 2022, arXiv:2205.05198). What is replicated there sees a part
+of the tokens only: its gradient is noted as partial along `tp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from labkit.parallel import collectives
+from labkit.parallel.cut import add_partial, cut
+from labkit.parallel.mesh import Mesh
+
+SEQUENCE = 1
+"""Dimension of the sequence in activations [N, T, width]."""
+
+
+class Rows(nn.Module):
+    """A linear layer or convolution of which this rank holds some inputs; the results are summed over the ranks."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, mesh: Mesh, sequence: bool) -> None:
+        super().__init__()
+        group = mesh.group("tp")
+        assert group is not None
+        self.weight = cut(layer.weight, mesh, "tp", 1)
+        self.bias = layer.bias
+        self._run: Callable[[Tensor, Tensor], Tensor] = nn.functional.linear
+        if isinstance(layer, nn.Conv2d):
+            stride, padding = layer.stride, layer.padding
+            self._run = lambda x, weight: nn.functional.conv2d(x, weight, None, stride, padding)
+        self._group, self._sequence = group, sequence
+        if sequence and self.bias is not None:
+            add_partial(self.bias, "tp")
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = self._run(x, self.weight)
+        if self._sequence:
+            whole = collectives.sum_scatter(part, self._group, SEQUENCE)
+        else:
+            whole = collectives.leave(part, self._group)
+        # Once, after the sum.
+        return whole if self.bias is None else whole + self.bias
+
+
+class VocabularyPart(nn.Module):
+    """An embedding of which this rank holds some rows; the others contribute zeros."""
+
+    def __init__(self, embedding: nn.Embedding, mesh: Mesh, sequence: bool) -> None:
+        super().__init__()
+        group = mesh.group("tp")
+        assert group is not None
+        self.weight = cut(embedding.weight, mesh, "tp", 0)
+        self._first = mesh.index("tp") * len(self.weight)
+        self._group, self._sequence = group, sequence
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        local = tokens - self._first
+        mine = (local >= 0) & (local < len(self.weight))
+        part = nn.functional.embedding(local.where(mine, 0), self.weight) * mine.unsqueeze(-1)
+        if self._sequence:
+            return collectives.sum_scatter(part, self._group, SEQUENCE)
+        return collectives.leave(part, self._group)
+
+
+def columns(layer: nn.Linear | nn.Conv2d, mesh: Mesh) -> None:
+    """Keep this rank's outputs of the layer, in place."""
+    layer.weight = cut(layer.weight, mesh, "tp", 0)
+    if layer.bias is not None:
+        layer.bias = cut(layer.bias, mesh, "tp", 0)
+
+
+def entrance(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
+    """The input of `module` enters a region in which every rank computes a part."""
+    group = mesh.group("tp")
+    assert group is not None
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = inputs[0]
+        x = collectives.gather_sum(x, group, SEQUENCE) if sequence else collectives.enter(x, group)
+        return (x, *inputs[1:])
+
+    module.register_forward_pre_hook(hook)
+
+
+def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
+    """Cut every layer of `module` that has a plan, in place."""
+    from labkit.workloads.models.driver import Surroundings
+    from labkit.workloads.models.gpt import TokenEmbedding, TokenHead
+    from labkit.workloads.models.resnet import ResidualBlock
+    from labkit.workloads.models.transformer import MLP, Attention, Layer
+    from labkit.workloads.models.vit import MeanHead, PatchEmbedding
+
+    group = mesh.group("tp")
+    assert group is not None
+    for part in list(module.modules()):
+        if isinstance(part, Attention):
+            if part.heads % mesh.size("tp"):
+                raise ValueError(f"{mesh.size('tp')} ranks along tp do not divide {part.heads} heads")
+            for layer in (part.query, part.key, part.value):
+                columns(layer, mesh)
+            part.out = Rows(part.out, mesh, sequence)  # type: ignore[assignment]
+            entrance(part, mesh, sequence)
+        elif isinstance(part, MLP):
+            columns(part.up, mesh)
+            part.down = Rows(part.down, mesh, sequence)  # type: ignore[assignment]
+            entrance(part, mesh, sequence)
+        elif isinstance(part, Layer) and sequence:
+            for norm in (part.attention_norm, part.mlp_norm):
+                for parameter in norm.parameters():
+                    add_partial(parameter, "tp")
+        elif isinstance(part, TokenEmbedding):
+            part.token = VocabularyPart(part.token, mesh, sequence)  # type: ignore[assignment]
+            if sequence:
+                add_partial(part.position.weight, "tp")
+                part.cut_positions = (mesh.index("tp"), mesh.size("tp"))  # type: ignore[assignment]
+        elif isinstance(part, TokenHead):
+            columns(part.score, mesh)
+            entrance(part.score, mesh, sequence)
+            part.score.register_forward_hook(lambda m, i, out: collectives.gather(out, group, -1))
+            if sequence:
+                for parameter in part.norm.parameters():
+                    add_partial(parameter, "tp")
+        elif isinstance(part, PatchEmbedding) and sequence:
+            part.register_forward_hook(lambda m, i, out: collectives.scatter(out, group, SEQUENCE))
+        elif isinstance(part, MeanHead) and sequence:
+            part.register_forward_pre_hook(lambda m, i: (collectives.gather(i[0], group, SEQUENCE),))
+        elif isinstance(part, ResidualBlock):
+            _residual_block(part, mesh)
+        elif isinstance(part, Surroundings):
+            columns(part.each[0], mesh)  # type: ignore[arg-type]
+            part.each[2] = Rows(part.each[2], mesh, False)  # type: ignore[arg-type]
+            entrance(part.each, mesh, False)
+
+
+def _residual_block(block: nn.Module, mesh: Mesh) -> None:
+    """convolution by columns, group norm by whole groups, activation, convolution by rows."""
+    first, norm, _, second, _ = block.convs
+    size = mesh.size("tp")
+    if norm.num_groups % size:
+        raise ValueError(f"{size} ranks along tp do not divide {norm.num_groups} groups of channels")
+    columns(first, mesh)
+    norm.weight, norm.bias = cut(norm.weight, mesh, "tp", 0), cut(norm.bias, mesh, "tp", 0)
+    norm.num_groups, norm.num_channels = norm.num_groups // size, norm.num_channels // size
+    block.convs[3] = Rows(second, mesh, False)
+    entrance(block.convs, mesh, False)
+
+
+def is_cut(module: nn.Module) -> bool:
+    """Has any layer of the module a plan?"""
+    return any(isinstance(part, Rows | VocabularyPart) for part in module.modules())
