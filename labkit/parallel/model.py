@@ -39,7 +39,6 @@ class ParallelModel:
         self.mesh, self.task, self.layout = mesh, task, layout
         self._weight = 1.0
         self._batch: Batch = {}
-        self._loss_sum: Tensor | None = None
         self.stages = self._cut_into_stages(task.model)
         """Stage number to module; one stage, the whole model, without a pipeline."""
         if layout.tp > 1:
@@ -116,7 +115,7 @@ class ParallelModel:
         self, batch: Batch, samples: int, weight: float, last: bool, phase: Phase, autocast: Any
     ) -> Tensor | None:
         assert self.pipeline is not None
-        self._batch, self._weight, self._loss_sum = batch, weight / samples, None
+        self._batch, self._weight = batch, weight / samples
         phase("forward")
         if self.sync is not None:
             self.sync.begin_pass(last, eager=False)
@@ -124,7 +123,7 @@ class ParallelModel:
             for module in self.stages.values():
                 fsdp.hold_back(module)
         with autocast():
-            self.pipeline.run(batch["x"], samples)
+            losses = self.pipeline.run(batch["x"], samples)
         phase("backward")
         if self.sync is not None:
             self.sync.end_pass(last)
@@ -134,14 +133,11 @@ class ParallelModel:
             if last:
                 self._sum_rest()
         self._batch = {}
-        return self._loss_sum / samples if self._loss_sum is not None and self.reports else None
+        return torch.stack(losses).sum().detach() / weight if losses and self.reports else None
 
     def _stage_loss(self, output: Tensor, index: Tensor) -> Tensor:
         part = {name: value[index] for name, value in self._batch.items()}
-        total = self.task.loss(output, part) * len(index)
-        known = total.detach()
-        self._loss_sum = known if self._loss_sum is None else self._loss_sum + known
-        return total * self._weight
+        return self.task.loss(output, part) * (len(index) * self._weight)
 
     def _sum_rest(self) -> None:
         """Sharded gradients over the axes that `fully_shard` does not know."""

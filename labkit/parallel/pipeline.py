@@ -67,8 +67,8 @@ class Pipeline:
     def microbatches(self) -> int:
         return 1 if self.layout.schedule == "naive" else self.layout.microbatches
 
-    def run(self, x: Tensor, samples: int) -> None:
-        """Forward and backward over a batch of `samples`, cut into microbatches."""
+    def run(self, x: Tensor, samples: int) -> list[Tensor]:
+        """Forward and backward over a batch of `samples`, cut into microbatches; their losses on the last stage."""
         if self._schedule is None:
             made = getattr(torch_schedules, SCHEDULES[self.layout.schedule])
             single = issubclass(made, torch_schedules.PipelineScheduleSingle)
@@ -76,7 +76,9 @@ class Pipeline:
             self._schedule = made(stages, self.microbatches, loss_fn=self._loss, scale_grads=False)
         inputs = (x,) if self.first else ()
         target = torch.arange(samples, device=self._device) if self.last else None
-        self._schedule.step(*inputs, target=target, return_outputs=False)
+        losses: list[Tensor] = []
+        self._schedule.step(*inputs, target=target, losses=losses, return_outputs=False)
+        return losses
 
     def forward(self, x: Tensor) -> Tensor | None:
         """Forward alone, stage after stage; the output on the ranks that hold the last stage, None elsewhere.
