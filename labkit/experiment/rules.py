@@ -66,8 +66,6 @@ def planned_methods(experiment: Experiment, machine: Machine) -> Iterator[Proble
     if experiment.layout.schedule not in registry("layout.schedule"):
         names = ", ".join(registry("layout.schedule").names())
         yield Problem("layout.schedule", f"unknown schedule {experiment.layout.schedule!r}; known: {names}")
-    if experiment.layout.sequence_parallel and not axes["tp"].available:
-        yield Problem("layout.sequence_parallel", "sequence parallelism is not in this version of labkit yet", "false")
     if experiment.optimizer.state_bits != 32:
         yield Problem("optimizer.state_bits", "8-bit optimizer state is not in this version of labkit yet", 32)
     if experiment.launch.network is not None:
@@ -155,6 +153,8 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
         for name in ("microbatches", "stages_per_rank"):
             if getattr(layout, name) != 1:
                 yield Problem(f"layout.{name}", "has no effect without pipeline stages (layout.pp is 1)")
+    if layout.sequence_parallel and layout.tp == 1:
+        yield Problem("layout.sequence_parallel", "has no effect without tensor parallelism (layout.tp is 1)")
     if experiment.sparsity.method == "none" and experiment.sparsity.target > 0:
         yield Problem("sparsity.target", "has no effect while sparsity.method is none")
     if layout.world_size == 1 and experiment.launch.isolated:

@@ -1,4 +1,4 @@
-"""Collectives with a gradient: the pairs of Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et al. 2022).
+"""Collectives with a gradient: the pairs of Megatron-LM (arXiv:1909.08053, arXiv:2205.05198).
 
 | forward                  | backward                 | name              |
 |--------------------------|--------------------------|-------------------|
@@ -84,37 +84,36 @@ class _Pair(torch.autograd.Function):
         return ctx.back(grad, ctx.group, ctx.dim), None, None, None, None
 
 
+def _apply(function: Any, *inputs: Any) -> Tensor:
+    out: Tensor = function.apply(*inputs)
+    return out
+
+
 def enter(x: Tensor, group: Group) -> Tensor:
     """Into a region in which each rank computes a part."""
-    out: Tensor = _Enter.apply(x, group)
-    return out
+    return _apply(_Enter, x, group)
 
 
 def leave(x: Tensor, group: Group) -> Tensor:
     """Out of that region: the sum of the parts."""
-    out: Tensor = _Leave.apply(x, group)
-    return out
+    return _apply(_Leave, x, group)
 
 
 def gather_sum(x: Tensor, group: Group, dim: int) -> Tensor:
     """As `enter`, from activations that are cut along `dim`."""
-    out: Tensor = _Pair.apply(x, group, dim, _gather, _sum_scatter)
-    return out
+    return _apply(_Pair, x, group, dim, _gather, _sum_scatter)
 
 
 def sum_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     """As `leave`, to activations that are cut along `dim`."""
-    out: Tensor = _Pair.apply(x, group, dim, _sum_scatter, _gather)
-    return out
+    return _apply(_Pair, x, group, dim, _sum_scatter, _gather)
 
 
 def gather(x: Tensor, group: Group, dim: int) -> Tensor:
     """Whole again, for a computation that all ranks repeat."""
-    out: Tensor = _Pair.apply(x, group, dim, _gather, _own)
-    return out
+    return _apply(_Pair, x, group, dim, _gather, _own)
 
 
 def scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     """Keep the own part of what all ranks have computed."""
-    out: Tensor = _Pair.apply(x, group, dim, _own, _gather)
-    return out
+    return _apply(_Pair, x, group, dim, _own, _gather)

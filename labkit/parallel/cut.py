@@ -7,7 +7,7 @@ added after the backward pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,14 @@ def holding(parameter: Tensor) -> Holding:
 
 def note(parameter: Tensor, **changes: object) -> None:
     """Change what is noted on the parameter."""
-    from dataclasses import replace
-
     parameter.labkit_holding = replace(holding(parameter), **changes)  # type: ignore[attr-defined, arg-type]
 
 
-def cut(parameter: nn.Parameter, mesh: Mesh, axis: str, dim: int) -> nn.Parameter:
-    """This rank's part of the parameter, along `axis` of the mesh and dimension `dim`. ValueError if it is uneven."""
+def cut(parameter: Tensor, mesh: Mesh, axis: str, dim: int) -> nn.Parameter:
+    """The part of the parameter that this rank holds, along `axis` of the mesh and dimension `dim`.
+
+    ValueError if the ranks do not divide it.
+    """
     parts, index = mesh.size(axis), mesh.index(axis)
     if parameter.shape[dim] % parts:
         raise ValueError(f"{parts} ranks along {axis} do not divide {parameter.shape[dim]}")

@@ -1,7 +1,7 @@
 """The ranks as a mesh: who shares which axis with whom, and the process groups to talk in.
 
 One `DeviceMesh` over the axes that are larger than one, outermost first as in `MESH_ORDER`. Methods here also speak of
-products of axes (all ranks that see different samples are `dp_replicate × dp_shard × ep`), for which a mesh has no name.
+products of axes, for which a mesh has no name: ranks that see different samples are `dp_replicate × dp_shard × ep`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ REDUCED = ("dp_replicate", "dp_shard", "cp", "ep")
 
 
 class Mesh:
-    """The place of one rank in the layout. Making it is collective: all ranks make the same groups in the same order."""
+    """The place of one rank in the layout.
+
+    Making it is collective: all ranks make the same groups in the same order.
+    """
 
     def __init__(self, layout: Layout, rank: int, device_type: str, connect: bool = True) -> None:
         self.layout, self.rank = layout, rank

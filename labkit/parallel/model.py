@@ -1,8 +1,8 @@
 """The model of one rank: the layout applied to a workload's model, and one pass forward and backward through it.
 
 Order of application: cut the chain into stages (pp), cut layers (tp), then either shard what is left with `fully_shard`
-(ZeRO 3) or lay its gradients out in buckets (`GradientSync`: no sharding, ZeRO 1 and 2). Plain data parallelism takes torch's DDP
-instead, which overlaps best and to which compression hooks belong.
+(ZeRO 3) or lay its gradients out in buckets (`GradientSync`: no sharding, ZeRO 1 and 2). Plain data parallelism takes
+torch's DDP instead, which overlaps best and to which compression hooks belong.
 
 Losses are weighed so that gradients have to be *added up* over ranks, microbatches and passes, never averaged.
 """

@@ -1,7 +1,7 @@
 """Pipeline parallelism: each rank holds some stages of the model, microbatches walk through them.
 
-The schedules are those of `torch.distributed.pipelining`. `naive` is GPipe with a single microbatch: one stage works while
-all others wait, the seed of the idea.
+The schedules are those of `torch.distributed.pipelining`. `naive` is GPipe with a single microbatch: one stage works
+while all others wait, the seed of the idea.
 """
 
 from __future__ import annotations
@@ -34,16 +34,33 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """(output of a microbatch, numbers of its samples) to the loss that is followed backward."""
 
 
+class _Contiguous(torch.autograd.Function):
+    """Lets a tensor through; its gradient comes out in one piece, because it is sent on as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
 class _Held(nn.Module):
-    """Hides a sharded module from torch's stage, which would exchange gradients in the middle of the schedule."""
+    """One stage as torch's schedules see it: what is sent is in one piece, and sharding is hidden.
+
+    A sharded module that torch recognises would exchange gradients in the middle of the schedule.
+    """
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x = _Contiguous.apply(x)  # type: ignore[no-untyped-call]
         out: Tensor = self.inner(x)
-        return out
+        return out.contiguous()
 
 
 class Pipeline:

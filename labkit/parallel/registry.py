@@ -2,6 +2,8 @@
 
 from labkit.experiment.registry import Method, Registry
 
+_PIPELINE = "labkit.parallel.rules:PipelineAxis"
+
 AXES = Registry(
     "layout",
     "axis",
@@ -11,7 +13,7 @@ AXES = Registry(
         Method("tp", "tensor parallelism", "labkit.parallel.rules:TensorAxis"),
         Method("cp", "context parallelism"),
         Method("ep", "expert parallelism"),
-        Method("pp", "pipeline parallelism", "labkit.parallel.rules:PipelineAxis"),
+        Method("pp", "pipeline parallelism", _PIPELINE),
     ],
 )
 
@@ -19,13 +21,13 @@ SCHEDULES = Registry(
     "layout.schedule",
     "pipeline schedule",
     [
-        Method("naive", "one microbatch walks through the stages"),
-        Method("gpipe", "all forward passes, then all backward passes"),
-        Method("1f1b", "one forward, one backward"),
-        Method("interleaved_1f1b", "1F1B over several stages per rank"),
-        Method("looped_bfs", "several stages per rank, breadth first"),
-        Method("interleaved_zero_bubble", "weight gradients fill the bubble"),
-        Method("zbv", "zero bubble in a V over two stages per rank"),
-        Method("dualpipev", "two directions at once, in a V"),
+        Method("naive", "one microbatch walks through the stages", _PIPELINE),
+        Method("gpipe", "all forward passes, then all backward passes", _PIPELINE),
+        Method("1f1b", "one forward, one backward", _PIPELINE),
+        Method("interleaved_1f1b", "1F1B over several stages per rank", _PIPELINE),
+        Method("looped_bfs", "several stages per rank, breadth first", _PIPELINE),
+        Method("interleaved_zero_bubble", "weight gradients fill the bubble", _PIPELINE),
+        Method("zbv", "zero bubble in a V over two stages per rank", _PIPELINE),
+        Method("dualpipev", "two directions at once, in a V", _PIPELINE),
     ],
 )

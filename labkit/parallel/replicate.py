@@ -86,7 +86,7 @@ class ReplicatedModel:
             with autocast():
                 loss: Tensor = self.task.loss(self.wrapped(batch["x"]), batch)
             phase("backward")
-            (loss * weight).backward()  # type: ignore[no-untyped-call]
+            (loss * weight).backward()
         return loss.detach()
 
     def grad_norm(self) -> Tensor:

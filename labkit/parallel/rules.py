@@ -102,7 +102,7 @@ class PipelineAxis:
         if blocks < count:
             yield Problem(
                 "layout.pp",
-                f"{layout.pp} ranks × {layout.stages_per_rank} stages need at least {count} blocks, the model has {blocks}",
+                f"{layout.pp} ranks × {layout.stages_per_rank} stages need {count} blocks, the model has {blocks}",
                 max(1, blocks // layout.stages_per_rank),
             )
         share = layout.data_parallel * experiment.gradients.accumulation

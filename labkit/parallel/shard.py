@@ -1,11 +1,11 @@
 """ZeRO stage 3: parameters, gradients and optimizer state are sharded, by torch's `fully_shard` (FSDP2).
 
-Each block gathers its parameters just before it needs them and frees them afterwards (Rajbhandari et al. 2020; Zhao et al.
-2023, "PyTorch FSDP"). With dp_replicate beside dp_shard, shards are replicated: hybrid sharding (HSDP).
+Each block gathers its parameters just before it needs them and frees them afterwards (Rajbhandari et al. 2020; Zhao et
+al. 2023, "PyTorch FSDP"). With dp_replicate beside dp_shard, shards are replicated: hybrid sharding (HSDP).
 
-Inside a pipeline the exchange waits until the schedule is over. A schedule that splits the backward pass computes weight
-gradients outside of autograd's own run, where FSDP's hooks do not see them: with torch 2.13 the zero-bubble schedules then
-train silently wrong. So parameters stay gathered during the schedule, and one exchange follows it.
+Inside a pipeline the exchange waits until the schedule is over. A schedule that splits the backward pass computes
+weight gradients outside of autograd's own run, where FSDP's hooks do not see them: with torch 2.13 the zero-bubble
+schedules then train silently wrong. So parameters stay gathered during the schedule, and one exchange follows it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def hold_back(module: nn.Module) -> None:
     fsdp.set_requires_gradient_sync(False)
     fsdp.set_reshard_after_backward(False)
     fsdp.set_reshard_after_forward(False)
-    for part in fsdp.modules():
+    for part in module.modules():
         if isinstance(part, FSDPModule):
             part.unshard()
 

@@ -31,7 +31,7 @@ def whole(local: Tensor, holding: Holding, mesh: Mesh) -> Tensor:
 
 
 def part(tensor: Tensor, holding: Holding, mesh: Mesh) -> Tensor:
-    """This rank's part of an uncut tensor."""
+    """The part of an uncut tensor that this rank holds."""
     for axis, dim in holding.cuts.items():
         tensor = tensor.chunk(mesh.size(axis), dim)[mesh.index(axis)]
     return tensor

@@ -12,13 +12,13 @@ A bucket is a stretch of memory in which the gradients of some parameters lie on
 takes them all; with ZeRO the parameters themselves lie in such a stretch, rank r owns its r-th part, and the optimizer
 sees that part only. A bucket leaves as soon as the last of its gradients is there, while the backward pass goes on.
 
-Where a parameter's gradient is summed over other axes too (dp_replicate, cp, tp with sequence parallelism), the own part
-is summed over those afterwards. All of that is linear, so the order does not matter.
+Where a parameter's gradient is summed over other axes too (dp_replicate, cp, tp with sequence parallelism), the own
+part is summed over those afterwards. All of that is linear, so the order does not matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -156,7 +156,7 @@ class GradientSync:
     def __init__(self, named: Named, mesh: Mesh, stage: int, bucket_mb: float) -> None:
         self.stage, self.mesh = stage, mesh
         self.buckets: list[Bucket] = []
-        self._last_pass = False
+        self._last_pass, self._eager = False, True
         limit = bucket_mb * 2**20
         open_: dict[tuple[object, ...], Named] = {}
         # Gradients come in about the opposite order of the parameters.
@@ -179,7 +179,7 @@ class GradientSync:
             for parameter in bucket.parameters
         ]
 
-    def _ready(self, bucket: Bucket):  # type: ignore[no-untyped-def]
+    def _ready(self, bucket: Bucket) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             if not self._eager or not (self._last_pass or self.stage == 2):
                 return
@@ -188,8 +188,6 @@ class GradientSync:
                 bucket.send()
 
         return hook
-
-    _eager = True
 
     def begin_pass(self, last: bool, eager: bool = True) -> None:
         """Before a pass; gradients leave during the last one (with stage 2 during each one) if `eager`."""
@@ -241,7 +239,8 @@ class GradientSync:
         for bucket in self.buckets:
             share = bucket.parts / copies(bucket.holding, self.mesh) if bucket.holding.counted else 0.0
             if self.stage:
-                assert bucket.own is not None and bucket.own.grad is not None
+                assert bucket.own is not None
+                assert bucket.own.grad is not None
                 yield bucket.own.grad, share
             else:
                 assert bucket.gradient is not None

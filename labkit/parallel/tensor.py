@@ -122,7 +122,7 @@ def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
             part.token = VocabularyPart(part.token, mesh, sequence)  # type: ignore[assignment]
             if sequence:
                 add_partial(part.position.weight, "tp")
-                part.cut_positions = (mesh.index("tp"), mesh.size("tp"))  # type: ignore[assignment]
+                part.cut_positions = (mesh.index("tp"), mesh.size("tp"))
         elif isinstance(part, TokenHead):
             columns(part.score, mesh)
             entrance(part.score, mesh, sequence)
@@ -143,16 +143,17 @@ def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
 
 
 def _residual_block(block: nn.Module, mesh: Mesh) -> None:
-    """convolution by columns, group norm by whole groups, activation, convolution by rows."""
-    first, norm, _, second, _ = block.convs
+    """Convolution by columns, group norm by whole groups, activation, convolution by rows."""
+    convs: Any = block.convs
+    first, norm, _, second, _ = convs
     size = mesh.size("tp")
     if norm.num_groups % size:
         raise ValueError(f"{size} ranks along tp do not divide {norm.num_groups} groups of channels")
     columns(first, mesh)
     norm.weight, norm.bias = cut(norm.weight, mesh, "tp", 0), cut(norm.bias, mesh, "tp", 0)
     norm.num_groups, norm.num_channels = norm.num_groups // size, norm.num_channels // size
-    block.convs[3] = Rows(second, mesh, False)
-    entrance(block.convs, mesh, False)
+    convs[3] = Rows(second, mesh, False)
+    entrance(convs, mesh, False)
 
 
 def is_cut(module: nn.Module) -> bool:

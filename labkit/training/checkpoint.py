@@ -110,15 +110,16 @@ def read(folder: Path) -> Stored:
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("step"), int):
         raise ValueError(f"{folder} is not a checkpoint of this version of labkit")
     numbers = content.get("optimizer")
+    if not isinstance(numbers, dict):
+        raise ValueError(f"the checkpoint {folder.name} is damaged: its numbers cannot be read")
     weights: dict[str, Tensor] = {}
     tensors: dict[str, Tensor] = {}
     with _one_sentence(folder):
-        load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")  # must be there
-        for path in sorted(folder.glob("model*.safetensors")):
-            weights |= load_file(path)
-        for path in sorted(folder.glob("optimizer*.safetensors")):
-            tensors |= load_file(path)
-    return Stored(int(content["step"]), weights, tensors, numbers if isinstance(numbers, dict) else {})
+        for kind, found in (("model", weights), ("optimizer", tensors)):
+            first = folder / f"{kind}.safetensors"  # must be there; the others are those of a pipeline's ranks
+            for path in {first: None} | dict.fromkeys(sorted(folder.glob(f"{kind}-*.safetensors"))):
+                found |= load_file(path)
+    return Stored(int(content["step"]), weights, tensors, numbers)
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -127,10 +127,10 @@ def test_resume_goes_on(measured: dict[str, Any], capsys: pytest.CaptureFixture[
 def test_validate(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", file]) == 0
     assert capsys.readouterr().out.startswith("This can run here.")
-    code, found = run_json(capsys, "validate", file, "--set", "layout=tp2")
+    code, found = run_json(capsys, "validate", file, "--set", "layout=cp2")
     assert code == 2
     assert found["valid"] is False
-    assert found["problems"][0]["field"] == "layout.tp"
+    assert found["problems"][0]["field"] == "layout.cp"
     code, found = run_json(capsys, "validate", file, "--set", "sparsity.target=0.5")
     assert (code, found["valid"]) == (0, True)
     assert any("no effect" in warning for warning in found["warnings"])

@@ -100,12 +100,12 @@ CASES = [
     sets("batch beyond the data", ["workload.shift=0", "training.global_batch=5000"], "has 1438 samples"),
     sets("more passes than samples", "gradients.accumulation=100", "need at least 200 samples"),
     sets("unknown device", "launch.device=tpu", "must be one of 'auto', 'cpu' or 'cuda'"),
-    sets("isolated tensor parallelism", ["layout=dp2·tp2", "launch.isolated=true"], "tensor parallelism", "plain data"),
+    sets("isolated tensor parallelism", ["layout=dp2·tp2", "launch.isolated=true"], "plain data"),
     # methods
     sets("unknown workload", "workload.name=visoin", "unknown workload 'visoin'", "vision"),
     sets("unknown method", "gradients.compression.method=zip", "unknown compression method 'zip'"),
     sets("planned method", "gradients.compression.method=topk", "topk is not in this version of labkit yet"),
-    sets("planned axis", "layout=tp2", "tensor parallelism is not in this version of labkit yet"),
+    sets("planned axis", "layout=cp2", "context parallelism is not in this version of labkit yet"),
     sets("planned network", "launch.network.rate_mbit=100", "a slower link is not in this version"),
     sets("network without a rate", "launch.network.delay_ms=1", "launch.network.rate_mbit: is required"),
     sets("planned number format", "quantization.training=fp8", "fp8 is not in this version"),
@@ -177,8 +177,10 @@ CASES = [
     Case("steps in words", ["check", "--steps", "many"], ["must be a whole number of at least 1, got 'many'"]),
     Case("unknown precision", ["check", "--precision", "fp8"], ["invalid choice: 'fp8'"]),
     Case("check what cannot run", ["check", "--set", "training.global_batch=1"], ["need at least 2 samples"]),
-    Case("validate what cannot run", ["validate", "--set", "layout=pp2"], ["pipeline parallelism is not in this"]),
-    Case("validate, as JSON", ["validate", "--json", "--set", "layout=pp2"], ["pipeline parallelism is not in this"]),
+    Case("validate what cannot run", ["validate", "--set", "layout=pp2"], ["1f1b needs at least as many microbatches"]),
+    Case(
+        "validate, as JSON", ["validate", "--json", "--set", "layout=pp2"], ["1f1b needs at least as many microbatches"]
+    ),
 ]
 if not GPU:
     CASES.append(sets("no GPU", "launch.device=cuda", "no GPU can be used"))

@@ -30,10 +30,22 @@ def problems(changes: str, machine: Machine = CPU) -> list[str]:
         ("layout=dp4 training.global_batch=4", CPU, []),
         ("layout=dp2 gradients.accumulation=3 training.global_batch=5", CPU, ["training.global_batch"]),
         ("layout=dp2 gradients.accumulation=3 training.global_batch=6", CPU, []),
-        ("layout=tp2", CPU, ["layout.tp"]),
-        ("layout=dp2·tp2 launch.isolated=true", CPU, ["layout.tp", "launch.isolated"]),
+        ("layout=cp2", CPU, ["layout.cp"]),
+        ("layout=dp2·tp2 launch.isolated=true", CPU, ["launch.isolated"]),
         ("layout=dp2 launch.isolated=true", CPU, []),
-        ("layout.sequence_parallel=true", CPU, ["layout.sequence_parallel"]),
+        ("layout=tp3 workload.name=language", CPU, ["layout.tp"]),
+        ("layout=tp2 layout.sequence_parallel=true", CPU, ["layout.sequence_parallel"]),
+        ("layout=pp2 layout.microbatches=1", CPU, ["layout.microbatches"]),
+        ("layout=pp2 layout.microbatches=5", CPU, ["training.global_batch"]),
+        ("layout=pp2 layout.schedule=zbv layout.microbatches=4", CPU, ["layout.stages_per_rank"]),
+        ("layout=pp2 layout.schedule=gpipe layout.stages_per_rank=2", CPU, ["layout.stages_per_rank"]),
+        ("layout=pp8 layout.microbatches=8", CPU, ["layout.pp"]),
+        (
+            "layout=pp2 layout.schedule=interleaved_1f1b layout.stages_per_rank=2 layout.microbatches=5 "
+            "training.global_batch=50",
+            CPU,
+            ["layout.microbatches"],
+        ),
         ("optimizer.state_bits=8", CPU, ["optimizer.state_bits"]),
         ("sparsity.method=rigl", CPU, ["sparsity.method"]),
         ("gradients.update.method=diloco", CPU, ["gradients.update.method"]),
@@ -59,6 +71,7 @@ def test_rules(changes: str, machine: Machine, fields: list[str]) -> None:
         ("layout.microbatches=4", CPU, ["no effect without pipeline"]),
         ("sparsity.target=0.5", CPU, ["no effect while sparsity.method is none"]),
         ("launch.isolated=true", CPU, ["no effect on one rank"]),
+        ("layout.sequence_parallel=true", CPU, ["no effect without tensor parallelism"]),
         ("optimizer.warmup_steps=200", CPU, ["never reaches its value in 100 steps"]),
     ],
 )
@@ -94,7 +107,7 @@ def test_resolve_with_a_number_of_ranks() -> None:
 
 def test_check_raises_every_reason() -> None:
     with pytest.raises(ExperimentError) as refused:
-        Experiment().replace("layout=tp2", "launch.device=cuda", "sparsity.method=set").check(CPU)
+        Experiment().replace("layout=cp2", "launch.device=cuda", "sparsity.method=set").check(CPU)
     assert len(refused.value.problems) == 3
     assert len(str(refused.value).splitlines()) == 3
 

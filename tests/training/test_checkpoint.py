@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from labkit.experiment import Experiment, Optimizer
 from labkit.experiment.run_directory import RunDirectory
 from labkit.training import checkpoint
-from labkit.training.optimizers import make_optimizer
+from labkit.training.optimizers import by_shape, make_optimizer
 
 
 class Tied(nn.Module):
@@ -36,7 +36,7 @@ class Tied(nn.Module):
 def made(seed: int, name: Any = "adamw", momentum: float = 0.9, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(seed)
     model = Tied().to(dtype)
-    return model, make_optimizer(Optimizer(name=name, lr=0.05, momentum=momentum), model.parameters())
+    return model, make_optimizer(Optimizer(name=name, lr=0.05, momentum=momentum), by_shape(model.parameters()))
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> list[float]:
@@ -172,4 +172,4 @@ def test_a_checkpoint_of_another_model_is_refused(directory: RunDirectory) -> No
     folder = checkpoint.save(directory, 1, model, optimizer, Experiment(), writes=True)
     other = nn.Linear(4, 7)
     with pytest.raises(ValueError, match="does not fit this model"):
-        checkpoint.load(folder, other, make_optimizer(Optimizer(), other.parameters()))
+        checkpoint.load(folder, other, make_optimizer(Optimizer(), by_shape(other.parameters())))
