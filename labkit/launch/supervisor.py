@@ -39,6 +39,10 @@ HELD_UP_S = 0.5
 """A rank that has not moved for so long when the time to stop is over is the one that the others wait for."""
 
 
+STACK_LINES = 60
+"""The stacks of all threads of a silent rank; where it hangs stands at the top of the last one."""
+
+
 class Supervisor:
     """Everything that one run needs while it runs."""
 
@@ -147,7 +151,7 @@ class Supervisor:
             f"{_ranks(guilty)} {'is' if len(guilty) == 1 else 'are'} silent for {silence:.0f} s, in {place.phase} "
             f"of step {place.step} (launch.timeout_s is {limit:g})",
             rank=guilty[0],
-            log=logs.tail(self.directory.log(guilty[0])),
+            log=logs.tail(self.directory.log(guilty[0]), STACK_LINES),
         )
         self._end_by(time.monotonic())
 
