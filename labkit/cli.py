@@ -170,6 +170,7 @@ def _print_json(data: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from labkit.experiment.one_process import one_process
     from labkit.launch import launch
     from labkit.runs import Run
     from labkit.runs.compare import named_baseline
@@ -181,7 +182,7 @@ def _run(options: argparse.Namespace) -> int:
     experiment = _experiment(options, resumed.experiment if resumed else None).check()
     baseline = {"none": None, "auto": "auto", "measure": None}.get(options.baseline, options.baseline)
     if options.baseline == "measure" and experiment.layout.world_size > 1:
-        base = launch(_alone(experiment), baseline=None)
+        base = launch(one_process(experiment, f"baseline: {experiment.title}"), baseline=None)
         if follow(base, quiet=options.json).state != "finished":
             return _end(base, options)
         baseline = base.id
@@ -194,12 +195,6 @@ def _run(options: argparse.Namespace) -> int:
         _print_json({"run_id": run.id}) if options.json else print(run.id)
         return 0
     return _end(follow(run, quiet=options.json), options)
-
-
-def _alone(experiment: Experiment) -> Experiment:
-    """The same training as one process in one pass."""
-    name = f"baseline: {experiment.title}"[:200]
-    return experiment.set({"layout": {}, "gradients.accumulation": 1, "launch.isolated": False, "name": name})
 
 
 def _end(run: Any, options: argparse.Namespace) -> int:

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 AXES = ("dp_replicate", "dp_shard", "cp", "tp", "ep", "pp")
 # Outermost first: neighbours along the last axis sit closest to each other.
 MESH_ORDER = ("pp", "dp_replicate", "dp_shard", "cp", "ep", "tp")
+DATA_AXES = ("dp_replicate", "dp_shard", "ep")
+"""Along these ranks see different samples."""
 SHORT = {"dp_replicate": "dp", "dp_shard": "shard", "cp": "cp", "tp": "tp", "ep": "ep", "pp": "pp"}
 _LONG = {short: axis for axis, short in SHORT.items()} | {"dp_shard": "dp_shard", "dp_replicate": "dp_replicate"}
 
@@ -107,7 +109,7 @@ class Layout(BaseModel):
     @property
     def data_parallel(self) -> int:
         """Number of ranks that see different samples."""
-        return self.dp_replicate * self.dp_shard * self.ep
+        return prod(getattr(self, axis) for axis in DATA_AXES)
 
     def resolve(self, world_size: int) -> Layout:
         """Fill in the axis that is -1; ValueError, with the equation, if the product is not `world_size`."""
@@ -138,6 +140,13 @@ class Layout(BaseModel):
             place[axis] = rank % size
             rank //= size
         return {axis: place[axis] for axis in MESH_ORDER}
+
+    def share(self, rank: int) -> int:
+        """Which of the `data_parallel` shares of every batch is that of `rank`."""
+        place, share = self.coordinates(rank), 0
+        for axis in DATA_AXES:
+            share = share * getattr(self, axis) + place[axis]
+        return share
 
     def grid(self) -> list[dict[str, Any]]:
         """The rank table that the notebook draws: one row a rank, with its place on every axis larger than one."""

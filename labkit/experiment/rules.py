@@ -153,6 +153,8 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
         for name in ("microbatches", "stages_per_rank"):
             if getattr(layout, name) != 1:
                 yield Problem(f"layout.{name}", "has no effect without pipeline stages (layout.pp is 1)")
+    elif layout.schedule == "naive" and layout.microbatches != 1:
+        yield Problem("layout.microbatches", "has no effect: the naive schedule has a single microbatch")
     if layout.sequence_parallel and layout.tp == 1:
         yield Problem("layout.sequence_parallel", "has no effect without tensor parallelism (layout.tp is 1)")
     if experiment.sparsity.method == "none" and experiment.sparsity.target > 0:

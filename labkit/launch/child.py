@@ -18,9 +18,9 @@ from labkit.experiment import Experiment
 from labkit.experiment.run_directory import EXIT_STOPPED, RunDirectory
 from labkit.runs.processes import die_with_parent
 
-# A kernel may itself have been started by torchrun or under MPI; its place there is none of the rank's business.
 # Accelerate takes settings from these, e.g. accumulation, and would change the training behind the experiment's back.
 _OF_ACCELERATE = ("ACCELERATE_", "PARALLELISM_CONFIG_", "FSDP_")
+# A kernel may itself have been started by torchrun or under MPI; its place there is none of the rank's business.
 _FROM_OTHER_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from labkit.experiment import Experiment
+from labkit.experiment.one_process import one_process
 from labkit.launch.client import launch
 from labkit.runs.run import Run, RunFailed
 
@@ -94,8 +95,7 @@ def check(
                 "quantization.training": precision,
             }
         )
-        name = f"parity reference {precision}: {experiment.title}"[:200]
-        alone = proof.set({"layout": {}, "gradients.accumulation": 1, "name": name})
+        alone = one_process(proof, f"parity reference {precision}: {experiment.title}")
         runs = []
         for part in (alone, proof.set({"name": f"parity {precision}: {experiment.title}"[:200]})):
             say(f"{part.title}: layout {part.layout}, {steps} steps")

@@ -60,8 +60,6 @@ class Supervisor:
         self.held_up_by: list[int] = []
         """Ranks for which the others were still waiting when the time to stop was over."""
         self.next_progress = 0.0
-        # As text: looked at many times a second beside ranks that need every core.
-        self._folder, self._stop_file = str(directory.path), str(directory.stop)
         self.rendezvous = rendezvous.make_folder()
 
     def start(self) -> None:
@@ -109,7 +107,7 @@ class Supervisor:
         if self.stop is not None:
             return
         limit = self.experiment.launch.max_duration_s
-        if os.path.exists(self._stop_file):
+        if self.directory.stop.exists():
             request = read_json(self.directory.stop)
             grace = request.get("grace_s") if isinstance(request, dict) else None
             self._begin_stop("stop", "stopped on request", grace)
@@ -118,7 +116,7 @@ class Supervisor:
 
     def _look_for_directory(self) -> None:
         """Without its directory a run can neither be seen nor be stopped: it must not go on."""
-        if self.fault is None and not os.path.isdir(self._folder):
+        if self.fault is None and not self.directory.path.is_dir():
             self.fault = run_status.cause("disk", f"the run directory {self.directory.path} was removed")
             self._end_by(time.monotonic())
 

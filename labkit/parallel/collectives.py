@@ -31,7 +31,8 @@ def _sum(x: Tensor, group: Group) -> Tensor:
     return x
 
 
-def _gather(x: Tensor, group: Group, dim: int) -> Tensor:
+def gathered(x: Tensor, group: Group, dim: int) -> Tensor:
+    """The parts of all ranks, one after the other along `dim`; without a gradient."""
     moved = x.movedim(dim, 0).contiguous()
     out = moved.new_empty((group.size() * moved.shape[0], *moved.shape[1:]))
     dist.all_gather_into_tensor(out, moved, group=group)
@@ -101,19 +102,19 @@ def leave(x: Tensor, group: Group) -> Tensor:
 
 def gather_sum(x: Tensor, group: Group, dim: int) -> Tensor:
     """As `enter`, from activations that are cut along `dim`."""
-    return _apply(_Pair, x, group, dim, _gather, _sum_scatter)
+    return _apply(_Pair, x, group, dim, gathered, _sum_scatter)
 
 
 def sum_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     """As `leave`, to activations that are cut along `dim`."""
-    return _apply(_Pair, x, group, dim, _sum_scatter, _gather)
+    return _apply(_Pair, x, group, dim, _sum_scatter, gathered)
 
 
 def gather(x: Tensor, group: Group, dim: int) -> Tensor:
     """Whole again, for a computation that all ranks repeat."""
-    return _apply(_Pair, x, group, dim, _gather, _own)
+    return _apply(_Pair, x, group, dim, gathered, _own)
 
 
 def scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     """Keep the own part of what all ranks have computed."""
-    return _apply(_Pair, x, group, dim, _own, _gather)
+    return _apply(_Pair, x, group, dim, _own, gathered)

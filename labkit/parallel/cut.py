@@ -22,8 +22,6 @@ class Holding:
     cuts: dict[str, int] = field(default_factory=dict)
     """Axis to dimension."""
     partial: frozenset[str] = frozenset()
-    counted: bool = True
-    """False for the second copy of a tied parameter, which the gradient norm must not count again."""
 
 
 def holding(parameter: Tensor) -> Holding:
@@ -38,13 +36,9 @@ def note(parameter: Tensor, **changes: object) -> None:
 
 
 def cut(parameter: Tensor, mesh: Mesh, axis: str, dim: int) -> nn.Parameter:
-    """The part of the parameter that this rank holds, along `axis` of the mesh and dimension `dim`.
-
-    ValueError if the ranks do not divide it.
-    """
+    """The part of the parameter that this rank holds, along `axis` of the mesh and dimension `dim`."""
     parts, index = mesh.size(axis), mesh.index(axis)
-    if parameter.shape[dim] % parts:
-        raise ValueError(f"{parts} ranks along {axis} do not divide {parameter.shape[dim]}")
+    assert parameter.shape[dim] % parts == 0, "refused by a rule"
     part = nn.Parameter(
         parameter.detach().chunk(parts, dim)[index].clone(memory_format=torch.contiguous_format),
         requires_grad=parameter.requires_grad,

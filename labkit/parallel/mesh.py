@@ -16,8 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from labkit.experiment.layout import MESH_ORDER, Layout
 
-DATA = ("dp_replicate", "dp_shard", "ep")
-"""Axes along which ranks see different samples."""
 REDUCED = ("dp_replicate", "dp_shard", "cp", "ep")
 """Axes over which the gradient of a parameter is summed, unless the parameter itself is cut along one of them."""
 
@@ -40,14 +38,8 @@ class Mesh:
         for axis in named:
             self._groups[(axis,)] = self.device_mesh.get_group(axis)
         everyone = [axis for axis in REDUCED if axis in named]
-        for axes in (
-            everyone,
-            [*everyone, "tp"],
-            [axis for axis in everyone if axis != "ep"],
-            [axis for axis in everyone if axis != "dp_shard"],
-            [*(axis for axis in everyone if axis != "dp_shard"), "tp"],
-            [axis for axis in everyone if axis not in ("dp_shard", "ep")],
-        ):
+        unsharded = [axis for axis in everyone if axis != "dp_shard"]
+        for axes in (everyone, [*everyone, "tp"], unsharded, [*unsharded, "tp"]):
             self._make(self._key(axes))
 
     def size(self, *axes: str) -> int:
@@ -74,7 +66,7 @@ class Mesh:
     @property
     def samples(self) -> tuple[int, int]:
         """Which share of every batch is this rank's, of how many."""
-        return self.index(*DATA), self.size(*DATA)
+        return self.layout.share(self.rank), self.layout.data_parallel
 
     @property
     def writer(self) -> int:
@@ -84,10 +76,6 @@ class Mesh:
     def first_with(self, pp: int) -> int:
         """The rank at `pp` along the pipeline that stands first along every other axis."""
         return min(rank for rank in range(self.layout.world_size) if self.layout.coordinates(rank)["pp"] == pp)
-
-    def ranks_along(self, axis: str) -> list[int]:
-        """Global ranks along one axis through this rank, in order."""
-        return [rank for rank in range(self.layout.world_size) if self._same(rank, {axis})]
 
     def _key(self, axes: Iterable[str]) -> tuple[str, ...]:
         wanted = set(axes)

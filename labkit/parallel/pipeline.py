@@ -75,6 +75,8 @@ class Pipeline:
         self.modules, self.group, self.layout, self._mesh = modules, group, layout, mesh
         self.first, self.last = 0 in modules, count - 1 in modules
         self._loss, self._count, self._device = loss, count, device
+        self._where = {number: place for place in range(layout.pp) for number in held_by(layout, place)}
+        self._ranks = dist.get_process_group_ranks(group)
         self._stages = [
             PipelineStage(_Held(module), number, count, device, group=group) for number, module in modules.items()
         ]
@@ -102,9 +104,7 @@ class Pipeline:
 
         Shapes travel with the activations, so that the batch may have any size.
         """
-        where = {number: place for place in range(self.layout.pp) for number in held_by(self.layout, place)}
-        ranks = self._mesh.ranks_along("pp")
-        me = self._mesh.index("pp")
+        where, ranks, me = self._where, self._ranks, self._mesh.index("pp")
         out: Tensor | None = x if self.first else None
         for number in range(self._count):
             if where[number] != me:
@@ -117,20 +117,39 @@ class Pipeline:
                 _send(out, ranks[where[number + 1]], self.group)
         return out if self.last else None
 
+    def share(self, output: Tensor | None) -> Tensor:
+        """The output that the last stage has made, on every rank of the pipeline."""
+        holder = self._ranks[self._where[self._count - 1]]
+        head = torch.zeros(HEAD, dtype=torch.int64, device=self._device) if output is None else _head(output)
+        dist.broadcast(head, holder, self.group)
+        shared = _empty(head) if output is None else output.contiguous()
+        dist.broadcast(shared, holder, self.group)
+        return shared
 
+
+# Kind, number of dimensions and shape go ahead of a tensor whose receiver does not know them.
+HEAD = 8
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
 
 
-def _send(x: Tensor, to: int, group: dist.ProcessGroup) -> None:
+def _head(x: Tensor) -> Tensor:
     shape = [_DTYPES.index(x.dtype), x.dim(), *x.shape]
-    dist.send(torch.tensor(shape + [0] * (8 - len(shape)), device=x.device), to, group)
+    return torch.tensor(shape + [0] * (HEAD - len(shape)), device=x.device)
+
+
+def _empty(head: Tensor) -> Tensor:
+    kind, dims, *shape = head.tolist()
+    return torch.empty(shape[:dims], dtype=_DTYPES[kind], device=head.device)
+
+
+def _send(x: Tensor, to: int, group: dist.ProcessGroup) -> None:
+    dist.send(_head(x), to, group)
     dist.send(x.contiguous(), to, group)
 
 
 def _receive(source: int, group: dist.ProcessGroup, device: torch.device) -> Tensor:
-    head = torch.zeros(8, dtype=torch.int64, device=device)
+    head = torch.zeros(HEAD, dtype=torch.int64, device=device)
     dist.recv(head, source, group)
-    kind, dims, *shape = head.tolist()
-    x = torch.empty(shape[:dims], dtype=_DTYPES[kind], device=device)
+    x = _empty(head)
     dist.recv(x, source, group)
     return x

@@ -13,14 +13,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from labkit.parallel.decay import by_shape
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     import torch
     from accelerate import Accelerator
     from torch import Tensor, nn
 
     from labkit.experiment import Experiment
+    from labkit.parallel.cut import Holding
+    from labkit.parallel.mesh import Mesh
     from labkit.workloads.base import Batch, Task
 
 
@@ -66,18 +70,18 @@ class ReplicatedModel:
     """The whole model on every rank: the same methods as `labkit.parallel.model.ParallelModel`, on DDP."""
 
     reports = True
+    sharded = ()
 
-    def __init__(self, experiment: Experiment, task: Task, accelerator: Accelerator, update: Any) -> None:
-        self.task, self.bare, self._update = task, task.model, update
+    def __init__(self, experiment: Experiment, task: Task, mesh: Mesh, accelerator: Accelerator, update: Any) -> None:
+        self.task, self.bare, self.mesh, self._update = task, task.model, mesh, update
+        self.stages = {0: task.model}
+        self.holdings: dict[str, Holding] = {}
         self.wrapped = Replicate.apply(accelerator, task.model)
         self.averaged_over = experiment.layout.dp_replicate
 
     def optimized(self) -> list[tuple[nn.Parameter, bool]]:
         """What the optimizer works on, and whether it decays."""
-        return [(parameter, parameter.dim() >= 2) for parameter in self.bare.parameters()]
-
-    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        yield from self.bare.named_parameters()
+        return by_shape(self.bare.parameters())
 
     def run_pass(self, batch: Batch, weight: float, last: bool, phase: Callable[[str], None], autocast: Any) -> Tensor:
         """Forward and backward; DDP averages over the ranks, hence `averaged_over`."""
@@ -109,6 +113,10 @@ class ReplicatedModel:
         """Output of the model for evaluation."""
         out: Tensor = self.bare(x)
         return out
+
+    def communication(self) -> dict[str, float] | None:
+        """Gradient bytes and exposed seconds per update; None on one rank."""
+        return Replicate.communication(self.wrapped)
 
     def train(self, mode: bool = True) -> None:
         self.bare.train(mode)

@@ -12,6 +12,7 @@ from labkit.experiment.problem import Problem
 from labkit.experiment.registry import registry
 from labkit.experiment.schema import Experiment
 from labkit.parallel.stages import SEVERAL, V_SHAPED
+from labkit.workloads.language import BYTES
 
 
 def _options(experiment: Experiment) -> Any:
@@ -42,11 +43,7 @@ def _nearest(size: int, *numbers: int) -> int:
 
 
 class Shard:
-    """The axis dp_shard: ZeRO."""
-
-    @staticmethod
-    def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        return iter(())
+    """The axis dp_shard: ZeRO. It asks for nothing."""
 
 
 class TensorAxis:
@@ -66,6 +63,8 @@ class TensorAxis:
             yield Problem(
                 field, f"{tp} ranks do not divide the {options.heads} attention heads", _nearest(tp, options.heads)
             )
+        if kind == "gpt" and BYTES % tp:
+            yield Problem(field, f"{tp} ranks do not divide a vocabulary of {BYTES}", _nearest(tp, BYTES))
         if kind == "resnet":
             width = options.network_width
             groups = gcd(width, 8)

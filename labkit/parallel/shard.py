@@ -10,49 +10,107 @@ schedules then train silently wrong. So parameters stay gathered during the sche
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
-from labkit.parallel.mesh import Mesh
+from labkit.parallel.cut import Holding
+from labkit.parallel.decay import by_shape
+from labkit.parallel.mesh import Mesh, sum_over
+from labkit.parallel.sync import ShardedBucket, copies, summed_axes
+from labkit.workloads.base import Blocks
 
-
-def shard(module: nn.Module, blocks: list[nn.Module], mesh: Mesh) -> None:
-    """Shard every block of `module`, then what is left of it, in place."""
-    axes = ("dp_replicate", "dp_shard") if mesh.size("dp_replicate") > 1 else ("dp_shard",)
-    grid = mesh.sub(*axes)
-    for block in blocks:
-        if any(True for _ in block.parameters()):
-            fully_shard(block, mesh=grid)
-    fully_shard(module, mesh=grid)
+AXES = ("dp_replicate", "dp_shard")
+"""Over these `fully_shard` adds gradients up, and divides by the number of ranks."""
 
 
-def averaged_over(mesh: Mesh) -> int:
-    """FSDP divides by the number of ranks; the loss is multiplied by as many, because labkit adds up."""
-    return mesh.size("dp_replicate", "dp_shard")
+class FullySharded:
+    """The modules of one rank under `fully_shard`: the same methods as `GradientSync`."""
+
+    sharded: tuple[ShardedBucket, ...] = ()
+    """It has no buckets of ours."""
+
+    def __init__(self, modules: Iterable[nn.Module], holdings: dict[str, Holding], mesh: Mesh) -> None:
+        self._mesh, self._holdings = mesh, holdings
+        self._modules = [_shard(module, mesh) for module in modules]
+        self._scheduled = False
+        self.averaged_over = mesh.size(*AXES)
+
+    def begin_pass(self, last: bool, scheduled: bool) -> None:
+        """Before a pass. During a schedule all parameters stay gathered, and nothing is exchanged."""
+        self._scheduled = scheduled
+        for module in self._modules:
+            module.set_requires_gradient_sync(last and not scheduled)
+            if scheduled:
+                module.set_reshard_after_backward(False)
+                module.set_reshard_after_forward(False)
+                for part in _sharded_parts(module):
+                    part.unshard()
+
+    def end_pass(self, last: bool) -> None:
+        """After a pass; after the `last` one the update's gradients are complete."""
+        if self._scheduled:
+            for module in self._modules:
+                _exchange(module)
+        if last:
+            self._sum_rest()
+
+    def _sum_rest(self) -> None:
+        """Sum over the axes that `fully_shard` does not know."""
+        rows: dict[tuple[str, ...], list[Tensor]] = {}
+        for name, parameter in self._named_parameters():
+            axes = tuple(axis for axis in summed_axes(self._holdings[name]) if axis not in AXES)
+            if self._mesh.group(*axes) is not None and parameter.grad is not None:
+                rows.setdefault(axes, []).append(local(parameter.grad))
+        for axes, gradients in rows.items():
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            sum_over(flat, self._mesh.group(*axes))
+            for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(piece.view_as(gradient))
+
+    def _named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        for module in self._modules:
+            yield from module.named_parameters()  # type: ignore[attr-defined]
+
+    def optimized(self) -> list[tuple[nn.Parameter, bool]]:
+        """What the optimizer works on, and whether it decays."""
+        return by_shape(parameter for _, parameter in self._named_parameters())
+
+    def after_update(self) -> None:
+        """The optimizer has stepped: gradients start from nothing again."""
+        for _, parameter in self._named_parameters():
+            parameter.grad = None
+
+    def terms(self) -> Iterable[tuple[Tensor, float]]:
+        """Every gradient of this rank with the share of its squared norm that this rank adds to the global one."""
+        for name, parameter in self._named_parameters():
+            if parameter.grad is not None:
+                yield local(parameter.grad), self._mesh.size("dp_shard") / copies(self._holdings[name], self._mesh)
 
 
-def hold_back(module: nn.Module) -> None:
-    """Before a pipeline schedule: gather all parameters, exchange nothing."""
-    fsdp = _fsdp(module)
-    fsdp.set_requires_gradient_sync(False)
-    fsdp.set_reshard_after_backward(False)
-    fsdp.set_reshard_after_forward(False)
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.unshard()
+def _shard(module: nn.Module, mesh: Mesh) -> FSDPModule:
+    """Shard every block of a chain, then what is left of it, in place."""
+    grid = mesh.sub(*(axis for axis in AXES if mesh.size(axis) > 1))
+    for block in module.blocks.values() if isinstance(module, Blocks) else ():
+        fully_shard(block, mesh=grid)
+    return fully_shard(module, mesh=grid)
 
 
-def exchange(module: nn.Module) -> None:
-    """After the schedule: reduce-scatter the gradients of all microbatches, free the gathered parameters."""
-    fsdp = _fsdp(module)
-    fsdp.set_is_last_backward(True)
-    fsdp.set_reshard_after_backward(True)
-    fsdp.set_requires_gradient_sync(True)
+def _sharded_parts(module: Any) -> Iterable[FSDPModule]:
+    return (part for part in module.modules() if isinstance(part, FSDPModule))
+
+
+def _exchange(module: FSDPModule) -> None:
+    """Reduce-scatter the gradients of all microbatches, free the gathered parameters."""
+    module.set_is_last_backward(True)
+    module.set_reshard_after_backward(True)
+    module.set_requires_gradient_sync(True)
     # As torch's own pipeline stage does: there is no public call for it (torch.distributed.pipelining.stage).
-    state: Any = fully_shard.state(fsdp)  # type: ignore[attr-defined]
+    state: Any = fully_shard.state(module)  # type: ignore[attr-defined]
     for member in state._state_ctx.all_states:
         for group in member._fsdp_param_groups:
             group.post_backward()
@@ -61,10 +119,5 @@ def exchange(module: nn.Module) -> None:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a (possibly sharded) tensor that this rank holds."""
-    found: Tensor = tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+    found: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return found
-
-
-def _fsdp(module: nn.Module) -> FSDPModule:
-    assert isinstance(module, FSDPModule)
-    return module

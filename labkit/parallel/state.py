@@ -5,116 +5,159 @@ All ranks gather together; the rank that stands first along every axis but pp ke
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from labkit.parallel.collectives import _gather
+from labkit.parallel.collectives import gathered
 from labkit.parallel.cut import Holding
 from labkit.parallel.mesh import Mesh
+from labkit.parallel.shard import local
+from labkit.parallel.sync import ShardedBucket
 
-if TYPE_CHECKING:
-    from labkit.parallel.model import ParallelModel
-
-
-def whole(local: Tensor, holding: Holding, mesh: Mesh) -> Tensor:
-    """The uncut tensor from this rank's part (collective)."""
-    tensor = local.full_tensor() if isinstance(local, DTensor) else local
-    tensor = tensor.detach()
-    for axis, dim in reversed(list(holding.cuts.items())):
-        group = mesh.group(axis)
-        assert group is not None
-        tensor = _gather(tensor, group, dim)
-    return tensor
+State = dict[str, Tensor]
 
 
-def part(tensor: Tensor, holding: Holding, mesh: Mesh) -> Tensor:
-    """The part of an uncut tensor that this rank holds."""
-    for axis, dim in holding.cuts.items():
-        tensor = tensor.chunk(mesh.size(axis), dim)[mesh.index(axis)]
-    return tensor
+class Spread(Protocol):
+    """A model as its rank holds it."""
+
+    @property
+    def stages(self) -> Mapping[int, nn.Module]: ...
+
+    @property
+    def holdings(self) -> Mapping[str, Holding]:
+        """How parameters lie on the mesh; one that is not named is whole."""
+        ...
+
+    @property
+    def sharded(self) -> Sequence[ShardedBucket]:
+        """Buckets of which each rank optimizes a part (ZeRO stages 1 and 2)."""
+        ...
+
+    @property
+    def mesh(self) -> Mesh: ...
 
 
-def shard_of(tensor: Tensor, like: DTensor, mesh: Mesh) -> Tensor:
-    """The rows of `tensor` that `fully_shard` gives to this rank."""
-    rows = tensor.chunk(mesh.size("dp_shard"), 0)
-    index = mesh.index("dp_shard")
-    return rows[index] if index < len(rows) else tensor[:0]
+def gather(model: Spread, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
+    """Weights and buffers by name and optimizer state by `state.NAME.KEY` of this rank's stages, whole, on the CPU.
 
+    Both are empty on ranks whose stages another rank keeps.
+    """
+    keeps = model.mesh.rank == model.mesh.writer
+    weights, moments = State(), State()
 
-def read(model: ParallelModel, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights by name and optimizer state by `state.NAME.KEY`, whole, on the CPU, of the stages of this rank."""
-    mesh, weights, moments = model.mesh, {}, {}
-    keeps = mesh.rank == model.writer
-    for name, parameter in model.named_parameters():
-        tensor = whole(parameter, model.holdings[name], mesh)
+    def keep(found: State, key: str, name: str, value: Tensor) -> None:
+        value = _whole(value, _holding(model, name), model.mesh) if value.dim() else value
         if keeps:
-            weights[name] = tensor.cpu().clone()
+            found[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
-    def keep(name: str, key: str, value: Tensor) -> None:
-        if value.dim():
-            value = whole(value, model.holdings[name], mesh)
-        if keeps:
-            moments[f"state.{name}.{key}"] = value.detach().cpu().clone()
-
-    if model.sync is not None and model.sync.stage:
-        for bucket in model.sync.buckets:
-            assert bucket.own is not None
-            for key, value in optimizer.state.get(bucket.own, {}).items():
-                values = bucket.gathered(value) if value.dim() else dict.fromkeys(bucket.names, value)
-                for name, one in values.items():
-                    keep(name, key, one)
-    else:
-        for name, parameter in model.named_parameters():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                keep(name, key, value)
+    for name, parameter in _parameters(model):
+        keep(weights, name, name, parameter)
+    for name, buffer in _buffers(model):
+        keep(weights, name, name, buffer)
+    for name, key, value in _moments(model, optimizer):
+        keep(moments, f"state.{name}.{key}", name, value)
     return weights, moments
 
 
 @torch.no_grad()
-def write(
-    model: ParallelModel,
-    optimizer: torch.optim.Optimizer,
-    weights: dict[str, Tensor],
-    moments: dict[str, Tensor],
-) -> None:
-    """Set this rank's parts from the whole state; KeyError or RuntimeError if it does not fit."""
-    mesh = model.mesh
-    by_name: dict[str, dict[str, Tensor]] = {}
+def restore(model: Spread, optimizer: torch.optim.Optimizer, weights: State, moments: State) -> None:
+    """Set what this rank holds from the whole state; KeyError or ValueError if it does not fit."""
+    known = {name for name, _ in (*_parameters(model), *_buffers(model))}
+    if model.mesh.size("pp") == 1 and set(weights) != known:
+        raise ValueError(f"it holds {', '.join(sorted(set(weights) ^ known)[:3])} or lacks it")
+    for name, parameter in _parameters(model):
+        _copy(_part(weights[name], model, name, like=parameter), local(parameter))
+    for name, buffer in _buffers(model):
+        _copy(weights[name], buffer)
+    if not moments:  # an optimizer without memory (SGD without momentum) has nothing to restore
+        return
+    by_name: dict[str, State] = {}
     for path, value in moments.items():
         name, _, key = path.removeprefix("state.").rpartition(".")
         by_name.setdefault(name, {})[key] = value
-    for name, parameter in model.named_parameters():
-        local = part(weights[name], model.holdings[name], mesh)
-        if isinstance(parameter, DTensor):
-            parameter.to_local().copy_(shard_of(local, parameter, mesh))
-        else:
-            parameter.copy_(local)
-    if not moments:
-        return
-    if model.sync is not None and model.sync.stage:
-        for bucket in model.sync.buckets:
-            assert bucket.own is not None
+    if model.sharded:
+        for bucket in model.sharded:
             for key, value in by_name[bucket.names[0]].items():
                 if value.dim():
-                    parts = {name: part(by_name[name][key], bucket.holding, mesh) for name in bucket.names}
-                    value = bucket.taken(parts)
+                    value = bucket.taken({name: _part(by_name[name][key], model, name) for name in bucket.names})
                 optimizer.state[bucket.own][key] = value.to(bucket.own.device, copy=True)
         return
-    for name, parameter in model.named_parameters():
-        for key, value in by_name[name].items():
+    for name, parameter in _parameters(model):
+        for key, value in by_name[name].items() if parameter.requires_grad else ():
             if value.dim():
-                value = part(value, model.holdings[name], mesh)
-                if isinstance(parameter, DTensor):
-                    local = shard_of(value, parameter, mesh).to(parameter.device, copy=True)
-                    value = DTensor.from_local(
-                        local,
-                        parameter.device_mesh,
-                        parameter.placements,
-                        run_check=False,
-                        shape=parameter.shape,
-                        stride=parameter.stride(),
-                    )
-            optimizer.state[parameter][key] = value.to(parameter.device, copy=not isinstance(value, DTensor))
+                value = _part(value, model, name, like=parameter)
+            value = value.to(parameter.device, copy=True)
+            if value.dim() and isinstance(parameter, DTensor):
+                value = DTensor.from_local(
+                    value,
+                    parameter.device_mesh,
+                    parameter.placements,
+                    run_check=False,
+                    shape=parameter.shape,
+                    stride=parameter.stride(),
+                )
+            optimizer.state[parameter][key] = value
+
+
+def _parameters(model: Spread) -> Iterator[tuple[str, nn.Parameter]]:
+    """Each parameter once: a tied one under its first name."""
+    for module in model.stages.values():
+        yield from module.named_parameters()
+
+
+def _buffers(model: Spread) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that belong to the state (running means, not caches)."""
+    for module in model.stages.values():
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        for name, value in module.state_dict(keep_vars=True).items():
+            if name not in parameters:
+                yield name, value
+
+
+def _moments(model: Spread, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str, Tensor]]:
+    """Name of the parameter, key, and value: gathered along dp_shard where ZeRO shards it."""
+    if model.sharded:
+        for bucket in model.sharded:
+            for key, value in optimizer.state.get(bucket.own, {}).items():
+                values = bucket.gathered(value) if value.dim() else dict.fromkeys(bucket.names, value)
+                yield from ((name, key, one) for name, one in values.items())
+        return
+    for name, parameter in _parameters(model):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:  # SGD without momentum
+                yield name, key, value
+
+
+def _holding(model: Spread, name: str) -> Holding:
+    return model.holdings.get(name, Holding())
+
+
+def _whole(local: Tensor, holding: Holding, mesh: Mesh) -> Tensor:
+    """The uncut tensor from this rank's part (collective)."""
+    tensor = (local.full_tensor() if isinstance(local, DTensor) else local).detach()
+    for axis, dim in reversed(holding.cuts.items()):
+        group = mesh.group(axis)
+        assert group is not None
+        tensor = gathered(tensor, group, dim)
+    return tensor
+
+
+def _part(tensor: Tensor, model: Spread, name: str, like: Tensor | None = None) -> Tensor:
+    """What this rank holds of an uncut tensor; if sharded `like` a DTensor, the rows that `fully_shard` gives it."""
+    mesh = model.mesh
+    for axis, dim in _holding(model, name).cuts.items():
+        tensor = tensor.chunk(mesh.size(axis), dim)[mesh.index(axis)]
+    if isinstance(like, DTensor):
+        rows, index = tensor.chunk(mesh.size("dp_shard"), 0), mesh.index("dp_shard")
+        tensor = rows[index] if index < len(rows) else tensor[:0]
+    return tensor
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    if source.shape != target.shape:  # copy_ would broadcast
+        raise ValueError(f"a tensor of shape {list(source.shape)} was saved where {list(target.shape)} is needed")
+    target.copy_(source)

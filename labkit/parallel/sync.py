@@ -18,6 +18,7 @@ part is summed over those afterwards. All of that is linear, so the order does n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from labkit.parallel.cut import Holding
+from labkit.parallel.decay import by_shape, decays
 from labkit.parallel.mesh import REDUCED, Mesh
 
 Named = list[tuple[str, nn.Parameter, Holding]]
@@ -41,162 +43,212 @@ def copies(holding: Holding, mesh: Mesh) -> int:
 
 
 class Bucket:
-    """Parameters whose gradients travel together."""
+    """Parameters whose gradients travel together and are added up on every rank (stage 0)."""
 
-    def __init__(self, named: Named, mesh: Mesh, stage: int) -> None:
+    parts = 1
+    """Into how many parts, on as many ranks, the sum is cut."""
+
+    def __init__(self, named: Named, mesh: Mesh) -> None:
         self.names = [name for name, _, _ in named]
         self.parameters = [parameter for _, parameter, _ in named]
         self.holding = named[0][2]
-        self.stage, self.mesh = stage, mesh
-        self.decays = self.parameters[0].dim() >= 2
-        self.parts = mesh.size("dp_shard") if stage else 1
         self.length = sum(parameter.numel() for parameter in self.parameters)
-        self.padded = -(-self.length // self.parts) * self.parts
         self.waiting = len(self.parameters)
-        self.work: dist.Work | None = None
-        axes = summed_axes(self.holding)
-        self.rest = mesh.group(*(axis for axis in axes if not (stage and axis == "dp_shard")))
-        self.gradient: Tensor | None = None
-        self.own: nn.Parameter | None = None
-        self._own_gradient: Tensor | None = None
-        if stage:
-            self._lay_out_parameters()
-        if stage < 2:
-            self._lay_out_gradients()
+        """Gradients that are not there yet."""
+        self._mesh = mesh
+        self._work: dist.Work | None = None
+        self._make()
+
+    def _make(self) -> None:
+        self._group = self._mesh.group(*summed_axes(self.holding))
+        self._lay_out_gradients(self.length)
+
+    def _lay_out_gradients(self, length: int) -> None:
+        self.gradient = self.parameters[0].detach().new_zeros(length)
+        for view, parameter in zip(self._views(self.gradient), self.parameters, strict=True):
+            parameter.grad = view
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         pieces = flat[: self.length].split([parameter.numel() for parameter in self.parameters])
         return [piece.view(parameter.shape) for piece, parameter in zip(pieces, self.parameters, strict=True)]
 
-    def _lay_out_parameters(self) -> None:
-        self.values = self.parameters[0].detach().new_zeros(self.padded)
-        for view, parameter in zip(self._views(self.values), self.parameters, strict=True):
-            view.copy_(parameter.detach())
-            parameter.data = view
-        size, index = self.padded // self.parts, self.mesh.index("dp_shard")
-        self.own = nn.Parameter(self.values[index * size : (index + 1) * size])
-        self._own_gradient = torch.zeros_like(self.own)
-
-    def _lay_out_gradients(self) -> None:
-        self.gradient = self.parameters[0].detach().new_zeros(self.padded)
-        for view, parameter in zip(self._views(self.gradient), self.parameters, strict=True):
-            parameter.grad = view
-
     def send(self) -> None:
         """Start the exchange."""
-        if self.stage == 2:
-            self._collect()
-        flat = self.gradient
-        assert flat is not None
-        if self.stage:
-            self._arrived = flat.new_empty(self.padded // self.parts)
-            self.work = dist.reduce_scatter_tensor(
-                self._arrived, flat, group=self.mesh.group("dp_shard"), async_op=True
-            )
-        elif self.rest is not None:
-            self.work = dist.all_reduce(flat, group=self.rest, async_op=True)
-
-    def _collect(self) -> None:
-        """Stage 2: the gradients of this pass into one stretch, and away with their own memory."""
-        flat = self.parameters[0].detach().new_zeros(self.padded)
-        for view, parameter in zip(self._views(flat), self.parameters, strict=True):
-            if parameter.grad is not None:
-                view.copy_(parameter.grad)
-                parameter.grad = None
-        self.gradient = flat
+        if self._group is not None:
+            self._work = dist.all_reduce(self.gradient, group=self._group, async_op=True)
 
     def arrive(self) -> None:
         """Wait for the exchange."""
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
-        if self.stage:
-            assert self._own_gradient is not None
-            if self.stage == 2:
-                self._own_gradient += self._arrived
-                self.gradient = None
-            else:
-                self._own_gradient.copy_(self._arrived)
-            del self._arrived
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
         self.waiting = len(self.parameters)
 
     def finish(self) -> None:
-        """Sum over the other axes; from here on `gradients()` are those of the whole batch."""
-        if self.stage:
-            assert self.own is not None
-            self.own.grad = self._own_gradient
-            if self.rest is not None:
-                assert self._own_gradient is not None
-                dist.all_reduce(self._own_gradient, group=self.rest)
+        """All passes have arrived."""
+
+    @property
+    def result(self) -> Tensor:
+        """What this rank keeps of the gradient of the whole batch."""
+        return self.gradient
+
+    def optimized(self) -> list[tuple[nn.Parameter, bool]]:
+        """What the optimizer works on, and whether it decays."""
+        return by_shape(self.parameters)
 
     def clear(self) -> None:
         """Zero for the next update."""
-        for flat in (self.gradient, self._own_gradient):
-            if flat is not None:
-                flat.zero_()
+        self.gradient.zero_()
+
+
+class ShardedBucket(Bucket):
+    """ZeRO stage 1: rank r adds up the r-th part only and keeps the optimizer's state for it."""
+
+    def _make(self) -> None:
+        mesh = self._mesh
+        self._group = mesh.group("dp_shard")
+        self._rest = mesh.group(*(axis for axis in summed_axes(self.holding) if axis != "dp_shard"))
+        self.parts = mesh.size("dp_shard")
+        self._size = math.ceil(self.length / self.parts)
+        self.values = self.parameters[0].detach().new_zeros(self._size * self.parts)
+        for view, parameter in zip(self._views(self.values), self.parameters, strict=True):
+            view.copy_(parameter.detach())
+            parameter.data = view
+        self.own = nn.Parameter(self._own_part(self.values))
+        self._sum = torch.zeros_like(self.own)
+        self._lay_out_gradients(self._size * self.parts)
+
+    def _own_part(self, flat: Tensor) -> Tensor:
+        index = self._mesh.index("dp_shard")
+        return flat[index * self._size : (index + 1) * self._size]
+
+    def send(self) -> None:
+        """Start the exchange."""
+        self._arrived = self.values.new_empty(self._size)
+        self._work = dist.reduce_scatter_tensor(self._arrived, self.gradient, group=self._group, async_op=True)
+
+    def arrive(self) -> None:
+        """Wait for the exchange and add what has come."""
+        super().arrive()
+        self._sum += self._arrived
+        del self._arrived
+
+    def finish(self) -> None:
+        """Sum over the other axes too."""
+        if self._rest is not None:
+            dist.all_reduce(self._sum, group=self._rest)
+        self.own.grad = self._sum
+
+    @property
+    def result(self) -> Tensor:
+        """The own part."""
+        return self._sum
+
+    def optimized(self) -> list[tuple[nn.Parameter, bool]]:
+        """The own part."""
+        return [(self.own, decays(self.parameters[0]))]
+
+    def spread(self) -> dist.Work:
+        """After the update: every rank gets the parts of all others. Wait for what it returns."""
+        work: dist.Work = dist.all_gather_into_tensor(
+            self.values, self.own.detach().clone(), group=self._group, async_op=True
+        )
+        return work
+
+    def clear(self) -> None:
+        """Zero for the next update."""
+        super().clear()
+        self._sum.zero_()
 
     def gathered(self, own: Tensor) -> dict[str, Tensor]:
-        """Parameter-shaped tensors by name from every rank's part (collective with ZeRO)."""
-        flat = own.new_empty(self.padded)
-        dist.all_gather_into_tensor(flat, own.contiguous(), group=self.mesh.group("dp_shard"))
+        """Tensors shaped like the parameters, by name, from every rank's part (collective)."""
+        flat = own.new_empty(len(self.values))
+        dist.all_gather_into_tensor(flat, own.contiguous(), group=self._group)
         return dict(zip(self.names, self._views(flat), strict=True))
 
     def taken(self, whole: dict[str, Tensor]) -> Tensor:
-        """The own part of parameter-shaped tensors: the inverse of `gathered`."""
-        flat = self.values.new_zeros(self.padded)
+        """The own part of such tensors: the inverse of `gathered`."""
+        flat = torch.zeros_like(self.values)
         for name, view in zip(self.names, self._views(flat), strict=True):
-            view.copy_(whole[name].view_as(view))
-        size, index = self.padded // self.parts, self.mesh.index("dp_shard")
-        return flat[index * size : (index + 1) * size].clone()
+            view.copy_(whole[name])
+        return self._own_part(flat).clone()
+
+
+class FreeingBucket(ShardedBucket):
+    """ZeRO stage 2: gradients are collected when all are there, sent, and freed; between passes only sums stay."""
+
+    def _lay_out_gradients(self, length: int) -> None:
+        self.gradient = self.values.new_zeros(0)
+
+    def send(self) -> None:
+        """Collect, and start the exchange."""
+        self.gradient = torch.zeros_like(self.values)
+        for view, parameter in zip(self._views(self.gradient), self.parameters, strict=True):
+            if parameter.grad is not None:
+                view.copy_(parameter.grad)
+                parameter.grad = None
+        super().send()
+
+    def arrive(self) -> None:
+        """Wait for the exchange, add what has come and free what was sent."""
+        super().arrive()
+        self.gradient = self.values.new_zeros(0)
+
+
+BUCKETS: tuple[type[Bucket], ...] = (Bucket, ShardedBucket, FreeingBucket)
+"""By stage."""
 
 
 class GradientSync:
     """All buckets of one rank. `stage` 0 sums gradients; 1 and 2 are the stages of ZeRO along dp_shard."""
 
+    averaged_over = 1
+    """Gradients add up, nothing is averaged."""
+
     def __init__(self, named: Named, mesh: Mesh, stage: int, bucket_mb: float) -> None:
-        self.stage, self.mesh = stage, mesh
+        self._mesh, self._each_pass = mesh, stage == 2
         self.buckets: list[Bucket] = []
-        self._last_pass, self._eager = False, True
-        limit = bucket_mb * 2**20
-        open_: dict[tuple[object, ...], Named] = {}
+        self._hooks_send = False
+        limit, kind_of_bucket = bucket_mb * 2**20, BUCKETS[stage]
+        rows: dict[tuple[object, ...], Named] = {}
         # Gradients come in about the opposite order of the parameters.
         for name, parameter, holding in reversed(named):
-            kind = (
-                summed_axes(holding),
-                tuple(sorted(holding.cuts)),
-                holding.counted,
-                parameter.dim() >= 2,
-                parameter.dtype,
-            )
-            row = open_.setdefault(kind, [])
+            kind = (summed_axes(holding), tuple(sorted(holding.cuts)), decays(parameter), parameter.dtype)
+            row = rows.setdefault(kind, [])
             row.append((name, parameter, holding))
             if sum(p.numel() * p.element_size() for _, p, _ in row) >= limit:
-                self.buckets.append(Bucket(open_.pop(kind), mesh, stage))
-        self.buckets += [Bucket(row, mesh, stage) for row in open_.values()]
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._ready(bucket))
-            for bucket in self.buckets
-            for parameter in bucket.parameters
-        ]
+                self.buckets.append(kind_of_bucket(rows.pop(kind), mesh))
+        self.buckets += [kind_of_bucket(row, mesh) for row in rows.values()]
+        for bucket in self.buckets:
+            for parameter in bucket.parameters:
+                parameter.register_post_accumulate_grad_hook(self._ready(bucket))
+
+    @property
+    def sharded(self) -> list[ShardedBucket]:
+        """The buckets of ZeRO; none at stage 0."""
+        return [bucket for bucket in self.buckets if isinstance(bucket, ShardedBucket)]
 
     def _ready(self, bucket: Bucket) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
-            if not self._eager or not (self._last_pass or self.stage == 2):
-                return
-            bucket.waiting -= 1
-            if bucket.waiting == 0:
-                bucket.send()
+            if self._hooks_send:
+                bucket.waiting -= 1
+                if bucket.waiting == 0:
+                    bucket.send()
 
         return hook
 
-    def begin_pass(self, last: bool, eager: bool = True) -> None:
-        """Before a pass; gradients leave during the last one (with stage 2 during each one) if `eager`."""
-        self._last_pass, self._eager = last, eager
+    def begin_pass(self, last: bool, scheduled: bool) -> None:
+        """Before a pass: gradients leave as they come, in the last one, with stage 2 in each one.
+
+        Those of a pipeline's schedule come from several microbatches and leave when it is over.
+        """
+        self._hooks_send = not scheduled and (last or self._each_pass)
 
     def end_pass(self, last: bool) -> None:
-        """After a pass."""
-        if not (last or (self.stage == 2 and self._eager)):
+        """After a pass: what was sent arrives; after the `last` one the update's gradients are complete."""
+        if not (last or self._hooks_send):
             return
+        self._hooks_send = False
         for bucket in self.buckets:
             if bucket.waiting:
                 bucket.send()
@@ -208,40 +260,16 @@ class GradientSync:
 
     def optimized(self) -> list[tuple[nn.Parameter, bool]]:
         """What the optimizer works on, and whether it decays."""
-        if self.stage:
-            return [(bucket.own, bucket.decays) for bucket in self.buckets if bucket.own is not None]
-        return [(p, p.dim() >= 2) for bucket in self.buckets for p in bucket.parameters]
+        return [pair for bucket in self.buckets for pair in bucket.optimized()]
 
     def after_update(self) -> None:
-        """ZeRO: every rank has updated its part; all get all parts."""
-        if not self.stage:
-            return
-        works = []
-        for bucket in self.buckets:
-            assert bucket.own is not None
-            works.append(
-                dist.all_gather_into_tensor(
-                    bucket.values,
-                    bucket.own.detach().clone(),
-                    group=self.mesh.group("dp_shard"),
-                    async_op=True,
-                )
-            )
-        for work in works:
+        """The optimizer has stepped: with ZeRO all get all parts; gradients start from zero again."""
+        for work in [bucket.spread() for bucket in self.sharded]:
             work.wait()
-
-    def zero(self) -> None:
         for bucket in self.buckets:
             bucket.clear()
 
     def terms(self) -> Iterable[tuple[Tensor, float]]:
         """Every gradient of this rank with the share of its squared norm that this rank adds to the global one."""
         for bucket in self.buckets:
-            share = bucket.parts / copies(bucket.holding, self.mesh) if bucket.holding.counted else 0.0
-            if self.stage:
-                assert bucket.own is not None
-                assert bucket.own.grad is not None
-                yield bucket.own.grad, share
-            else:
-                assert bucket.gradient is not None
-                yield bucket.gradient, share
+            yield bucket.result, bucket.parts / copies(bucket.holding, self._mesh)

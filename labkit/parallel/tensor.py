@@ -104,8 +104,7 @@ def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
     assert group is not None
     for part in list(module.modules()):
         if isinstance(part, Attention):
-            if part.heads % mesh.size("tp"):
-                raise ValueError(f"{mesh.size('tp')} ranks along tp do not divide {part.heads} heads")
+            assert part.heads % mesh.size("tp") == 0, "refused by a rule"
             for layer in (part.query, part.key, part.value):
                 columns(layer, mesh)
             part.out = Rows(part.out, mesh, sequence)  # type: ignore[assignment]
@@ -147,15 +146,9 @@ def _residual_block(block: nn.Module, mesh: Mesh) -> None:
     convs: Any = block.convs
     first, norm, _, second, _ = convs
     size = mesh.size("tp")
-    if norm.num_groups % size:
-        raise ValueError(f"{size} ranks along tp do not divide {norm.num_groups} groups of channels")
+    assert norm.num_groups % size == 0, "refused by a rule"
     columns(first, mesh)
     norm.weight, norm.bias = cut(norm.weight, mesh, "tp", 0), cut(norm.bias, mesh, "tp", 0)
     norm.num_groups, norm.num_channels = norm.num_groups // size, norm.num_channels // size
     convs[3] = Rows(second, mesh, False)
     entrance(convs, mesh, False)
-
-
-def is_cut(module: nn.Module) -> bool:
-    """Has any layer of the module a plan?"""
-    return any(isinstance(part, Rows | VocabularyPart) for part in module.modules())

@@ -27,7 +27,7 @@ def cells(layout: Layout, global_batch: int | None = None) -> list[dict[str, Any
     for row in layout.grid():
         where = layout.coordinates(row["rank"])
         place = [f"{_NAMES[axis]} {where[axis]}" for axis in where if getattr(layout, axis) > 1]
-        index = where["dp_replicate"] * layout.dp_shard + where["dp_shard"]
+        index = layout.share(row["rank"])
         found.append(
             {
                 "rank": row["rank"],

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from labkit.experiment import Experiment, ExperimentError, Problem
+from labkit.experiment.one_process import is_one_process
 from labkit.experiment.run_directory import RunDirectory, read_json
 from labkit.runs import steady
 from labkit.runs.data import RunData
@@ -56,7 +57,7 @@ class Measured:
 
     @property
     def is_baseline(self) -> bool:
-        return can_be_baseline(self.experiment) and self.status["state"] in ("finished", "stopped")
+        return is_one_process(self.experiment) and self.status["state"] in ("finished", "stopped")
 
     @property
     def samples_per_second(self) -> float | None:
@@ -92,15 +93,10 @@ def differences(one: Experiment, other: Experiment) -> list[str]:
     return [f"other {name}" for name, (a, b) in pairs.items() if a != b]
 
 
-def can_be_baseline(experiment: Experiment) -> bool:
-    """Speed-ups refer to one process that does the whole batch in one pass; anything else would flatter them."""
-    return experiment.layout.world_size == 1 and experiment.gradients.accumulation == 1
-
-
 def named_baseline(run: Any) -> RunDirectory:
     """The run that is to be the baseline; ExperimentError if it cannot be one, FileNotFoundError if it is unknown."""
     directory = _directory(run)
-    if not can_be_baseline(Experiment.load(directory.experiment)):
+    if not is_one_process(Experiment.load(directory.experiment)):
         reason = f"run {directory.id} is not one process that computes the batch in one pass, so it is no baseline"
         raise ExperimentError([Problem("baseline", reason)])
     return directory
@@ -117,7 +113,7 @@ def find_baseline(directory: RunDirectory) -> RunDirectory | None:
             candidate = Experiment.load(other.experiment)
         except ExperimentError:
             continue
-        if not can_be_baseline(candidate) or differences(experiment, candidate):
+        if not is_one_process(candidate) or differences(experiment, candidate):
             continue
         same_host = (read_json(other.environment) or {}).get("host") == host
         if same_host and (read_json(other.status) or {}).get("state") == "finished":

@@ -1,97 +1,67 @@
 """Checkpoints: safetensors and JSON, complete or absent, independent of the layout.
 
 Accelerate's `save_state` pickles optimizer and random state, and nothing in a run directory may be a pickle. So the
-state dicts come from torch's `distributed.checkpoint.state_dict`, where optimizer state is keyed by parameter name
-(not by position), and the tensors go to safetensors. Random state is not saved: everything random in a step follows
-from seed, step and rank.
+whole state is gathered by name (labkit.parallel.state) and goes to safetensors. Random state is not saved: everything
+random in a step follows from seed, step and rank.
 
     step-00000100/
         model.safetensors        weights by name, loadable anywhere
         optimizer.safetensors    e.g. `state.blocks.head.weight.exp_avg`
-        checkpoint.json          step, experiment, optimizer numbers; written last
+        model-1.safetensors …    the same of the other ranks of a pipeline, each with its own stages
+        checkpoint.json          step and experiment; written last
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from labkit.experiment import Experiment
 from labkit.experiment.run_directory import RunDirectory, read_json, write_json
+from labkit.parallel.state import State
 
 FORMAT = 1
-_SAVE = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
-# torch (seen with 2.13) cannot load what it has flattened when the state is full: it is nested again here.
-_LOAD = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def save(
     directory: RunDirectory,
     step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
     experiment: Experiment,
-    writes: bool,
+    weights: State,
+    moments: State,
+    part: int | None = 0,
+    leads: bool = True,
+    meet: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write the state of a whole model after `step` updates; the rank that `writes` does. Returns the folder."""
-    weights = get_model_state_dict(model, options=_SAVE)
-    state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=_SAVE))
-    if not writes:
-        return directory.checkpoint(step)
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    numbers = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-    begin(directory, step)
-    write_part(directory, step, weights, tensors)
-    return finish(directory, step, experiment, numbers)
+    """Write the state after `step` updates and return the folder.
 
-
-def begin(directory: RunDirectory, step: int) -> None:
-    """Make the folder in which the parts come together."""
-    partial = _partial(directory, step)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True, mode=0o700)
-
-
-def write_part(
-    directory: RunDirectory, step: int, weights: dict[str, Any], tensors: dict[str, Tensor], number: int = 0
-) -> None:
-    """Write one part: everything, or what the stages of pipeline rank `number` hold."""
-    suffix = f"-{number}" if number else ""
-    partial = _partial(directory, step)
-    save_file(_unshared(weights), partial / f"model{suffix}.safetensors")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, partial / f"optimizer{suffix}.safetensors")
-
-
-def finish(directory: RunDirectory, step: int, experiment: Experiment, numbers: dict[str, Any]) -> Path:
-    """All parts are there: the checkpoint becomes visible."""
-    final, partial = directory.checkpoint(step), _partial(directory, step)
-    content = {"format": FORMAT, "step": step, "experiment": experiment.to_dict(), "optimizer": _plain(numbers)}
-    write_json(partial / "checkpoint.json", content)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    _forget_old(directory, experiment.training.keep_checkpoints)
-    return final
-
-
-def _partial(directory: RunDirectory, step: int) -> Path:
+    `part` is the number of this rank's part, None for a rank that writes nothing. Where there are several parts, all
+    ranks `meet` before and after writing; the one that `leads` makes the folder and completes it.
+    """
     final = directory.checkpoint(step)
-    return final.with_name(f".{final.name}.partial")
+    partial = final.with_name(f".{final.name}.partial")
+    if leads:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, mode=0o700)
+    meet()
+    if part is not None:
+        suffix = f"-{part}" if part else ""
+        save_file(weights, partial / f"model{suffix}.safetensors")
+        save_file(moments, partial / f"optimizer{suffix}.safetensors")
+    meet()
+    if leads:
+        content = {"format": FORMAT, "step": step, "experiment": experiment.to_dict()}
+        write_json(partial / "checkpoint.json", content)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _forget_old(directory, experiment.training.keep_checkpoints)
+    return final
 
 
 @dataclass(frozen=True)
@@ -99,9 +69,9 @@ class Stored:
     """What a checkpoint holds, whole, whatever layout wrote it."""
 
     step: int
-    weights: dict[str, Tensor]
-    tensors: dict[str, Tensor]
-    numbers: dict[str, Any]
+    """Updates done."""
+    weights: State
+    moments: State
 
 
 def read(folder: Path) -> Stored:
@@ -109,86 +79,27 @@ def read(folder: Path) -> Stored:
     content = read_json(folder / "checkpoint.json")
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("step"), int):
         raise ValueError(f"{folder} is not a checkpoint of this version of labkit")
-    numbers = content.get("optimizer")
-    if not isinstance(numbers, dict):
-        raise ValueError(f"the checkpoint {folder.name} is damaged: its numbers cannot be read")
-    weights: dict[str, Tensor] = {}
-    tensors: dict[str, Tensor] = {}
-    with _one_sentence(folder):
-        for kind, found in (("model", weights), ("optimizer", tensors)):
-            first = folder / f"{kind}.safetensors"  # must be there; the others are those of a pipeline's ranks
-            for path in {first: None} | dict.fromkeys(sorted(folder.glob(f"{kind}-*.safetensors"))):
-                found |= load_file(path)
-    return Stored(int(content["step"]), weights, tensors, numbers)
+    if not isinstance(content.get("experiment"), dict):
+        raise ValueError(f"the checkpoint {folder.name} is damaged: its experiment cannot be read")
+    with fitting(folder):
+        return Stored(int(content["step"]), _parts(folder, "model"), _parts(folder, "optimizer"))
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restore a whole model and its optimizer; returns the number of updates done. ValueError if it does not fit."""
-    stored = read(folder)
-    with _one_sentence(folder):
-        state = _nested(model, optimizer, stored.tensors | stored.numbers)
-        set_model_state_dict(model, {**_with_shared(model, stored.weights)}, options=_LOAD)
-        if stored.tensors:  # an optimizer without memory (SGD without momentum) has nothing to restore
-            set_optimizer_state_dict(model, optimizer, state, options=_LOAD)
-    return stored.step
+def _parts(folder: Path, kind: str) -> State:
+    """The first part, which must be there, and those of the other ranks of a pipeline."""
+    found = load_file(folder / f"{kind}.safetensors")
+    for path in sorted(folder.glob(f"{kind}-*.safetensors")):
+        found |= load_file(path)
+    return found
 
 
 @contextlib.contextmanager
-def _one_sentence(folder: Path) -> Iterator[None]:
+def fitting(folder: Path) -> Iterator[None]:
+    """Say in one sentence (ValueError) that what is in `folder` cannot be used."""
     try:
         yield
     except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"the checkpoint {folder.name} is damaged or does not fit this model: {error}") from error
-
-
-def _nested(model: nn.Module, optimizer: torch.optim.Optimizer, flat: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer's state dict, by parameter name, from `state.NAME.KEY` and `param_groups.NAME.KEY`."""
-    by_name: dict[str, dict[str, dict[str, Any]]] = {"state": {}, "param_groups": {}}
-    for path, value in flat.items():
-        kind, _, rest = path.partition(".")
-        name, _, key = rest.rpartition(".")
-        # A tuple such as Adam's betas is a list in JSON.
-        by_name[kind].setdefault(name, {})[key] = tuple(value) if isinstance(value, list) else value
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-    return {
-        "state": by_name["state"],
-        "param_groups": [
-            {key: value for key, value in now.items() if key != "params"}
-            | by_name["param_groups"].get(
-                group[0], {}
-            )  # a spread model's checkpoint has none: they are the experiment's
-            | {"params": group}
-            for now, group in zip(optimizer.param_groups, groups, strict=True)
-        ],
-    }
-
-
-def _unshared(weights: dict[str, Any]) -> dict[str, Tensor]:
-    """Keep the first name of each tensor: safetensors refuses those that share memory (tied embeddings)."""
-    seen: set[tuple[int, int]] = set()
-    kept = {}
-    for name, tensor in weights.items():
-        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
-        if place not in seen or tensor.numel() == 0:
-            seen.add(place)
-            kept[name] = tensor.contiguous()
-    return kept
-
-
-def _with_shared(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give tied tensors their second names back."""
-    by_tensor: dict[int, str] = {}
-    full = dict(weights)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = by_tensor.setdefault(id(parameter), name)
-        if name not in full and first in weights:
-            full[name] = weights[first]
-    return full
-
-
-def _plain(numbers: dict[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in numbers.items()}
 
 
 def _forget_old(directory: RunDirectory, keep: int) -> None:

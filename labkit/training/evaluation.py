@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from labkit.parallel.model import ParallelModel
+from labkit.parallel.replicate import ReplicatedModel
 from labkit.training.runtime import Runtime
 from labkit.workloads.base import Task
 
 BATCH = 256
-Model = Any
-"""A ReplicatedModel or a ParallelModel."""
+Model = ReplicatedModel | ParallelModel
 
 
 def evaluate(task: Task, model: Model, runtime: Runtime, alive: Callable[[], None]) -> dict[str, float]:
@@ -44,16 +44,15 @@ def evaluate(task: Task, model: Model, runtime: Runtime, alive: Callable[[], Non
 
 
 class _Whole(nn.Module):
-    """A spread model as a module that can be called, all ranks together."""
+    """A spread model as a module that can be called, by all ranks together."""
 
-    def __init__(self, model: Model, runtime: Runtime, alive: Callable[[], None]) -> None:
+    def __init__(self, model: ParallelModel, runtime: Runtime) -> None:
         super().__init__()
-        self._model, self._runtime, self._alive = [model], runtime, alive
+        self._output = model.output_everywhere
         self.like = nn.Parameter(torch.zeros((), dtype=runtime.dtype, device=runtime.device), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        self._alive()
-        return self._runtime.from_last_stage(self._model[0].output(x))
+        return self._output(x)
 
 
 def drive(task: Task, model: Model, runtime: Runtime, seed: int, alive: Callable[[], None]) -> dict[str, float]:
@@ -61,12 +60,14 @@ def drive(task: Task, model: Model, runtime: Runtime, seed: int, alive: Callable
 
     `alive` is called whenever the model is asked. Replicas share the work; ranks of a spread model all do the same.
     """
-    spread = runtime.spread
+    spread = isinstance(model, ParallelModel)
+    called = _Whole(model, runtime) if isinstance(model, ParallelModel) else model.bare
+    watched = called.register_forward_pre_hook(lambda module, inputs: alive())
     model.train(False)
-    with torch.no_grad():
-        whole = _Whole(model, runtime, alive)
-        sums = task.closed_loop(whole, 0 if spread else runtime.rank, 1 if spread else runtime.ranks, seed)
+    try:
+        with torch.no_grad():
+            sums = task.closed_loop(called, 0 if spread else runtime.rank, 1 if spread else runtime.ranks, seed)
+    finally:
+        watched.remove()
     model.train(True)
-    if spread:
-        return sums
-    return runtime.add_up(sums) if sums else {}
+    return runtime.add_up(sums) if sums and not spread else sums

@@ -24,11 +24,6 @@ def make_optimizer(settings: Optimizer, parameters: Iterable[tuple[nn.Parameter,
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999), eps=settings.eps, fused=True)
 
 
-def by_shape(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, bool]]:
-    """Biases and gains (fewer than two dimensions) do not decay."""
-    return [(parameter, parameter.dim() >= 2) for parameter in parameters]
-
-
 def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
     """Learning rate of update `step` of `steps`: a linear rise, then constant, or linear or cosine to zero."""
     if step < settings.warmup_steps:

@@ -12,7 +12,6 @@ MODULES = (
     "torch",
     "torch._dynamo",  # every optimizer's constructor imports it: 1.7 s
     "torch.distributed",
-    "torch.distributed.checkpoint.state_dict",
     "torch.nn.parallel",
     "torch.optim",
     "torch.utils.data",

@@ -109,26 +109,9 @@ class Runtime:
         """One copy of the model lies on more than one rank."""
         return self.ranks > self.mesh.layout.dp_replicate
 
-    def from_last_stage(self, output: torch.Tensor | None) -> torch.Tensor:
-        """The output of the last pipeline stage, on every rank of the pipeline."""
-        mesh = self.mesh
-        if mesh.size("pp") == 1:
-            assert output is not None
-            return output
-        group, ranks = mesh.group("pp"), mesh.ranks_along("pp")
-        holder = ranks[held_last(mesh.layout)]
-        head = torch.zeros(8, dtype=torch.int64, device=self.device)
-        if output is not None:
-            head[: output.dim() + 1] = torch.tensor([output.dim(), *output.shape])
-        dist.broadcast(head, holder, group)
-        dims, *shape = head.tolist()
-        received = (
-            output.contiguous()
-            if output is not None
-            else torch.empty(shape[:dims], dtype=self.dtype, device=self.device)
-        )
-        dist.broadcast(received, holder, group)
-        return received
+    def meet(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
 
     def end(self) -> None:
         """Leave the process group."""

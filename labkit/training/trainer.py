@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from labkit.experiment import Experiment
@@ -16,7 +15,7 @@ from labkit.experiment.registry import registry
 from labkit.experiment.run_directory import RunDirectory
 from labkit.parallel import state
 from labkit.parallel.model import ParallelModel
-from labkit.parallel.replicate import Replicate, ReplicatedModel, share_weight
+from labkit.parallel.replicate import ReplicatedModel, share_weight
 from labkit.training import checkpoint, evaluation
 from labkit.training.events import EventWriter
 from labkit.training.exactness import inexact_parts
@@ -46,18 +45,22 @@ class Trainer:
         self.runtime, self.meter, self.board = runtime, meter, board
         self.events: EventWriter = meter.events
         training = experiment.training
-        self.bare: nn.Module = task.model.to(runtime.device, runtime.dtype)
+        whole = task.model.to(runtime.device, runtime.dtype)
+        self.about_model = {
+            "parameters": sum(parameter.numel() for parameter in whole.parameters()),
+            "warnings": inexact_parts(whole, runtime.ranks),
+        }
+        del whole  # a layout may free the parts that other ranks hold
         self.order = Order(len(task.train), training.global_batch, training.seed)
         self.steps = training.steps or self.order.steps(training.epochs or 1)
         self.passes = experiment.gradients.accumulation
         self.update = registry("gradients.update")[experiment.gradients.update.method].load()
         self.compression = registry("gradients.compression")[experiment.gradients.compression.method].load()
-        self.parameters = sum(parameter.numel() for parameter in self.bare.parameters())
         self.model: ReplicatedModel | ParallelModel
         if runtime.spread:
             self.model = ParallelModel(experiment, task, runtime.mesh, runtime.device)
         else:
-            self.model = ReplicatedModel(experiment, task, runtime.accelerator, self.update)
+            self.model = ReplicatedModel(experiment, task, runtime.mesh, runtime.accelerator, self.update)
             self.compression.attach(self.model.wrapped)
         self.optimizer = make_optimizer(experiment.optimizer, self.model.optimized())
         self.first = self._load(Path(resume)) if resume else 0
@@ -172,10 +175,18 @@ class Trainer:
     def _save(self, step: int) -> None:
         begun = time.perf_counter()
         self.meter.phase("checkpoint")
-        writes = self.runtime.rank == 0
-        folder = self._write_checkpoint(step, writes)
+        mesh, leads = self.runtime.mesh, self.runtime.rank == 0
+        folder = checkpoint.save(
+            self.directory,
+            step,
+            self.experiment,
+            *state.gather(self.model, self.optimizer),
+            part=mesh.place["pp"] if mesh.rank == mesh.writer else None,
+            leads=leads,
+            meet=self.runtime.meet if mesh.size("pp") > 1 else lambda: None,
+        )
         self._saved_at = step
-        if writes:
+        if leads:
             self.events.write(
                 "checkpoint",
                 step=step,
@@ -184,27 +195,11 @@ class Trainer:
             )
             self.events.sync()
 
-    def _write_checkpoint(self, step: int, writes: bool) -> Path:
-        if isinstance(self.model, ReplicatedModel):
-            return checkpoint.save(self.directory, step, self.bare, self.optimizer, self.experiment, writes)
-        if writes:
-            checkpoint.begin(self.directory, step)
-        weights, moments = state.read(self.model, self.optimizer)  # collective: the folder is there when it is done
-        torch.distributed.barrier()
-        if self.runtime.rank == self.model.writer:
-            number = self.runtime.mesh.place["pp"]
-            checkpoint.write_part(self.directory, step, weights, moments, number)
-        torch.distributed.barrier()
-        if writes:
-            return checkpoint.finish(self.directory, step, self.experiment, {})
-        return self.directory.checkpoint(step)
-
     def _load(self, folder: Path) -> int:
         """Restore what another run left, whatever its layout was; returns the number of updates done."""
-        if isinstance(self.model, ReplicatedModel):
-            return checkpoint.load(folder, self.bare, self.optimizer)
         stored = checkpoint.read(folder)
-        state.write(self.model, self.optimizer, stored.weights, stored.tensors)
+        with checkpoint.fitting(folder):
+            state.restore(self.model, self.optimizer, stored.weights, stored.moments)
         return stored.step
 
     # -- beginning and end --------------------------------------------------------------------------------------------
@@ -216,7 +211,6 @@ class Trainer:
             device=str(runtime.device),
             pid=os.getpid(),
             threads=torch.get_num_threads(),
-            parameters=self.parameters,
             first=self.first,
             steps=self.steps,
             metric={
@@ -226,9 +220,9 @@ class Trainer:
                 "unit": metric.unit,
             },
             facts=self.task.facts(),
-            warnings=inexact_parts(self.bare, runtime.ranks),
+            **self.about_model,
             effective={
-                "dtype": str(self.runtime.dtype).removeprefix("torch."),
+                "dtype": str(runtime.dtype).removeprefix("torch."),
                 "compressor": self.experiment.gradients.compression.method,
                 "sparsity": self.experiment.sparsity.method,
                 "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else "none",
@@ -236,9 +230,7 @@ class Trainer:
         )
 
     def _write_figures(self) -> None:
-        measured = None
-        if isinstance(self.model, ReplicatedModel):
-            measured = Replicate.communication(self.model.wrapped)
+        measured = self.model.communication()
         if measured is not None:
             bytes_sent = self.compression.bytes_per_step(measured["gradient_bytes"], self.runtime.ranks)
             exposed = measured["exposed_seconds"]

@@ -8,7 +8,8 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from labkit.experiment import Experiment, ExperimentError, Layout, Problem
+from labkit.experiment import Experiment, ExperimentError, Problem
+from labkit.experiment.one_process import one_process
 from labkit.experiment.recipes import recipe
 from labkit.plots import overview, static, theme
 from labkit.plots.picture import Picture
@@ -198,9 +199,7 @@ class Lab:
 def as_baseline(experiment: Experiment) -> Experiment:
     """The same training on one rank."""
     name = f"{experiment.name} on 1 rank" if experiment.name else ""
-    return experiment.set(
-        {"layout": Layout(), "gradients.accumulation": 1, "launch.isolated": False, "name": name[:200]}
-    )
+    return one_process(experiment, name)
 
 
 def as_ceiling(experiment: Experiment) -> Experiment:

@@ -33,7 +33,9 @@ def problems(changes: str, machine: Machine = CPU) -> list[str]:
         ("layout=cp2", CPU, ["layout.cp"]),
         ("layout=dp2·tp2 launch.isolated=true", CPU, ["launch.isolated"]),
         ("layout=dp2 launch.isolated=true", CPU, []),
-        ("layout=tp3 workload.name=language", CPU, ["layout.tp"]),
+        ("layout=tp3 workload.name=language", CPU, ["layout.tp", "layout.tp"]),
+        # Three ranks divide the heads, not the vocabulary of 256 bytes.
+        ("layout=tp3 workload.name=language workload.heads=3 workload.width=96", CPU, ["layout.tp"]),
         ("layout=tp2 layout.sequence_parallel=true", CPU, ["layout.sequence_parallel"]),
         ("layout=pp2 layout.microbatches=1", CPU, ["layout.microbatches"]),
         ("layout=pp2 layout.microbatches=5", CPU, ["training.global_batch"]),
@@ -72,6 +74,7 @@ def test_rules(changes: str, machine: Machine, fields: list[str]) -> None:
         ("sparsity.target=0.5", CPU, ["no effect while sparsity.method is none"]),
         ("launch.isolated=true", CPU, ["no effect on one rank"]),
         ("layout.sequence_parallel=true", CPU, ["no effect without tensor parallelism"]),
+        ("layout=pp2 layout.schedule=naive layout.microbatches=4", CPU, ["the naive schedule has a single microbatch"]),
         ("optimizer.warmup_steps=200", CPU, ["never reaches its value in 100 steps"]),
     ],
 )

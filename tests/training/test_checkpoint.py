@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from labkit.experiment import Experiment, Optimizer
+from labkit.experiment import Experiment, Layout, Optimizer
 from labkit.experiment.run_directory import RunDirectory
+from labkit.parallel import state
+from labkit.parallel.decay import by_shape
+from labkit.parallel.mesh import Mesh
 from labkit.training import checkpoint
-from labkit.training.optimizers import by_shape, make_optimizer
+from labkit.training.optimizers import make_optimizer
 
 
 class Tied(nn.Module):
@@ -51,6 +54,31 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: 
     return losses
 
 
+class Alone:
+    """A model on one rank, held as a whole."""
+
+    sharded = ()
+
+    def __init__(self, model: nn.Module) -> None:
+        self.holdings: dict[str, Any] = {}
+        self.stages, self.mesh = {0: model}, Mesh(Layout(), 0, "cpu", connect=False)
+
+
+def save(
+    directory: RunDirectory, step: int, model: nn.Module, optimizer: Any, experiment: Experiment, writes: bool = True
+) -> Path:
+    weights, moments = state.gather(Alone(model), optimizer)
+    part = 0 if writes else None
+    return checkpoint.save(directory, step, experiment, weights, moments, part=part, leads=writes)
+
+
+def load(folder: Path, model: nn.Module, optimizer: Any) -> int:
+    stored = checkpoint.read(folder)
+    with checkpoint.fitting(folder):
+        state.restore(Alone(model), optimizer, stored.weights, stored.moments)
+    return stored.step
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path)
@@ -61,10 +89,10 @@ def directory(tmp_path: Path) -> RunDirectory:
 def test_training_goes_on_exactly(directory: RunDirectory, name: str, momentum: float, dtype: torch.dtype) -> None:
     model, optimizer = made(0, name, momentum, dtype)
     train(model, optimizer, 0, 5)
-    folder = checkpoint.save(directory, 5, model, optimizer, Experiment(), writes=True)
+    folder = save(directory, 5, model, optimizer, Experiment(), writes=True)
     expected = train(model, optimizer, 5, 12)
     other, other_optimizer = made(1, name, momentum, dtype)
-    assert checkpoint.load(folder, other, other_optimizer) == 5
+    assert load(folder, other, other_optimizer) == 5
     assert other.head.weight is other.embedding.weight, "tied weights stay tied"
     assert train(other, other_optimizer, 5, 12) == expected
     for one, two in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
@@ -75,7 +103,7 @@ def test_saving_changes_nothing(directory: RunDirectory) -> None:
     one, two = made(0), made(0)
     train(*one, 0, 3)
     train(*two, 0, 3)
-    checkpoint.save(directory, 3, *one, Experiment(), writes=True)
+    save(directory, 3, *one, Experiment(), writes=True)
     assert train(*one, 3, 6) == train(*two, 3, 6)
 
 
@@ -84,7 +112,7 @@ def test_weights_can_be_read_by_anyone(directory: RunDirectory) -> None:
 
     model, optimizer = made(0)
     train(model, optimizer, 0, 2)
-    folder = checkpoint.save(directory, 2, model, optimizer, Experiment(), writes=True)
+    folder = save(directory, 2, model, optimizer, Experiment(), writes=True)
     weights = load_file(folder / "model.safetensors")
     assert "embedding.weight" in weights
     assert "head.weight" not in weights, "tied weights are stored once"
@@ -101,7 +129,7 @@ def test_weights_can_be_read_by_anyone(directory: RunDirectory) -> None:
 
 def test_only_the_rank_that_writes_writes(directory: RunDirectory) -> None:
     model, optimizer = made(0)
-    folder = checkpoint.save(directory, 1, model, optimizer, Experiment(), writes=False)
+    folder = save(directory, 1, model, optimizer, Experiment(), writes=False)
     assert not folder.exists()
 
 
@@ -109,7 +137,7 @@ def test_the_latest_are_kept_and_a_step_can_be_written_again(directory: RunDirec
     model, optimizer = made(0)
     experiment = Experiment().replace("training.keep_checkpoints=2")
     for step in (1, 2, 3, 3, 10):
-        checkpoint.save(directory, step, model, optimizer, experiment, writes=True)
+        save(directory, step, model, optimizer, experiment, writes=True)
     assert sorted(path.name for path in directory.checkpoints.iterdir()) == ["step-00000003", "step-00000010"]
 
 
@@ -117,7 +145,7 @@ def test_a_checkpoint_cut_short_counts_as_absent(directory: RunDirectory, monkey
     from labkit.runs import Run
 
     model, optimizer = made(0)
-    checkpoint.save(directory, 1, model, optimizer, Experiment(), writes=True)
+    save(directory, 1, model, optimizer, Experiment(), writes=True)
 
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -125,7 +153,7 @@ def test_a_checkpoint_cut_short_counts_as_absent(directory: RunDirectory, monkey
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "write_json", full)
         with pytest.raises(OSError, match="No space"):
-            checkpoint.save(directory, 2, model, optimizer, Experiment(), writes=True)
+            save(directory, 2, model, optimizer, Experiment(), writes=True)
     assert Run(directory).checkpoints() == [1]
 
 
@@ -161,15 +189,15 @@ def _no_optimizer(folder: Path) -> None:
 def test_a_damaged_checkpoint_is_refused_in_words(directory: RunDirectory, damage: Any) -> None:
     model, optimizer = made(0)
     train(model, optimizer, 0, 1)
-    folder = checkpoint.save(directory, 1, model, optimizer, Experiment(), writes=True)
+    folder = save(directory, 1, model, optimizer, Experiment(), writes=True)
     damage(folder)
     with pytest.raises(ValueError, match="step-00000001"):
-        checkpoint.load(folder, *made(1))
+        load(folder, *made(1))
 
 
 def test_a_checkpoint_of_another_model_is_refused(directory: RunDirectory) -> None:
     model, optimizer = made(0)
-    folder = checkpoint.save(directory, 1, model, optimizer, Experiment(), writes=True)
+    folder = save(directory, 1, model, optimizer, Experiment(), writes=True)
     other = nn.Linear(4, 7)
     with pytest.raises(ValueError, match="does not fit this model"):
-        checkpoint.load(folder, other, make_optimizer(Optimizer(), by_shape(other.parameters())))
+        load(folder, other, make_optimizer(Optimizer(), by_shape(other.parameters())))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from labkit.experiment import Experiment
 from labkit.experiment.recipes import recipe
@@ -122,3 +126,54 @@ def test_a_pipelines_checkpoint_goes_on_sharded() -> None:
     for layout in ({"dp_shard": 2}, {"tp": 2}, {}):
         data = finished(experiment("gpt", layout), resume=run.id)
         assert np.abs(data.loss - alone("gpt").loss[STEPS // 2 :]).max() <= EXACT, layout
+
+
+def odd(layout: dict[str, Any], **changes: Any) -> Experiment:
+    """A model with frozen weights and running means."""
+    path = Path(__file__).with_name("odd_task.py")
+    return Experiment().set(
+        {
+            "workload": {"name": "custom", "path": f"{path}:make"},
+            "layout": layout,
+            "training.steps": STEPS,
+            "training.global_batch": 16,
+            "training.evaluate_every": STEPS,
+            "training.checkpoint_every": STEPS // 2,
+            "quantization.training": "fp64",
+            "optimizer.schedule": "constant",
+        }
+        | changes
+    )
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_frozen_weights_and_running_means_survive_sharding(stage: int) -> None:
+    layout = {"dp_shard": 2, "zero_stage": stage}
+    first = launch(odd(layout, **{"training.steps": STEPS // 2, "training.evaluate_every": 0}), baseline=None)
+    first.result(timeout=120)
+    whole = launch(odd(layout), baseline=None)
+    resumed = launch(odd(layout), resume=first.id, baseline=None)
+    whole.result(timeout=120), resumed.result(timeout=120)
+    assert resumed.data().loss.tolist() == whole.data().loss[STEPS // 2 :].tolist()
+    one, other = (load_file(run.directory.checkpoint(STEPS) / "model.safetensors") for run in (whole, resumed))
+    assert one["norm.num_batches_tracked"] == STEPS
+    assert one["norm.running_mean"].abs().sum() > 0
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
+
+
+def test_a_closed_loop_of_ones_own_gets_ones_own_model() -> None:
+    assert finished(odd({"dp_replicate": 2})).evaluations[-1][2]["own"] == 2 * 7.0
+
+
+@pytest.mark.parametrize("layout", [{"dp_replicate": 2, **PIPE}, {"dp_shard": 2, "tp": 2}])
+def test_all_ranks_of_a_spread_model_stop_at_the_same_step_and_go_on(layout: dict[str, Any]) -> None:
+    run = launch(experiment("gpt", layout).replace("training.steps=100000", "training.checkpoint_every=null"))
+    while not run.data().steps:
+        time.sleep(0.05)
+    assert run.stop().state == "stopped", run.cause
+    data = run.data()
+    assert len({len(seconds) for seconds in data.seconds}) == 1
+    assert run.checkpoints() == [data.steps]
+    more = experiment("gpt", {}).replace(f"training.steps={data.steps + 2}")
+    assert finished(more, resume=run.id).steps == 2

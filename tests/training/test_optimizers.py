@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from labkit.experiment import Optimizer
-from labkit.training.optimizers import by_shape, learning_rate, make_optimizer, set_learning_rate
+from labkit.parallel.decay import by_shape
+from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
 
 
 def rates(steps: int, **settings: Any) -> list[float]:

@@ -1,0 +1,20 @@
+"""The same training by one process: what speed-ups and parity refer to."""
+
+from __future__ import annotations
+
+from labkit.experiment.layout import Layout
+from labkit.experiment.schema import Experiment
+
+MAX_NAME = 200
+
+
+def one_process(experiment: Experiment, name: str = "") -> Experiment:
+    """`experiment` on one rank and in one pass, under another name."""
+    return experiment.set(
+        {"layout": Layout(), "gradients.accumulation": 1, "launch.isolated": False, "name": name[:MAX_NAME]}
+    )
+
+
+def is_one_process(experiment: Experiment) -> bool:
+    """Does one process compute the whole batch in one pass? Any other baseline would flatter a speed-up."""
+    return experiment.layout.world_size == 1 and experiment.gradients.accumulation == 1
