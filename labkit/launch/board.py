@@ -4,7 +4,8 @@ Every rank writes where it is (step, phase, when); the supervisor reads it to fi
 
 How all ranks stop at the same step without a collective of their own: rank 0 looks at the request at the beginning of
 step s and writes "stop at s + 1" before it contributes to the all-reduce of step s. No rank can begin step s + 1 before
-that all-reduce is done, so each of them sees the mark when it looks at the beginning of step s + 1.
+that all-reduce is done, so each of them sees the mark when it looks at the beginning of step s + 1. The same holds in
+a pipeline: rank 0 holds its first stage, whose activations reach every later stage within the step.
 """
 
 from __future__ import annotations

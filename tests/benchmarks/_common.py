@@ -6,10 +6,12 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from labkit.experiment import Experiment, Machine
@@ -43,6 +45,26 @@ def finished(experiment: Experiment) -> Run:
     run = launch(experiment, baseline=None)
     run.result(timeout=600)
     return run
+
+
+def by_hand(steps: int, warmup: int, bucket: str = "default") -> float:
+    """Median step of the hand-written DDP loop on two ranks (s); `bucket` as in _by_hand.py."""
+    script = str(Path(__file__).with_name("_by_hand.py"))
+    with tempfile.TemporaryDirectory() as folder:
+        given = [str(Path(folder, "store")), str(steps), str(Path(folder, "result")), bucket]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, script, "ddp", str(rank), *given],
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in (0, 1)
+        ]
+        said = [rank.communicate()[1] for rank in ranks]
+        if any(rank.returncode for rank in ranks):
+            raise RuntimeError("the hand-written loop failed:\n" + "\n".join(said))
+        return statistics.median(json.loads(Path(folder, "result").read_text())[warmup:])
 
 
 def ratios(figures: dict[str, list[float]], over: str, under: str) -> list[float]:

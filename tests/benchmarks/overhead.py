@@ -7,21 +7,15 @@ dashboard runs in a real Jupyter kernel that shows a Lab.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
-from _common import arguments, finished, interleave, ratios, report, spread
+from _common import arguments, by_hand, finished, interleave, ratios, report, spread
 from jupyter_client.manager import start_new_kernel
 
 from labkit.experiment.recipes import vision_ddp
 from labkit.launch import warm
 
 STEPS, WARMUP = 100, 20
-SCRIPT = str(Path(__file__).with_name("_by_hand.py"))
 EXPERIMENT = vision_ddp().replace(
     f"training.steps={STEPS}", "training.evaluate_every=0", "training.checkpoint_every=0", "optimizer.schedule=constant"
 )
@@ -33,18 +27,6 @@ display(lab)
 run = lab.run(wait=True)
 print("STEPS", json.dumps([float(s) for s in run.data().seconds[0]]))
 """
-
-
-def by_hand() -> float:
-    """Median step of the hand-written loop (s)."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = [str(Path(folder, "store")), str(STEPS), str(Path(folder, "result"))]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        ranks = [
-            subprocess.Popen([sys.executable, SCRIPT, "ddp", str(rank), *arguments], env=environment) for rank in (0, 1)
-        ]
-        assert all(rank.wait() == 0 for rank in ranks)
-        return statistics.median(json.loads(Path(folder, "result").read_text())[WARMUP:])
 
 
 def headless() -> float:
@@ -85,7 +67,11 @@ def main() -> int:
     warm(wait=120)
     live = Live()
     try:
-        cases = {"torch DDP by hand": by_hand, "labkit": headless, "labkit, live dashboard": live}
+        cases = {
+            "torch DDP by hand": lambda: by_hand(STEPS, WARMUP),
+            "labkit": headless,
+            "labkit, live dashboard": live,
+        }
         figures = interleave(cases, options.repeats)
     finally:
         live.close()
