@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from math import prod
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -81,27 +80,14 @@ class Mesh:
         wanted = set(axes)
         return tuple(axis for axis in MESH_ORDER if axis in wanted and getattr(self.layout, axis) > 1)
 
-    def _same(self, rank: int, free: set[str], origin: dict[str, int] | None = None) -> bool:
-        other, mine = self.layout.coordinates(rank), origin or self.place
-        return all(other[axis] == mine[axis] for axis in MESH_ORDER if axis not in free)
-
     def _make(self, key: tuple[str, ...]) -> None:
         if not key or key in self._groups:
             return
-        world = range(self.layout.world_size)
-        families = {tuple(r for r in world if self._same(r, set(key), self.layout.coordinates(rank))) for rank in world}
-        if len(families) == 1:
-            assert dist.group.WORLD is not None
-            self._groups[key] = dist.group.WORLD
-            return
-        for family in sorted(families):
-            group: Any = dist.new_group(list(family))
+        families: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.layout.world_size):
+            place = self.layout.coordinates(rank)
+            families.setdefault(tuple(place[axis] for axis in MESH_ORDER if axis not in key), []).append(rank)
+        for family in families.values():
+            group: Any = dist.group.WORLD if len(families) == 1 else dist.new_group(family)
             if self.rank in family:
                 self._groups[key] = group
-
-
-def sum_over(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Sum in place over the group (nothing to do without one)."""
-    if group is not None:
-        dist.all_reduce(values, group=group)
-    return values

@@ -14,13 +14,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from labkit.parallel.cut import Holding
 from labkit.parallel.decay import by_shape
-from labkit.parallel.mesh import Mesh, sum_over
+from labkit.parallel.mesh import Mesh
 from labkit.parallel.sync import ShardedBucket, copies, summed_axes
 from labkit.workloads.base import Blocks
 
@@ -68,7 +69,7 @@ class FullySharded:
                 rows.setdefault(axes, []).append(local(parameter.grad))
         for axes, gradients in rows.items():
             flat = torch.cat([gradient.flatten() for gradient in gradients])
-            sum_over(flat, self._mesh.group(*axes))
+            dist.all_reduce(flat, group=self._mesh.group(*axes))
             for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(piece.view_as(gradient))
 
