@@ -8,6 +8,7 @@
 | sum, keep the own part   | gather                   | `sum_scatter`     |
 | gather a dimension       | keep the own part        | `gather`          |
 | keep the own part        | gather                   | `scatter`         |
+| give each rank its rows  | the rows come back       | `exchange`        |
 
 `enter` and `leave` stand around a tensor-parallel region; with sequence parallelism `gather_sum` and `sum_scatter` take
 their places: the same bytes, but the activations between the regions are cut too. `gather` and `scatter` stand where
@@ -25,7 +26,8 @@ from torch import Tensor
 Group = dist.ProcessGroup
 
 
-def _sum(x: Tensor, group: Group) -> Tensor:
+def summed(x: Tensor, group: Group) -> Tensor:
+    """The sum over all ranks; without a gradient."""
     x = x.contiguous().clone()
     dist.all_reduce(x, group=group)
     return x
@@ -58,13 +60,13 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _sum(grad, ctx.group), None
+        return summed(grad, ctx.group), None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return _sum(x, group)
+        return summed(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -83,6 +85,23 @@ class _Pair(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return ctx.back(grad, ctx.group, ctx.dim), None, None, None, None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, send: list[int], receive: list[int]) -> Tensor:
+        ctx.group, ctx.send, ctx.receive = group, send, receive
+        return _all_to_all(x, group, send, receive)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _all_to_all(grad, ctx.group, ctx.receive, ctx.send), None, None, None
+
+
+def _all_to_all(x: Tensor, group: Group, send: list[int], receive: list[int]) -> Tensor:
+    out = x.new_empty((sum(receive), *x.shape[1:]))
+    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+    return out
 
 
 def _apply(function: Any, *inputs: Any) -> Tensor:
@@ -118,3 +137,8 @@ def gather(x: Tensor, group: Group, dim: int) -> Tensor:
 def scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     """Keep the own part of what all ranks have computed."""
     return _apply(_Pair, x, group, dim, _own, gathered)
+
+
+def exchange(x: Tensor, group: Group, send: list[int], receive: list[int]) -> Tensor:
+    """`send[r]` of the rows of x go to rank r, one stretch after the other; `receive[r]` rows come from it."""
+    return _apply(_Exchange, x, group, send, receive)

@@ -36,10 +36,12 @@ class Mesh:
         self.device_mesh = init_device_mesh(device_type, tuple(named.values()), mesh_dim_names=tuple(named))
         for axis in named:
             self._groups[(axis,)] = self.device_mesh.get_group(axis)
-        everyone = [axis for axis in REDUCED if axis in named]
-        unsharded = [axis for axis in everyone if axis != "dp_shard"]
-        for axes in (everyone, [*everyone, "tp"], unsharded, [*unsharded, "tp"]):
-            self._make(self._key(axes))
+        # Products over which gradients are summed: whole or from the part that ZeRO has left, of experts or of others,
+        # of what sees all tokens or (sequence parallelism) a part of them.
+        for sharded in ((), ("dp_shard",), ("dp_replicate", "dp_shard")):
+            for cut in ((), ("ep",)):
+                for partial in ((), ("tp",)):
+                    self._make(self._key({*REDUCED, *partial} - {*sharded, *cut}))
 
     def size(self, *axes: str) -> int:
         """Number of ranks along these axes together."""

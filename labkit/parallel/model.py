@@ -1,8 +1,8 @@
 """The model of one rank: the layout applied to a workload's model, and one pass forward and backward through it.
 
-Order of application: cut the chain into stages (pp), cut layers (tp), then either shard what is left with `fully_shard`
-(ZeRO 3) or lay its gradients out in buckets (`GradientSync`: no sharding, ZeRO 1 and 2). Plain data parallelism takes
-torch's DDP instead, which overlaps best and to which compression hooks belong.
+Order of application: cut the chain into stages (pp), the sequence (cp), experts (ep) and layers (tp), then either shard
+what is left with `fully_shard` (ZeRO 3) or lay its gradients out in buckets (`GradientSync`: no sharding, ZeRO 1 and 2).
+Plain data parallelism takes torch's DDP instead, which overlaps best and to which compression hooks belong.
 
 Losses are weighed so that gradients have to be *added up* over ranks, microbatches and passes, never averaged.
 """
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from labkit.experiment import Experiment
-from labkit.parallel import stages, tensor
+from labkit.parallel import context, expert, loss, stages, tensor
 from labkit.parallel.cut import holding
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.pipeline import Pipeline
@@ -40,9 +40,14 @@ class ParallelModel:
         self._batch: Batch = {}
         self.stages = self._cut_into_stages(task.model)
         """Stage number to module; one stage, the whole model, without a pipeline."""
-        if layout.tp > 1:
-            for module in self.stages.values():
+        for module in self.stages.values():
+            if layout.cp > 1:
+                context.apply(module, mesh)
+            if layout.ep > 1:
+                expert.apply(module, mesh)
+            if layout.tp > 1:
                 tensor.apply(module, mesh, layout.sequence_parallel)
+        loss.spread(task, mesh)
         named = [pair for module in self.stages.values() for pair in module.named_parameters()]
         self.holdings = {name: holding(parameter) for name, parameter in named}
         self._gradients: GradientSync | FullySharded
@@ -53,10 +58,14 @@ class ParallelModel:
             trained = [(name, one, self.holdings[name]) for name, one in named if one.requires_grad]
             self._gradients = GradientSync(trained, mesh, stage, experiment.gradients.bucket_mb)
         self.averaged_over = self._gradients.averaged_over
+        for module in self.stages.values():
+            expert.weigh_samples(module, self.averaged_over / experiment.training.global_batch)
         self._pipeline = Pipeline(self.stages, layout, mesh, device, self._stage_loss) if layout.pp > 1 else None
-        last = self._pipeline is None or self._pipeline.last
-        self.reports = last and mesh.index("tp", "cp") == 0
-        """This rank's losses and metrics count (others with the same samples hold the same or nothing)."""
+        self._part = 1 / layout.cp
+        """Of every sample, this rank computes such a part."""
+        knows = self._pipeline is None or self._pipeline.last
+        self.counted = self._part if knows and mesh.index("tp") == 0 else 0.0
+        """How much this rank's losses and metrics count: others with the same samples hold the same or nothing."""
 
     def _cut_into_stages(self, model: nn.Module) -> dict[int, nn.Module]:
         if self.layout.pp == 1:
@@ -91,6 +100,7 @@ class ParallelModel:
         """
         self._gradients.begin_pass(last, scheduled=self._pipeline is not None)
         phase("forward")
+        weight *= self._part
         if self._pipeline is not None:
             loss = self._run_schedule(self._pipeline, batch, weight, autocast)
             phase("backward")  # the schedule's own backward passes lie between its forward passes
@@ -100,7 +110,7 @@ class ParallelModel:
             phase("backward")
             (loss * weight).backward()
         self._gradients.end_pass(last)
-        return loss.detach() if loss is not None and self.reports else None
+        return loss.detach() if loss is not None and self.counted else None
 
     def _run_schedule(self, pipeline: Pipeline, batch: Batch, weight: float, autocast: Autocast) -> Tensor | None:
         samples = len(next(iter(batch.values())))

@@ -11,8 +11,8 @@ AXES = Registry(
         Method("dp_replicate", "data parallelism", "labkit.parallel.replicate:Replicate"),
         Method("dp_shard", "sharded data parallelism (ZeRO)", "labkit.parallel.rules:Shard"),
         Method("tp", "tensor parallelism", "labkit.parallel.rules:TensorAxis"),
-        Method("cp", "context parallelism"),
-        Method("ep", "expert parallelism"),
+        Method("cp", "context parallelism", "labkit.parallel.rules:ContextAxis"),
+        Method("ep", "expert parallelism", "labkit.parallel.rules:ExpertAxis"),
         Method("pp", "pipeline parallelism", _PIPELINE),
     ],
 )

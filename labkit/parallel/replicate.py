@@ -69,15 +69,18 @@ class Replicate:
 class ReplicatedModel:
     """The whole model on every rank: the same methods as `labkit.parallel.model.ParallelModel`, on DDP."""
 
-    reports = True
+    counted = 1.0
     sharded = ()
 
     def __init__(self, experiment: Experiment, task: Task, mesh: Mesh, accelerator: Accelerator, update: Any) -> None:
+        from labkit.parallel.expert import weigh_samples
+
         self.task, self.bare, self.mesh, self._update = task, task.model, mesh, update
         self.stages = {0: task.model}
         self.holdings: dict[str, Holding] = {}
         self.wrapped = Replicate.apply(accelerator, task.model)
         self.averaged_over = experiment.layout.dp_replicate
+        weigh_samples(task.model, self.averaged_over / experiment.training.global_batch)
 
     def optimized(self) -> list[tuple[nn.Parameter, bool]]:
         """What the optimizer works on, and whether it decays."""

@@ -36,6 +36,15 @@ def num_blocks(experiment: Experiment) -> int | None:
     return int(options.depth + 2) if kind in ("gpt", "driver") else None
 
 
+NO_SEQUENCE = "this network has no sequence to cut"
+
+
+def sequence(experiment: Experiment) -> int:
+    """Length of the sequence that the GPT or the vision transformer attends to."""
+    options = _options(experiment)
+    return int(options.context if network(experiment) == "gpt" else (options.image_size // options.patch) ** 2)
+
+
 def _nearest(size: int, *numbers: int) -> int:
     """The greatest size up to `size` that divides all numbers."""
     whole = gcd(*numbers)
@@ -57,8 +66,6 @@ class TensorAxis:
             what = "your own model" if kind == "custom" else "a model of transformers"
             yield Problem(field, f"labkit has no plan yet for cutting the layers of {what}", 1)
             return
-        if kind == "gpt" and options.experts:
-            yield Problem(field, "labkit has no plan yet for cutting experts over tp", 1)
         if kind in ("gpt", "vit") and options.heads % tp:
             yield Problem(
                 field, f"{tp} ranks do not divide the {options.heads} attention heads", _nearest(tp, options.heads)
@@ -79,11 +86,50 @@ class TensorAxis:
         if not experiment.layout.sequence_parallel:
             return
         if kind in ("resnet", "driver"):
-            yield Problem("layout.sequence_parallel", "this network has no sequence to cut", "false")
+            yield Problem("layout.sequence_parallel", NO_SEQUENCE, "false")
             return
-        length = options.context if kind == "gpt" else (options.image_size // options.patch) ** 2
+        length = sequence(experiment)
         if length % tp:
             yield Problem("layout.sequence_parallel", f"{tp} ranks do not divide a sequence of {length}", "false")
+
+
+class ContextAxis:
+    """The axis cp: the sequence cut over ranks."""
+
+    @staticmethod
+    def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        kind, cp, field = network(experiment), experiment.layout.cp, "layout.cp"
+        if kind not in ("gpt", "vit"):
+            what = {"custom": "your own model", "transformers": "a model of transformers"}.get(kind)
+            yield Problem(field, f"labkit has no ring for the attention of {what}" if what else NO_SEQUENCE, 1)
+            return
+        options = _options(experiment)
+        length = sequence(experiment)
+        chunks = 2 * cp * (experiment.layout.tp if experiment.layout.sequence_parallel else 1)
+        if length % chunks:
+            yield Problem(
+                field,
+                f"{chunks} chunks of one size (two per rank, so that causal work is even) do not divide a sequence of "
+                f"{length}",
+                max(1, _nearest(chunks, length) * cp // chunks),
+            )
+        if kind == "gpt" and options.experts and options.capacity:
+            yield Problem(
+                "workload.capacity", "an expert's room is counted over whole sequences, and cp cuts them into parts", 0
+            )
+
+
+class ExpertAxis:
+    """The axis ep: experts dealt out to ranks."""
+
+    @staticmethod
+    def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        options, ep, field = _options(experiment), experiment.layout.ep, "layout.ep"
+        experts = options.experts if network(experiment) == "gpt" else 0
+        if not experts:
+            yield Problem(field, "this network has no experts to deal out (workload.experts of the GPT)", 1)
+        elif experts % ep:
+            yield Problem(field, f"{ep} ranks do not divide {experts} experts", _nearest(ep, experts))
 
 
 class PipelineAxis:

@@ -95,6 +95,7 @@ def entrance(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
 def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
     """Cut every layer of `module` that has a plan, in place."""
     from labkit.workloads.models.driver import Surroundings
+    from labkit.workloads.models.experts import Experts, MixtureOfExperts
     from labkit.workloads.models.gpt import TokenEmbedding, TokenHead
     from labkit.workloads.models.resnet import ResidualBlock
     from labkit.workloads.models.transformer import MLP, Attention, Layer
@@ -121,18 +122,26 @@ def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
             part.token = VocabularyPart(part.token, mesh, sequence)  # type: ignore[assignment]
             if sequence:
                 add_partial(part.position.weight, "tp")
-                part.cut_positions = (mesh.index("tp"), mesh.size("tp"))
+                part.cut_positions = lambda x, dim: x.chunk(mesh.size("tp"), dim)[mesh.index("tp")]
         elif isinstance(part, TokenHead):
             columns(part.score, mesh)
-            entrance(part.score, mesh, sequence)
-            part.score.register_forward_hook(lambda m, i, out: collectives.gather(out, group, -1))
+            entrance(part.score, mesh, sequence)  # the scores stay cut: labkit.parallel.loss
             if sequence:
                 for parameter in part.norm.parameters():
                     add_partial(parameter, "tp")
         elif isinstance(part, PatchEmbedding) and sequence:
             part.register_forward_hook(lambda m, i, out: collectives.scatter(out, group, SEQUENCE))
         elif isinstance(part, MeanHead) and sequence:
+            # Before a hook of context parallelism, whose cut came first.
+            part.register_forward_pre_hook(lambda m, i: (collectives.gather(i[0], group, SEQUENCE),), prepend=True)
+        elif isinstance(part, Experts):
+            part.up, part.down = cut(part.up, mesh, "tp", 1), cut(part.down, mesh, "tp", 2)
+            entrance(part, mesh, False)
+            part.register_forward_hook(lambda m, i, out: collectives.leave(out, group))
+        elif isinstance(part, MixtureOfExperts) and sequence:
+            # Every rank routes all tokens: the router would see other shares of an expert's queue otherwise.
             part.register_forward_pre_hook(lambda m, i: (collectives.gather(i[0], group, SEQUENCE),))
+            part.register_forward_hook(lambda m, i, out: collectives.scatter(out, group, SEQUENCE))
         elif isinstance(part, ResidualBlock):
             _residual_block(part, mesh)
         elif isinstance(part, Surroundings):

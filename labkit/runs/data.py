@@ -114,7 +114,7 @@ class RunData:
         self._ranks: list[_Rank] = []
         self._first_known = False
         self._weighted = GrowingArray(np.float64)
-        self._samples = GrowingArray(np.int64)
+        self._samples = GrowingArray(np.float64)  # a rank may hold a part of each sample
         self._elapsed = GrowingArray(np.float64)
         self._origin: float | None = None
         self._spans = {name: GrowingArray(np.float32) for name in _SPANS}
@@ -274,7 +274,7 @@ class RunData:
         rank.steps = at + count - drop
         loss, samples = _column(event.get("loss"), count), _column(event.get("samples"), count)
         if loss is not None and samples is not None:
-            weight = np.nan_to_num(np.clip(samples[drop:], 0, 1e12), nan=0.0, posinf=0.0, neginf=0.0).astype(np.int64)
+            weight = np.nan_to_num(np.clip(samples[drop:], 0, 1e12), nan=0.0, posinf=0.0, neginf=0.0)
             with np.errstate(all="ignore"):
                 part = np.where(weight > 0, loss[drop:] * weight, 0.0)
             self._loss = None
@@ -402,7 +402,7 @@ class RunData:
         if self._loss is not None and len(self._loss) == count:
             return self._loss
         samples = self._samples.values[:count]
-        loss = self._weighted.values[:count] / np.maximum(samples, 1)
+        loss = self._weighted.values[:count] / np.where(samples > 0, samples, 1)
         known = samples > 0
         if not known.all() and known.any():
             source = np.maximum.accumulate(np.where(known, np.arange(count), -1))
@@ -415,7 +415,7 @@ class RunData:
     @property
     def samples(self) -> NDArray[np.int64]:
         """Samples of each step over all ranks (steps,)."""
-        return self._samples.values[: self.steps]
+        return np.rint(self._samples.values[: self.steps]).astype(np.int64)
 
     @property
     def elapsed(self) -> Floats:

@@ -36,9 +36,9 @@ def evaluate(task: Task, model: Model, runtime: Runtime, alive: Callable[[], Non
             output = model.output(batch["x"])
             if output is None:
                 continue
-            counts = model.reports and not empty
+            counted = 0.0 if empty else model.counted
             for name, value in task.evaluate(output, batch).items():
-                totals[name] = totals.get(name, 0.0) + (float(value) if counts else 0.0)
+                totals[name] = totals.get(name, 0.0) + (float(value) * counted if counted else 0.0)
     model.train(True)
     return runtime.add_up(totals)
 

@@ -44,8 +44,8 @@ class _Step:
     def __init__(self, number: int) -> None:
         self.number = number
         self.marks: list[tuple[str, Any]] = []
-        self.losses: list[tuple[Tensor, int]] = []
-        self.samples = 0
+        self.losses: list[tuple[Tensor, float]] = []
+        self.samples = 0.0
         self.grad_norm: Any = None
         self.lr = 0.0
 
@@ -99,8 +99,11 @@ class Meter:
         if self._step is not None:
             self._step.marks.append((name, self._clock.now()))
 
-    def loss(self, loss: Tensor, samples: int) -> None:
-        """Mean loss over `samples` samples of this rank in this step (one call per pass)."""
+    def loss(self, loss: Tensor, samples: float) -> None:
+        """Mean loss over `samples` samples of this rank in this step (one call per pass).
+
+        Where several ranks hold parts of the same samples, each counts the fraction that is its own.
+        """
         assert self._step is not None
         self._step.losses.append((loss.detach(), samples))
         self._step.samples += samples
@@ -162,7 +165,7 @@ class Meter:
             for (name, begin), (_, end) in zip(step.marks, step.marks[1:], strict=False):
                 spans[name] += self._clock.seconds(begin, end)
             total = sum(float(loss) * samples for loss, samples in step.losses)
-            columns["loss"].append(total / max(1, step.samples))
+            columns["loss"].append(total / (step.samples or 1))
             columns["samples"].append(step.samples)
             columns["seconds"].append(round(self._clock.seconds(step.marks[0][1], step.marks[-1][1]), 7))
             for name in SPANS:

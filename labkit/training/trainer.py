@@ -104,7 +104,7 @@ class Trainer:
             last = number == self.passes - 1
             loss = self.model.run_pass(batch, self._weight(samples), last, meter.phase, runtime.accelerator.autocast)
             if loss is not None:
-                meter.loss(loss, samples)
+                meter.loss(loss, samples * self.model.counted)
         meter.phase("optimizer")
         if settings.clip_norm is not None:
             meter.grad_norm(self.model.clip(settings.clip_norm))

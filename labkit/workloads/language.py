@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DOCUMENTATION = "python-docs"
 BYTES = 256
+_OF_EXPERTS = ("experts_per_token", "capacity", "balance_loss")
 
 
 class LanguageOptions(Options):
@@ -45,6 +46,14 @@ class LanguageOptions(Options):
     """Experts in each layer of the GPT; 0 for a plain MLP."""
     experts_per_token: int = Field(default=2, ge=1, le=16)
     """Experts that process a token, if there are experts."""
+    capacity: float = Field(default=0.0, ge=0, le=64)
+    """Most tokens of a sequence that an expert takes, as a multiple of an even share; 0 for no limit."""
+    balance_loss: float = Field(default=0.0, ge=0, le=100)
+    """Weight of the loss that asks for experts to be chosen evenly; felt by the gradient, not in the reported loss."""
+    mlp_growth: float = Field(default=1.0, ge=1, le=64)
+    """MLP of the last layer as a multiple of the first one's width; above 1 the layers cost unequal time."""
+    tied: bool = False
+    """The GPT's output layer is its token embedding: one weight in two places."""
     transformers_config: dict[str, JsonValue] | None = None
     """Model of transformers by its configuration, e.g. {"model_type": "llama", "hidden_size": 128, ...}."""
     pretrained: str = Field(default="", max_length=500)
@@ -74,10 +83,12 @@ class Language:
         """Options that do nothing with the chosen network."""
         options = LanguageOptions(**experiment.workload.options)
         if options.model == "transformers":
-            names = ("width", "depth", "heads", "experts", "experts_per_token")
+            names = ("width", "depth", "heads", "experts", *_OF_EXPERTS, "mlp_growth", "tied")
             yield from without_effect(options, names, "a model of transformers has its own sizes")
         elif not options.experts:
-            yield from without_effect(options, ("experts_per_token",), "there are no experts")
+            yield from without_effect(options, _OF_EXPERTS, "there are no experts")
+        else:
+            yield from without_effect(options, ("mlp_growth",), "experts take the place of the MLPs")
 
     @classmethod
     def build(cls, options: Any, seed: int) -> Task:
@@ -113,6 +124,10 @@ class Language:
                     options.heads,
                     options.experts,
                     options.experts_per_token,
+                    options.capacity,
+                    options.balance_loss,
+                    options.mlp_growth,
+                    options.tied,
                 )
         corpus = Corpus.from_text(*texts, encode, vocabulary)
         return LanguageTask(model, corpus, options.context, data=options.data)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from labkit.workloads.base import Batch, Data, Metric
 from labkit.workloads.text import Corpus, Windows, mean_nats
+
+Nats = Callable[[Tensor, Tensor], Tensor]
+"""(output of the model, target [N, T]) to the mean negative log-likelihood (nats), a scalar."""
 
 
 class LanguageTask:
@@ -23,17 +26,19 @@ class LanguageTask:
         self.train: Data = Windows(corpus.train, context)
         self.test: Data = Windows(corpus.test, context)
         self._data = data
+        self.nats: Nats = mean_nats
+        """Mean loss over the tokens; layouts that cut sequence or vocabulary put their own there."""
         for part, name in ((self.train, "training"), (self.test, "held-out")):
             if not len(part):
                 raise ValueError(f"the {name} text is shorter than one window of {context} tokens")
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Nats per token. Windows have one length, so the mean over tokens is the mean over samples."""
-        return mean_nats(output, batch["y"])
+        return self.nats(output, batch["y"])
 
     def evaluate(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
         samples = len(batch["y"])
-        return {"count": output.new_tensor(samples), "loss": mean_nats(output, batch["y"]) * samples}
+        return {"count": output.new_tensor(samples), "loss": self.nats(output, batch["y"]) * samples}
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         loss = sums["loss"] / sums["count"]

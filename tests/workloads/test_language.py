@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from labkit.workloads.language import Language
 from labkit.workloads.models.experts import MixtureOfExperts
-from labkit.workloads.models.gpt import gpt
+from labkit.workloads.models.gpt import gpt, mlp_widths
 from labkit.workloads.text import Corpus, Windows, encode_bytes, python_documentation
 from tests.workloads.helpers import assert_split_equals_whole, evaluate, reasons, train
 
@@ -69,20 +71,65 @@ def test_gradients_of_a_split_batch_average_to_those_of_the_whole(experts: int) 
     assert_split_equals_whole(task, task.train.__getitems__(range(7)), [4, 2, 1])
 
 
-def test_a_mixture_of_experts_is_the_weighted_sum_of_the_chosen_ones() -> None:
+def one_by_one(block: MixtureOfExperts, x: torch.Tensor, room: int | None = None) -> torch.Tensor:
+    """The mixture, token by token: first choices are served before second ones, then whoever comes first."""
+    out = torch.zeros_like(x)
+    for sample, tokens in enumerate(x):
+        best, chosen = block.router(tokens).topk(block.experts_per_token, dim=-1)
+        weights, taken = best.softmax(-1), dict.fromkeys(range(len(block.experts.up)), 0)
+        for choice in range(block.experts_per_token):
+            for place, token in enumerate(tokens):
+                expert = int(chosen[place, choice])
+                taken[expert] += 1
+                if room is None or taken[expert] <= room:
+                    inner = torch.nn.functional.gelu(block.experts.up[expert] @ token)
+                    out[sample, place] += weights[place, choice] * (block.experts.down[expert] @ inner)
+    return out
+
+
+def mixture(**options: float) -> tuple[MixtureOfExperts, torch.Tensor]:
     torch.manual_seed(0)
-    block = MixtureOfExperts(16, experts=4, experts_per_token=2).double()
-    x = torch.randn(3, 5, 16, dtype=torch.float64)
-    weights, chosen = block.route(x.flatten(0, 1))
-    assert len(chosen.unique()) == 4
-    torch.testing.assert_close(weights.sum(1), torch.ones(15, dtype=torch.float64))
-    expected = torch.stack(
-        [
-            sum(weight * block.experts[int(expert)](token) for weight, expert in zip(*choice, strict=True))
-            for token, *choice in zip(x.flatten(0, 1), weights, chosen, strict=True)
-        ]
-    )
-    torch.testing.assert_close(block(x).flatten(0, 1), expected, rtol=1e-12, atol=1e-12)
+    block = MixtureOfExperts(16, experts=4, experts_per_token=2, **options).double()
+    return block, torch.randn(3, 8, 16, dtype=torch.float64)
+
+
+def test_a_mixture_of_experts_is_the_weighted_sum_of_the_chosen_ones() -> None:
+    block, x = mixture()
+    torch.testing.assert_close(block(x), one_by_one(block, x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_full_expert_drops_what_comes_later_in_the_same_sequence() -> None:
+    block, x = mixture(capacity=0.75)
+    room = 3  # ⌈0.75 · 2 choices · 8 tokens / 4 experts⌉
+    torch.testing.assert_close(block(x), one_by_one(block, x, room), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(block(x), one_by_one(block, x)), "some token was dropped"
+    parts = torch.cat([block(sample) for sample in x.split(1)])
+    torch.testing.assert_close(block(x), parts, rtol=1e-12, atol=1e-12)
+
+
+def test_the_balance_loss_pulls_towards_even_choice_and_leaves_the_result_alone() -> None:
+    block, x = mixture()
+    plain = block(x)
+    plain.sum().backward()
+    before = block.router.weight.grad.clone()
+    block.zero_grad()
+    block.balance_loss, block.sample_weight = 0.5, 1 / len(x)
+    out = block(x)
+    assert torch.equal(out, plain)
+    out.sum().backward()
+    scores = block.router(x)
+    chosen = torch.nn.functional.one_hot(scores.topk(2, dim=-1).indices, 4).sum((1, 2)) / 16  # [sample, expert]
+    loss = (4 * chosen * scores.softmax(-1).mean(1)).sum(1).mean()
+    (expected,) = torch.autograd.grad(0.5 * loss, [block.router.weight])
+    torch.testing.assert_close(block.router.weight.grad - before, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_load_counts_every_choice_once() -> None:
+    block, x = mixture()
+    block.load = torch.zeros(4, dtype=torch.int64)
+    block(x)
+    assert block.load.sum() == 2 * 3 * 8
+    assert block.load.tolist() == torch.bincount(block.router(x).topk(2).indices.flatten(), minlength=4).tolist()
 
 
 def test_an_expert_without_tokens_has_a_gradient_of_zero() -> None:
@@ -90,10 +137,19 @@ def test_an_expert_without_tokens_has_a_gradient_of_zero() -> None:
     block = MixtureOfExperts(8, experts=3, experts_per_token=1)
     with torch.no_grad():
         block.router.weight.zero_()  # equal scores: every token goes to the same expert
-    block(torch.randn(4, 8)).sum().backward()
-    used = [expert.up.weight.grad.abs().sum().item() > 0 for expert in block.experts]
-    assert sum(used) == 1
-    assert all(expert.up.weight.grad is not None for expert in block.experts)
+    block(torch.randn(1, 4, 8)).sum().backward()
+    assert block.experts.up.grad is not None
+    assert (block.experts.up.grad.flatten(1).abs().sum(1) > 0).sum() == 1
+
+
+@given(st.integers(8, 64), st.integers(1, 9), st.floats(1, 16))
+def test_growing_mlps_are_as_wide_on_the_average_as_even_ones(width: int, depth: int, growth: float) -> None:
+    widths = mlp_widths(width, depth, growth)
+    assert len(widths) == depth
+    assert widths == sorted(widths)
+    assert abs(sum(widths) / depth - 4 * width) <= 8
+    if depth > 1 and widths[0] > 32:
+        assert widths[-1] / widths[0] == pytest.approx(growth, rel=0.3)
 
 
 def test_unigram_entropy_is_the_score_of_knowing_only_the_frequencies() -> None:

@@ -1,46 +1,123 @@
 """A mixture of experts in place of an MLP (Shazeer et al. 2017, arXiv:1701.06538; as in Mixtral, arXiv:2401.04088).
 
 A router scores the experts for each token; the `k` best ones process it, weighted by the softmax of their k scores.
-Nothing is dropped and nothing depends on the other tokens, so that splitting a batch over ranks changes nothing. There
-is no load-balancing loss for the same reason: it is no mean over samples.
+
+Nothing here depends on which other *samples* are in the batch: capacity and balance are counted within each sequence
+(as the sequence-wise loss of DeepSeek-V3, arXiv:2412.19437). So splitting a batch over ranks, microbatches or passes
+changes nothing, and every layout can be compared with one process. Usual implementations count within whatever batch a
+rank happens to hold, and their result changes with the number of ranks.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from labkit.workloads.models.transformer import MLP
+Run = Callable[[Tensor, list[int]], Tensor]
+"""(tokens of all experts one after the other [rows, width], rows of each expert) to results [rows, width]."""
+
+
+class Experts(nn.Module):
+    """`experts` networks of two layers without biases, side by side, so that they can be dealt out to ranks."""
+
+    def __init__(self, width: int, experts: int) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(experts, 4 * width, width) * width**-0.5)
+        self.down = nn.Parameter(torch.randn(experts, width, 4 * width) * (4 * width) ** -0.5)
+
+    def forward(self, tokens: Tensor, sizes: list[int]) -> Tensor:
+        # An expert without tokens runs on an empty stretch: its gradient is zero rather than missing.
+        parts = zip(tokens.split(sizes), self.up.unbind(), self.down.unbind(), strict=True)
+        linear = nn.functional.linear
+        return torch.cat([linear(nn.functional.gelu(linear(part, up)), down) for part, up, down in parts])
 
 
 class MixtureOfExperts(nn.Module):
-    """out = Σ over the k chosen experts of weight · expert(x): [N, T, width] to [N, T, width], on one rank."""
+    """out = Σ over the k chosen experts of weight · expert(x): [N, T, width] to [N, T, width].
 
-    def __init__(self, width: int, experts: int, experts_per_token: int) -> None:
+    `capacity`: an expert takes at most ⌈capacity · k·T/E⌉ tokens of each sequence, first choices before second ones,
+    earlier tokens before later ones; what is beyond is dropped, its share of the result is zero (GShard,
+    arXiv:2006.16668). 0 for no limit.
+
+    `balance_loss`: factor of E/(k·T) · Σ_e (tokens that chose e) · (mean probability of e), summed over sequences. It
+    is felt by the gradient only; the reported loss stays comparable.
+    """
+
+    def __init__(
+        self, width: int, experts: int, experts_per_token: int, capacity: float = 0.0, balance_loss: float = 0.0
+    ) -> None:
         super().__init__()
         if not 1 <= experts_per_token <= experts:
             raise ValueError(f"{experts_per_token} experts per token of {experts} experts")
-        self.experts_per_token = experts_per_token
+        self.experts_per_token, self.capacity, self.balance_loss = experts_per_token, capacity, balance_loss
         self.router = nn.Linear(width, experts, bias=False)
-        self.experts = nn.ModuleList(MLP(width) for _ in range(experts))
-
-    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and numbers of the chosen experts, both [tokens, k]; the best expert first."""
-        scores, chosen = self.router(tokens).topk(self.experts_per_token, dim=-1)
-        return scores.softmax(-1), chosen
+        self.experts = Experts(width, experts)
+        self.run: Run | None = None
+        """Runs the experts where they are: set by expert parallelism, else they are here."""
+        self.sample_weight = 1.0
+        """Weight of one sample in the loss that is followed backward (1/global batch in one process)."""
+        self.over_parts: Callable[[Tensor], Tensor] = lambda counts: counts
+        """Adds counts up over the ranks that hold parts of the same sequences (context parallelism)."""
+        self.load: Tensor | None = None
+        """While it is a tensor [experts] of int64, each forward adds how many pairs of token and choice each got."""
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, -2)
-        weights, chosen = self.route(tokens)
-        k, width = self.experts_per_token, tokens.shape[-1]
-        # Sort the (token, expert) pairs by expert, run each expert on its own stretch, and put the results back. Only
-        # permutations move data, so the backward pass adds nothing in an undefined order.
-        order = chosen.flatten().argsort(stable=True)
-        back = order.argsort()
-        copies = tokens.unsqueeze(1).expand(-1, k, -1).reshape(-1, width)[order]
-        sizes = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
-        # An expert without tokens runs on an empty stretch: its gradient is zero rather than missing.
-        stretches = copies.split(sizes)
-        results = torch.cat([expert(part) for expert, part in zip(self.experts, stretches, strict=True)])
-        out: Tensor = (results[back].unflatten(0, (-1, k)) * weights.unsqueeze(-1)).sum(1)
+        scores = self.router(x)  # [N, T, E]
+        best, chosen = scores.topk(self.experts_per_token, dim=-1)  # the best expert first
+        if self.load is not None:
+            self.load += torch.bincount(chosen.flatten(), minlength=len(self.load))
+        if self.balance_loss and torch.is_grad_enabled():
+            x = _felt(x, self._imbalance(scores, chosen), self.balance_loss * self.sample_weight)
+        weights = best.softmax(-1).flatten(0, -2)  # [N·T, k]
+        tokens, k = x.flatten(0, -2), self.experts_per_token
+        # Sort the pairs of token and choice by expert, run each expert on its own stretch, and put the results back.
+        # Only permutations move data, so the backward pass adds nothing in an undefined order.
+        flat = chosen.flatten()
+        order = flat.argsort(stable=True)
+        if self.capacity:
+            order = order[self._within_capacity(chosen).flatten()[order]]
+        sizes = torch.bincount(flat[order], minlength=scores.shape[-1]).tolist()
+        copies = tokens.unsqueeze(1).expand(-1, k, -1).flatten(0, 1)[order]
+        results = (self.run or self.experts)(copies, sizes)
+        placed = results.new_zeros(len(flat), results.shape[-1]).index_copy(0, order, results)
+        out: Tensor = (placed.unflatten(0, (-1, k)) * weights.unsqueeze(-1)).sum(1)
         return out.view_as(x)
+
+    def _within_capacity(self, chosen: Tensor) -> Tensor:
+        """Which pairs find room: chosen [N, T, k] to bool [N, T, k]."""
+        _, length, k = chosen.shape
+        experts = self.router.out_features
+        room = math.ceil(self.capacity * k * length / experts)
+        queue = chosen.transpose(1, 2).flatten(1)  # first choices of all tokens, then second ones: [N, k·T]
+        place = nn.functional.one_hot(queue, experts).cumsum(1).gather(2, queue.unsqueeze(-1)).squeeze(-1)
+        return (place <= room).unflatten(1, (k, length)).transpose(1, 2)
+
+    def _imbalance(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        """Σ over sequences of E/(k·T²) · Σ_e count_e · Σ_t probability; 1 each where all experts are chosen alike."""
+        experts, length = scores.shape[-1], scores.shape[1]
+        counts = nn.functional.one_hot(chosen.flatten(1), experts).sum(1).to(scores.dtype)  # [N, E]
+        sizes = self.over_parts(torch.cat([counts, counts.new_full((len(counts), 1), length)], dim=1))
+        share, whole = sizes[:, :-1], sizes[:, -1:]
+        summed = scores.softmax(-1).sum(1)  # [N, E], this rank's tokens
+        return (experts / self.experts_per_token * share * summed / whole**2).sum()
+
+
+def _felt(x: Tensor, loss: Tensor, factor: float) -> Tensor:
+    """`x`, with `factor · loss` added to whatever is followed backward from it."""
+    out: Tensor = _Felt.apply(x, loss, factor)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Felt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, factor: float) -> Tensor:
+        ctx.factor, ctx.kind = factor, loss
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, torch.full_like(ctx.kind, ctx.factor), None

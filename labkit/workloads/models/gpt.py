@@ -1,10 +1,13 @@
 """A GPT: a chain of pre-norm transformer layers with causal attention (Radford et al. 2019; Vaswani et al. 2017).
 
-Learned positions, GELU, untied output: the smallest form that every notebook can print in full. With `experts` each
-MLP becomes a mixture of experts.
+Learned positions, GELU: the smallest form that every notebook can print in full. With `experts` each MLP becomes a
+mixture of experts; with `tied` the output layer is the token embedding (Press & Wolf 2017, arXiv:1608.05859); with
+`mlp_growth` the MLPs widen from layer to layer (as in OpenELM, arXiv:2404.14619), so that layers cost unequal time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,9 @@ from torch import Tensor, nn
 from labkit.workloads.base import Blocks
 from labkit.workloads.models.experts import MixtureOfExperts
 from labkit.workloads.models.transformer import MLP, Attention, Layer
+
+Cut = Callable[[Tensor, int], Tensor]
+"""(tensor, dimension of the sequence) to a part of it."""
 
 
 class TokenEmbedding(nn.Module):
@@ -21,12 +27,14 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(context, width)
-        self.cut_positions = (0, 1)
-        """Which part of the sequence this rank goes on with, of how many (sequence parallelism cuts it here)."""
+        self.cut_sequence: Cut = lambda x, dim: x
+        """The part of the sequence that this rank has (context parallelism cuts it here)."""
+        self.cut_positions: Cut = lambda x, dim: x
+        """The part of that which it goes on with (sequence parallelism cuts it here)."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        index, parts = self.cut_positions
-        out: Tensor = self.token(tokens) + self.position.weight[: tokens.shape[1]].chunk(parts)[index]
+        positions = self.cut_positions(self.cut_sequence(self.position.weight[: tokens.shape[1]], 0), 0)
+        out: Tensor = self.token(self.cut_sequence(tokens, 1)) + positions
         return out
 
 
@@ -44,21 +52,43 @@ class TokenHead(nn.Module):
 
 
 def gpt(
-    vocabulary: int, context: int, width: int, depth: int, heads: int, experts: int = 0, experts_per_token: int = 2
+    vocabulary: int,
+    context: int,
+    width: int,
+    depth: int,
+    heads: int,
+    experts: int = 0,
+    experts_per_token: int = 2,
+    capacity: float = 0.0,
+    balance_loss: float = 0.0,
+    mlp_growth: float = 1.0,
+    tied: bool = False,
 ) -> Blocks:
     """Blocks `embed`, `layer_0` … `layer_<depth-1>`, `head`: tokens [N, T] to logits [N, T, vocabulary]."""
-    blocks: dict[str, nn.Module] = {"embed": TokenEmbedding(vocabulary, context, width)}
-    for index in range(depth):
-        mlp = MixtureOfExperts(width, experts, experts_per_token) if experts else MLP(width)
+    embedding, head = TokenEmbedding(vocabulary, context, width), TokenHead(width, vocabulary)
+    blocks: dict[str, nn.Module] = {"embed": embedding}
+    for index, hidden in enumerate(mlp_widths(width, depth, mlp_growth)):
+        mlp: nn.Module = MLP(width, hidden)
+        if experts:
+            mlp = MixtureOfExperts(width, experts, experts_per_token, capacity, balance_loss)
         blocks[f"layer_{index}"] = Layer(width, Attention(width, heads, causal=True), mlp)
-    blocks["head"] = TokenHead(width, vocabulary)
+    blocks["head"] = head
     model = Blocks(blocks)
     model.apply(_initialise)
+    if tied:
+        head.score.weight = embedding.token.weight
+        nn.init.normal_(embedding.token.weight, std=width**-0.5)  # logits of a normal size count more
     with torch.no_grad():  # what a layer adds to the stream starts small, so that depth does not enlarge the stream
         for name, parameter in model.named_parameters():
-            if name.endswith(("out.weight", "down.weight")):
+            if name.endswith(("out.weight", "down.weight", "experts.down")):
                 parameter.mul_((2 * depth) ** -0.5)
     return model
+
+
+def mlp_widths(width: int, depth: int, growth: float) -> list[int]:
+    """Inner widths of the MLPs: 4·width on the average, the last `growth` times the first, evenly between, even."""
+    steps = [1 + (growth - 1) * index / max(1, depth - 1) for index in range(depth)]
+    return [max(8, 8 * round(4 * width * step / (sum(steps) / depth) / 8)) for step in steps]
 
 
 def _initialise(module: nn.Module) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
+
+Mix = Callable[..., Tensor]
 
 
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, arXiv:1706.03762): [N, T, width] to [N, T, width].
 
-    With `causal`, position t sees positions 0 … t only.
+    With `causal`, position t sees positions 0 … t only. `mix` is what attends: query, key and value [N, H, T, D] to
+    [N, H, T, D]; context parallelism puts its ring there.
     """
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
@@ -16,6 +21,7 @@ class Attention(nn.Module):
         if width % heads:
             raise ValueError(f"{heads} heads do not divide a width of {width}")
         self.heads, self.causal = heads, causal
+        self.mix: Mix = nn.functional.scaled_dot_product_attention
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
@@ -23,7 +29,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = (self._split(part(x)) for part in (self.query, self.key, self.value))
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        mixed = self.mix(query, key, value, is_causal=self.causal)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -32,12 +38,13 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear to 4·width, GELU, linear back, on each position by itself."""
+    """Linear to `hidden` (4·width unless it is given), GELU, linear back, on each position by itself."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, hidden: int | None = None) -> None:
         super().__init__()
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        hidden = hidden or 4 * width
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(nn.functional.gelu(self.up(x)))
