@@ -50,6 +50,14 @@ class Layout(BaseModel):
     """Microbatches per step in the pipeline."""
     stages_per_rank: int = Field(default=1, ge=1)
     """Pipeline stages held by each rank (interleaved schedules need 2 or more)."""
+    balance: Literal["blocks", "parameters", "cost"] = "blocks"
+    """What stages have alike: the number of blocks, of parameters, or the measured time of a microbatch."""
+    stage_blocks: tuple[int, ...] | None = None
+    """Number of blocks of every stage, by hand; empty to let `balance` decide."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Which activations are computed again in the backward pass: none, all but matrix products, all within a block."""
+    cpu_offload: bool = False
+    """Keep sharded parameters, gradients and optimizer state in the host's memory (ZeRO 3 on GPUs)."""
 
     @model_validator(mode="before")
     @classmethod

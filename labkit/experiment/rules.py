@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from labkit.experiment.layout import AXES
+from labkit.experiment.layout import AXES, Layout
 from labkit.experiment.machine import Machine
 from labkit.experiment.problem import ExperimentError, Problem
 from labkit.experiment.registry import registry
@@ -106,6 +106,11 @@ def device_exists(experiment: Experiment, machine: Machine) -> Iterator[Problem]
         yield Problem("launch.device", f"no GPU can be used: {machine.gpu_reason}", "cpu")
 
 
+def memory_is_shared(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    if experiment.launch.transport == "shared_memory" and experiment.launch.device == "cuda":
+        yield Problem("launch.transport", "gradients on GPUs do not travel through the host's memory", "auto")
+
+
 def ranks_fit(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """A bound on oversubscription, so that a slip of the finger does not take the machine down."""
     slots = max(1, machine.slots(experiment.launch.device))
@@ -128,6 +133,7 @@ RULES: list[Rule] = [
     method_rules,
     axis_rules,
     device_exists,
+    memory_is_shared,
     ranks_fit,
     batch_covers_ranks,
     isolated_makes_no_update,
@@ -150,11 +156,15 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
     """An option that does nothing here says so."""
     layout = experiment.layout
     if layout.pp == 1:
-        for name in ("microbatches", "stages_per_rank"):
-            if getattr(layout, name) != 1:
+        for name in ("microbatches", "stages_per_rank", "balance", "stage_blocks"):
+            if getattr(layout, name) != Layout.model_fields[name].default:
                 yield Problem(f"layout.{name}", "has no effect without pipeline stages (layout.pp is 1)")
     elif layout.schedule == "naive" and layout.microbatches != 1:
         yield Problem("layout.microbatches", "has no effect: the naive schedule has a single microbatch")
+    if experiment.launch.transport == "shared_memory" and layout.world_size != layout.dp_replicate:
+        yield Problem("launch.transport", "has no effect: only plain data parallelism exchanges through shared memory")
+    if layout.cpu_offload and experiment.launch.device == "cpu":
+        yield Problem("layout.cpu_offload", "has no effect: everything lies in the host's memory already")
     if layout.sequence_parallel and layout.tp == 1:
         yield Problem("layout.sequence_parallel", "has no effect without tensor parallelism (layout.tp is 1)")
     if experiment.sparsity.method == "none" and experiment.sparsity.target > 0:

@@ -1,7 +1,7 @@
 """The model of one rank: the layout applied to a workload's model, and one pass forward and backward through it.
 
 Order of application: cut the chain into stages (pp), the sequence (cp), experts (ep) and layers (tp), then either shard
-what is left with `fully_shard` (ZeRO 3) or lay its gradients out in buckets (`GradientSync`: no sharding, ZeRO 1 and 2).
+what is left with `fully_shard` (ZeRO 3) or lay its gradients out in buckets (`GradientSync`: no sharding, ZeRO 1, 2).
 Plain data parallelism takes torch's DDP instead, which overlaps best and to which compression hooks belong.
 
 Losses are weighed so that gradients have to be *added up* over ranks, microbatches and passes, never averaged.
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from labkit.experiment import Experiment
-from labkit.parallel import context, expert, loss, stages, tensor
+from labkit.parallel import balance, context, expert, loss, recompute, stages, tensor
 from labkit.parallel.cut import holding
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.pipeline import Pipeline
@@ -33,12 +33,15 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 class ParallelModel:
     """What the trainer drives, for every layout but plain data parallelism."""
 
+    exchange = "process group"
+    """What gradients go through."""
+
     def __init__(self, experiment: Experiment, task: Task, mesh: Mesh, device: torch.device) -> None:
         layout = experiment.layout
         self.mesh, self.task, self.layout = mesh, task, layout
         self._weight = 1.0
         self._batch: Batch = {}
-        self.stages = self._cut_into_stages(task.model)
+        self.stages = self._cut_into_stages(experiment, device)
         """Stage number to module; one stage, the whole model, without a pipeline."""
         for module in self.stages.values():
             if layout.cp > 1:
@@ -47,6 +50,8 @@ class ParallelModel:
                 expert.apply(module, mesh)
             if layout.tp > 1:
                 tensor.apply(module, mesh, layout.sequence_parallel)
+            if layout.activation_checkpointing != "none":
+                recompute.apply(module, layout.activation_checkpointing)
         loss.spread(task, mesh)
         named = [pair for module in self.stages.values() for pair in module.named_parameters()]
         self.holdings = {name: holding(parameter) for name, parameter in named}
@@ -67,14 +72,23 @@ class ParallelModel:
         self.counted = self._part if knows and mesh.index("tp") == 0 else 0.0
         """How much this rank's losses and metrics count: others with the same samples hold the same or nothing."""
 
-    def _cut_into_stages(self, model: nn.Module) -> dict[int, nn.Module]:
-        if self.layout.pp == 1:
+    def _cut_into_stages(self, experiment: Experiment, device: torch.device) -> dict[int, nn.Module]:
+        layout, model = self.layout, self.task.model
+        if layout.pp == 1:
             return {0: model}
-        assert isinstance(model, Blocks)
+        if not isinstance(model, Blocks):
+            raise ValueError("a pipeline needs a model that is a chain of blocks (labkit.workloads.base.Blocks)")
         names = list(model.blocks)
-        count = self.layout.pp * self.layout.stages_per_rank
-        groups = stages.groups(names, stages.minimal_maximum([1.0] * len(names), count))
-        mine = stages.held_by(self.layout, self.mesh.index("pp"))
+        dtype = next(model.parameters()).dtype
+
+        def microbatch() -> Batch:
+            samples = experiment.training.global_batch // layout.data_parallel // experiment.gradients.accumulation
+            batch = self.task.train.__getitems__(list(range(max(1, samples // layout.microbatches))))
+            return {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in batch.items()}
+
+        lengths = balance.lengths(layout, self.task, device, microbatch)
+        groups = stages.groups(names, lengths)
+        mine = stages.held_by(layout, self.mesh.index("pp"))
         held: dict[int, nn.Module] = {
             number: Blocks({name: model.blocks[name] for name in groups[number]}) for number in mine
         }

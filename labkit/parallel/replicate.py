@@ -17,6 +17,7 @@ from labkit.parallel.decay import by_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     import torch
     from accelerate import Accelerator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from labkit.experiment import Experiment
     from labkit.parallel.cut import Holding
     from labkit.parallel.mesh import Mesh
+    from labkit.parallel.shared_memory import SharedMemory
     from labkit.workloads.base import Batch, Task
 
 
@@ -73,14 +75,25 @@ class ReplicatedModel:
     sharded = ()
 
     def __init__(self, experiment: Experiment, task: Task, mesh: Mesh, accelerator: Accelerator, update: Any) -> None:
+        from labkit.parallel import recompute
         from labkit.parallel.expert import weigh_samples
 
         self.task, self.bare, self.mesh, self._update = task, task.model, mesh, update
         self.stages = {0: task.model}
         self.holdings: dict[str, Holding] = {}
+        if experiment.layout.activation_checkpointing != "none":
+            recompute.apply(task.model, experiment.layout.activation_checkpointing)
         self.wrapped = Replicate.apply(accelerator, task.model)
         self.averaged_over = experiment.layout.dp_replicate
         weigh_samples(task.model, self.averaged_over / experiment.training.global_batch)
+        self.memory: SharedMemory | None = None
+        """Where gradients are exchanged, if not in the process group."""
+
+    def share_memory(self, folder: Path, timeout_s: float) -> None:
+        """Exchange gradients through memory of this machine from here on (collective)."""
+        from labkit.parallel.shared_memory import SharedMemory
+
+        self.memory = SharedMemory.attach(self.wrapped, folder, timeout_s)
 
     def optimized(self) -> list[tuple[nn.Parameter, bool]]:
         """What the optimizer works on, and whether it decays."""
@@ -117,9 +130,17 @@ class ReplicatedModel:
         out: Tensor = self.bare(x)
         return out
 
+    @property
+    def exchange(self) -> str:
+        """What gradients go through."""
+        return "shared memory" if self.memory else "process group"
+
     def communication(self) -> dict[str, float] | None:
         """Gradient bytes and exposed seconds per update; None on one rank."""
-        return Replicate.communication(self.wrapped)
+        measured = Replicate.communication(self.wrapped)
+        if measured and self.memory and self.memory.updates:
+            measured["exposed_seconds"] = self.memory.seconds / self.memory.updates
+        return measured
 
     def train(self, mode: bool = True) -> None:
         self.bare.train(mode)

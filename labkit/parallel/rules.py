@@ -11,7 +11,7 @@ from labkit.experiment.machine import Machine
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import registry
 from labkit.experiment.schema import Experiment
-from labkit.parallel.stages import SEVERAL, V_SHAPED
+from labkit.parallel.stages import SEVERAL, SPLITTING, V_SHAPED
 from labkit.workloads.language import BYTES
 
 
@@ -139,12 +139,18 @@ class PipelineAxis:
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         layout = experiment.layout
         blocks = num_blocks(experiment)
-        if blocks is None:
-            yield Problem("layout.pp", "labkit cannot cut this model into stages yet: it is no chain of blocks", 1)
-            return
         yield from schedule_problems(layout)
         count = layout.pp * layout.stages_per_rank
-        if blocks < count:
+        by_hand = layout.stage_blocks
+        if by_hand is not None and (
+            len(by_hand) != count or min(by_hand) < 1 or sum(by_hand) != (blocks or sum(by_hand))
+        ):
+            yield Problem(
+                "layout.stage_blocks",
+                f"{list(by_hand)} does not cut {blocks or 'the'} blocks into {count} stages of at least one",
+                "null",
+            )
+        if blocks is not None and blocks < count:
             yield Problem(
                 "layout.pp",
                 f"{layout.pp} ranks × {layout.stages_per_rank} stages need {count} blocks, the model has {blocks}",
@@ -164,6 +170,13 @@ class PipelineAxis:
 def schedule_problems(layout: Layout) -> Iterator[Problem]:
     """What the schedule asks of stages and microbatches."""
     schedule, stages = layout.schedule, layout.stages_per_rank
+    if schedule in SPLITTING and layout.activation_checkpointing == "selective":
+        yield Problem(
+            "layout.activation_checkpointing",
+            f"{schedule} goes backward through a block twice, and torch keeps what selective recomputation needs for "
+            "one time only",
+            "full",
+        )
     count = layout.pp * stages
     if schedule in V_SHAPED and stages != 2:
         yield Problem("layout.stages_per_rank", f"{schedule} folds the pipeline: exactly 2 stages per rank", 2)

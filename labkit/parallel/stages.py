@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from labkit.experiment.layout import Layout
 
 V_SHAPED = ("zbv", "dualpipev")
+SPLITTING = ("interleaved_zero_bubble", "zbv", "dualpipev")
+"""Schedules that compute the gradients of inputs and of weights at different times."""
 SEVERAL = ("interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble")
 
 

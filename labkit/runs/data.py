@@ -415,7 +415,9 @@ class RunData:
     @property
     def samples(self) -> NDArray[np.int64]:
         """Samples of each step over all ranks (steps,)."""
-        return np.rint(self._samples.values[: self.steps]).astype(np.int64)
+        whole = np.rint(self._samples.values[: self.steps]).astype(np.int64)
+        whole.flags.writeable = False
+        return whole
 
     @property
     def elapsed(self) -> Floats:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,11 +40,16 @@ class Runtime:
     precision: Any
     isolated: bool
     mesh: Mesh
+    folder: Path
+    """A private local folder in which the ranks of this run meet."""
+    timeout_s: float
+    """How long a rank waits for another one."""
 
     @classmethod
     def start(cls, experiment: Experiment, rank: int, rendezvous: str) -> Runtime:
         """Join the other ranks. Blocks until all have joined."""
         launch, ranks = experiment.launch, experiment.layout.world_size
+        timeout_s = launch.timeout_s + PATIENCE_S
         torch.set_num_threads(launch.threads_per_rank)
         alone = ranks == 1 or launch.isolated
         cpu = launch.device == "cpu"
@@ -59,7 +65,7 @@ class Runtime:
                 init_method=f"file://{rendezvous}",
                 rank=rank,
                 world_size=ranks,
-                timeout=timedelta(seconds=launch.timeout_s + PATIENCE_S),
+                timeout=timedelta(seconds=timeout_s),
             )
         precision = registry("quantization.training")[experiment.quantization.training].load()
         precision.prepare()
@@ -76,7 +82,17 @@ class Runtime:
             raise RuntimeError(f"{accelerator.num_processes} processes have met, {expected} were expected")
         layout, kind = experiment.layout, accelerator.device.type
         mesh = Mesh(layout, rank, kind, connect=layout.world_size > layout.dp_replicate)
-        return cls(rank, ranks, accelerator.device, precision.dtype(), accelerator, precision, launch.isolated, mesh)
+        return cls(
+            rank,
+            ranks,
+            accelerator.device,
+            precision.dtype(),
+            accelerator,
+            precision,
+            launch.isolated,
+            mesh,
+            Path(rendezvous).parent,
+        )
 
     def place(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Move a batch to the device; floating-point tensors also to the number format of the run."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from labkit.experiment import Experiment
 from labkit.experiment.registry import registry
 from labkit.experiment.run_directory import RunDirectory
-from labkit.parallel import state
+from labkit.parallel import shared_memory, state
 from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel, share_weight
 from labkit.training import checkpoint, evaluation
@@ -61,6 +61,8 @@ class Trainer:
             self.model = ParallelModel(experiment, task, runtime.mesh, runtime.device)
         else:
             self.model = ReplicatedModel(experiment, task, runtime.mesh, runtime.accelerator, self.update)
+            if shared_memory.offered(experiment):
+                self.model.share_memory(runtime.folder, runtime.timeout_s)
             self.compression.attach(self.model.wrapped)
         self.optimizer = make_optimizer(experiment.optimizer, self.model.optimized())
         self.first = self._load(Path(resume)) if resume else 0
@@ -226,6 +228,7 @@ class Trainer:
                 "compressor": self.experiment.gradients.compression.method,
                 "sparsity": self.experiment.sparsity.method,
                 "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else "none",
+                "exchange": self.model.exchange,
             },
         )
 

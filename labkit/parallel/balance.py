@@ -1,0 +1,81 @@
+"""What the blocks of a chain cost, so that pipeline stages can be cut to take equally long.
+
+The slowest stage sets the pace of a pipeline. Blocks rarely cost the same: an embedding is nearly free, a head over a
+large vocabulary is not, and an MLP may be wider here than there. `cost` measures each block once before the cut, on
+one rank for all; the cut itself is exact (labkit.parallel.stages.minimal_maximum).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from labkit.experiment.layout import Layout
+from labkit.parallel import stages
+from labkit.workloads.base import Batch, Blocks, Task
+
+REPEATS = 5
+"""Of which the first only warms up."""
+
+Sample = Callable[[], Batch]
+"""Makes a microbatch to measure with."""
+
+
+def lengths(layout: Layout, task: Task, device: torch.device, sample: Sample) -> list[int]:
+    """Number of blocks of every stage. Collective if the blocks are measured; ValueError if they cannot be cut so."""
+    assert isinstance(task.model, Blocks)
+    count = layout.pp * layout.stages_per_rank
+    blocks = len(task.model.blocks)
+    if layout.stage_blocks is not None:
+        if len(layout.stage_blocks) != count or sum(layout.stage_blocks) != blocks:
+            raise ValueError(f"stage_blocks {list(layout.stage_blocks)} do not cut {blocks} blocks into {count} stages")
+        return list(layout.stage_blocks)
+    if layout.balance == "parameters":
+        costs = [float(sum(p.numel() for p in block.parameters())) for block in task.model.blocks.values()]
+    elif layout.balance == "cost":
+        costs = _agreed(task, device, sample)
+    else:
+        costs = [1.0] * blocks
+    return stages.minimal_maximum(costs, count)
+
+
+def _agreed(task: Task, device: torch.device, sample: Sample) -> list[float]:
+    """What rank 0 measures, on all ranks: each would measure something else."""
+    assert isinstance(task.model, Blocks)
+    costs = torch.zeros(len(task.model.blocks), dtype=torch.float64, device=device)
+    if dist.get_rank() == 0:
+        costs.copy_(torch.tensor(measured(task, sample()), dtype=torch.float64))
+    dist.broadcast(costs, 0)
+    return [float(cost) for cost in costs.tolist()]
+
+
+def measured(task: Task, batch: Batch) -> list[float]:
+    """Seconds of a forward and a backward pass of every block over this batch (median of some repeats)."""
+    assert isinstance(task.model, Blocks)
+    blocks = list(task.model.blocks.values())
+    found: list[list[float]] = [[] for _ in blocks]
+    for _ in range(REPEATS):
+        x: Tensor = batch["x"]
+        for number, block in enumerate(blocks):
+            x = x.detach().requires_grad_(x.is_floating_point())
+            begun = _now(x)
+            out: Tensor = block(x)
+            last = number == len(blocks) - 1
+            loss = task.loss(out, batch) if last else out.sum()
+            loss.backward()
+            found[number].append(_now(x) - begun)
+            x = out
+    for parameter in task.model.parameters():
+        parameter.grad = None
+    return [median(seconds[1:]) for seconds in found]
+
+
+def _now(x: Tensor) -> float:
+    if x.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
