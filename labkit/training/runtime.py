@@ -92,6 +92,7 @@ class Runtime:
             launch.isolated,
             mesh,
             Path(rendezvous).parent,
+            timeout_s,
         )
 
     def place(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
