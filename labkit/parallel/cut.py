@@ -1,6 +1,7 @@
 """What a rank holds of a parameter: notes that stand on the parameter itself while a layout is applied.
 
 `cut`: the axis along whose ranks the parameter is cut, and the dimension that is cut.
+`tied`: see labkit.parallel.tie.
 `partial`: axes along which every rank has only a part of the gradient although it holds the same values; the parts are
 added after the backward pass.
 """
@@ -22,6 +23,10 @@ class Holding:
     cuts: dict[str, int] = field(default_factory=dict)
     """Axis to dimension."""
     partial: frozenset[str] = frozenset()
+    tied: str | None = None
+    """Name of a weight that several stages of a pipeline hold; each has a copy of its own."""
+    copy: bool = False
+    """One of the copies beyond the first."""
 
 
 def holding(parameter: Tensor) -> Holding:
@@ -38,13 +43,18 @@ def note(parameter: Tensor, **changes: object) -> None:
 def cut(parameter: Tensor, mesh: Mesh, axis: str, dim: int) -> nn.Parameter:
     """The part of the parameter that this rank holds, along `axis` of the mesh and dimension `dim`."""
     parts, index = mesh.size(axis), mesh.index(axis)
+    done: nn.Parameter | None = getattr(parameter, "labkit_part", None)
+    if done is not None:  # a weight that stands in two places is cut once, and stays one weight
+        assert holding(done).cuts == {**holding(parameter).cuts, axis: dim}
+        return done
     assert parameter.shape[dim] % parts == 0, "refused by a rule"
     part = nn.Parameter(
         parameter.detach().chunk(parts, dim)[index].clone(memory_format=torch.contiguous_format),
         requires_grad=parameter.requires_grad,
     )
     before = holding(parameter)
-    note(part, cuts={**before.cuts, axis: dim}, partial=before.partial)
+    part.labkit_holding = replace(before, cuts={**before.cuts, axis: dim})  # type: ignore[attr-defined]
+    parameter.labkit_part = part  # type: ignore[attr-defined]
     return part
 
 

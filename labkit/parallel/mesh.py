@@ -78,6 +78,28 @@ class Mesh:
         """The rank at `pp` along the pipeline that stands first along every other axis."""
         return min(rank for rank in range(self.layout.world_size) if self.layout.coordinates(rank)["pp"] == pp)
 
+    def along(self, axis: str, places: list[int]) -> dist.ProcessGroup | None:
+        """The ranks that differ from this one along `axis` only and stand at `places` there; None if there is one.
+
+        Makes groups: all ranks call it.
+        """
+        if len(places) == 1:
+            return None
+        found: Any = None
+        for family in self._families((axis,)):
+            chosen = [rank for rank in family if self.layout.coordinates(rank)[axis] in places]
+            group = dist.new_group(chosen)
+            found = group if self.rank in chosen else found
+        return found
+
+    def _families(self, key: tuple[str, ...]) -> list[list[int]]:
+        """The ranks that differ along the axes of `key` only, for every place along the others."""
+        families: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.layout.world_size):
+            place = self.layout.coordinates(rank)
+            families.setdefault(tuple(place[axis] for axis in MESH_ORDER if axis not in key), []).append(rank)
+        return list(families.values())
+
     def _key(self, axes: Iterable[str]) -> tuple[str, ...]:
         wanted = set(axes)
         return tuple(axis for axis in MESH_ORDER if axis in wanted and getattr(self.layout, axis) > 1)
@@ -85,11 +107,8 @@ class Mesh:
     def _make(self, key: tuple[str, ...]) -> None:
         if not key or key in self._groups:
             return
-        families: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(self.layout.world_size):
-            place = self.layout.coordinates(rank)
-            families.setdefault(tuple(place[axis] for axis in MESH_ORDER if axis not in key), []).append(rank)
-        for family in families.values():
+        families = self._families(key)
+        for family in families:
             group: Any = dist.group.WORLD if len(families) == 1 else dist.new_group(family)
             if self.rank in family:
                 self._groups[key] = group

@@ -24,6 +24,7 @@ from labkit.parallel.mesh import Mesh
 from labkit.parallel.pipeline import Pipeline
 from labkit.parallel.shard import FullySharded
 from labkit.parallel.sync import GradientSync, ShardedBucket
+from labkit.parallel.tie import Ties
 from labkit.workloads.base import Batch, Blocks, Task
 
 Phase = Callable[[str], None]
@@ -41,6 +42,7 @@ class ParallelModel:
         self.mesh, self.task, self.layout = mesh, task, layout
         self._weight = 1.0
         self._batch: Batch = {}
+        self._ties: Ties | None = None
         self.stages = self._cut_into_stages(experiment, device)
         """Stage number to module; one stage, the whole model, without a pipeline."""
         for module in self.stages.values():
@@ -87,13 +89,13 @@ class ParallelModel:
             return {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in batch.items()}
 
         lengths = balance.lengths(layout, self.task, device, microbatch)
-        groups = stages.groups(names, lengths)
-        mine = stages.held_by(layout, self.mesh.index("pp"))
-        held: dict[int, nn.Module] = {
-            number: Blocks({name: model.blocks[name] for name in groups[number]}) for number in mine
+        whole: dict[int, nn.Module] = {
+            number: Blocks({name: model.blocks[name] for name in group})
+            for number, group in enumerate(stages.groups(names, lengths))
         }
+        self._ties = Ties(whole, stages.places(layout), self.mesh)
         model.blocks.clear()  # what other ranks hold takes no memory here
-        return held
+        return {number: whole[number] for number in stages.held_by(layout, self.mesh.index("pp"))}
 
     @property
     def sharded(self) -> Sequence[ShardedBucket]:
@@ -124,6 +126,8 @@ class ParallelModel:
             phase("backward")
             (loss * weight).backward()
         self._gradients.end_pass(last)
+        if last and self._ties is not None:
+            self._ties.add_up(self._gradients.tied())
         return loss.detach() if loss is not None and self.counted else None
 
     def _run_schedule(self, pipeline: Pipeline, batch: Batch, weight: float, autocast: Autocast) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch.distributed.pipelining import schedules as torch_schedules
 
 from labkit.experiment.layout import Layout
 from labkit.parallel.mesh import Mesh
-from labkit.parallel.stages import held_by
+from labkit.parallel.stages import places
 
 SCHEDULES = {
     "naive": "ScheduleGPipe",
@@ -75,7 +75,7 @@ class Pipeline:
         self.modules, self.group, self.layout, self._mesh = modules, group, layout, mesh
         self.first, self.last = 0 in modules, count - 1 in modules
         self._loss, self._count, self._device = loss, count, device
-        self._where = {number: place for place in range(layout.pp) for number in held_by(layout, place)}
+        self._where = places(layout)
         self._ranks = dist.get_process_group_ranks(group)
         self._stages = [
             PipelineStage(_Held(module), number, count, device, group=group) for number, module in modules.items()

@@ -10,6 +10,7 @@ schedules then train silently wrong. So parameters stay gathered during the sche
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from labkit.parallel.cut import Holding
 from labkit.parallel.decay import by_shape
 from labkit.parallel.mesh import Mesh
-from labkit.parallel.sync import ShardedBucket, copies, summed_axes
+from labkit.parallel.sync import ShardedBucket, share, summed_axes
 from labkit.workloads.base import Blocks
 
 AXES = ("dp_replicate", "dp_shard")
@@ -90,14 +91,27 @@ class FullySharded:
         """Every gradient of this rank with the share of its squared norm that this rank adds to the global one."""
         for name, parameter in self._named_parameters():
             if parameter.grad is not None:
-                yield local(parameter.grad), self._mesh.size("dp_shard") / copies(self._holdings[name], self._mesh)
+                yield local(parameter.grad), self._mesh.size("dp_shard") * share(self._holdings[name], self._mesh)
+
+    def tied(self) -> Iterable[tuple[str, Tensor]]:
+        """Gradients of weights that other stages hold too."""
+        for name, parameter in self._named_parameters():
+            tie = self._holdings[name].tied
+            if tie and parameter.grad is not None:
+                yield tie, local(parameter.grad)
 
 
 def _shard(module: nn.Module, mesh: Mesh) -> FSDPModule:
-    """Shard every block of a chain, then what is left of it, in place."""
+    """Shard every block of a chain, then what is left of it, in place.
+
+    Blocks that share a weight belong to what is left: it is gathered once for both.
+    """
     grid = mesh.sub(*(axis for axis in AXES if mesh.size(axis) > 1))
-    for block in module.blocks.values() if isinstance(module, Blocks) else ():
-        fully_shard(block, mesh=grid)
+    blocks = list(module.blocks.values()) if isinstance(module, Blocks) else []
+    held = Counter(parameter for block in blocks for parameter in block.parameters())
+    for block in blocks:
+        if all(held[parameter] == 1 for parameter in block.parameters()):
+            fully_shard(block, mesh=grid)
     return fully_shard(module, mesh=grid)
 
 

@@ -20,10 +20,14 @@ def held_by(layout: Layout, place: int) -> list[int]:
     return list(range(place, count, layout.pp))
 
 
+def places(layout: Layout) -> dict[int, int]:
+    """Place along pp of the rank that holds each stage."""
+    return {number: place for place in range(layout.pp) for number in held_by(layout, place)}
+
+
 def held_last(layout: Layout) -> int:
     """Place along pp of the rank that holds the last stage."""
-    last = layout.pp * layout.stages_per_rank - 1
-    return next(place for place in range(layout.pp) if last in held_by(layout, place))
+    return places(layout)[layout.pp * layout.stages_per_rank - 1]
 
 
 def minimal_maximum(costs: Sequence[float], parts: int) -> list[int]:

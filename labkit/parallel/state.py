@@ -55,10 +55,13 @@ def gather(model: Spread, optimizer: torch.optim.Optimizer) -> tuple[State, Stat
             found[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
     for name, parameter in _parameters(model):
-        keep(weights, name, name, parameter)
+        if not _holding(model, name).copy:
+            keep(weights, name, name, parameter)
     for name, buffer in _buffers(model):
         keep(weights, name, name, buffer)
     for name, key, value in _moments(model, optimizer):
+        if _holding(model, name).copy:
+            continue
         keep(moments, f"state.{name}.{key}", name, value)
     return weights, moments
 
@@ -70,7 +73,7 @@ def restore(model: Spread, optimizer: torch.optim.Optimizer, weights: State, mom
     if model.mesh.size("pp") == 1 and set(weights) != known:
         raise ValueError(f"it holds {', '.join(sorted(set(weights) ^ known)[:3])} or lacks it")
     for name, parameter in _parameters(model):
-        _copy(_part(weights[name], model, name, like=parameter), local(parameter))
+        _copy(_part(weights[_original(model, name)], model, name, like=parameter), local(parameter))
     for name, buffer in _buffers(model):
         _copy(weights[name], buffer)
     if not moments:  # an optimizer without memory (SGD without momentum) has nothing to restore
@@ -81,13 +84,14 @@ def restore(model: Spread, optimizer: torch.optim.Optimizer, weights: State, mom
         by_name.setdefault(name, {})[key] = value
     if model.sharded:
         for bucket in model.sharded:
-            for key, value in by_name[bucket.names[0]].items():
+            stored = {name: by_name[_original(model, name)] for name in bucket.names}
+            for key, value in stored[bucket.names[0]].items():
                 if value.dim():
-                    value = bucket.taken({name: _part(by_name[name][key], model, name) for name in bucket.names})
+                    value = bucket.taken({name: _part(found[key], model, name) for name, found in stored.items()})
                 optimizer.state[bucket.own][key] = value.to(bucket.own.device, copy=True)
         return
     for name, parameter in _parameters(model):
-        for key, value in by_name[name].items() if parameter.requires_grad else ():
+        for key, value in by_name[_original(model, name)].items() if parameter.requires_grad else ():
             if value.dim():
                 value = _part(value, model, name, like=parameter)
             value = value.to(parameter.device, copy=True)
@@ -134,6 +138,11 @@ def _moments(model: Spread, optimizer: torch.optim.Optimizer) -> Iterator[tuple[
 
 def _holding(model: Spread, name: str) -> Holding:
     return model.holdings.get(name, Holding())
+
+
+def _original(model: Spread, name: str) -> str:
+    """Under which name a parameter is saved: a copy of a tied weight under that of the first."""
+    return _holding(model, name).tied or name
 
 
 def _whole(local: Tensor, holding: Holding, mesh: Mesh) -> Tensor:

@@ -37,9 +37,9 @@ def summed_axes(holding: Holding) -> tuple[str, ...]:
     return tuple(axis for axis in REDUCED if axis not in holding.cuts) + tuple(sorted(holding.partial))
 
 
-def copies(holding: Holding, mesh: Mesh) -> int:
-    """How many ranks hold the same values of such a parameter (within one pipeline stage)."""
-    return mesh.layout.world_size // mesh.size("pp", *holding.cuts)
+def share(holding: Holding, mesh: Mesh) -> float:
+    """What one rank's squared norm of such a parameter adds to the global one, where others hold the same values."""
+    return 0.0 if holding.copy else mesh.size("pp", *holding.cuts) / mesh.layout.world_size
 
 
 class Bucket:
@@ -213,7 +213,8 @@ class GradientSync:
         rows: dict[tuple[object, ...], Named] = {}
         # Gradients come in about the opposite order of the parameters.
         for name, parameter, holding in reversed(named):
-            kind = (summed_axes(holding), tuple(sorted(holding.cuts)), decays(parameter), parameter.dtype)
+            alike = (summed_axes(holding), tuple(sorted(holding.cuts)), holding.tied, holding.copy)
+            kind = (*alike, decays(parameter), parameter.dtype)
             row = rows.setdefault(kind, [])
             row.append((name, parameter, holding))
             if sum(p.numel() * p.element_size() for _, p, _ in row) >= limit:
@@ -272,4 +273,10 @@ class GradientSync:
     def terms(self) -> Iterable[tuple[Tensor, float]]:
         """Every gradient of this rank with the share of its squared norm that this rank adds to the global one."""
         for bucket in self.buckets:
-            yield bucket.result, bucket.parts / copies(bucket.holding, self._mesh)
+            yield bucket.result, bucket.parts * share(bucket.holding, self._mesh)
+
+    def tied(self) -> Iterable[tuple[str, Tensor]]:
+        """Gradients of weights that other stages hold too."""
+        for bucket in self.buckets:
+            if bucket.holding.tied:
+                yield bucket.holding.tied, bucket.result
