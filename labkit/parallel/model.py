@@ -37,8 +37,11 @@ class ParallelModel:
     exchange = "process group"
     """What gradients go through."""
 
-    def __init__(self, experiment: Experiment, task: Task, mesh: Mesh, device: torch.device) -> None:
+    def __init__(
+        self, experiment: Experiment, task: Task, mesh: Mesh, device: torch.device, autocast: Autocast
+    ) -> None:
         layout = experiment.layout
+        self._autocast = autocast
         self.mesh, self.task, self.layout = mesh, task, layout
         self._weight = 1.0
         self._batch: Batch = {}
@@ -108,7 +111,7 @@ class ParallelModel:
         """What the optimizer works on, and whether it decays."""
         return self._gradients.optimized()
 
-    def run_pass(self, batch: Batch, weight: float, last: bool, phase: Phase, autocast: Autocast) -> Tensor | None:
+    def run_pass(self, batch: Batch, weight: float, last: bool, phase: Phase) -> Tensor | None:
         """Forward and backward; the mean loss over the batch on ranks that know it.
 
         `weight`: share of these samples in the update, times `averaged_over`; the gradients of all shares add up to
@@ -118,10 +121,10 @@ class ParallelModel:
         phase("forward")
         weight *= self._part
         if self._pipeline is not None:
-            loss = self._run_schedule(self._pipeline, batch, weight, autocast)
+            loss = self._run_schedule(self._pipeline, batch, weight)
             phase("backward")  # the schedule's own backward passes lie between its forward passes
         else:
-            with autocast():
+            with self._autocast():
                 loss = self.task.loss(self.stages[0](batch["x"]), batch)
             phase("backward")
             (loss * weight).backward()
@@ -130,10 +133,10 @@ class ParallelModel:
             self._ties.add_up(self._gradients.tied())
         return loss.detach() if loss is not None and self.counted else None
 
-    def _run_schedule(self, pipeline: Pipeline, batch: Batch, weight: float, autocast: Autocast) -> Tensor | None:
+    def _run_schedule(self, pipeline: Pipeline, batch: Batch, weight: float) -> Tensor | None:
         samples = len(next(iter(batch.values())))
         self._batch, self._weight = batch, weight / samples
-        with autocast():
+        with self._autocast():
             losses = pipeline.run(batch["x"], samples)
         self._batch = {}
         return torch.stack(losses).sum() / weight if losses else None
@@ -169,10 +172,9 @@ class ParallelModel:
 
     def output(self, x: Tensor) -> Tensor | None:
         """Output of the whole model; None on ranks that do not hold the last stage. All ranks call it together."""
-        if self._pipeline is not None:
-            return self._pipeline.forward(x)
-        out: Tensor = self.stages[0](x)
-        return out
+        with self._autocast():
+            out: Tensor | None = self.stages[0](x) if self._pipeline is None else self._pipeline.forward(x)
+        return None if out is None else out.to(torch.promote_types(out.dtype, torch.float32))
 
     def output_everywhere(self, x: Tensor) -> Tensor:
         """Output of the whole model, on all ranks."""

@@ -80,6 +80,7 @@ class ReplicatedModel:
 
         self.task, self.bare, self.mesh, self._update = task, task.model, mesh, update
         self.stages = {0: task.model}
+        self._autocast = accelerator.autocast
         self.holdings: dict[str, Holding] = {}
         if experiment.layout.activation_checkpointing != "none":
             recompute.apply(task.model, experiment.layout.activation_checkpointing)
@@ -99,11 +100,11 @@ class ReplicatedModel:
         """What the optimizer works on, and whether it decays."""
         return by_shape(self.bare.parameters())
 
-    def run_pass(self, batch: Batch, weight: float, last: bool, phase: Callable[[str], None], autocast: Any) -> Tensor:
+    def run_pass(self, batch: Batch, weight: float, last: bool, phase: Callable[[str], None]) -> Tensor:
         """Forward and backward; DDP averages over the ranks, hence `averaged_over`."""
         with self._update.passes(self.wrapped, last=last):
             phase("forward")
-            with autocast():
+            with self._autocast():
                 loss: Tensor = self.task.loss(self.wrapped(batch["x"]), batch)
             phase("backward")
             (loss * weight).backward()
@@ -133,6 +134,8 @@ class ReplicatedModel:
     @property
     def exchange(self) -> str:
         """What gradients go through."""
+        if self.averaged_over == 1:
+            return "none"
         return "shared memory" if self.memory else "process group"
 
     def communication(self) -> dict[str, float] | None:

@@ -8,7 +8,7 @@ TRAINING = Registry(
     [
         Method("fp32", "single precision", "labkit.quantization.full:Single"),
         Method("fp64", "double precision, for proofs", "labkit.quantization.full:Double"),
-        Method("bf16", "brain half precision under autocast"),
+        Method("bf16", "brain half precision under autocast", "labkit.quantization.autocast:BFloat16"),
         Method("fp16", "half precision under autocast"),
         Method("fp8", "eight-bit floating point"),
         Method("pure_bf16", "brain half precision throughout, stochastic rounding"),

@@ -102,6 +102,12 @@ class Runtime:
             for name, tensor in batch.items()
         }
 
+    def product_type(self) -> torch.dtype:
+        """The type in which a product of matrices really comes out here."""
+        one = torch.ones(1, 1, dtype=self.dtype, device=self.device)
+        with self.accelerator.autocast():
+            return (one @ one).dtype
+
     def seed(self, value: int) -> None:
         """Seed what draws random numbers here: torch.manual_seed also wakes every other kind of device, each step."""
         torch.default_generator.manual_seed(value)

@@ -58,7 +58,8 @@ class Trainer:
         self.compression = registry("gradients.compression")[experiment.gradients.compression.method].load()
         self.model: ReplicatedModel | ParallelModel
         if runtime.spread:
-            self.model = ParallelModel(experiment, task, runtime.mesh, runtime.device)
+            autocast = runtime.accelerator.autocast
+            self.model = ParallelModel(experiment, task, runtime.mesh, runtime.device, autocast)
         else:
             self.model = ReplicatedModel(experiment, task, runtime.mesh, runtime.accelerator, self.update)
             if shared_memory.offered(experiment):
@@ -104,7 +105,7 @@ class Trainer:
             batch = runtime.place(next(batches))
             samples = len(next(iter(batch.values())))
             last = number == self.passes - 1
-            loss = self.model.run_pass(batch, self._weight(samples), last, meter.phase, runtime.accelerator.autocast)
+            loss = self.model.run_pass(batch, self._weight(samples), last, meter.phase)
             if loss is not None:
                 meter.loss(loss, samples * self.model.counted)
         meter.phase("optimizer")
@@ -225,6 +226,7 @@ class Trainer:
             **self.about_model,
             effective={
                 "dtype": str(runtime.dtype).removeprefix("torch."),
+                "products": str(runtime.product_type()).removeprefix("torch."),
                 "compressor": self.experiment.gradients.compression.method,
                 "sparsity": self.experiment.sparsity.method,
                 "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else "none",

@@ -66,6 +66,11 @@ MISTAKES = {
     "gradients are not averaged at all": (
         "import labkit.parallel.replicate as broken\n"
         "broken.Replicate.apply = staticmethod(lambda accelerator, model: model)\n"
+        "broken.ReplicatedModel.share_memory = lambda self, folder, timeout_s: None\n"
+    ),
+    "shared memory adds up all ranks but one": (
+        "from labkit.parallel.shared_memory import SharedMemory\n"
+        "SharedMemory.all_reduce = lambda self, flat: (self._meet(), flat.mul_(self.ranks))\n"
     ),
     "gradients are added instead of averaged": (
         "import labkit.training.trainer as broken\n"
