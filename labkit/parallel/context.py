@@ -174,6 +174,7 @@ def _start(block: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[dist.W
 
 def apply(module: nn.Module, mesh: Mesh) -> None:
     """Cut the sequence where it enters the model and let every attention go round the ring, in place."""
+    from labkit.workloads.models.decoder import DecoderEmbedding, DecoderLayer
     from labkit.workloads.models.experts import MixtureOfExperts
     from labkit.workloads.models.gpt import TokenEmbedding
     from labkit.workloads.models.transformer import Attention
@@ -189,11 +190,31 @@ def apply(module: nn.Module, mesh: Mesh) -> None:
     for part in module.modules():
         if isinstance(part, Attention):
             part.mix = Ring(group)
-        elif isinstance(part, TokenEmbedding):
+        elif isinstance(part, TokenEmbedding | DecoderEmbedding):
             part.cut_sequence = own
+        elif isinstance(part, DecoderLayer):
+            part.positions = lambda x: own(torch.arange(x.shape[1] * parts, device=x.device), 0)
+            _in_transformers(part.layer.self_attn, Ring(group))
         elif isinstance(part, MixtureOfExperts):
             part.over_parts = lambda counts: collectives.summed(counts, group)
         elif isinstance(part, PatchEmbedding):
             part.register_forward_hook(lambda m, i, out: own(out, SEQUENCE))
         elif isinstance(part, MeanHead):  # its mean over the patches asks for all of them, in any order
             part.register_forward_pre_hook(lambda m, i: (collectives.gather_sum(i[0], group, SEQUENCE),))
+
+
+def _in_transformers(attention: Any, ring: Ring) -> None:
+    """Let an attention of transformers go round the ring, by the library's own register of attention functions."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("labkit_ring", _ring_of_transformers)
+    attention.labkit_ring = ring
+    attention.config._attn_implementation = "labkit_ring"
+
+
+def _ring_of_transformers(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **options: Any
+) -> tuple[Tensor, None]:
+    """Signature of the library: [N, H, t, D], with fewer heads of keys and values, to [N, t, H, D]."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    return module.labkit_ring(query, key, value, is_causal=True, scale=scaling).transpose(1, 2).contiguous(), None

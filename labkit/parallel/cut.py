@@ -47,7 +47,8 @@ def cut(parameter: Tensor, mesh: Mesh, axis: str, dim: int) -> nn.Parameter:
     if done is not None:  # a weight that stands in two places is cut once, and stays one weight
         assert holding(done).cuts == {**holding(parameter).cuts, axis: dim}
         return done
-    assert parameter.shape[dim] % parts == 0, "refused by a rule"
+    if parameter.shape[dim] % parts:  # of models that no rule knows before the ranks have built them
+        raise ValueError(f"{parts} ranks along {axis} do not divide a weight of {list(parameter.shape)} evenly")
     part = nn.Parameter(
         parameter.detach().chunk(parts, dim)[index].clone(memory_format=torch.contiguous_format),
         requires_grad=parameter.requires_grad,

@@ -12,7 +12,7 @@ from labkit.experiment.problem import Problem
 from labkit.experiment.registry import registry
 from labkit.experiment.schema import Experiment
 from labkit.parallel.stages import SEVERAL, SPLITTING, V_SHAPED
-from labkit.workloads.language import BYTES
+from labkit.workloads.language import BYTES, is_chain
 
 
 def _options(experiment: Experiment) -> Any:
@@ -33,16 +33,31 @@ def num_blocks(experiment: Experiment) -> int | None:
         return int(3 * options.network_depth + 2)
     if kind == "vit":
         return int(options.network_depth + 2)
+    if kind == "transformers" and isinstance(layers := _known_config(options).get("num_hidden_layers"), int):
+        return layers + 2
     return int(options.depth + 2) if kind in ("gpt", "driver") else None
+
+
+def _known_config(options: Any) -> dict[str, Any]:
+    """What is said of a model of transformers; nothing of a trained one, which only the ranks read."""
+    return dict(options.transformers_config or {})
+
+
+def unbreakable(experiment: Experiment) -> str | None:
+    """Which model cannot be taken apart into blocks, in words; None if it can, or if only the ranks know."""
+    kind, options = network(experiment), _options(experiment)
+    if kind != "transformers" or options.pretrained or is_chain(_known_config(options), options.context):
+        return None
+    return f"a {_known_config(options).get('model_type')} model of transformers"
 
 
 NO_SEQUENCE = "this network has no sequence to cut"
 
 
 def sequence(experiment: Experiment) -> int:
-    """Length of the sequence that the GPT or the vision transformer attends to."""
+    """Length of the sequence that the network attends to."""
     options = _options(experiment)
-    return int(options.context if network(experiment) == "gpt" else (options.image_size // options.patch) ** 2)
+    return int((options.image_size // options.patch) ** 2 if network(experiment) == "vit" else options.context)
 
 
 def _nearest(size: int, *numbers: int) -> int:
@@ -62,10 +77,15 @@ class TensorAxis:
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         kind, options, tp = network(experiment), _options(experiment), experiment.layout.tp
         field = "layout.tp"
-        if kind in ("custom", "transformers"):
-            what = "your own model" if kind == "custom" else "a model of transformers"
-            yield Problem(field, f"labkit has no plan yet for cutting the layers of {what}", 1)
+        what = "your own model" if kind == "custom" else unbreakable(experiment)
+        if what is not None:
+            yield Problem(field, f"labkit has no plan for cutting the layers of {what}", 1)
             return
+        if kind == "transformers":
+            for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
+                size = _known_config(options).get(name, BYTES if name == "vocab_size" else tp)
+                if isinstance(size, int) and size % tp:
+                    yield Problem(field, f"{tp} ranks do not divide {name} {size}", _nearest(tp, size))
         if kind in ("gpt", "vit") and options.heads % tp:
             yield Problem(
                 field, f"{tp} ranks do not divide the {options.heads} attention heads", _nearest(tp, options.heads)
@@ -85,8 +105,9 @@ class TensorAxis:
             yield Problem(field, f"{tp} ranks do not divide a width of {options.width}", _nearest(tp, options.width))
         if not experiment.layout.sequence_parallel:
             return
-        if kind in ("resnet", "driver"):
-            yield Problem("layout.sequence_parallel", NO_SEQUENCE, "false")
+        if kind not in ("gpt", "vit"):
+            why = "labkit does not cut the norms of a model of transformers" if kind == "transformers" else NO_SEQUENCE
+            yield Problem("layout.sequence_parallel", why, "false")
             return
         length = sequence(experiment)
         if length % tp:
@@ -99,8 +120,8 @@ class ContextAxis:
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         kind, cp, field = network(experiment), experiment.layout.cp, "layout.cp"
-        if kind not in ("gpt", "vit"):
-            what = {"custom": "your own model", "transformers": "a model of transformers"}.get(kind)
+        what = "your own model" if kind == "custom" else unbreakable(experiment)
+        if what is not None or kind in ("resnet", "driver"):
             yield Problem(field, f"labkit has no ring for the attention of {what}" if what else NO_SEQUENCE, 1)
             return
         options = _options(experiment)
@@ -138,6 +159,10 @@ class PipelineAxis:
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         layout = experiment.layout
+        what = unbreakable(experiment)
+        if what is not None:
+            yield Problem("layout.pp", f"labkit cannot take {what} apart into blocks", 1)
+            return
         blocks = num_blocks(experiment)
         yield from schedule_problems(layout)
         count = layout.pp * layout.stages_per_rank

@@ -79,21 +79,25 @@ def columns(layer: nn.Linear | nn.Conv2d, mesh: Mesh) -> None:
         layer.bias = cut(layer.bias, mesh, "tp", 0)
 
 
-def entrance(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
-    """The input of `module` enters a region in which every rank computes a part."""
+def entrance(module: nn.Module, mesh: Mesh, sequence: bool, name: str = "") -> None:
+    """The first input of `module`, or the one called `name`, enters a region in which every rank computes a part."""
     group = mesh.group("tp")
     assert group is not None
 
-    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = inputs[0]
-        x = collectives.gather_sum(x, group, SEQUENCE) if sequence else collectives.enter(x, group)
-        return (x, *inputs[1:])
+    def enter(x: Tensor) -> Tensor:
+        return collectives.gather_sum(x, group, SEQUENCE) if sequence else collectives.enter(x, group)
 
-    module.register_forward_pre_hook(hook)
+    def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        if inputs:
+            return (enter(inputs[0]), *inputs[1:]), named
+        return inputs, named | {name: enter(named[name])}
+
+    module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
     """Cut every layer of `module` that has a plan, in place."""
+    from labkit.workloads.models.decoder import DecoderEmbedding, DecoderHead, DecoderLayer
     from labkit.workloads.models.driver import Surroundings
     from labkit.workloads.models.experts import Experts, MixtureOfExperts
     from labkit.workloads.models.gpt import TokenEmbedding, TokenHead
@@ -142,6 +146,13 @@ def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
             # Every rank routes all tokens: the router would see other shares of an expert's queue otherwise.
             part.register_forward_pre_hook(lambda m, i: (collectives.gather(i[0], group, SEQUENCE),))
             part.register_forward_hook(lambda m, i, out: collectives.scatter(out, group, SEQUENCE))
+        elif isinstance(part, DecoderEmbedding):
+            part.token = VocabularyPart(part.token, mesh, False)  # type: ignore[assignment]
+        elif isinstance(part, DecoderLayer):
+            _by_plan(part.layer, part.plan, mesh)
+        elif isinstance(part, DecoderHead):
+            columns(part.score, mesh)
+            entrance(part.score, mesh, False)
         elif isinstance(part, ResidualBlock):
             _residual_block(part, mesh)
         elif isinstance(part, Surroundings):
@@ -161,3 +172,25 @@ def _residual_block(block: nn.Module, mesh: Mesh) -> None:
     norm.num_groups, norm.num_channels = norm.num_groups // size, norm.num_channels // size
     convs[3] = Rows(second, mesh, False)
     entrance(convs, mesh, False)
+
+
+def _by_plan(layer: nn.Module, plan: dict[str, str], mesh: Mesh) -> None:
+    """A layer of transformers, as its own plan says."""
+    parents: set[str] = set()
+    for name, style in plan.items():
+        parent, _, last = name.rpartition(".")
+        part = layer.get_submodule(name)
+        if style == "colwise":
+            assert isinstance(part, nn.Linear)
+            columns(part, mesh)
+            parents.add(parent)
+        elif style == "rowwise":
+            assert isinstance(part, nn.Linear)
+            setattr(layer.get_submodule(parent), last, Rows(part, mesh, False))
+        elif style == "replicated_with_grad_allreduce":  # e.g. a norm of single heads, of which each rank has some
+            for parameter in part.parameters():
+                add_partial(parameter, "tp")
+        else:
+            raise ValueError(f"labkit does not know how to cut {name} {style}, as its plan in transformers asks for")
+    for parent in sorted(parents):
+        entrance(layer.get_submodule(parent), mesh, False, "hidden_states")

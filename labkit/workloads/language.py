@@ -5,7 +5,7 @@ Read by the form and the command line too: torch, datasets and transformers are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -131,6 +131,16 @@ class Language:
                 )
         corpus = Corpus.from_text(*texts, encode, vocabulary)
         return LanguageTask(model, corpus, options.context, data=options.data)
+
+
+CHAINED = ("llama", "mistral", "qwen2", "qwen3")
+"""Kinds of transformers models that labkit can take apart into blocks."""
+
+
+def is_chain(config: Mapping[str, Any], context: int) -> bool:
+    """Can such a model of transformers be cut: a known kind, and no token looks back less far than `context`?"""
+    window = config.get("sliding_window")
+    return config.get("model_type") in CHAINED and (not isinstance(window, int) or window >= context)
 
 
 def _network_problems(options: LanguageOptions) -> Iterator[Problem]:

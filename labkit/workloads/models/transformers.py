@@ -9,6 +9,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from labkit.workloads import hub
+from labkit.workloads.language import is_chain
+from labkit.workloads.models.decoder import chain
 from labkit.workloads.rules import is_path
 from labkit.workloads.seed import seeded
 from labkit.workloads.text import Encode
@@ -30,8 +32,10 @@ class CausalModel(nn.Module):
 
 def causal_model(
     config: Mapping[str, Any] | None, pretrained: str, context: int, vocabulary: int, seed: int
-) -> CausalModel:
-    """From a configuration with random weights from `seed`, or from a folder or id with its trained weights.
+) -> nn.Module:
+    """A chain of blocks where the model is one (labkit.workloads.models.decoder), else the library's model wrapped.
+
+    From a configuration with random weights from `seed`, or from a folder or id with its trained weights.
 
     Dropout is switched off unless the configuration asks for it: each rank would draw other random numbers than one
     process does, and the layouts could no longer be compared. Raises ValueError in one sentence.
@@ -45,7 +49,7 @@ def causal_model(
             raise ValueError(hub.sentence(pretrained, error)) from error
         _switch_off_dropout(loaded, {})
         _check_sizes(loaded.config, context, vocabulary)
-        return CausalModel(loaded.train())
+        return _as_blocks(loaded.train(), context)
     wanted = dict(config or {})
     built = _configuration(wanted, context, vocabulary)
     _check_sizes(built, context, vocabulary)
@@ -55,7 +59,12 @@ def causal_model(
         except (ValueError, TypeError) as error:
             raise ValueError(f"transformers cannot build {wanted['model_type']!r}: {_first_line(error)}") from error
     _switch_off_dropout(model, wanted)
-    return CausalModel(model.float().train())
+    return _as_blocks(model.float().train(), context)
+
+
+def _as_blocks(model: Any, context: int) -> nn.Module:
+    settings = model.config.to_dict()
+    return chain(model) if is_chain(settings, context) else CausalModel(model)
 
 
 def encoder(pretrained: str) -> tuple[Encode, int]:

@@ -1,0 +1,79 @@
+"""A causal model of `transformers` as a chain of blocks, so that layouts can cut it: the library's own modules, in
+labkit's order.
+
+It holds for models that are embedding → layers with rotary positions and a plain causal mask → norm → output layer
+(`language.CHAINED`). Weights get the names of the chain: `blocks.layer_0.layer.self_attn.q_proj.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from labkit.workloads.base import Blocks
+from labkit.workloads.models.gpt import Cut
+
+
+class DecoderEmbedding(nn.Module):
+    """Tokens [N, T] to [N, T, width]."""
+
+    def __init__(self, token: nn.Embedding) -> None:
+        super().__init__()
+        self.token = token
+        self.cut_sequence: Cut = lambda x, dim: x
+        """The part of the sequence that this rank has (context parallelism cuts it here)."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.token(self.cut_sequence(tokens, 1))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """One layer of the library with the rotary positions of the tokens that are here: [N, T, width] to the same."""
+
+    def __init__(self, layer: nn.Module, rotary: nn.Module, plan: dict[str, str]) -> None:
+        super().__init__()
+        self.layer, self.rotary = layer, rotary
+        self.plan = plan
+        """How the library itself would cut the layer: name of a module to a style of its tensor parallelism."""
+        self.positions: Callable[[Tensor], Tensor] = lambda x: torch.arange(x.shape[1], device=x.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = self.positions(x).unsqueeze(0)
+        found: Any = self.layer(
+            x,
+            attention_mask=None,  # causal: the attention asks for that by itself where there is no mask
+            position_ids=positions,
+            position_embeddings=self.rotary(x, positions),
+            use_cache=False,
+        )
+        out: Tensor = found[0] if isinstance(found, tuple) else found
+        return out
+
+
+class DecoderHead(nn.Module):
+    """Normalise and score: [N, T, width] to [N, T, vocabulary]."""
+
+    def __init__(self, norm: nn.Module, score: nn.Linear) -> None:
+        super().__init__()
+        self.norm, self.score = norm, score
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.score(self.norm(x))
+        return logits
+
+
+def chain(model: Any) -> Blocks:
+    """Blocks `embed`, `layer_0` …, `head` of a causal model: tokens [N, T] to logits [N, T, vocabulary]."""
+    inner = model.model
+    prefix = "layers.*."
+    known = model.config.base_model_tp_plan or {}
+    plan = {name.removeprefix(prefix): style for name, style in known.items() if name.startswith(prefix)}
+    blocks: dict[str, nn.Module] = {"embed": DecoderEmbedding(inner.embed_tokens)}
+    for number, layer in enumerate(inner.layers):
+        blocks[f"layer_{number}"] = DecoderLayer(layer, inner.rotary_emb, plan)
+    blocks["head"] = DecoderHead(inner.norm, model.lm_head)
+    return Blocks(blocks)
