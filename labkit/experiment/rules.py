@@ -163,8 +163,10 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
         yield Problem("layout.microbatches", "has no effect: the naive schedule has a single microbatch")
     if experiment.launch.transport == "shared_memory" and layout.world_size != layout.dp_replicate:
         yield Problem("launch.transport", "has no effect: only plain data parallelism exchanges through shared memory")
-    if layout.cpu_offload and experiment.launch.device == "cpu":
-        yield Problem("layout.cpu_offload", "has no effect: everything lies in the host's memory already")
+    if layout.cpu_offload and (experiment.launch.device == "cpu" or layout.dp_shard == 1):
+        on_cpu = experiment.launch.device == "cpu"
+        why = "everything lies in the host's memory already" if on_cpu else "nothing is sharded (layout.dp_shard is 1)"
+        yield Problem("layout.cpu_offload", f"has no effect: {why}")
     if layout.sequence_parallel and layout.tp == 1:
         yield Problem("layout.sequence_parallel", "has no effect without tensor parallelism (layout.tp is 1)")
     if experiment.sparsity.method == "none" and experiment.sparsity.target > 0:

@@ -31,6 +31,11 @@ Phase = Callable[[str], None]
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
+def offloads(experiment: Experiment) -> bool:
+    """Does what this rank owns lie in the host's memory instead of on its GPU?"""
+    return experiment.layout.cpu_offload and experiment.launch.device == "cuda"
+
+
 class ParallelModel:
     """What the trainer drives, for every layout but plain data parallelism."""
 
@@ -41,7 +46,7 @@ class ParallelModel:
         self, experiment: Experiment, task: Task, mesh: Mesh, device: torch.device, autocast: Autocast
     ) -> None:
         layout = experiment.layout
-        self._autocast = autocast
+        self._autocast, self._device = autocast, device
         self.mesh, self.task, self.layout = mesh, task, layout
         self._weight = 1.0
         self._batch: Batch = {}
@@ -62,7 +67,7 @@ class ParallelModel:
         self.holdings = {name: holding(parameter) for name, parameter in named}
         self._gradients: GradientSync | FullySharded
         if layout.dp_shard > 1 and layout.zero_stage == 3:
-            self._gradients = FullySharded(self.stages.values(), self.holdings, mesh)
+            self._gradients = FullySharded(self.stages.values(), self.holdings, mesh, offloads(experiment))
         else:
             stage = layout.zero_stage if layout.dp_shard > 1 else 0
             trained = [(name, one, self.holdings[name]) for name, one in named if one.requires_grad]
@@ -148,7 +153,7 @@ class ParallelModel:
     def grad_norm(self) -> Tensor:
         """The norm of the update's whole gradient, equal on all ranks."""
         parts = [gradient.detach().double().square().sum() * share for gradient, share in self._gradients.terms()]
-        total = torch.stack(parts).sum()
+        total = torch.stack(parts).sum().to(self._device)
         dist.all_reduce(total)
         return total.sqrt()
 
@@ -157,7 +162,7 @@ class ParallelModel:
         norm = self.grad_norm()
         factor = (limit / (norm + 1e-6)).clamp(max=1.0)
         for gradient, _ in self._gradients.terms():
-            gradient.mul_(factor.to(gradient.dtype))
+            gradient.mul_(factor.to(gradient.device, gradient.dtype))
         return norm
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:

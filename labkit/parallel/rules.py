@@ -67,7 +67,13 @@ def _nearest(size: int, *numbers: int) -> int:
 
 
 class Shard:
-    """The axis dp_shard: ZeRO. It asks for nothing."""
+    """The axis dp_shard: ZeRO."""
+
+    @staticmethod
+    def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        layout = experiment.layout
+        if layout.cpu_offload and layout.zero_stage != 3:
+            yield Problem("layout.cpu_offload", "only what ZeRO stage 3 shards can wait in the host's memory", "false")
 
 
 class TensorAxis:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from labkit.parallel.cut import Holding
@@ -36,9 +36,9 @@ class FullySharded:
     sharded: tuple[ShardedBucket, ...] = ()
     """It has no buckets of ours."""
 
-    def __init__(self, modules: Iterable[nn.Module], holdings: dict[str, Holding], mesh: Mesh) -> None:
+    def __init__(self, modules: Iterable[nn.Module], holdings: dict[str, Holding], mesh: Mesh, offload: bool) -> None:
         self._mesh, self._holdings = mesh, holdings
-        self._modules = [_shard(module, mesh) for module in modules]
+        self._modules = [_shard(module, mesh, offload) for module in modules]
         self._scheduled = False
         self.averaged_over = mesh.size(*AXES)
 
@@ -101,18 +101,20 @@ class FullySharded:
                 yield tie, local(parameter.grad)
 
 
-def _shard(module: nn.Module, mesh: Mesh) -> FSDPModule:
+def _shard(module: nn.Module, mesh: Mesh, offload: bool) -> FSDPModule:
     """Shard every block of a chain, then what is left of it, in place.
 
-    Blocks that share a weight belong to what is left: it is gathered once for both.
+    Blocks that share a weight belong to what is left: it is gathered once for both. With `offload`, what this rank
+    owns lies in the host's memory and is brought to the GPU for as long as a block is gathered.
     """
+    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
     grid = mesh.sub(*(axis for axis in AXES if mesh.size(axis) > 1))
     blocks = list(module.blocks.values()) if isinstance(module, Blocks) else []
     held = Counter(parameter for block in blocks for parameter in block.parameters())
     for block in blocks:
         if all(held[parameter] == 1 for parameter in block.parameters()):
-            fully_shard(block, mesh=grid)
-    return fully_shard(module, mesh=grid)
+            fully_shard(block, mesh=grid, offload_policy=policy)
+    return fully_shard(module, mesh=grid, offload_policy=policy)
 
 
 def _sharded_parts(module: Any) -> Iterable[FSDPModule]:

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from labkit.experiment import Experiment
 from labkit.experiment.registry import registry
 from labkit.parallel.mesh import Mesh
+from labkit.parallel.model import offloads
 from labkit.parallel.replicate import Replicate
 from labkit.parallel.stages import held_last
 
@@ -61,7 +62,7 @@ class Runtime:
                 os.environ["LOCAL_RANK"] = str(device.index)
         if not alone:
             dist.init_process_group(
-                backend(launch.device, ranks),
+                ("cpu:gloo,cuda:" if offloads(experiment) else "") + backend(launch.device, ranks),
                 init_method=f"file://{rendezvous}",
                 rank=rank,
                 world_size=ranks,

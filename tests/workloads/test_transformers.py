@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from labkit.workloads.language import Language
+from labkit.workloads.base import Blocks
+from labkit.workloads.language import CHAINED, Language, is_chain
+from labkit.workloads.models.decoder import chain
 from tests.workloads.helpers import train
 
 pytest.importorskip("transformers", reason="needs the extra 'hub'")
@@ -57,6 +59,39 @@ def test_a_folder_with_a_trained_model_brings_its_weights_and_its_tokenizer(tmp_
     assert task.corpus.tokens_per_character < 0.5  # words, not bytes
     x = task.train.__getitems__([0])["x"]
     torch.testing.assert_close(task.model(x), stored(input_ids=x).logits)
+
+
+KINDS = {
+    "llama": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2},
+    "qwen2": {"tie_word_embeddings": True, "num_key_value_heads": 4},
+    "qwen3": {"head_dim": 8, "num_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize("kind", CHAINED)
+def test_a_chain_computes_what_the_library_computes(kind: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = LLAMA | {"vocab_size": 64} | KINDS[kind] | {"model_type": kind}
+    torch.manual_seed(0)
+    whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).double()
+    tokens = torch.randint(64, (2, 16))
+    expected = whole(input_ids=tokens, use_cache=False).logits
+    parts = chain(whole)
+    torch.testing.assert_close(parts(tokens), expected, rtol=0, atol=1e-12)
+    names = {name.rsplit(".", 1)[0] for name, _ in parts.named_parameters()}
+    assert len(list(parts.parameters())) == len(list(whole.parameters())), "nothing is left out"
+    assert all(name.startswith("blocks.") for name in names)
+
+
+def test_what_looks_back_less_far_is_no_chain() -> None:
+    assert is_chain(LLAMA, 32)
+    assert not is_chain(GPT2, 32)
+    window = LLAMA | {"model_type": "mistral", "sliding_window": 16}
+    assert is_chain(window, 16)
+    assert not is_chain(window, 17)
+    assert not isinstance(Language.build(options(window), 0).model, Blocks)
 
 
 @pytest.mark.parametrize(
