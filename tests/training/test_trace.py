@@ -19,7 +19,7 @@ from labkit.runs import Run
 from labkit.runs.data import RunData
 from labkit.training.activations import Activations
 
-DEPTH, WIDTH, CONTEXT, BATCH, VOCABULARY = 4, 32, 32, 16, 256
+DEPTH, WIDTH, CONTEXT, BATCH = 4, 32, 32, 16
 FLOAT = 4
 WITHIN = 0.03
 
@@ -127,33 +127,44 @@ def axes(run: Run) -> dict[str, dict[str, float]]:
     return found
 
 
+STREAM = BATCH * CONTEXT * WIDTH * FLOAT
+LOSS = 3 * BATCH * CONTEXT * FLOAT
+"""Of every token's scores, which no rank has whole, three numbers travel, in two sums."""
+
+
 def test_tensor_parallelism_sends_what_megatron_says() -> None:
-    stream = BATCH * CONTEXT * WIDTH * FLOAT
-    # Per layer two sums forward and two backward; one after the embedding, one before the scores; and their gathering.
-    sums, scores = 4 * DEPTH + 2, BATCH * CONTEXT * VOCABULARY // 2 * FLOAT
+    sums = 4 * DEPTH + 2  # two a layer forward, two backward; one after the embedding, one before the scores
     run = finished({"tp": 2})
-    assert axes(run)["tp"]["bytes"] == sums * stream + scores
-    assert axes(run)["tp"]["calls"] == sums + 1
-    assert axes(run)["tp"]["wire_bytes"] == sums * stream + scores, "2·(n-1)/n is 1 for two ranks"
-    assert 0 < axes(run)["tp"]["exposed_seconds"] < sum(run.data().seconds[0])
-    assert run.summary()["communication"]["bytes_per_step"] == sums * stream + scores
+    found = axes(run)["tp"]
+    assert found["bytes"] == sums * STREAM + LOSS
+    assert found["calls"] == sums + 2
+    assert found["wire_bytes"] == found["bytes"], "2·(n-1)/n is 1 for two ranks"
+    assert 0 < found["exposed_seconds"] < sum(run.data().seconds[0])
+    assert run.summary()["communication"]["bytes_per_step"] == found["bytes"]
 
 
 def test_sequence_parallelism_sends_the_same_in_halves() -> None:
-    stream, scores = BATCH * CONTEXT * WIDTH * FLOAT, BATCH * CONTEXT * VOCABULARY // 2 * FLOAT
     run = finished({"tp": 2, "sequence_parallel": True})
-    # A sum is a reduce-scatter of the whole, a gathering hands over half.
-    scattered, gathered = 2 * DEPTH + 1 + 2 * DEPTH + 1, 4 * DEPTH + 2
-    data = run.data()
-    replicated = sum(
-        count
-        for count in (
-            *[WIDTH] * (2 * 2 * DEPTH + 2),  # gains and biases of the norms, each summed over tp in the end
-            *[WIDTH] * (2 * DEPTH),  # biases of the layers cut by rows
-            WIDTH * CONTEXT,  # positions
-        )
-    )
-    assert data.traffic[0]["tp"]["bytes"] == scattered * stream + gathered * stream // 2 + scores + replicated * FLOAT
+    # Each sum becomes a reduce-scatter, which takes the whole, and a gathering, which hands over half.
+    scattered = gathered = 4 * DEPTH + 2
+    norms, rows, positions = WIDTH * (4 * DEPTH + 2), WIDTH * 2 * DEPTH, WIDTH * CONTEXT  # see a part of the tokens
+    expected = scattered * STREAM + gathered * STREAM // 2 + LOSS + (norms + rows + positions) * FLOAT
+    assert axes(run)["tp"]["bytes"] == expected
+
+
+def test_a_ring_sends_keys_and_values_round_and_their_gradients_home() -> None:
+    run = finished({"cp": 2})
+    block = 2 * STREAM // 2  # keys and values of half of the sequence
+    gradients = run.summary()["parameters"] * FLOAT
+    assert axes(run)["cp"]["bytes"] == DEPTH * (1 + 1 + 2) * block + gradients
+
+
+def test_experts_send_tokens_there_and_back() -> None:
+    run = finished({"ep": 2}, **{"workload.experts": 4})
+    choices = BATCH // 2 * CONTEXT * 2 * WIDTH * FLOAT  # of this rank's tokens, two experts each
+    there_and_back = sum(axis["bytes"] for axis in run.data().traffic[0].values())
+    assert there_and_back > 2 * DEPTH * choices, "out and, as gradients, back"
+    assert "ep" in axes(run)
 
 
 def test_a_pipeline_sends_every_microbatch_once_each_way() -> None:
@@ -270,12 +281,10 @@ def test_a_resumed_run_counts_from_its_own_start() -> None:
 # -- experts ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", [{}, {"dp_replicate": 2}, {"pp": 2, "microbatches": 2}], ids=str)
+@pytest.mark.parametrize(
+    "layout", [{}, {"dp_replicate": 2}, {"pp": 2, "microbatches": 2}, {"tp": 2}, {"cp": 2}, {"ep": 2}], ids=str
+)
 def test_every_choice_of_every_token_is_counted(layout: dict[str, Any]) -> None:
-    from labkit.workloads.models.experts import MixtureOfExperts
-
-    if not hasattr(MixtureOfExperts(8, 2, 1), "load"):
-        pytest.skip("this mixture does not tell its load")
     run = finished(layout, **{"workload.experts": 4})
     experts = run.data().experts
     assert sorted(experts) == [f"layer_{number}" for number in range(DEPTH)]
