@@ -29,7 +29,7 @@ def finding(held: list[tuple[str, dict[str, int], dict[str, int]]]) -> str:
     states = [(name, sum(measured.get(kind, 0) for kind in STATES), measured) for name, measured, _ in held]
     formula = [sum(calculated.get(kind, 0) for kind in STATES) for *_, calculated in held]
     apart = max((abs(state / said - 1) for (_, state, _), said in zip(states, formula, strict=True) if said), default=0)
-    near = f"the formula is met within {100 * apart:.1f} %"
+    near = f"the formula is met within {max(0.1, 100 * apart):.1f} %"
     if len(held) == 1:
         name, state, measured = states[0]
         beside = traced.size(measured.get("activations", 0))
@@ -95,14 +95,12 @@ def memory(runs: Iterable[Any] | Any) -> Picture:
             }
         )
         below = [base + value for base, value in zip(below, values, strict=True)]
-    layout = theme.layout(
+    layout = traced.layout(
         sentence,
         barmode="overlay",
         xaxis=theme.axis(f"Memory of the fullest rank ({unit})", rangemode="tozero"),
-        yaxis=theme.axis("", type="category", autorange="reversed", categoryorder="array", categoryarray=labels),
-        height=170 + 64 * min(len(many), 24),
-        legend=theme.LAYOUT["legend"] | {"traceorder": "normal"},
-        margin=theme.LAYOUT["margin"] | {"t": 92},
+        yaxis=theme.axis("", type="category", autorange="reversed", ticks="", showgrid=False),
+        height=180 + 64 * min(len(many), 24),
     )
     rows = [
         {"Run": name, "Rank": rank}

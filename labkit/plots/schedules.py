@@ -33,9 +33,7 @@ def schedules(runs: Iterable[Any] | Any) -> Picture:
     peaks = [max((sizes.get("activations", 0) for sizes in one.data.memory.values()), default=0) for one in many]
     per, unit = traced.unit(max(peaks))
     sentence = finding(names, steps)
-
-    def written(values: list[str], **more: Any) -> dict[str, Any]:
-        return {"text": values, "textposition": "auto", "textangle": 0, "insidetextanchor": "start"} | more
+    largest = 100 * max(max(found.measured, found.own, found.textbook or 0) for found in bubbles)
 
     traces = [
         traced.bars(
@@ -45,7 +43,7 @@ def schedules(runs: Iterable[Any] | Any) -> Picture:
             y=labels,
             showlegend=False,
             hovertemplate="%{y}: %{x:.3~g} ms a step<extra></extra>",
-            **written([theme.number(step) for step in steps]),
+            **traced.outside([theme.number(step) for step in steps]),
         ),
         traced.bars(
             1,
@@ -55,8 +53,19 @@ def schedules(runs: Iterable[Any] | Any) -> Picture:
             xaxis="x2",
             yaxis="y2",
             hovertemplate="%{y}: %{x:.1f} %<extra>measured</extra>",
-            **written([traced.percent(found.measured) for found in bubbles]),
         ),
+        {
+            "type": "scatter",
+            "mode": "text",
+            "x": [1.12 * largest] * len(many),
+            "y": labels,
+            "xaxis": "x2",
+            "yaxis": "y2",
+            "text": [f"{traced.percent(found.measured)} ({traced.percent(found.own)})" for found in bubbles],
+            "textposition": "middle right",
+            "hoverinfo": "skip",
+            "showlegend": False,
+        },
         _markers("The schedule's own", labels, [100 * found.own for found in bubbles], "diamond", theme.PALETTE[4]),
         _markers(
             "Textbook, even stages",
@@ -74,24 +83,29 @@ def schedules(runs: Iterable[Any] | Any) -> Picture:
             yaxis="y3",
             showlegend=False,
             hovertemplate=f"%{{y}}: %{{x:.3~g}} {unit}<extra>largest rank</extra>",
-            **written([theme.number(peak / per) for peak in peaks]),
+            **traced.outside([theme.number(peak / per) for peak in peaks]),
         ),
     ]
-    down = {"type": "category", "autorange": "reversed", "ticks": ""}
-    layout = theme.layout(
+    down = {"type": "category", "autorange": "reversed", "ticks": "", "showgrid": False}
+    layout = traced.layout(
         sentence,
         bargap=0.35,
-        xaxis=theme.axis("Step time (ms, median)", domain=_PANELS[0], rangemode="tozero", nticks=5),
-        xaxis2=theme.axis("Bubble (% of ranks × time)", domain=_PANELS[1], anchor="y2", rangemode="tozero", nticks=5),
+        xaxis=theme.axis("Step time (ms, median)", domain=_PANELS[0], range=traced.room(steps), nticks=5),
+        xaxis2=theme.axis(
+            "Bubble (%): measured (own)", domain=_PANELS[1], anchor="y2", range=[0, 2.2 * largest], nticks=5
+        ),
         xaxis3=theme.axis(
-            f"Activations of the fullest rank ({unit})", domain=_PANELS[2], anchor="y3", rangemode="tozero", nticks=5
+            f"Activations, fullest rank ({unit})",
+            domain=_PANELS[2],
+            anchor="y3",
+            range=traced.room([peak / per for peak in peaks]),
+            nticks=5,
         ),
         yaxis=theme.axis("", **down),
         yaxis2=theme.axis("", anchor="x2", showticklabels=False, **down),
         yaxis3=theme.axis("", anchor="x3", showticklabels=False, **down),
-        height=180 + 46 * min(len(many), 24),
-        legend=theme.LAYOUT["legend"] | {"x": _PANELS[1][0]},
-        margin=theme.LAYOUT["margin"] | {"t": 92},
+        height=190 + 46 * min(len(many), 24),
+        legend={"x": _PANELS[1][0]},
     )
     rows = [
         {

@@ -51,8 +51,9 @@ def timeline(run: Any) -> Picture:
     longest = 1000 * max(span(shifted), span(simulated))
     labels = [f"rank {rank}" for rank in measured]
     across = {"range": [0, 1.01 * longest], "domain": [0, 1], "showgrid": False}
-    down: dict[str, Any] = {"type": "category", "categoryorder": "array", "categoryarray": labels[::-1], "ticks": ""}
-    picture = theme.layout(
+    down: dict[str, Any] = {"type": "category", "categoryorder": "array", "categoryarray": labels[::-1]}
+    down |= {"ticks": "", "showgrid": False}
+    picture = traced.layout(
         sentence,
         barmode="overlay",
         bargap=0.18,
@@ -74,9 +75,8 @@ def timeline(run: Any) -> Picture:
             ),
         ],
         uniformtext={"minsize": 9, "mode": "hide"},
-        height=250 + 76 * min(len(labels), 16),
-        legend=theme.LAYOUT["legend"] | {"y": 1.04, "x": 1, "xanchor": "right"},
-        margin=theme.LAYOUT["margin"] | {"t": 100},
+        height=260 + 76 * min(len(labels), 16),
+        legend={"y": 1, "x": 1, "xanchor": "right"},
     )
     return Picture(traces, picture, summary=f"{sentence}.", rows=_twin(measured))
 

@@ -19,19 +19,22 @@ PATTERNS = ("", "/", "x", ".", "-", "+")
 
 
 def names(runs: Sequence[Shown]) -> list[str]:
-    """What tells the runs of a picture apart: their layouts in words, numbered where two are alike."""
-    found, seen = [layout_words(one) for one in runs], dict[str, int]()
-    for at, name in enumerate(found):
+    """What tells the runs of a picture apart: their layouts in words, without those that all of them share."""
+    every, seen = [_words(one) for one in runs], dict[str, int]()
+    shared = set.intersection(*map(set, every)) if len(every) > 1 else set()
+    found = []
+    for words in every:
+        name = ", ".join(word for word in words if word not in shared) or ", ".join(words)
         count = seen[name] = seen.get(name, 0) + 1
-        found[at] = name if count == 1 else f"{name} #{count}"
+        found.append(name if count == 1 else f"{name} #{count}")
     return found
 
 
-def layout_words(one: Shown) -> str:
+def _words(one: Shown) -> list[str]:
     """`1 rank`, `shard4, ZeRO 2`, `pp2, 1f1b, 8 microbatches`; the label of the run if its experiment is lost."""
     experiment = one.experiment
     if experiment is None:
-        return one.label
+        return [one.label]
     layout = experiment.layout
     words = [theme.ranks(1) if layout.world_size == 1 else str(layout)]
     if zero_stage(experiment):
@@ -50,7 +53,7 @@ def layout_words(one: Shown) -> str:
     again = getattr(layout, "activation_checkpointing", "none")
     if again != "none":
         words.append(f"{again} checkpointing")
-    return ", ".join(words)
+    return words
 
 
 def unit(largest: float) -> tuple[float, str]:
@@ -64,6 +67,8 @@ def unit(largest: float) -> tuple[float, str]:
 def size(count: float) -> str:
     """`46.1 MB`."""
     per, name = unit(count)
+    if per == 1:
+        return f"{count:.0f} {name}"
     return f"{theme.number(count / per)} {name}"
 
 
@@ -97,6 +102,24 @@ def bars(index: int, name: str, values: Sequence[float | None], **more: Any) -> 
     pattern = {"shape": PATTERNS[index % len(PATTERNS)], "fgcolor": "#ffffff", "fgopacity": 0.55, "size": 7}
     base = {"type": "bar", "name": theme.safe(name), "marker": {"color": colour, "pattern": pattern}}
     return base | {"orientation": "h", "x": list(values)} | more
+
+
+def outside(texts: Sequence[str]) -> dict[str, Any]:
+    """Words at the ends of bars, where no pattern is behind them. The axis needs `room`."""
+    return {"text": list(texts), "textposition": "outside", "cliponaxis": False, "textfont": {"color": theme.INK}}
+
+
+def room(values: Sequence[float | None]) -> list[float]:
+    """From zero to a third beyond the largest value."""
+    return [0.0, 1.33 * max((value for value in values if value), default=1.0)]
+
+
+def layout(title: str, **more: Any) -> dict[str, Any]:
+    """A layout with room for a title of two lines and a legend below it."""
+    base = theme.layout(title, margin=theme.LAYOUT["margin"] | {"t": 124}, **more)
+    place = {"yref": "container", "y": 1, "yanchor": "top", "pad": {"t": 38}}  # below plotly's buttons
+    legend = theme.LAYOUT["legend"] | {"traceorder": "normal"} | more.get("legend", {})
+    return base | {"title": base["title"] | place, "legend": legend}
 
 
 def heading(text: str, x: float, y: float) -> dict[str, Any]:

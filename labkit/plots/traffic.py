@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from labkit.experiment.layout import AXES
@@ -45,14 +45,14 @@ def communication(runs: Iterable[Any] | Any) -> Picture:
     axes = sorted({axis for load in loads for axis in load}, key=_order)
     per, unit = traced.unit(max(counts["bytes"] for load in loads for counts in load.values()))
     sentence = finding(names, loads)
-    panels = [
-        ("bytes", 1 / per, f"Payload per rank ({unit})"),
-        ("calls", 1.0, "Calls (number)"),
-        ("exposed_seconds", 1000.0, "Computation waits (ms)"),
+    panels: list[tuple[str, float, str, Callable[[float], str]]] = [
+        ("bytes", 1 / per, f"Payload per rank ({unit})", lambda value: traced.size(value * per)),
+        ("calls", 1.0, "Calls (number)", lambda value: f"{value:,.0f}"),
+        ("exposed_seconds", 1000.0, "Computation waits (ms)", theme.number),
     ]
     traces = []
     for index, (name, load) in enumerate(zip(names, loads, strict=True)):
-        for at, (key, factor, title) in enumerate(panels):
+        for at, (key, factor, title, written) in enumerate(panels):
             values = [factor * load[axis][key] if axis in load else None for axis in axes]
             traces.append(
                 traced.bars(
@@ -64,29 +64,29 @@ def communication(runs: Iterable[Any] | Any) -> Picture:
                     yaxis="y" if not at else f"y{at + 1}",
                     legendgroup=str(index),
                     showlegend=not at and len(many) > 1,
-                    text=["" if value is None else theme.number(value) for value in values],
-                    textposition="auto",
-                    textangle=0,
-                    insidetextanchor="start",
                     hovertemplate=f"%{{y}}: %{{x:.4~g}}<extra>{title}</extra>",
+                    **traced.outside(["" if value is None else written(value) for value in values]),
                 )
             )
-    down = {"type": "category", "categoryorder": "array", "categoryarray": axes[::-1], "ticks": ""}
-    layout = theme.layout(
+    down: dict[str, Any] = {"type": "category", "categoryorder": "array", "categoryarray": axes[::-1]}
+    down |= {"ticks": "", "showgrid": False}
+    layout = traced.layout(
         sentence,
         bargap=0.3,
         **{
             f"xaxis{'' if not at else at + 1}": theme.axis(
-                title, domain=_PANELS[at], anchor="y" if not at else f"y{at + 1}", rangemode="tozero", nticks=5
+                title,
+                domain=_PANELS[at],
+                anchor="y" if not at else f"y{at + 1}",
+                range=traced.room([factor * counts[key] for load in loads for counts in load.values()]),
+                nticks=5,
             )
-            for at, (_, _, title) in enumerate(panels)
+            for at, (key, factor, title, _) in enumerate(panels)
         },
         yaxis=theme.axis("", **down),
         yaxis2=theme.axis("", anchor="x2", showticklabels=False, **down),
         yaxis3=theme.axis("", anchor="x3", showticklabels=False, **down),
-        height=160 + (24 + 22 * len(many)) * min(len(axes), 16),
-        legend=theme.LAYOUT["legend"] | {"traceorder": "normal"},
-        margin=theme.LAYOUT["margin"] | {"t": 92 if len(many) > 1 else 68},
+        height=190 + (24 + 22 * len(many)) * min(len(axes), 16),
     )
     rows = [
         {
