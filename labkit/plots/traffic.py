@@ -29,11 +29,15 @@ def finding(names: list[str], loads: list[dict[str, dict[str, float]]]) -> str:
     pairs = [(name, axis, counts) for name, axes in zip(names, loads, strict=True) for axis, counts in axes.items()]
     name, axis, counts = max(pairs, key=lambda pair: pair[2]["bytes"])
     waited = max(pairs, key=lambda pair: pair[2]["exposed_seconds"])
-    first = f"{axis}{f' ({name})' if many else ''} carries most: {traced.size(counts['bytes'])} a rank and update"
     wait = f"{theme.number(1000 * waited[2]['exposed_seconds'])} ms"
+    carried = f"{traced.size(counts['bytes'])} a rank and update"
+
+    def called(name: str, axis: str) -> str:
+        return f"{axis} of {name}" if many else axis
+
     if waited[:2] == (name, axis):
-        return f"{first}, and computation waits for it longest: {wait}"
-    return f"{first}; computation waits longest for {waited[1]}{f' ({waited[0]})' if many else ''}: {wait}"
+        return f"{called(name, axis)} carries most ({carried}) and is waited for longest ({wait})"
+    return f"{called(name, axis)} carries most ({carried}); {called(*waited[:2])} is waited for longest ({wait})"
 
 
 def communication(runs: Iterable[Any] | Any) -> Picture:
