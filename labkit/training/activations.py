@@ -2,7 +2,8 @@
 
 Every tensor that an operation saves passes through a pair of hooks, which leave it as it is. A storage counts once,
 however many views of it are saved; storages of parameters and buffers do not count, because they are there anyway.
-Under activation checkpointing what is computed again counts too, while it lives.
+Under activation checkpointing what is computed again counts too, while it lives, and so do the results that selective
+checkpointing keeps: torch hands neither of them to hooks from outside, so two of its classes are exchanged meanwhile.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import checkpoint
 
 from labkit.parallel.shard import local
 
@@ -51,12 +52,14 @@ class Activations:
                 self._open.append(part.register_forward_pre_hook(self._look))
         self._hooks = saved_tensors_hooks(self._pack, _unpack)
         self._hooks.__enter__()
-        self._recompute = torch.utils.checkpoint._recomputation_hook
-        torch.utils.checkpoint._recomputation_hook = _recomputing(self, self._recompute)  # type: ignore[assignment,misc]
+        self._exchanged = {name: getattr(checkpoint, name) for name in _COUNTING}
+        for name, counting in _COUNTING.items():
+            setattr(checkpoint, name, counting(self, self._exchanged[name]))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        torch.utils.checkpoint._recomputation_hook = self._recompute  # type: ignore[misc]
+        for name, original in self._exchanged.items():
+            setattr(checkpoint, name, original)
         self._hooks.__exit__(kind, error, at)
         for hook in self._open:
             hook.remove()
@@ -87,6 +90,12 @@ class Activations:
                 self.peak = max(self.peak, self._now)
         return key
 
+    def follow(self, tensor: Any, holder: Any) -> None:
+        """The tensor is kept as long as `holder` lives."""
+        key = self.note(tensor) if isinstance(tensor, Tensor) else None
+        if key is not None:
+            weakref.finalize(holder, self.forget, key)
+
     def forget(self, key: int) -> None:
         """It is kept no longer."""
         with self._lock:
@@ -113,11 +122,24 @@ def _recomputing(count: Activations, original: Any) -> type:
 
             def pack(tensor: Tensor) -> Any:
                 own = tensor.detach()  # an object of its own: it lives exactly as long as the checkpoint keeps it
-                key = count.note(own)
-                if key is not None:
-                    weakref.finalize(own, count.forget, key)
+                count.follow(own, own)
                 return keep(own)
 
             self.pack_hook = pack
 
     return Recomputation
+
+
+def _keeping(count: Activations, original: Any) -> type:
+    """What holds a result that selective checkpointing keeps, with counting."""
+
+    class Kept(original):  # type: ignore[misc]
+        def __init__(self, value: Any) -> None:
+            super().__init__(value)
+            count.follow(value, self)
+
+    return Kept
+
+
+_COUNTING = {"_recomputation_hook": _recomputing, "_VersionWrapper": _keeping}
+"""Classes of torch.utils.checkpoint, and what makes counting ones of them."""

@@ -119,6 +119,14 @@ def test_what_is_computed_again_counts_while_it_lives() -> None:
     assert peak(True) == 6 * one + 2 * one, "the input of each part, and inside of one part at a time the rest"
 
 
+def test_selective_checkpointing_lies_between_none_and_full() -> None:
+    peaks = []
+    for which in ("none", "selective", "full"):
+        memory = finished({"dp_shard": 2, "activation_checkpointing": which}).summary()["memory"]
+        peaks.append(memory["measured"][0]["activations"])
+    assert peaks[0] > 1.2 * peaks[1] > 1.2 * 1.2 * peaks[2]
+
+
 # -- traffic ----------------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +258,7 @@ def test_passes_are_counted_on() -> None:
     "layout",
     [
         {"dp_replicate": 2},
+        {"dp_shard": 2, "activation_checkpointing": "selective"},
         {"dp_shard": 2},
         {"tp": 2},
         {"pp": 2, "microbatches": 4, "schedule": "zbv", "stages_per_rank": 2, "dp_shard": 2},
