@@ -20,6 +20,9 @@ DATA_AXES = ("dp_replicate", "dp_shard", "ep")
 SHORT = {"dp_replicate": "dp", "dp_shard": "shard", "cp": "cp", "tp": "tp", "ep": "ep", "pp": "pp"}
 _LONG = {short: axis for axis, short in SHORT.items()} | {"dp_shard": "dp_shard", "dp_replicate": "dp_replicate"}
 
+V_SHAPED = ("zbv", "dualpipev")
+"""Schedules that fold the pipeline: the rank with the first stage holds the last one too."""
+
 AxisSize = Field(default=1, ge=-1)
 
 
@@ -155,6 +158,13 @@ class Layout(BaseModel):
         for axis in DATA_AXES:
             share = share * getattr(self, axis) + place[axis]
         return share
+
+    def stages(self, place: int) -> list[int]:
+        """Numbers of the pipeline stages that a rank at `place` along pp holds, in the order of the chain."""
+        count = self.pp * self.stages_per_rank
+        if self.schedule in V_SHAPED:
+            return [place, count - 1 - place]
+        return list(range(place, count, self.pp))
 
     def grid(self) -> list[dict[str, Any]]:
         """The rank table that the notebook draws: one row a rank, with its place on every axis larger than one."""

@@ -41,7 +41,12 @@ EVENTS = {
     "samples), samples (of this rank), seconds, data, forward, backward, optimizer (s), grad_norm, lr",
     "evaluation": "held-out metrics after `step` updates (rank 0): metrics, seconds",
     "checkpoint": "a checkpoint was written: step, path, seconds",
-    "communication": "what DDP measured: bytes on the wire per step, exposed seconds per step (median)",
+    "trace": "what one traced update (`step`, counted from 1) looked like on this rank: memory and formula (bytes of "
+    "parameters, gradients, optimizer, activations), traffic (per axis: calls, bytes, wire_bytes, exposed_seconds), "
+    "timeline (rows of kind F | B | I | W, stage, microbatch, begin and end in seconds of the machine's monotonic "
+    "clock), experts (per block, how many choices fell on each expert)",
+    "communication": "bytes on the wire per step and exposed seconds per step, as DDP or the traced update measured "
+    "them; axes as in `trace`",
     "memory": "peak_bytes of this rank",
     "error": "an exception ended this rank: type, message, traceback",
     "end": "this rank is done after `step` updates: reason finished | stopped",

@@ -147,6 +147,8 @@ class Training(Section):
     """How many of the latest checkpoints are kept."""
     gradient_norm: bool = False
     """Write down the global gradient norm of every update."""
+    trace_step: int = Field(default=4, ge=0, le=10_000_000)
+    """The update, counted from 1, in which each rank writes down its memory, traffic and pipeline; 0 for none."""
     loader_workers: int = Field(default=0, ge=0, le=256)
     """Processes per rank that prepare batches ahead; 0 prepares them in the rank itself."""
     seed: int = Field(default=0, ge=0, lt=2**31)

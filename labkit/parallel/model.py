@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from labkit.experiment import Experiment
 from labkit.parallel import balance, context, expert, loss, recompute, stages, tensor
+from labkit.parallel.communication import Axes, Communication
 from labkit.parallel.cut import holding
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.pipeline import Pipeline
 from labkit.parallel.shard import FullySharded
 from labkit.parallel.sync import GradientSync, ShardedBucket
 from labkit.parallel.tie import Ties
+from labkit.parallel.timeline import Timeline
 from labkit.workloads.base import Batch, Blocks, Task
 
 Phase = Callable[[str], None]
@@ -75,6 +77,8 @@ class ParallelModel:
         self.averaged_over = self._gradients.averaged_over
         for module in self.stages.values():
             expert.weigh_samples(module, self.averaged_over / experiment.training.global_batch)
+        self.traffic: Axes | None = None
+        """What the traced update has sent; None before it."""
         self._pipeline = Pipeline(self.stages, layout, mesh, device, self._stage_loss) if layout.pp > 1 else None
         self._part = 1 / layout.cp
         """Of every sample, this rank computes such a part."""
@@ -169,9 +173,14 @@ class ParallelModel:
         """The optimizer has stepped."""
         self._gradients.after_update()
 
-    def communication(self) -> dict[str, float] | None:
-        """Nobody has counted it for these layouts yet."""
-        return None
+    @property
+    def timeline(self) -> Timeline | None:
+        """That of the pipeline, if there is one."""
+        return self._pipeline.timeline if self._pipeline else None
+
+    def communication(self, compression: Any) -> Communication | None:
+        """What the traced update has sent; None before it."""
+        return None if self.traffic is None else Communication.of(self.traffic)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from labkit.experiment.layout import Layout
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.stages import places
+from labkit.parallel.timeline import TimedStage, Timeline
 
 SCHEDULES = {
     "naive": "ScheduleGPipe",
@@ -77,8 +77,10 @@ class Pipeline:
         self._loss, self._count, self._device = loss, count, device
         self._where = places(layout)
         self._ranks = dist.get_process_group_ranks(group)
+        self.timeline = Timeline(device, self.microbatches)
         self._stages = [
-            PipelineStage(_Held(module), number, count, device, group=group) for number, module in modules.items()
+            TimedStage(_Held(module), number, count, device, group=group, timeline=self.timeline)
+            for number, module in modules.items()
         ]
         self._schedule: Any = None
 
@@ -92,11 +94,13 @@ class Pipeline:
             made = getattr(torch_schedules, SCHEDULES[self.layout.schedule])
             single = issubclass(made, torch_schedules.PipelineScheduleSingle)
             stages: Any = self._stages[0] if single else self._stages
-            self._schedule = made(stages, self.microbatches, loss_fn=self._loss, scale_grads=False)
+            loss = self.timeline.with_loss(self._loss)
+            self._schedule = made(stages, self.microbatches, loss_fn=loss, scale_grads=False)
         inputs = (x,) if self.first else ()
         target = torch.arange(samples, device=self._device) if self.last else None
         losses: list[Tensor] = []
         self._schedule.step(*inputs, target=target, losses=losses, return_outputs=False)
+        self.timeline.end_pass()
         return losses
 
     def forward(self, x: Tensor) -> Tensor | None:

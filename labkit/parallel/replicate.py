@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from labkit.parallel.communication import Communication
 from labkit.parallel.decay import by_shape
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Replicate:
 
     @staticmethod
     def communication(model: nn.Module) -> dict[str, float] | None:
-        """What DDP's own timers saw: gradient bytes and exposed communication per step (s); None outside DDP.
+        """What DDP's own timers saw: gradient bytes, buckets and exposed time (s) per step; None outside DDP.
 
         The reducer samples its timers in C++; exposed is the time in which gradients travelled while no gradient was
         being computed.
@@ -65,7 +66,12 @@ class Replicate:
         data = read()
         hidden = data.get("avg_backward_compute_comm_overlap_time", 0)
         exposed = max(0, data.get("avg_backward_comm_time", 0) - hidden) / 1e9
-        return {"gradient_bytes": data.get("total_parameter_size_bytes", 0), "exposed_seconds": exposed}
+        sizes = str(data.get("rebuilt_bucket_sizes") or data.get("bucket_sizes") or "")
+        return {
+            "gradient_bytes": data.get("total_parameter_size_bytes", 0),
+            "buckets": len([size for size in sizes.split(",") if size.strip()]),
+            "exposed_seconds": exposed,
+        }
 
 
 class ReplicatedModel:
@@ -138,12 +144,21 @@ class ReplicatedModel:
             return "none"
         return "shared memory" if self.memory else "process group"
 
-    def communication(self) -> dict[str, float] | None:
-        """Gradient bytes and exposed seconds per update; None on one rank."""
+    def communication(self, compression: Any) -> Communication | None:
+        """What DDP sends per update, with this compressor; None on one rank."""
         measured = Replicate.communication(self.wrapped)
-        if measured and self.memory and self.memory.updates:
+        if measured is None:
+            return None
+        if self.memory and self.memory.updates:
             measured["exposed_seconds"] = self.memory.seconds / self.memory.updates
-        return measured
+        wire = compression.bytes_per_step(measured["gradient_bytes"], self.averaged_over)
+        axis = {
+            "calls": measured["buckets"],
+            "bytes": measured["gradient_bytes"],
+            "wire_bytes": wire,
+            "exposed_seconds": measured["exposed_seconds"],
+        }
+        return Communication(wire, measured["exposed_seconds"], {"dp_replicate": axis})
 
     def train(self, mode: bool = True) -> None:
         self.bare.train(mode)

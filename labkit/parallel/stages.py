@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from labkit.experiment.layout import Layout
+from labkit.experiment.layout import V_SHAPED, Layout
 
-V_SHAPED = ("zbv", "dualpipev")
+__all__ = ["SEVERAL", "SPLITTING", "V_SHAPED", "groups", "held_by", "held_last", "minimal_maximum", "places"]
+
 SPLITTING = ("interleaved_zero_bubble", "zbv", "dualpipev")
 """Schedules that compute the gradients of inputs and of weights at different times."""
 SEVERAL = ("interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble")
@@ -14,10 +15,7 @@ SEVERAL = ("interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble")
 
 def held_by(layout: Layout, place: int) -> list[int]:
     """Numbers of the stages that the rank at `place` along pp holds, in the order of the chain."""
-    count = layout.pp * layout.stages_per_rank
-    if layout.schedule in V_SHAPED:
-        return [place, count - 1 - place]
-    return list(range(place, count, layout.pp))
+    return layout.stages(place)
 
 
 def places(layout: Layout) -> dict[int, int]:

@@ -115,8 +115,12 @@ class ShardedBucket(Bucket):
             view.copy_(parameter.detach())
             parameter.data = view
         self.own = nn.Parameter(self._own_part(self.values))
-        self._sum = torch.zeros_like(self.own)
         self._lay_out_gradients(self._size * self.parts)
+        self._sum = self._make_sum()
+
+    def _make_sum(self) -> Tensor:
+        """Where the sum over the ranks stands: in place of the own part of what was sent, so it takes no memory."""
+        return self._own_part(self.gradient)
 
     def _own_part(self, flat: Tensor) -> Tensor:
         index = self._mesh.index("dp_shard")
@@ -128,10 +132,13 @@ class ShardedBucket(Bucket):
         self._work = dist.reduce_scatter_tensor(self._arrived, self.gradient, group=self._group, async_op=True)
 
     def arrive(self) -> None:
-        """Wait for the exchange and add what has come."""
+        """Wait for the exchange and keep what has come."""
         super().arrive()
-        self._sum += self._arrived
+        self._keep(self._arrived)
         del self._arrived
+
+    def _keep(self, arrived: Tensor) -> None:
+        self._sum.copy_(arrived)  # the one exchange of the update
 
     def finish(self) -> None:
         """Sum over the other axes too."""
@@ -155,11 +162,6 @@ class ShardedBucket(Bucket):
         )
         return work
 
-    def clear(self) -> None:
-        """Zero for the next update."""
-        super().clear()
-        self._sum.zero_()
-
     def gathered(self, own: Tensor) -> dict[str, Tensor]:
         """Tensors shaped like the parameters, by name, from every rank's part (collective)."""
         flat = own.new_empty(len(self.values))
@@ -180,6 +182,12 @@ class FreeingBucket(ShardedBucket):
     def _lay_out_gradients(self, length: int) -> None:
         self.gradient = self.values.new_zeros(0)
 
+    def _make_sum(self) -> Tensor:
+        return torch.zeros_like(self.own.detach())
+
+    def _keep(self, arrived: Tensor) -> None:
+        self._sum += arrived  # one exchange a pass
+
     def send(self) -> None:
         """Collect, and start the exchange."""
         self.gradient = torch.zeros_like(self.values)
@@ -193,6 +201,10 @@ class FreeingBucket(ShardedBucket):
         """Wait for the exchange, add what has come and free what was sent."""
         super().arrive()
         self.gradient = self.values.new_zeros(0)
+
+    def clear(self) -> None:
+        """Zero for the next update."""
+        self._sum.zero_()
 
 
 BUCKETS: tuple[type[Bucket], ...] = (Bucket, ShardedBucket, FreeingBucket)

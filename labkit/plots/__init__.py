@@ -3,21 +3,31 @@
 from labkit.plots.curves import loss as plot_loss
 from labkit.plots.curves import metric as plot_metric
 from labkit.plots.curves import throughputs as plot_throughput
+from labkit.plots.experts import experts as plot_experts
 from labkit.plots.grid import grid as plot_grid
+from labkit.plots.memory import memory as plot_memory
 from labkit.plots.overview import overview as plot_overview
 from labkit.plots.picture import Picture, rows_of, summary_of
 from labkit.plots.ranks import ranks as plot_ranks
+from labkit.plots.schedules import schedules as plot_schedules
 from labkit.plots.speedup import speedup as plot_speedup
+from labkit.plots.timeline import timeline as plot_timeline
+from labkit.plots.traffic import communication as plot_communication
 
 __all__ = [
     "Picture",
+    "plot_communication",
+    "plot_experts",
     "plot_grid",
     "plot_loss",
+    "plot_memory",
     "plot_metric",
     "plot_overview",
     "plot_ranks",
+    "plot_schedules",
     "plot_speedup",
     "plot_throughput",
+    "plot_timeline",
     "rows_of",
     "summary_of",
 ]

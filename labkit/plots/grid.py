@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import html
+import textwrap
 from typing import Any
 
+from labkit.experiment import Experiment
 from labkit.experiment.layout import SHORT, Layout
 from labkit.plots import theme
 from labkit.plots.picture import Picture
 
 COLUMNS = 8
 MAX_CELLS = 64
+_CHARACTERS = 17
+"""So many fit into a box when COLUMNS of them stand side by side."""
 _NAMES = {
     "dp_replicate": "replica",
     "dp_shard": "shard",
@@ -19,14 +23,18 @@ _NAMES = {
     "ep": "expert group",
     "pp": "stage",
 }
+_SHARDED = {1: "the optimizer state", 2: "gradients and optimizer state", 3: "all model state"}
+"""What dp_shard cuts, by ZeRO stage."""
 
 
-def cells(layout: Layout, global_batch: int | None = None) -> list[dict[str, Any]]:
-    """One dict a rank: rank, place (what it is on every axis), work (its share of every batch), colour index."""
+def cells(
+    layout: Layout, global_batch: int | None = None, experiment: Experiment | None = None
+) -> list[dict[str, Any]]:
+    """One dict a rank: rank, place (what it holds of each axis), work (its share of every batch), colour index."""
     found = []
     for row in layout.grid():
         where = layout.coordinates(row["rank"])
-        place = [f"{_NAMES[axis]} {where[axis]}" for axis in where if getattr(layout, axis) > 1]
+        place = [_held(layout, axis, where, experiment) for axis in where if getattr(layout, axis) > 1]
         index = layout.share(row["rank"])
         found.append(
             {
@@ -37,6 +45,39 @@ def cells(layout: Layout, global_batch: int | None = None) -> list[dict[str, Any
             }
         )
     return found
+
+
+def _held(layout: Layout, axis: str, where: dict[str, int], experiment: Experiment | None) -> str:
+    """What the rank holds of one axis, in words."""
+    index, size = where[axis], getattr(layout, axis)
+    if axis == "dp_shard":
+        return f"shard {index} of {size} of {_SHARDED[layout.zero_stage]}"
+    if axis == "pp":
+        return _stages(layout, index)
+    if axis == "cp":  # the zig-zag of labkit.parallel.context
+        return f"sequence chunks {index} and {2 * size - 1 - index} of {2 * size}"
+    if axis == "ep" and (experts := _experts(experiment)) and not experts % size:
+        each = experts // size
+        return f"{_range('expert', index * each, (index + 1) * each - 1)} of {experts}"
+    return f"{_NAMES[axis]} {index} of {size}" if axis == "tp" else f"{_NAMES[axis]} {index}"
+
+
+def _stages(layout: Layout, index: int) -> str:
+    """The numbers of the stages, whatever way the schedule deals them out."""
+    stages, count = layout.stages(index), layout.pp * layout.stages_per_rank
+    if len(stages) == 1:
+        return f"stage {stages[0]} of {count}"
+    return f"stages {', '.join(map(str, stages[:-1]))} and {stages[-1]} of {count}"
+
+
+def _experts(experiment: Experiment | None) -> int:
+    """Number of experts in every mixture; 0 without mixtures."""
+    found = experiment.workload.options.get("experts", 0) if experiment is not None else 0
+    return found if isinstance(found, int) else 0
+
+
+def _range(what: str, first: int, last: int) -> str:
+    return f"{what} {first}" if first == last else f"{what}s {first}–{last}"
 
 
 def share(global_batch: int, parts: int, index: int) -> str:
@@ -57,12 +98,23 @@ def finding(layout: Layout, global_batch: int | None = None) -> str:
     return f"{count} ranks: {parts}"
 
 
-def grid(layout: Layout, global_batch: int | None = None) -> Picture:
-    """The ranks of a layout as boxes; colour and words tell what each one holds."""
-    boxes = cells(layout, global_batch)
-    across = min(COLUMNS, len(boxes))
+def grid(layout: Layout, global_batch: int | None = None, experiment: Experiment | None = None) -> Picture:
+    """The ranks of a layout as boxes; colour and words tell what each one holds.
+
+    `experiment` adds what the layout alone does not know: how many experts there are.
+    """
+    boxes = cells(layout, global_batch, experiment)
+    longest = max(len(words) for box in boxes for words in (*box["place"], box["work"]))
+    columns = COLUMNS if longest <= _CHARACTERS else COLUMNS // 2
+    across = min(columns, len(boxes))
+    room = _CHARACTERS * COLUMNS // max(across, 4)
+    lines = [
+        [f"<b>rank {box['rank']}</b>"]
+        + [theme.safe(part) for words in (*box["place"], box["work"]) for part in textwrap.wrap(words, room)]
+        for box in boxes
+    ]
     shapes, notes = [], []
-    for box in boxes:
+    for box, words in zip(boxes, lines, strict=True):
         x, y = box["rank"] % across, -(box["rank"] // across)
         colour = theme.style(box["group"])[0]
         shapes.append(
@@ -77,7 +129,6 @@ def grid(layout: Layout, global_batch: int | None = None) -> Picture:
                 "opacity": 0.14,
             }
         )
-        words = [f"<b>rank {box['rank']}</b>", *map(theme.safe, box["place"]), *([box["work"]] if box["work"] else [])]
         notes.append({"x": x + 0.5, "y": y + 0.5, "text": "<br>".join(words), "showarrow": False, "font": {"size": 12}})
     down = -(-len(boxes) // across)
     hidden = {"visible": False, "fixedrange": True}
@@ -88,7 +139,7 @@ def grid(layout: Layout, global_batch: int | None = None) -> Picture:
         yaxis=hidden | {"range": [1 - down, 1]},
         shapes=shapes,
         annotations=notes,
-        height=84 + 92 * down,
+        height=84 + max(92, 34 + 18 * max(map(len, lines))) * down,
         margin={"l": 8, "r": 8, "t": 56, "b": 8},
     )
     rows = [
@@ -99,9 +150,9 @@ def grid(layout: Layout, global_batch: int | None = None) -> Picture:
     return Picture([], picture, summary=f"{sentence}.", rows=rows)
 
 
-def grid_html(layout: Layout, global_batch: int | None = None) -> str:
+def grid_html(layout: Layout, global_batch: int | None = None, experiment: Experiment | None = None) -> str:
     """The same grid as HTML, for the live lab: words in boxes, at most MAX_CELLS of them."""
-    boxes = cells(layout, global_batch)
+    boxes = cells(layout, global_batch, experiment)
     drawn = "".join(_box(box) for box in boxes[:MAX_CELLS])
     more = f"<span>and {len(boxes) - MAX_CELLS} more</span>" if len(boxes) > MAX_CELLS else ""
     caption = html.escape(finding(layout, global_batch))

@@ -6,6 +6,7 @@ import copy
 import html
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -56,6 +57,20 @@ def show(figure: go.Figure, display_id: str | None = None, update: bool = False)
     named = {"display_id": display_id, "update": update} if display_id else {}
     display(first, raw=True, **named)  # type: ignore[no-untyped-call]
     display(second, raw=True, **({**named, "display_id": f"{display_id}-table"} if display_id else {}))  # type: ignore[no-untyped-call]
+
+
+def fold(title: str, figures: Sequence[go.Figure]) -> None:
+    """Display the sentences and tables of some figures behind one title; nothing without figures or a notebook."""
+    from IPython.core.getipython import get_ipython
+    from IPython.display import display
+
+    if get_ipython() is None or not figures:
+        return
+    style = f"font-family:{html.escape(theme.FONT)};font-size:13px"
+    inside = "".join(details(figure) for figure in figures)
+    text = "\n".join(_summary(figure) for figure in figures)
+    page = f'<details style="{style}"><summary>{html.escape(title)}</summary>{inside}</details>'
+    display({"text/html": page, "text/plain": text}, raw=True)  # type: ignore[no-untyped-call]
 
 
 def _summary(figure: go.Figure) -> str:

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.experiment.memory import KINDS
 from labkit.experiment.run_directory import TERMINAL, RunDirectory, read_json
+from labkit.runs.pipeline import Action
 
 Floats = NDArray[np.float64]
 
@@ -27,8 +29,13 @@ MAX_GAP = 10_000
 MAX_EVENTS = 100_000
 MAX_LINE_BYTES = 4 * 2**20
 MAX_STATUS_BYTES = 8 * 2**20
+MAX_ACTIONS = 20_000
+"""Most actions of a rank's timeline that are believed."""
+MAX_AXES, MAX_BLOCKS, MAX_EXPERTS = 64, 4096, 4096
 _CHUNK_BYTES = 128 * 2**10
 _SPANS = ("data", "forward", "backward", "optimizer")
+TRAFFIC = ("calls", "bytes", "wire_bytes", "exposed_seconds")
+_AXIS = re.compile(r"[a-z_]{1,20}(\+[a-z_]{1,20}){0,7}")
 _FILE = re.compile(r"rank-(0|[1-9][0-9]{0,3})\.jsonl")
 
 
@@ -105,6 +112,18 @@ class RunData:
         """(updates done, seconds since the first step began, metrics), in the order of the file."""
         self.communication: dict[str, float] | None = None
         """bytes_per_step, exposed_seconds_per_step: as last reported, the largest over the ranks."""
+        self.traced: int | None = None
+        """The update, counted from 1, that the next five come from; None before it."""
+        self.memory: dict[int, dict[str, int]] = {}
+        """By rank, bytes of parameters, gradients, optimizer and activations."""
+        self.formula: dict[int, dict[str, int]] = {}
+        """By rank, bytes of parameters, gradients and optimizer as the formula of the layout has them."""
+        self.traffic: dict[int, dict[str, dict[str, float]]] = {}
+        """By rank and axis (or product of axes): calls, bytes, wire_bytes, exposed_seconds of one update."""
+        self.timeline: dict[int, list[Action]] = {}
+        """By rank, what it computed in its pipeline, in order."""
+        self.experts: dict[str, NDArray[np.int64]] = {}
+        """By block, how many choices fell on each of its experts, over all ranks that see different tokens."""
         self.peak_memory: dict[int, int] = {}
         """Peak memory in bytes, by rank."""
         self.errors: list[dict[str, Any]] = []
@@ -320,7 +339,40 @@ class RunData:
             if value is not None:
                 known[key] = max(value, known.get(key, 0.0))
         self.communication = known or None
+        axes = _axes(event.get("axes"))
+        if axes:
+            self.traffic[number] = axes
         return bool(known)
+
+    def _trace(self, number: int, event: dict[str, Any]) -> bool:
+        step = _integer(event.get("step"), 1, MAX_STEPS)
+        if step is None or number in self.memory:
+            return False
+        measured, formula = (_sizes(event.get(name)) for name in ("memory", "formula"))
+        if measured is None or formula is None:
+            return False
+        self.traced, self.memory[number], self.formula[number] = step, measured, formula
+        axes = _axes(event.get("traffic"))
+        if axes:
+            self.traffic[number] = axes
+        rows = event.get("timeline")
+        actions = [action for row in rows[:MAX_ACTIONS] if (action := _action(row))] if isinstance(rows, list) else []
+        if actions:
+            self.timeline[number] = sorted(actions, key=lambda action: action.begin)
+        loads = event.get("experts")
+        for name, counts in list(loads.items())[:MAX_BLOCKS] if isinstance(loads, dict) else ():
+            self._add_load(str(name)[:100], counts)
+        return True
+
+    def _add_load(self, block: str, counts: Any) -> None:
+        if not isinstance(counts, list) or not 0 < len(counts) <= MAX_EXPERTS:
+            return
+        whole = [_integer(count, 0, 2**40) for count in counts]
+        known = self.experts.get(block)
+        if None in whole or (known is not None and len(known) != len(whole)) or len(self.experts) >= MAX_BLOCKS:
+            return
+        load = np.array(whole, dtype=np.int64)
+        self.experts[block] = load if known is None else known + load
 
     def _memory(self, number: int, event: dict[str, Any]) -> bool:
         peak = _integer(event.get("peak_bytes"), 0, 2**62)
@@ -461,6 +513,7 @@ _HANDLERS = {
     "steps": RunData._steps,
     "evaluation": RunData._evaluation,
     "checkpoint": RunData._checkpoint,
+    "trace": RunData._trace,
     "communication": RunData._communication,
     "memory": RunData._memory,
     "error": RunData._error,
@@ -484,6 +537,37 @@ def _number(value: Any) -> float | None:
     except OverflowError:
         return None
     return number if math.isfinite(number) else None
+
+
+def _sizes(value: Any) -> dict[str, int] | None:
+    """Bytes by kind of memory, or None."""
+    if not isinstance(value, dict):
+        return None
+    found = {kind: _integer(round(size), 0, 2**62) for kind in KINDS if (size := _number(value.get(kind))) is not None}
+    return {kind: size for kind, size in found.items() if size is not None}
+
+
+def _axes(value: Any) -> dict[str, dict[str, float]]:
+    """Traffic by axis; what cannot be read is left out."""
+    found: dict[str, dict[str, float]] = {}
+    for name, counts in list(value.items())[:MAX_AXES] if isinstance(value, dict) else ():
+        if not isinstance(counts, dict) or not _AXIS.fullmatch(name):
+            continue
+        numbers = {key: _number(counts.get(key)) for key in TRAFFIC}
+        if all(number is not None and 0 <= number < 1e18 for number in numbers.values()):
+            found[name] = {key: number for key, number in numbers.items() if number is not None}
+    return found
+
+
+def _action(row: Any) -> Action | None:
+    """A row of a timeline: kind, stage, microbatch, begin, end."""
+    if not isinstance(row, list) or len(row) != 5 or row[0] not in ("F", "B", "I", "W"):
+        return None
+    stage, microbatch = _integer(row[1], 0, MAX_RANKS), _integer(row[2], 0, MAX_STEPS)
+    begin, end = _number(row[3]), _number(row[4])
+    if stage is None or microbatch is None or begin is None or end is None or not 0 <= begin <= end < 1e12:
+        return None
+    return Action(row[0], stage, microbatch, begin, end)
 
 
 def _is_small_dict(value: Any) -> bool:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from labkit.experiment import Experiment
 from labkit.experiment.run_directory import RunDirectory, write_json
 from labkit.runs.compare import Measured, compare, find_baseline
+from labkit.runs.data import RunData
+from labkit.runs.pipeline import bubble, of_one_pipeline
 
 LOSS_POINTS = 200
 
@@ -61,7 +65,10 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
         },
         "seconds": float(data.elapsed[-1]) if len(data.elapsed) else 0.0,
         "time_to_first_step_seconds": start.get("time_to_first_step_seconds"),
-        "communication": data.communication,
+        "communication": _communication(data),
+        "memory": _memory(data, ranks),
+        "bubble": _bubble(data, experiment),
+        "experts": {name: _shares(load) for name, load in data.experts.items()},
         "peak_memory_bytes": [data.peak_memory.get(rank) for rank in range(ranks)],
         "parameters": start.get("parameters"),
         "effective": start.get("effective", {}),
@@ -73,6 +80,45 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
         "notes": notes,
         "warnings": one.status.get("warnings", []),
     }
+
+
+def _communication(data: RunData) -> dict[str, Any] | None:
+    """Totals, and per axis the largest over the ranks: calls, bytes, wire_bytes, exposed_seconds."""
+    axes: dict[str, dict[str, float]] = {}
+    for traffic in data.traffic.values():
+        for axis, counts in traffic.items():
+            known = axes.setdefault(axis, dict(counts))
+            axes[axis] = {key: max(value, known[key]) for key, value in counts.items()}
+            axes[axis] |= {key: int(axes[axis][key]) for key in ("calls", "bytes")}
+    return {**data.communication, "axes": axes} if data.communication else None
+
+
+def _memory(data: RunData, ranks: int) -> dict[str, Any] | None:
+    """Per rank, the bytes of the traced update beside those of the formula; None where nothing was traced."""
+    if not data.memory:
+        return None
+    every = range(ranks)
+    return {
+        "step": data.traced,
+        "measured": [data.memory.get(rank) for rank in every],
+        "formula": [data.formula.get(rank) for rank in every],
+    }
+
+
+def _bubble(data: RunData, experiment: Experiment) -> dict[str, Any] | None:
+    """Of the pipeline that rank 0 is in; None without one, or where its timeline is not whole."""
+    timeline = of_one_pipeline(data.timeline, experiment.layout)
+    if len(timeline) < 2 or len(timeline) != experiment.layout.pp:
+        return None
+    try:
+        return asdict(bubble(timeline, experiment.layout))
+    except ValueError:
+        return None
+
+
+def _shares(load: np.ndarray[Any, np.dtype[np.int64]]) -> list[float]:
+    """Which part of all choices fell on each expert."""
+    return [float(part) for part in load / max(1, int(load.sum()))]
 
 
 def _thinned(loss: np.ndarray[Any, np.dtype[np.float64]], first: int) -> list[list[float | int | None]]:

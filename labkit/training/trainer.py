@@ -23,6 +23,7 @@ from labkit.training.meter import Board, Meter, peak_bytes
 from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
 from labkit.training.runtime import Runtime
 from labkit.training.sampling import Order, PassSampler
+from labkit.training.trace import Trace
 from labkit.workloads.base import Batch, Task
 
 DEFAULT_EVALUATIONS = 10
@@ -69,6 +70,8 @@ class Trainer:
         self.first = self._load(Path(resume)) if resume else 0
         self.done = self._saved_at = self.first
         """Updates done so far."""
+        wanted = training.trace_step
+        self.traced = min(self.first + wanted, self.steps) - 1 if wanted else None
 
     def run(self) -> bool:
         """Train to the end or until asked to stop; True if it was stopped before its end."""
@@ -80,7 +83,10 @@ class Trainer:
             stopped = self.board.should_stop(self.runtime.rank, self.done)
             if stopped:
                 break
-            self._step(self.done, batches)
+            if self.done == self.traced:
+                self._traced_step(self.done, batches)
+            else:
+                self._step(self.done, batches)
             self.done += 1
             self._after(self.done)
         if stopped and self.done > self._saved_at and self.experiment.training.checkpoint_every != 0:
@@ -90,7 +96,14 @@ class Trainer:
 
     # -- one update ---------------------------------------------------------------------------------------------------
 
-    def _step(self, step: int, batches: Iterator[Batch]) -> None:
+    def _traced_step(self, step: int, batches: Iterator[Batch]) -> None:
+        """One update, and what it looked like on this rank."""
+        trace = Trace(self.experiment, self.model, self.optimizer, self.runtime.device)
+        with trace:
+            self._step(step, batches, trace)
+        self.events.write("trace", step=step + 1, **trace.found())
+
+    def _step(self, step: int, batches: Iterator[Batch], trace: Trace | None = None) -> None:
         """One update: the passes over this rank's share, the exchange of gradients in the last, the optimizer."""
         meter, runtime = self.meter, self.runtime
         settings = self.experiment.optimizer
@@ -114,6 +127,8 @@ class Trainer:
         elif self.experiment.training.gradient_norm:
             meter.grad_norm(self.model.grad_norm())
         self.optimizer.step()
+        if trace is not None:
+            trace.measure()
         self.model.after_update(self.optimizer)
         meter.end()
 
@@ -235,11 +250,14 @@ class Trainer:
         )
 
     def _write_figures(self) -> None:
-        measured = self.model.communication()
+        measured = self.model.communication(self.compression)
         if measured is not None:
-            bytes_sent = self.compression.bytes_per_step(measured["gradient_bytes"], self.runtime.ranks)
-            exposed = measured["exposed_seconds"]
-            self.events.write("communication", bytes_per_step=bytes_sent, exposed_seconds_per_step=exposed)
+            self.events.write(
+                "communication",
+                bytes_per_step=round(measured.wire_bytes),
+                exposed_seconds_per_step=measured.exposed_seconds,
+                axes=measured.axes,
+            )
         self.events.write("memory", peak_bytes=peak_bytes(self.runtime.device))
         self.meter.phase("done")
 

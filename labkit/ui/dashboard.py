@@ -24,6 +24,7 @@ from labkit.plots.shown import Shown, shown
 from labkit.plots.table import html_table, runs_rows
 from labkit.runs.data import RunData
 from labkit.runs.steady import Steady
+from labkit.ui.closeup import Closeup
 from labkit.ui.live_figure import LiveFigure
 
 REDRAW_S = 0.35
@@ -66,7 +67,8 @@ class Dashboard:
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._sent = self._synced = self._tabled = 0.0
-        self.widget = widgets.VBox([self.figure, self.strip, self.table])
+        self.closeup = Closeup(self.shown)
+        self.widget = widgets.VBox([self.figure, self.strip, self.table, self.closeup.widget])
 
     # -- what is shown ----------------------------------------------------------------------------------------------
 
@@ -122,6 +124,7 @@ class Dashboard:
             if not going_on and read_all:
                 with contextlib.suppress(Exception):
                     self.sync()
+                    self.closeup.offer()
                     if self._on_end is not None:
                         self._on_end()
                 with self._lock:

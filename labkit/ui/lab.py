@@ -148,9 +148,19 @@ class Lab:
         """Loss, metric, throughput and speed-up as they are now."""
         return overview.overview(self.runs, self.comparison if self.runs else (), self._height)
 
+    def closeups(self) -> list[Picture]:
+        """Memory, traffic, pipelines and experts of the runs that have ended, from the update that each traced."""
+        from labkit.plots.closeup import closeups
+
+        return closeups([run for run in self.runs if run.done][-overview.SLOTS :])
+
     def show(self) -> None:
-        """Display the picture statically, with its summary and its table."""
+        """Display the picture statically, with its summary and its table, and the close-ups as tables in a fold.
+
+        `for picture in lab.closeups(): picture.show()` draws those too.
+        """
         static.show(self.picture())
+        static.fold("One update, looked at closely", self.closeups())
 
     # -- display ----------------------------------------------------------------------------------------------------
 

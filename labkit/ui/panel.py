@@ -128,7 +128,7 @@ class Panel:
         if not self.form.problems:
             experiment = self.form.value
             layout = experiment.resolve().layout
-            grid = grid_html(layout, experiment.training.global_batch)
+            grid = grid_html(layout, experiment.training.global_batch, experiment)
             if self.grid.value != grid:
                 self.grid.value = grid
             if self.code.layout.display != "none":

@@ -110,6 +110,14 @@ class FakeRun:
         write_json(self.directory.progress, {"time": 0.0, "ranks": entries})
         return self
 
+    def trace(self) -> FakeRun:
+        """Every rank looks closely at one update, in megabytes."""
+        sizes = dict.fromkeys(("parameters", "gradients", "optimizer", "activations"), 2**20)
+        counts = {"calls": 2, "bytes": 2**20, "wire_bytes": 2**20, "exposed_seconds": 0.003}
+        for rank in range(self.ranks):
+            self.event(rank, "trace", step=4, memory=sizes, formula=sizes, traffic={"dp_replicate": counts})
+        return self
+
     def train(self, steps: int = 200, step_s: float = 0.02, every: int = 20) -> FakeRun:
         """Run to the end."""
         for _ in range(steps // every):

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labkit.experiment import Layout
+from labkit.experiment import Experiment, Layout
+from labkit.experiment.recipes import recipe
 from labkit.plots import (
     Picture,
     plot_grid,
@@ -207,6 +208,23 @@ def test_the_grid_names_every_axis() -> None:
     assert len(figure.rows) == 8
     assert {"replica", "tensor", "stage"} <= {word for row in figure.rows for word in row["Holds"].split()}
     assert grid_html(Layout(dp_replicate=100)).count("<b>rank") == 64
+
+
+def test_the_grid_tells_what_every_rank_holds() -> None:
+    def held(layout: dict[str, Any], experiment: Experiment | None = None) -> list[str]:
+        return [row["Holds"] for row in plot_grid(Layout(**layout), experiment=experiment).rows]
+
+    assert held({"dp_shard": 2, "zero_stage": 1})[1] == "shard 1 of 2 of the optimizer state"
+    assert held({"dp_shard": 2, "zero_stage": 2})[1] == "shard 1 of 2 of gradients and optimizer state"
+    assert held({"dp_shard": 2})[0] == "shard 0 of 2 of all model state"
+    assert held({"pp": 2}) == ["stage 0 of 2", "stage 1 of 2"]
+    assert held({"pp": 2, "stages_per_rank": 2, "schedule": "interleaved_1f1b"})[1] == "stages 1 and 3 of 4"
+    assert held({"pp": 2, "stages_per_rank": 2, "schedule": "zbv"}) == ["stages 0 and 3 of 4", "stages 1 and 2 of 4"]
+    assert held({"cp": 2}) == ["sequence chunks 0 and 3 of 4", "sequence chunks 1 and 2 of 4"]
+    assert held({"tp": 2})[1] == "tensor part 1 of 2"
+    experts = recipe("language-ddp").replace("workload.experts=8")
+    assert held({"ep": 2}, experts) == ["experts 0–3 of 8", "experts 4–7 of 8"]
+    assert held({"ep": 2}) == ["expert group 0", "expert group 1"]
 
 
 def test_a_straggler_and_a_failed_rank_are_named(tmp_path: Path) -> None:

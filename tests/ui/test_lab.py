@@ -15,8 +15,9 @@ import pytest
 import labkit.launch
 from labkit.experiment import Experiment, ExperimentError
 from labkit.experiment.recipes import RECIPES, recipe
+from labkit.plots import static
 from labkit.runs.data import RunData
-from labkit.ui import Lab
+from labkit.ui import Lab, closeup
 from labkit.ui.dashboard import describe
 from labkit.ui.mode import mode
 from labkit.ui.show_code import code
@@ -107,6 +108,30 @@ def test_what_a_reloaded_page_reads_is_what_was_drawn(lab: Lab, launcher: Launch
     assert [len(trace.get("x", ())) for trace in figure._widget_data] == [len(trace.x) for trace in figure.data]
     assert list(figure._widget_data[-3]["x"]) == ["1 rank", "2 ranks"]
     assert "times faster than 1" in figure._widget_layout["annotations"][3]["text"]
+
+
+def test_close_ups_are_made_when_they_are_opened(lab: Lab, launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    fold = lab._panel.dashboard.closeup
+    real = closeup.closeups
+    monkeypatch.setattr(closeup, "closeups", lambda runs: made.append(len(runs)) or real(runs))
+    lab.run()
+    launcher.runs[0].trace().advance(20)
+    eventually(lambda: "step 20 of 200" in words(lab))
+    assert fold.widget.layout.display == "none", "nothing to open while the run goes on"
+    launcher.runs[0].train(180)
+    eventually(lambda: not lab._panel.dashboard.running)
+    assert fold.widget.layout.display is None
+    assert not made, "nobody has opened it"
+    fold.widget.selected_index = 0
+    assert made == [1]
+    kinds = [set(output["data"]) for output in fold.output.outputs]
+    assert kinds == [{static.PLOTLY_MIME, "text/plain"}, {"text/html", "text/plain"}] * 2, "memory and traffic"
+    assert len(lab.closeups()) == 2
+    lab.run()
+    launcher.runs[1].trace().train()
+    eventually(lambda: not lab._panel.dashboard.running)
+    assert made[-1] == 2, "open, it follows the next run"
 
 
 def test_what_the_browser_reports_does_not_change_the_figure(lab: Lab) -> None:

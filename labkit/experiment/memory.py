@@ -1,0 +1,45 @@
+"""How many bytes of model state a rank should hold: the formulas of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
+
+For Ψ parameters that the rank's part of the model has (after tp, ep and pp have cut it), b bytes each, an optimizer
+with k numbers of memory per parameter (Adam 2, SGD with momentum 1) and N = dp_shard:
+
+| stage         | parameters | gradients | optimizer |
+|---------------|------------|-----------|-----------|
+| 0 (no ZeRO)   | bΨ         | bΨ        | k·bΨ      |
+| 1             | bΨ         | bΨ        | k·bΨ / N  |
+| 2             | bΨ         | bΨ / N    | k·bΨ / N  |
+| 3             | bΨ / N     | bΨ / N    | k·bΨ / N  |
+
+Activations have no formula here: they depend on the batch, not on the number of parameters.
+"""
+
+from __future__ import annotations
+
+from labkit.experiment.schema import Experiment
+
+STATES = ("parameters", "gradients", "optimizer")
+"""What makes up the model state, in the order in which pictures stack it."""
+KINDS = (*STATES, "activations")
+
+
+def moments(experiment: Experiment) -> int:
+    """Numbers that the optimizer remembers of every parameter."""
+    optimizer = experiment.optimizer
+    return 2 if optimizer.name == "adamw" else int(optimizer.momentum > 0)
+
+
+def zero_stage(experiment: Experiment) -> int:
+    """The stage of ZeRO in force; 0 where nothing is sharded."""
+    return experiment.layout.zero_stage if experiment.layout.dp_shard > 1 else 0
+
+
+def model_state(experiment: Experiment, held: int, trained: int) -> dict[str, float]:
+    """Bytes of parameters, gradients and optimizer state on a rank.
+
+    `held`: bytes of all parameters in the rank's part of the model, unsharded (bΨ above); `trained`: bytes of those
+    among them that are not frozen, the only ones with gradients and optimizer state.
+    """
+    stage, ranks = zero_stage(experiment), experiment.layout.dp_shard
+    whole = {"parameters": float(held), "gradients": float(trained), "optimizer": float(moments(experiment) * trained)}
+    sharded = {"parameters": stage >= 3, "gradients": stage >= 2, "optimizer": stage >= 1}
+    return {name: size / ranks if sharded[name] else size for name, size in whole.items()}

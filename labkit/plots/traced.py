@@ -1,0 +1,144 @@
+"""What the pictures of a traced update share: names of runs, units, patterns beside colours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from labkit.experiment.memory import zero_stage
+from labkit.plots import theme
+from labkit.plots.picture import Picture
+from labkit.plots.shown import Shown
+from labkit.runs.pipeline import Bubble, bubble, of_one_pipeline
+from labkit.runs.steady import Steady
+
+PATTERNS = ("", "/", "x", ".", "-", "+")
+"""Beside the colour of a bar, in the order of the palette."""
+
+
+def names(runs: Sequence[Shown]) -> list[str]:
+    """What tells the runs of a picture apart: their layouts in words, without those that all of them share."""
+    every, seen = [_words(one) for one in runs], dict[str, int]()
+    shared = set.intersection(*map(set, every)) if len(every) > 1 else set()
+    found = []
+    for words in every:
+        name = ", ".join(word for word in words if word not in shared) or ", ".join(words)
+        count = seen[name] = seen.get(name, 0) + 1
+        found.append(name if count == 1 else f"{name} #{count}")
+    return found
+
+
+def _words(one: Shown) -> list[str]:
+    """`1 rank`, `shard4, ZeRO 2`, `pp2, 1f1b, 8 microbatches`; the label of the run if its experiment is lost."""
+    experiment = one.experiment
+    if experiment is None:
+        return [one.label]
+    layout = experiment.layout
+    words = [theme.ranks(1) if layout.world_size == 1 else str(layout)]
+    if zero_stage(experiment):
+        words.append(f"ZeRO {layout.zero_stage}")
+    if layout.tp > 1 and layout.sequence_parallel:
+        words.append("sequence parallel")
+    if layout.pp > 1:
+        words.append(layout.schedule)
+        if layout.schedule != "naive":
+            words.append(f"{layout.microbatches} microbatches")
+        balance = getattr(layout, "balance", "blocks")
+        if getattr(layout, "stage_blocks", None):
+            words.append("cut by hand")
+        elif balance != "blocks":
+            words.append(f"cut by {balance}")
+    again = getattr(layout, "activation_checkpointing", "none")
+    if again != "none":
+        words.append(f"{again} checkpointing")
+    return words
+
+
+def unit(largest: float) -> tuple[float, str]:
+    """Bytes per unit and the unit's name, so that the largest value has at most four digits before the point."""
+    for size, name in ((2**30, "GB"), (2**20, "MB"), (2**10, "kB")):
+        if largest >= size:
+            return float(size), name
+    return 1.0, "bytes"
+
+
+def size(count: float) -> str:
+    """`46.1 MB`."""
+    per, name = unit(count)
+    if per == 1:
+        return f"{count:.0f} {name}"
+    return f"{theme.number(count / per)} {name}"
+
+
+def percent(share: float) -> str:
+    """`27 %`."""
+    return f"{100 * share:.0f} %"
+
+
+def bubble_of(one: Shown) -> Bubble | None:
+    """That of the pipeline that rank 0 is in; None without one, or where its timeline is not whole."""
+    experiment = one.experiment
+    if experiment is None or experiment.layout.pp == 1:
+        return None
+    timeline = of_one_pipeline(one.data.timeline, experiment.layout)
+    try:
+        return bubble(timeline, experiment.layout) if len(timeline) == experiment.layout.pp else None
+    except ValueError:
+        return None
+
+
+def step_ms(one: Shown) -> float | None:
+    """Median step of the slowest rank after the warm-up, in ms."""
+    medians = [Steady.of(seconds.astype(np.float64)).median for seconds in one.data.seconds]
+    known = [median for median in medians if median is not None and np.isfinite(median)]
+    return 1000 * max(known) if known else None
+
+
+def bars(index: int, name: str, values: Sequence[float | None], **more: Any) -> dict[str, Any]:
+    """A trace of bars in the colour and pattern at `index`."""
+    colour = theme.style(index)[0]
+    pattern = {"shape": PATTERNS[index % len(PATTERNS)], "fgcolor": "#ffffff", "fgopacity": 0.55, "size": 7}
+    base = {"type": "bar", "name": theme.safe(name), "marker": {"color": colour, "pattern": pattern}}
+    return base | {"orientation": "h", "x": list(values)} | more
+
+
+def outside(texts: Sequence[str]) -> dict[str, Any]:
+    """Words at the ends of bars, where no pattern is behind them. The axis needs `room`."""
+    return {"text": list(texts), "textposition": "outside", "cliponaxis": False, "textfont": {"color": theme.INK}}
+
+
+def room(values: Sequence[float | None]) -> list[float]:
+    """From zero to a third beyond the largest value."""
+    return [0.0, 1.33 * max((value for value in values if value), default=1.0)]
+
+
+def layout(title: str, **more: Any) -> dict[str, Any]:
+    """A layout with room for a title of two lines and a legend below it."""
+    base = theme.layout(title, margin=theme.LAYOUT["margin"] | {"t": 124}, **more)
+    place = {"yref": "container", "y": 1, "yanchor": "top", "pad": {"t": 38}}  # below plotly's buttons
+    legend = theme.LAYOUT["legend"] | {"traceorder": "normal"} | more.get("legend", {})
+    return base | {"title": base["title"] | place, "legend": legend}
+
+
+def heading(text: str, x: float, y: float) -> dict[str, Any]:
+    """The title of a panel, at its upper left corner (paper coordinates)."""
+    return {
+        "text": f"<b>{theme.wrapped(text, 90)}</b>",
+        "x": x,
+        "y": y,
+        "xref": "paper",
+        "yref": "paper",
+        "xanchor": "left",
+        "yanchor": "bottom",
+        "align": "left",
+        "showarrow": False,
+        "font": {"size": 13.5, "color": theme.INK},
+    }
+
+
+def nothing(why: str) -> Picture:
+    """The picture of what was not traced, which says why."""
+    layout = theme.layout(why, height=120, xaxis={"visible": False}, yaxis={"visible": False})
+    return Picture([], layout, summary=f"{why}.", rows=[])

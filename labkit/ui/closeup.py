@@ -1,0 +1,56 @@
+"""A fold under the live picture: memory, traffic, pipeline and experts of the runs that have ended.
+
+It costs nothing while a run goes on: pictures are made when somebody opens it, or when a run ends while it is open.
+They are static outputs, not FigureWidgets, because each of those sends plotly's five megabytes to the browser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ipywidgets as widgets
+
+from labkit.plots import static
+from labkit.plots.closeup import closeups
+from labkit.plots.picture import Picture
+from labkit.plots.shown import Shown
+
+TITLE = "One update, looked at closely: memory, traffic, pipeline, experts"
+
+
+class Closeup:
+    """The fold. `offer()` tells that runs have ended; `shown` gives the runs when pictures are made."""
+
+    def __init__(self, shown: Callable[[], Sequence[Shown]]) -> None:
+        self._shown = shown
+        self._stale = True
+        self.output = widgets.Output()
+        self.widget = widgets.Accordion([self.output], titles=[TITLE], selected_index=None, layout={"display": "none"})
+        self.widget.observe(self._opened, "selected_index")
+
+    def offer(self) -> None:
+        """A run has ended: show the fold, and draw anew if it is open."""
+        self._stale = True
+        if any(one.data.memory for one in self._shown()):
+            self.widget.layout.display = None
+        if self.widget.selected_index == 0:
+            self.draw()
+
+    def _opened(self, change: Any) -> None:
+        if change["new"] == 0 and self._stale:
+            self.draw()
+
+    def draw(self) -> None:
+        """Make the pictures of the runs that have ended."""
+        self._stale = False
+        pictures = closeups([one for one in self._shown() if one.data.done])
+        self.output.outputs = tuple(output for picture in pictures for output in _outputs(picture))
+
+
+def _outputs(picture: Picture) -> list[dict[str, Any]]:
+    """The figure and its table, as `display` would leave them; a thread may not call that."""
+    figure = static.bundle(picture)
+    figure.pop("text/html")  # the table comes as an output of its own, below the figure
+    table = {"text/html": static.details(picture), "text/plain": ""}
+    return [{"output_type": "display_data", "data": data, "metadata": {}} for data in (figure, table)]
