@@ -239,6 +239,24 @@ def test_a_closed_loop_of_ones_own_gets_ones_own_model() -> None:
     assert finished(odd({"dp_replicate": 2})).evaluations[-1][2]["own"] == 2 * 7.0
 
 
+def own(function: str, layout: dict[str, Any]) -> Experiment:
+    path = Path(__file__).with_name("chain_task.py")
+    return odd(layout, workload={"name": "custom", "path": f"{path}:{function}"}, **{"training.gradient_norm": True})
+
+
+def test_a_chain_of_ones_own_can_be_cut_into_stages() -> None:
+    reference = finished(own("make", {}))
+    for layout in (PIPE, {**PIPE, **TWO, "schedule": "zbv", "dp_shard": 2}, {**PIPE, "balance": "cost"}):
+        assert_equal(finished(own("make", layout)), reference)
+
+
+def test_what_is_no_chain_says_so() -> None:
+    run = launch(own("unbroken", PIPE), baseline=None)
+    run.wait(60)
+    assert run.state == "failed"
+    assert "chain of blocks (labkit.workloads.base.Blocks)" in run.cause["message"]
+
+
 @pytest.mark.parametrize("layout", [{"dp_replicate": 2, **PIPE}, {"dp_shard": 2, "tp": 2}])
 def test_all_ranks_of_a_spread_model_stop_at_the_same_step_and_go_on(layout: dict[str, Any]) -> None:
     run = launch(experiment("gpt", layout).replace("training.steps=100000", "training.checkpoint_every=null"))
