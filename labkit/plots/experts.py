@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,15 @@ def finding(shares: dict[str, np.ndarray[Any, Any]]) -> str:
     )
 
 
+def _number(item: tuple[str, Any]) -> list[str | int]:
+    """Order of the blocks in the model: layer_2 before layer_10, on whatever rank they are."""
+    return [int(part) if at % 2 else part for at, part in enumerate(re.split(r"([0-9]{1,9})", item[0]))]
+
+
 def experts(run: Any) -> Picture:
     """Share of all choices that fell on each expert in the traced update, over all ranks."""
     one = Shown.of(run)
-    loads = {name: load for name, load in one.data.experts.items() if load.sum()}
+    loads = {name: load for name, load in sorted(one.data.experts.items(), key=_number) if load.sum()}
     if not loads:
         return traced.nothing("No experts to show: it takes workload.experts and 1 traced update")
     shares = {name: load / load.sum() for name, load in loads.items()}

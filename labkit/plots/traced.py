@@ -99,7 +99,9 @@ def step_ms(one: Shown) -> float | None:
 def bars(index: int, name: str, values: Sequence[float | None], **more: Any) -> dict[str, Any]:
     """A trace of bars in the colour and pattern at `index`."""
     colour = theme.style(index)[0]
-    pattern = {"shape": PATTERNS[index % len(PATTERNS)], "fgcolor": "#ffffff", "fgopacity": 0.55, "size": 7}
+    # All said here: without its template, which records leave out, plotly puts nothing behind a pattern.
+    pattern = {"shape": PATTERNS[index % len(PATTERNS)], "fillmode": "overlay", "solidity": 0.2, "size": 7}
+    pattern |= {"bgcolor": colour, "fgcolor": "#ffffff", "fgopacity": 0.55}
     base = {"type": "bar", "name": theme.safe(name), "marker": {"color": colour, "pattern": pattern}}
     return base | {"orientation": "h", "x": list(values)} | more
 

@@ -108,6 +108,13 @@ def test_memory_names_the_fall_and_the_formula(runs: dict[str, FakeRun]) -> None
     assert len({trace.marker.pattern.shape for trace in figure.data[:4]}) == 4, "not by colour alone"
 
 
+def test_a_pattern_has_its_colour_behind_it_without_any_template(runs: dict[str, FakeRun]) -> None:
+    for figure in figures(runs):
+        for trace in static.bundle(figure)[static.PLOTLY_MIME]["data"]:
+            if (pattern := trace.get("marker", {}).get("pattern", {})).get("shape"):
+                assert (pattern["fillmode"], pattern["bgcolor"]) == ("overlay", trace["marker"]["color"])
+
+
 def test_the_timeline_names_its_bubbles(runs: dict[str, FakeRun]) -> None:
     figure = plot_timeline(runs["pipe"])
     # Busy: two ranks × 2 (F + B) of (3 F + 3 B) in the schedule; the recorded backward passes came 10 ms late.
@@ -172,13 +179,18 @@ def test_names_tell_apart_and_nothing_more(runs: dict[str, FakeRun]) -> None:
 
 
 def test_names_from_a_run_directory_stay_text(tmp_path: Path) -> None:
-    bad = {"experts": {EVIL: [1, 2]}, "traffic": {EVIL: {"calls": 1}}}
+    bad = {
+        "experts": {EVIL: [1, 2], "layer_\u00b2": [1, 2], "layer_10": [1, 2], "layer_9": [1, 2]},
+        "traffic": {EVIL: {"calls": 1}},
+    }
     odd = run(tmp_path, "odd", {"ep": 2}, rank0=bad)
     odd.directory.experiment.write_text("{}broken")
     odd.set(title=EVIL)
     for figure in closeups([odd]):
         page = figure.to_json() + static.details(figure)
         assert "<img" not in page.replace("\\u003c", "<")
+    names = [row["Block"] for row in plot_experts(odd).rows]
+    assert names.index("layer_9") < names.index("layer_10")
 
 
 def test_a_damaged_timeline_gives_no_picture(tmp_path: Path) -> None:
