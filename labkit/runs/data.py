@@ -29,9 +29,9 @@ MAX_GAP = 10_000
 MAX_EVENTS = 100_000
 MAX_LINE_BYTES = 4 * 2**20
 MAX_STATUS_BYTES = 8 * 2**20
-MAX_ACTIONS = 20_000
-"""Most actions of a rank's timeline that are believed."""
-MAX_AXES, MAX_BLOCKS, MAX_EXPERTS = 64, 4096, 4096
+MAX_ACTIONS = 200_000
+"""Most actions of all timelines together that are kept."""
+MAX_AXES, MAX_BLOCKS, MAX_EXPERTS = 64, 1024, 1024
 _CHUNK_BYTES = 128 * 2**10
 _SPANS = ("data", "forward", "backward", "optimizer")
 TRAFFIC = ("calls", "bytes", "wire_bytes", "exposed_seconds")
@@ -91,7 +91,8 @@ class RunData:
     """The events of a run as arrays. `refresh()` reads what is new; nothing else touches the disk.
 
     A step counts (`steps`) when every rank has reported it; a run that has ended counts every step that all ranks
-    with any step have reported. Memory is bounded by 4 bytes a rank and step plus about 100 bytes a step.
+    with any step have reported. Memory is bounded by 4 bytes a rank and step, about 100 bytes a
+    step, and one trace a rank.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -356,7 +357,8 @@ class RunData:
         if axes:
             self.traffic[number] = axes
         rows = event.get("timeline")
-        actions = [action for row in rows[:MAX_ACTIONS] if (action := _action(row))] if isinstance(rows, list) else []
+        room = MAX_ACTIONS - sum(map(len, self.timeline.values()))
+        actions = [action for row in rows[:room] if (action := _action(row))] if isinstance(rows, list) else []
         if actions:
             self.timeline[number] = sorted(actions, key=lambda action: action.begin)
         loads = event.get("experts")

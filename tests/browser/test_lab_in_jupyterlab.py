@@ -151,6 +151,25 @@ def test_the_saved_notebook_holds_a_small_record(jupyter: Jupyter, page: Any) ->
     assert "<table" in "".join(data["text/html"])
 
 
+def test_the_fold_opens_on_the_close_ups_of_a_run_that_has_ended(jupyter: Jupyter, page: Any) -> None:
+    open_notebook(page, jupyter.notebook("closeup.ipynb", cell(60)))
+    shown_lab(page)
+    fold = page.get_by_text("One update, looked at closely")
+    button(page, "Run").click()
+    eventually(lambda: "Finished" in state(page), seconds=120)
+    fold.first.click()
+    drawn = page.locator(".labkit-lab .js-plotly-plot:visible")
+    eventually(lambda: drawn.count() == 3, seconds=60, what="memory and traffic are drawn below the live figure")
+    # A pattern without its colour behind it would be invisible: plotly draws it so where it has no template.
+    behind = page.evaluate(
+        "() => [...document.querySelectorAll('.labkit-lab pattern rect')].map((box) => box.style.fill || "
+        "box.getAttribute('fill'))"
+    )
+    assert behind
+    assert "none" not in behind
+    picture(page, "9-closeup")
+
+
 def test_the_keyboard_alone_is_enough(jupyter: Jupyter, page: Any) -> None:
     open_notebook(page, jupyter.notebook("keyboard.ipynb", cell()))
     shown_lab(page)
