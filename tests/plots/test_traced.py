@@ -23,6 +23,7 @@ from labkit.plots import (
     traced,
 )
 from labkit.plots.closeup import closeups
+from labkit.plots.report import report
 from tests.plots.fake_run import FakeRun
 
 EVIL = "<img src=x onerror=alert(1)>"
@@ -166,6 +167,22 @@ def test_close_ups_are_those_that_a_run_has(runs: dict[str, FakeRun]) -> None:
     assert len(kinds("pipe")) == 3
     assert len(kinds("pipe", "slow")) == 5, "memory, traffic, schedules, two timelines"
     assert len(kinds("experts")) == 3
+
+
+def test_the_report_and_the_static_lab_hold_them(
+    runs: dict[str, FakeRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = report([runs["one"], runs["pipe"]], tmp_path / "report.html").read_text()
+    assert "One update, looked at closely" in page
+    assert page.count("own bubble") >= 2, "the sentence of the figure and of its table"
+    shown: list[dict[str, str]] = []
+    monkeypatch.setattr("IPython.core.getipython.get_ipython", object)
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
+    static.fold("Closer", closeups([runs["pipe"]]))
+    static.fold("Nothing", [])
+    [data] = shown
+    assert data["text/html"].count("<details") == 4, "a fold, and in it three figures' tables"
+    assert "own bubble" in data["text/plain"]
 
 
 def test_names_tell_apart_and_nothing_more(runs: dict[str, FakeRun]) -> None:
