@@ -45,11 +45,11 @@ class Activations:
         self._open: list[Any] = []
 
     def __enter__(self) -> Activations:
-        self._look(None, ())
+        self.look()
         for module in self._modules:
             # `fully_shard` gathers parameters into new memory, each time, just before a part of the model runs.
             for part in (module, *(child for child in module.modules() if hasattr(child, "unshard"))):
-                self._open.append(part.register_forward_pre_hook(self._look))
+                self._open.append(part.register_forward_pre_hook(self.look))
         self._hooks = saved_tensors_hooks(self._pack, _unpack)
         self._hooks.__enter__()
         self._exchanged = {name: getattr(checkpoint, name) for name in _COUNTING}
@@ -64,7 +64,7 @@ class Activations:
         for hook in self._open:
             hook.remove()
 
-    def _look(self, module: Any, inputs: Any) -> None:
+    def look(self, *of_a_hook: Any) -> None:
         """Note where the parameters and buffers lie now."""
         self._known = {
             local(tensor).untyped_storage().data_ptr()
@@ -118,6 +118,7 @@ def _recomputing(count: Activations, original: Any) -> type:
 
         def __init__(self, *given: Any) -> None:
             super().__init__(*given)
+            count.look()  # a part begins to be computed again, and `fully_shard` has just gathered it
             keep: Any = self.pack_hook
 
             def pack(tensor: Tensor) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,7 @@ def test_a_storage_counts_once_and_parameters_do_not() -> None:
 def test_what_is_computed_again_counts_while_it_lives() -> None:
     model = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(6))
 
-    def peak(again: bool) -> int:
+    def largest(again: bool) -> int:
         x = torch.randn(32, 64, requires_grad=True)
         with Activations([model]) as count:
             for part in model:
@@ -115,16 +116,25 @@ def test_what_is_computed_again_counts_while_it_lives() -> None:
         return count.peak
 
     one = 32 * 64 * FLOAT
-    assert peak(False) == 3 * 6 * one  # of each part its input, the input of GELU and its output
-    assert peak(True) == 6 * one + 2 * one, "the input of each part, and inside of one part at a time the rest"
+    assert largest(False) == 3 * 6 * one  # of each part its input, the input of GELU and its output
+    assert largest(True) == 6 * one + 2 * one, "the input of each part, and inside of one part at a time the rest"
 
 
-def test_selective_checkpointing_lies_between_none_and_full() -> None:
-    peaks = []
-    for which in ("none", "selective", "full"):
-        memory = finished({"dp_shard": 2, "activation_checkpointing": which}).summary()["memory"]
-        peaks.append(memory["measured"][0]["activations"])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_selective_checkpointing_lies_between_none_and_full(stage: int) -> None:
+    peaks = [peak(which, stage) for which in ("none", "selective", "full")]
     assert peaks[0] > 1.2 * peaks[1] > 1.2 * 1.2 * peaks[2]
+
+
+@pytest.mark.parametrize("which", ["none", "selective", "full"])
+def test_gathered_parameters_are_no_activations(which: str) -> None:
+    assert peak(which, stage=3) == peak(which, stage=1)
+
+
+@lru_cache
+def peak(which: str, stage: int) -> int:
+    run = finished({"dp_shard": 2, "zero_stage": stage, "activation_checkpointing": which})
+    return int(run.summary()["memory"]["measured"][0]["activations"])
 
 
 # -- traffic ----------------------------------------------------------------------------------------------------------
