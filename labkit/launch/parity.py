@@ -1,7 +1,7 @@
 """Parity: does a layout compute what one process computes?
 
 Same seed, same global batch, same order of samples: k updates of the layout beside k updates of one process, losses and
-global gradient norms compared update by update. In float64 a right layout agrees to 1e-9 and a wrong one cannot hide
+global gradient norms compared update by update, and held-out metrics where both have them. In float64 a right layout agrees to 1e-9 and a wrong one cannot hide
 behind rounding; as trained, in float32, rounding itself grows over the steps, hence 1e-4.
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 from labkit.experiment import Experiment
 from labkit.experiment.one_process import one_process
 from labkit.launch.client import launch
+from labkit.runs.data import RunData
 from labkit.runs.run import Run, RunFailed
 
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-4}
@@ -24,12 +25,17 @@ STEPS = 20
 
 @dataclass(frozen=True)
 class Parity:
-    """The verdict for one number format. Differences are absolute for losses, relative above 1 for gradient norms."""
+    """The verdict for one number format.
+
+    Differences are absolute for losses, relative above 1 for gradient norms and metrics.
+    """
 
     precision: str
     parity: bool
     max_loss_difference: float
     max_gradient_norm_difference: float
+    max_metric_difference: float | None
+    """None where the runs were not evaluated."""
     tolerance: float
     steps: int
     first_step_beyond: int | None
@@ -38,13 +44,28 @@ class Parity:
     reference_run_id: str
 
     def __str__(self) -> str:
-        verdict = (
-            "equal to one process" if self.parity else f"DIFFERS from one process at step {self.first_step_beyond}"
-        )
+        where = f"at step {self.first_step_beyond}" if self.first_step_beyond else "in its held-out metrics"
+        verdict = "equal to one process" if self.parity else f"DIFFERS from one process {where}"
+        metric = "" if self.max_metric_difference is None else f", {self.max_metric_difference:.1e} in held-out metrics"
         return (
             f"{self.precision}: {verdict} over {self.steps} steps; largest difference {self.max_loss_difference:.1e} "
-            f"in loss, {self.max_gradient_norm_difference:.1e} in gradient norm (tolerance {self.tolerance:.0e})"
+            f"in loss, {self.max_gradient_norm_difference:.1e} in gradient norm{metric} "
+            f"(tolerance {self.tolerance:.0e})"
         )
+
+
+def proof(experiment: Experiment, steps: int, precision: str) -> Experiment:
+    """`experiment` as it is run to be compared: short, in one number format, gradient norms written down."""
+    return experiment.set(
+        {
+            "training.steps": steps,
+            "training.evaluate_every": 0,
+            "training.checkpoint_every": 0,
+            "training.gradient_norm": True,
+            "optimizer.schedule": "constant",  # as in the first steps of a long run
+            "quantization.training": precision,
+        }
+    )
 
 
 def compare_losses(run: Run, reference: Run, steps: int, precision: str) -> Parity:
@@ -58,17 +79,38 @@ def compare_losses(run: Run, reference: Run, steps: int, precision: str) -> Pari
         norm = np.abs(one.grad_norm - other.grad_norm) / np.maximum(1.0, np.abs(other.grad_norm))
     # A NaN on either side is a difference, never agreement.
     beyond = ~((loss <= tolerance) & (norm <= tolerance))
+    metric = _metric_difference(one, other, precision)
     return Parity(
         precision=precision,
-        parity=not beyond.any(),
+        parity=not beyond.any() and (metric is None or metric <= tolerance),
         max_loss_difference=float(np.max(loss)),
         max_gradient_norm_difference=float(np.max(norm)),
+        max_metric_difference=metric,
         tolerance=tolerance,
         steps=steps,
         first_step_beyond=int(np.argmax(beyond)) + 1 if beyond.any() else None,
         run_id=run.id,
         reference_run_id=reference.id,
     )
+
+
+def _metric_difference(one: RunData, other: RunData, precision: str) -> float | None:
+    """Largest difference of the held-out metrics; None without evaluations.
+
+    In float32 only that of the losses: rounding may carry a sample over the border, and a count then jumps by a whole.
+    """
+    if not one.evaluations and not other.evaluations:
+        return None
+    if [step for step, _, _ in one.evaluations] != [step for step, _, _ in other.evaluations]:
+        return float("inf")
+    differences = [0.0]
+    for (_, _, mine), (_, _, theirs) in zip(one.evaluations, other.evaluations, strict=True):
+        for name in mine.keys() | theirs.keys():
+            if precision == "fp64" or name == "loss":
+                a, b = mine.get(name, float("nan")), theirs.get(name, float("nan"))
+                difference = abs(a - b) / max(1.0, abs(b))
+                differences.append(difference if difference == difference else float("inf"))
+    return max(differences)
 
 
 def check(
@@ -85,19 +127,10 @@ def check(
     verdicts: list[Parity] = []
     reasons: list[str] = []
     for precision in precisions:
-        proof = experiment.set(
-            {
-                "training.steps": steps,
-                "training.evaluate_every": 0,
-                "training.checkpoint_every": 0,
-                "training.gradient_norm": True,
-                "optimizer.schedule": "constant",  # as in the first steps of a long run
-                "quantization.training": precision,
-            }
-        )
-        alone = one_process(proof, f"parity reference {precision}: {experiment.title}")
+        short = proof(experiment, steps, precision)
+        alone = one_process(short, f"parity reference {precision}: {experiment.title}")
         runs = []
-        for part in (alone, proof.set({"name": f"parity {precision}: {experiment.title}"[:200]})):
+        for part in (alone, short.set({"name": f"parity {precision}: {experiment.title}"[:200]})):
             say(f"{part.title}: layout {part.layout}, {steps} steps")
             run = launch(part, baseline=None)
             try:
