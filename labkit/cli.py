@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +19,7 @@ from labkit import __version__
 from labkit.experiment import Experiment, ExperimentError, Problem
 from labkit.experiment.recipes import RECIPES, recipe
 from labkit.experiment.run_directory import TERMINAL
+from labkit.experiment.schema import parse_assignment
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -36,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     try:
         options = _parser().parse_args(arguments)
+        options.words = list(sys.argv[1:] if arguments is None else arguments)
         command: Command = options.command
         return command(options)
     except UsageError as error:
@@ -98,10 +102,19 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--detach", action="store_true", help="print the run's id and leave it running")
     check = add("check", _check, "Prove that a layout computes what one process computes.")
     add_experiment(check)
-    check.add_argument("--steps", type=_count, default=20, help="updates to compare (default: 20)")
+    check.add_argument("--steps", type=_count, help="updates to compare (default: 20)")
     check.add_argument(
         "--precision", choices=["both", "fp64", "fp32"], default="both", help="number formats to prove (default: both)"
     )
+    check.add_argument(
+        "--matrix",
+        nargs="?",
+        const="all",
+        choices=["all", "sample"],
+        help="prove all layouts of small models: every product of axes up to 8 (--ranks) ranks, all pairs of options",
+    )
+    check.add_argument("--workload", action="append", metavar="NAME", help="only these models of the matrix")
+    check.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="write the matrix as a table in Markdown")
     validate = add("validate", _validate, "Say whether an experiment can run here, and why not.")
     add_experiment(validate)
     add("recipes", _recipes, "List the ready-made experiments.")
@@ -214,14 +227,18 @@ def _end(run: Any, options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from labkit.launch.parity import check
+    from labkit.launch.parity import STEPS, check
     from labkit.runs import RunFailed
 
+    precisions = ("fp64", "fp32") if options.precision == "both" else (options.precision,)
+    if options.matrix:
+        return _check_matrix(options, precisions)
+    if options.workload or options.output:
+        raise UsageError("--workload and -o belong to --matrix")
     experiment = _experiment(options)
     experiment.check()
-    precisions = ("fp64", "fp32") if options.precision == "both" else (options.precision,)
     try:
-        result = check(experiment, options.steps, precisions, lambda text: print(text, file=sys.stderr))
+        result = check(experiment, options.steps or STEPS, precisions, lambda text: print(text, file=sys.stderr))
     except RunFailed as error:
         print(f"labkit: the check could not be made: {error}", file=sys.stderr)
         return 1
@@ -230,6 +247,39 @@ def _check(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(result)
     return 0 if result["parity"] else 1
+
+
+def _check_matrix(options: argparse.Namespace, precisions: Sequence[str]) -> int:
+    from labkit.launch import matrix
+    from labkit.launch.cases import FAMILIES
+    from labkit.launch.matrix_follow import follow
+
+    if options.what or options.steps:
+        raise UsageError("--matrix makes its own experiments: it takes no recipe and no --steps")
+    families = options.workload or list(FAMILIES)
+    if unknown := [name for name in families if name not in FAMILIES]:
+        raise UsageError(f"the matrix has no workload {unknown[0]!r}; known: {', '.join(FAMILIES)}")
+    if options.output and not options.output.absolute().parent.is_dir():
+        raise UsageError(f"there is no folder {options.output.parent} to write to")
+    changes = dict(parse_assignment(text) for text in options.set)
+    cases = matrix.cases(families, options.ranks or 8, precisions, changes)
+    if options.matrix == "sample":
+        cases = matrix.sample(cases)
+    results: list[matrix.Result] = []
+    begun = time.monotonic()
+    try:
+        follow(cases, results, quiet=options.json)
+    finally:  # also what was known when it was interrupted
+        counts = matrix.counts(results)
+        command = "labkit " + shlex.join(word for word in options.words if word != "--json")
+        table = matrix.markdown(results, len(cases), command, time.monotonic() - begun)
+        if options.output:
+            options.output.write_text(table, encoding="utf-8")
+        else:
+            _print_lines(table)
+        if options.json:
+            _print_json({"asked": len(cases)} | counts | {"cases": [result.to_dict() for result in results]})
+    return 0 if counts["equal"] + counts["refused"] == len(cases) else 1
 
 
 def _validate(options: argparse.Namespace) -> int:

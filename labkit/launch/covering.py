@@ -33,9 +33,7 @@ class Covering:
         self.impossible: list[Row] = []
         """Partial rows of one or two factors."""
         settings = [(name, place) for name in self._names for place in range(len(factors[name]))]
-        self._open = dict.fromkeys(
-            frozenset(pair) for pair in combinations(settings, 2) if pair[0][0] != pair[1][0]
-        )
+        self._open = dict.fromkeys(frozenset(pair) for pair in combinations(settings, 2) if pair[0][0] != pair[1][0])
         self._wanted: dict[Setting, int] = dict.fromkeys(settings, 0)
         """How many open pairs a setting is in."""
         for pair in self._open:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from labkit.experiment import Optimizer
 
@@ -20,7 +21,9 @@ def make_optimizer(settings: Optimizer, parameters: Iterable[tuple[nn.Parameter,
     ]
     groups = [group for group in groups if group["params"]]
     if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=True)
+        # With torch 2.13 the fused kernel of SGD, unlike that of AdamW, does not know sharded parameters.
+        fused = not any(isinstance(parameter, DTensor) for parameter, _ in pairs)
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999), eps=settings.eps, fused=True)
 
 

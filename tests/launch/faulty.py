@@ -16,26 +16,26 @@ GUILTY = "1"
 
 
 class Network(nn.Module):
-    """A linear layer that calls `fault` on the guilty rank in training step number AT_STEP (from 1)."""
+    """A linear layer that calls `fault` on the guilty rank in training step number `at` (from 1)."""
 
-    def __init__(self, fault: Callable[[], Any], pause_s: float = 0.0) -> None:
+    def __init__(self, fault: Callable[[], Any], pause_s: float = 0.0, at: int = AT_STEP) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 2)
-        self.fault, self.pause_s, self.calls = fault, pause_s, 0
+        self.fault, self.pause_s, self.calls, self.at = fault, pause_s, 0, at
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.calls += 1
             time.sleep(self.pause_s)
-            if self.calls == AT_STEP and os.environ.get("RANK", GUILTY) == GUILTY:
+            if self.calls == self.at and os.environ.get("RANK", GUILTY) == GUILTY:
                 self.fault()
         return self.layer(x)
 
 
-def _task(fault: Callable[[], Any], pause_s: float = 0.0) -> dict[str, Any]:
+def _task(fault: Callable[[], Any], pause_s: float = 0.0, at: int = AT_STEP) -> dict[str, Any]:
     x = torch.randn(64, 4)
     y = (x.sum(1) > 0).long()
-    network = Network(fault, pause_s)
+    network = Network(fault, pause_s, at)
     return {"model": network, "train": (x, y), "test": (x, y), "loss_fn": nn.CrossEntropyLoss(), "metric": "accuracy"}
 
 
@@ -53,6 +53,24 @@ def raises() -> dict[str, Any]:
         raise ValueError("the data of this rank is bad")
 
     return _task(fault)
+
+
+def raises_beside_others() -> dict[str, Any]:
+    """Soon, and only where there is more than one rank."""
+
+    def fault() -> None:
+        if "RANK" in os.environ:
+            raise ValueError("the data of this rank is bad")
+
+    return _task(fault, at=3)
+
+
+def hangs_beside_others() -> dict[str, Any]:
+    def fault() -> None:
+        if "RANK" in os.environ:
+            time.sleep(3600)
+
+    return _task(fault, at=3)
 
 
 def raises_a_long_story() -> dict[str, Any]:

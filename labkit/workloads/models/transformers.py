@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from labkit.workloads import hub
@@ -63,6 +65,7 @@ def causal_model(
 
 
 def _as_blocks(model: Any, context: int) -> nn.Module:
+    _keep_float64(model)
     settings = model.config.to_dict()
     return chain(model) if is_chain(settings, context) else CausalModel(model)
 
@@ -119,6 +122,23 @@ def _switch_off_dropout(model: nn.Module, wanted: Mapping[str, Any]) -> None:
         for name in ("attention_dropout", "attn_dropout", "dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+def _keep_float64(model: nn.Module) -> None:
+    """Let norms compute in float64 where the model does; the library's would go through float32.
+
+    Their rounding depends on how many tokens there are at once, so a float64 proof of a layout would find 1e-7.
+    """
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            module.forward = partial(_norm, module, module.forward)
+
+
+def _norm(module: Any, otherwise: Any, x: Tensor) -> Tensor:
+    if x.dtype != torch.float64:
+        return otherwise(x)
+    scale: Tensor = torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+    return module.weight * (x * scale)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,186 @@
+"""The parity matrix: what its cases are, what it says of them, and a covering sample of it run for real."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labkit.cli import main
+from labkit.experiment.layout import AXES, Layout
+from labkit.experiment.registry import registry
+from labkit.launch import cases as made
+from labkit.launch import matrix, warm
+from labkit.launch.matrix import Case, Result
+from labkit.runs import Run
+from tests.launch.helpers import FAULTY, wait_until
+
+
+@pytest.fixture(scope="module")
+def all_cases() -> list[Case]:
+    return matrix.cases()
+
+
+def test_products_are_all_ordered_factorizations() -> None:
+    counts = dict.fromkeys(range(1, 9), 0)
+    for text in made.products(8):
+        counts[Layout.parse(text).world_size] += 1
+    # Of p: one axis of six. Of 4: 6 + 15 pairs; of 6: 6 · 6; of 8: 6 + 30 + 20.
+    assert counts == {1: 1, 2: 6, 3: 6, 4: 21, 5: 6, 6: 36, 7: 6, 8: 56}
+
+
+def test_every_product_up_to_8_ranks_is_a_case(all_cases: list[Case]) -> None:
+    shown = {case.product for case in all_cases if case.family.startswith("gpt")}
+    assert shown >= set(made.products(8))
+
+
+def test_legal_cases_are_legal_and_the_others_are_refused(all_cases: list[Case]) -> None:
+    for case in all_cases:
+        assert bool(case.experiment.problems()) is bool(case.problems), str(case)
+        idle = [warning for warning in case.experiment.warnings() if "no effect" in warning.reason]
+        assert case.problems or not {warning.field for warning in idle} & set(case.settings), str(case)
+
+
+def test_no_case_comes_twice(all_cases: list[Case]) -> None:
+    legal = [case.experiment.to_json() for case in all_cases if not case.problems]
+    assert len(set(legal)) == len(legal)
+
+
+def test_new_schedules_axes_and_options_enter_by_themselves(all_cases: list[Case]) -> None:
+    legal = [case for case in all_cases if not case.problems]
+    met = {(case.family, case.experiment.layout.schedule, case.experiment.layout.tp) for case in legal}
+    for schedule in registry("layout.schedule").names(available_only=True):
+        assert ("gpt", schedule, 2) in met
+    for axis in AXES:
+        assert any(getattr(case.experiment.layout, axis) > 1 for case in legal)
+    for name in set(Layout.model_fields) - set(AXES):
+        varied = made.factors("gpt", 8, ["fp64"])[f"layout.{name}"]
+        assert len(varied) > 1, f"layout.{name} is not varied"
+
+
+def test_a_sample_holds_every_setting(all_cases: list[Case]) -> None:
+    chosen = matrix.sample(all_cases)
+    assert matrix.sample(all_cases) == chosen
+    assert matrix.sample(all_cases, seed=1) != chosen
+    for family in made.FAMILIES:
+        for name, values in made.factors(family, 4, ["fp64", "fp32"]).items():
+            possible = {repr(c.settings[name]) for c in all_cases if c.family == family and not c.problems}
+            small = {
+                repr(c.settings[name])
+                for c in all_cases
+                if c.family == family and not c.problems and c.experiment.layout.world_size <= 4
+            }
+            held = {repr(c.settings[name]) for c in chosen if c.family == family and not c.problems}
+            assert name == made.PRODUCT or held >= small & possible, (family, name, values)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_covering_sample_is_equal_to_one_process_or_refused(all_cases: list[Case]) -> None:
+    warm(60)
+    results = list(matrix.run(matrix.sample(all_cases)))
+    assert {result.outcome for result in results} == {"equal", "refused"}, "\n".join(
+        f"{result.case}: {result.outcome}: {result.reason}" for result in results if result.outcome not in matrix.GOOD
+    )
+    for result in results:
+        if result.outcome == "equal":
+            assert result.parity is not None
+            assert result.parity.max_metric_difference is not None
+            assert result.parity.steps == made.STEPS
+
+
+# -- what is not good is said -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def case(all_cases: list[Case]) -> Case:
+    return next(case for case in all_cases if case.family == "resnet" and case.product == "dp2" and not case.problems)
+
+
+def outcome(case: Case, **changes: Any) -> Result:
+    experiment = case.experiment.set({name.replace("__", "."): value for name, value in changes.items()})
+    [result] = matrix.run([dataclasses.replace(case, experiment=experiment)])
+    return result
+
+
+def test_a_layout_that_computes_something_else_differs(case: Case) -> None:
+    path = Path(__file__).parent.parent / "training" / "odd_task.py"  # batch normalisation
+    assert outcome(case).outcome == "equal"
+    workload = {"name": "custom", "path": f"{path}:make"}
+    result = outcome(case, workload=workload)
+    assert result.outcome == "DIFFERS"
+    assert result.run_id is not None
+    assert Run.attach(result.run_id).state == "finished"
+    assert "DIFFERS from one process at step" in result.reason
+
+
+def test_a_crash_and_a_standstill_are_told_apart(case: Case) -> None:
+    crash = outcome(case, workload={"name": "custom", "path": f"{FAULTY}:raises_beside_others"})
+    assert (crash.outcome, crash.run_id is None) == ("FAILED", False)
+    hung = outcome(case, workload={"name": "custom", "path": f"{FAULTY}:hangs_beside_others"}, launch__timeout_s=1.0)
+    assert hung.outcome == "HUNG"
+    assert "silent" in hung.reason
+
+
+def test_runs_that_are_equal_are_removed(case: Case, labkit_home: Path) -> None:
+    assert outcome(case).run_id is None
+    assert Run.all() == []
+
+
+def test_the_table_names_counts_reasons_and_cases(all_cases: list[Case]) -> None:
+    refused = [Result(case, "refused", str(case.problems[0])) for case in all_cases if case.problems]
+    text = matrix.markdown(
+        [*refused, Result(all_cases[0], "HUNG", "rank 1 is silent | still")], len(all_cases), "x", 60
+    )
+    assert f"| {len(refused) + 1} | 0 | {len(refused)} | 0 | 0 | 1 |" in text
+    assert "HUNG: rank 1 is silent \\| still" in text
+    assert f"Interrupted: {len(all_cases) - len(refused) - 1} cases were not run." in text
+    grouped = text.partition("## Refused")[2].partition("## Run")[0].splitlines()[4:]
+    assert sum(int(line.split("|")[2]) for line in grouped if line.startswith("|")) == len(refused)
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+FEW = ["check", "--matrix", "--workload", "resnet", "--ranks", "1", "--precision", "fp64", "--json"]
+
+
+def test_the_command_writes_the_table(labkit_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "PARITY.md"
+    assert main([*FEW, "-o", str(file)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["asked"] == len(found["cases"]) == found["equal"] + found["refused"] > 1
+    assert "labkit check --matrix --workload resnet --ranks 1 --precision fp64 -o" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--matrix", "some"], "invalid choice: 'some'"),
+        (["--matrix", "--workload", "alexnet"], "the matrix has no workload 'alexnet'; known: gpt,"),
+        (["--matrix", "--steps", "3"], "takes no recipe and no --steps"),
+        (["--matrix", "-o", "nowhere/at/all.md"], "there is no folder nowhere/at"),
+        (["--workload", "gpt"], "belong to --matrix"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_ctrl_c_prints_what_is_there(labkit_home: Path) -> None:
+    command = [sys.executable, "-m", "labkit", "check", "--matrix", "--workload", "resnet", "--ranks", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: len(Run.all()) > 1, 60, "the second run")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Interrupted:" in said
+    assert all(run.done for run in Run.all())
