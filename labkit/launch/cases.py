@@ -78,7 +78,7 @@ FAMILIES: dict[str, Family] = {
 VALUES: dict[str, Sequence[Any]] = {
     "layout.microbatches": [1, 2, 3, 4, 8],
     "layout.stages_per_rank": [1, 2, 3],
-    "layout.stage_blocks": [None, [3, 5], [1, 3, 3, 1]],
+    "layout.stage_blocks": [None, (3, 5), (1, 3, 3, 1)],
     "gradients.accumulation": [1, 2, 3],
     "gradients.bucket_mb": [25.0, 0.01],
     "optimizer.name": ["adamw", "sgd"],
@@ -260,7 +260,9 @@ def _refused(judge: Judge, varied: Mapping[str, Sequence[Any]], part: Row) -> Ca
         if judge.idle(row):
             continue
         problems = tuple(each for each in judge.problems(row) if "no effect" not in each.reason)
-        if problems and (least is None or len(problems) < len(least.problems)):
+        if not problems:
+            return None
+        if least is None or len(problems) < len(least.problems):
             least = Case(judge.family, judge.experiment(row), row, problems)
             if len(problems) == 1:
                 break
