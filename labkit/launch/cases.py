@@ -195,7 +195,6 @@ class Judge:
         base = Experiment().set({"workload": FAMILIES[family].workload} | COMMON)
         self.base = proof(base, STEPS, "fp64").set({"training.evaluate_every": STEPS} | dict(changes))
         self._problems: dict[str, tuple[Problem, ...]] = {}
-        self._experiments: dict[tuple[str, ...], Experiment] = {}
 
     def experiment(self, row: Row) -> Experiment:
         layout = Layout.parse(row[PRODUCT]).model_dump()
@@ -213,8 +212,11 @@ class Judge:
         key = repr(row)
         if key not in self._problems:
             experiment = self.experiment(row)
-            idle = [warning for warning in experiment.warnings() if "no effect" in warning.reason]
-            self._problems[key] = (*experiment.problems(), *(warning for warning in idle if warning.field in row))
+            found = tuple(experiment.problems())
+            if not found:
+                idle = (warning for warning in experiment.warnings() if "no effect" in warning.reason)
+                found = tuple(warning for warning in idle if warning.field in row)
+            self._problems[key] = found
         return self._problems[key]
 
     def idle(self, row: Row) -> bool:
