@@ -79,7 +79,7 @@ VALUES: dict[str, Sequence[Any]] = {
     "layout.microbatches": [1, 2, 3, 4, 8],
     "layout.stages_per_rank": [1, 2, 3],
     "layout.stage_blocks": [None, (3, 5), (1, 3, 3, 1)],
-    "gradients.accumulation": [1, 2, 3],
+    "gradients.accumulation": [1, 2],
     "gradients.bucket_mb": [25.0, 0.01],
     "optimizer.name": ["adamw", "sgd"],
     "optimizer.clip_norm": [None, 0.5],
