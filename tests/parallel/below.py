@@ -135,7 +135,7 @@ def sharded_in_labkits() -> dict[str, list[float]]:
         mesh = Mesh(layout, dist.get_rank(), "cpu")
         modules = {number: _stages()[number] for number in held_by(layout, mesh.index("pp"))}
         holdings = {name: holding(p) for module in modules.values() for name, p in module.named_parameters()}
-        sharded = FullySharded(modules.values(), holdings, mesh)
+        sharded = FullySharded(modules.values(), holdings, mesh, offload=False)
         x, y = (whole.chunk(2)[mesh.index("dp_shard")] for whole in _data())
 
         def loss(output: Tensor, index: Tensor, y: Tensor = y) -> Tensor:

@@ -7,6 +7,7 @@ makes sure that no reason is without one.
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from math import nan
@@ -29,9 +30,11 @@ from labkit.experiment.layout import AXES
 from labkit.experiment.registry import registry
 from labkit.launch.cases import FAMILIES
 from labkit.parallel import context, expert, recompute, rules, tensor
+from labkit.parallel.cut import holding
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.pipeline import SCHEDULES
 from labkit.parallel.stages import groups, minimal_maximum
+from labkit.parallel.sync import GradientSync
 from labkit.workloads.base import Blocks
 from labkit.workloads.models.experts import MixtureOfExperts
 from labkit.workloads.models.gpt import gpt
@@ -140,6 +143,15 @@ def positions_would_be_lost() -> None:
 
 
 # -- context and experts ----------------------------------------------------------------------------------------------
+
+
+@protects_from("only what ZeRO stage 3 shards can wait in the host's memory")
+def buckets_would_stay_where_they_are() -> None:
+    parameter = nn.Parameter(torch.zeros(4, device="meta"))
+    sync = GradientSync([("one", parameter, holding(parameter))], Unconnected(), 0, 25.0)
+    [bucket] = sync.buckets
+    assert bucket.gradient.device == parameter.device, "nothing tells a bucket to lie elsewhere than its parameters"
+    assert "offload" not in inspect.signature(GradientSync).parameters
 
 
 @protects_from("no ring for the attention of .+")
@@ -316,6 +328,7 @@ layouts = st.fixed_dictionaries(
         "microbatches": st.integers(1, 9),
         "stages_per_rank": st.integers(1, 3),
         "activation_checkpointing": st.sampled_from(["none", "selective", "full"]),
+        "cpu_offload": st.booleans(),
         "stage_blocks": st.none() | st.lists(st.integers(0, 4), min_size=1, max_size=6),
     }
 )

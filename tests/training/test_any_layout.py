@@ -32,6 +32,7 @@ layouts = st.fixed_dictionaries(
         "balance": st.sampled_from(["blocks", "parameters", "cost"]),
         "stage_blocks": st.none() | st.lists(st.integers(1, 4), min_size=2, max_size=4),
         "activation_checkpointing": st.sampled_from(["none", "selective", "full"]),
+        "cpu_offload": st.booleans(),
     }
 )
 options = st.fixed_dictionaries(
