@@ -102,6 +102,7 @@ FALSIFIED: dict[str, list[str]] = {
         "sent = {**sent, 'ZeRO 1': 1.5 * sent['ZeRO 1']}",
         "sent = {**sent, 'ZeRO 3': sent['ZeRO 2']}",
         "activations = {**activations, 'full': activations['none']}",
+        "activations = {**activations, 'selective': activations['none']}",
         "apart = 0.1",
         "resume_error = 1e-6",
     ],
