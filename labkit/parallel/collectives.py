@@ -38,14 +38,15 @@ def gathered(x: Tensor, group: Group, dim: int) -> Tensor:
     moved = x.movedim(dim, 0).contiguous()
     out = moved.new_empty((group.size() * moved.shape[0], *moved.shape[1:]))
     dist.all_gather_into_tensor(out, moved, group=group)
-    return out.movedim(0, dim)
+    # Contiguous: each layer that reads it would make a copy of its own otherwise, and keep it for its backward pass.
+    return out.movedim(0, dim).contiguous()
 
 
 def _sum_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     moved = x.movedim(dim, 0).contiguous()
     out = moved.new_empty((moved.shape[0] // group.size(), *moved.shape[1:]))
     dist.reduce_scatter_tensor(out, moved, group=group)
-    return out.movedim(0, dim)
+    return out.movedim(0, dim).contiguous()
 
 
 def _own(x: Tensor, group: Group, dim: int) -> Tensor:
