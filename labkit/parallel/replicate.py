@@ -129,8 +129,8 @@ class ReplicatedModel:
         return torch.nn.utils.clip_grad_norm_(self.bare.parameters(), limit)
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimizer has stepped."""
-        optimizer.zero_grad()
+        """The optimizer has stepped. DDP's gradients stay in its buckets: a new one would have to be copied in."""
+        optimizer.zero_grad(set_to_none=self.averaged_over == 1)
 
     def output(self, x: Tensor) -> Tensor:
         """Output of the model for evaluation."""

@@ -1,12 +1,12 @@
-"""Gradients of replicas summed in memory that the ranks of one machine share, as NCCL and MPI do between processes.
+"""Gradients of replicas averaged in memory that the ranks of one machine share, as NCCL and MPI do between processes.
 
 gloo sends through the loopback network whatever could be read directly: its threads take the cores from the ranks, and
-a vision step on two cores takes a third longer for it (tests/benchmarks/exchange.py). Here each rank puts its gradients
-into its own slot, adds up one N-th of all slots, and reads the rest of the sum: a reduce-scatter and an all-gather
-without a copy through the kernel. Everyone adds in the order of the ranks, so all hold the same bits.
+a vision step on two cores takes a third longer for it (tests/benchmarks/exchange.py). Here each rank puts its N-th of
+the mean into its own slot, and all add up what they find, in the order of the ranks, so that all hold the same bits:
+everything if they are few, else one N-th each and then the sums of the others (reduce-scatter and all-gather).
 
-Ranks meet twice in an exchange, through named pipes: a rank that waits sleeps, and one that has ended closes its pipes,
-so its peers know at once. Nothing of this outlives the ranks: the memory has no name, the pipes lose theirs once open.
+Ranks meet through named pipes: a rank that has to wait long sleeps, and one that has ended closes its pipes, so its
+peers know at once. Nothing of this outlives the ranks: the memory has no name, the pipes lose theirs once open.
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from labkit.experiment import Experiment
+
+SPIN_S = 0.002
+"""A rank that has to wait asks again and again for so long before it sleeps: waking up takes longer than most waits."""
+
+
+FEW = 3
+"""Up to so many ranks, reading everything is less to move than adding up in parts."""
 
 
 def offered(experiment: Experiment) -> bool:
@@ -46,9 +53,10 @@ class SharedMemory:
         self.updates = 0
         """Updates whose gradients went through here."""
         self._incoming, self._outgoing = self._connect(folder)
-        self._slot = -(-capacity // mmap.PAGESIZE) * mmap.PAGESIZE
-        # A slot for each rank, then one for the sum. Pages that nobody touches take no memory.
-        self._memory = torch.frombuffer(self._map(folder, self._slot * (self.ranks + 1)), dtype=torch.uint8)
+        self._slot_bytes = -(-capacity // mmap.PAGESIZE) * mmap.PAGESIZE
+        # Pages that nobody touches take no memory.
+        self._memory = torch.frombuffer(self._map(folder, 2 * self.ranks * self._slot_bytes), dtype=torch.uint8)
+        self._turn = 0
 
     def _connect(self, folder: Path) -> tuple[dict[int, int], list[int]]:
         """Pipes from and to every other rank."""
@@ -82,24 +90,38 @@ class SharedMemory:
         return memory
 
     def all_reduce(self, flat: Tensor) -> None:
-        """Replace a contiguous tensor on the CPU by its sum over all ranks."""
+        """Replace a contiguous tensor on the CPU by its mean over all ranks."""
         begun = time.perf_counter()
-        slots = [self._part(number, flat) for number in range(self.ranks + 1)]
-        total = slots[self.ranks]
-        slots[self.rank].copy_(flat)
-        self._meet()
-        # Nobody writes into a slot again before all have passed the second meeting, nor into the sum before the first
-        # one of the next exchange, when all have read it.
-        mine = [slot.tensor_split(self.ranks)[self.rank] for slot in slots]
-        torch.add(mine[0], mine[1], out=mine[self.ranks])
-        for part in mine[2 : self.ranks]:
-            mine[self.ranks].add_(part)
-        self._meet()
-        flat.copy_(total)
+        (self._add_all if self.ranks <= FEW else self._add_parts)(flat)
         self.seconds += time.perf_counter() - begun
 
-    def _part(self, number: int, like: Tensor) -> Tensor:
-        begin = number * self._slot
+    def _add_all(self, flat: Tensor) -> None:
+        """Everyone adds everything up: N times the gradients to read, one meeting.
+
+        Two sets of slots take turns: whoever writes into one again has met all others since they read it.
+        """
+        self._turn = 1 - self._turn
+        slots = [self._slot(self._turn * self.ranks + rank, flat) for rank in range(self.ranks)]
+        torch.div(flat, self.ranks, out=slots[self.rank])
+        self._meet()
+        _add(slots, flat)
+
+    def _add_parts(self, flat: Tensor) -> None:
+        """Everyone adds up one N-th, then reads the rest: three times the gradients to move, two meetings.
+
+        Nobody writes into a slot again before all have passed the second meeting, nor into the sum before the first one
+        of the next exchange, when all have read it.
+        """
+        slots = [self._slot(number, flat) for number in range(self.ranks + 1)]
+        torch.div(flat, self.ranks, out=slots[self.rank])
+        self._meet()
+        *mine, total = (slot.tensor_split(self.ranks)[self.rank] for slot in slots)
+        _add(mine, total)
+        self._meet()
+        flat.copy_(slots[self.ranks])
+
+    def _slot(self, number: int, like: Tensor) -> Tensor:
+        begin = number * self._slot_bytes
         return self._memory[begin : begin + like.numel() * like.element_size()].view(like.dtype)
 
     def _meet(self) -> None:
@@ -111,11 +133,16 @@ class SharedMemory:
         except BrokenPipeError:
             raise RuntimeError("connection closed by peer: a rank has ended") from None
         for rank, pipe in self._incoming.items():
-            while (said := self._read(pipe)) is None:
+            said, patience = self._read(pipe), time.monotonic() + SPIN_S
+            while said is None and time.monotonic() < patience:
+                os.sched_yield()
+                said = self._read(pipe)
+            while said is None:
                 poll = select.poll()
                 poll.register(pipe, select.POLLIN)
                 if not poll.poll(1000 * max(0.0, deadline - time.monotonic())):
                     raise RuntimeError(f"rank {rank} did not come to the exchange within {self.timeout_s:g} s")
+                said = self._read(pipe)
             if not said:
                 raise RuntimeError(f"connection closed by peer: rank {rank} has ended")
 
@@ -144,5 +171,11 @@ class SharedMemory:
         self.all_reduce(flat)
         self.updates += bucket.is_last()
         done = torch.futures.Future[Tensor]()
-        done.set_result(flat.div_(self.ranks))
+        done.set_result(flat)
         return done
+
+
+def _add(parts: list[Tensor], out: Tensor) -> None:
+    torch.add(parts[0], parts[1], out=out)
+    for part in parts[2:]:
+        out.add_(part)

@@ -70,7 +70,7 @@ MISTAKES = {
     ),
     "shared memory adds up all ranks but one": (
         "from labkit.parallel.shared_memory import SharedMemory\n"
-        "SharedMemory.all_reduce = lambda self, flat: (self._meet(), flat.mul_(self.ranks))\n"
+        "SharedMemory.all_reduce = lambda self, flat: self._meet()\n"
     ),
     "gradients are added instead of averaged": (
         "import labkit.training.trainer as broken\n"
