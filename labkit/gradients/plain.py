@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Uncompressed:
     """Gradients travel as they are.
 
-    A ring all-reduce of n bytes over N ranks sends 2·(N-1)/N·n bytes from every rank (Patarasu and Yuan, 2009).
+    A ring all-reduce of n bytes over N ranks sends 2·(N-1)/N·n bytes from every rank (Patarasuk and Yuan, 2009).
     """
 
     class Options(BaseOptions):

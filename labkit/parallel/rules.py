@@ -76,39 +76,37 @@ class Shard:
             yield Problem("layout.cpu_offload", "only what ZeRO stage 3 shards can wait in the host's memory", "false")
 
 
+def _cut_by_tp(experiment: Experiment) -> dict[str, int]:
+    """What tensor parallelism deals out to ranks, in words, and how many of it there are."""
+    kind, options = network(experiment), _options(experiment)
+    if kind == "transformers":
+        names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+        known = _known_config(options)
+        sizes = {"vocab_size": BYTES} | known if known else {}
+        return {f"{name} {size}": size for name in names if isinstance(size := sizes.get(name), int)}
+    if kind == "resnet":
+        width = options.network_width
+        return {f"the {gcd(width, 8)} channel groups of a width of {width}": gcd(width, 8)}
+    if kind == "driver":
+        return {f"a width of {options.width}": options.width}
+    vocabulary = {f"a vocabulary of {BYTES}": BYTES} if kind == "gpt" else {}
+    return {f"the {options.heads} attention heads": options.heads} | vocabulary
+
+
 class TensorAxis:
     """The axis tp: layers cut over ranks."""
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        kind, options, tp = network(experiment), _options(experiment), experiment.layout.tp
-        field = "layout.tp"
+        kind, tp, field = network(experiment), experiment.layout.tp, "layout.tp"
         what = "your own model" if kind == "custom" else unbreakable(experiment)
         if what is not None:
             yield Problem(field, f"labkit has no plan for cutting the layers of {what}", 1)
             return
-        if kind == "transformers":
-            for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
-                size = _known_config(options).get(name, BYTES if name == "vocab_size" else tp)
-                if isinstance(size, int) and size % tp:
-                    yield Problem(field, f"{tp} ranks do not divide {name} {size}", _nearest(tp, size))
-        if kind in ("gpt", "vit") and options.heads % tp:
-            yield Problem(
-                field, f"{tp} ranks do not divide the {options.heads} attention heads", _nearest(tp, options.heads)
-            )
-        if kind == "gpt" and BYTES % tp:
-            yield Problem(field, f"{tp} ranks do not divide a vocabulary of {BYTES}", _nearest(tp, BYTES))
-        if kind == "resnet":
-            width = options.network_width
-            groups = gcd(width, 8)
-            if groups % tp:
-                yield Problem(
-                    field,
-                    f"{tp} ranks do not divide the {groups} channel groups of a width of {width}",
-                    _nearest(tp, groups),
-                )
-        if kind == "driver" and options.width % tp:
-            yield Problem(field, f"{tp} ranks do not divide a width of {options.width}", _nearest(tp, options.width))
+        sizes = _cut_by_tp(experiment)
+        for words, size in sizes.items():
+            if size % tp:
+                yield Problem(field, f"{tp} ranks do not divide {words}", _nearest(tp, *sizes.values()))
         if not experiment.layout.sequence_parallel:
             return
         if kind not in ("gpt", "vit"):

@@ -10,7 +10,7 @@ Per axis are kept
 - `bytes`: the payload that this rank hands over: the tensor of an all-reduce, the whole input of a reduce-scatter or
   an all-to-all, the own part of an all-gather, the tensor of a send, that of a broadcast on its source; nothing for a
   receive;
-- `wire_bytes`: what leaves this rank for it when n ranks form a ring (Patarasu and Yuan, 2009): 2·(n-1)/n of an
+- `wire_bytes`: what leaves this rank for it when n ranks form a ring (Patarasuk and Yuan, 2009): 2·(n-1)/n of an
   all-reduce, (n-1)/n of a reduce-scatter and an all-to-all, (n-1) times an own part gathered, a send as it is;
 - `exposed_seconds`: how long computation stood still: in the call and in waiting for it.
 """

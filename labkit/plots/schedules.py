@@ -90,12 +90,12 @@ def schedules(runs: Iterable[Any] | Any) -> Picture:
     layout = traced.layout(
         sentence,
         bargap=0.35,
-        xaxis=theme.axis("Step time (ms, median)", domain=_PANELS[0], range=traced.room(steps), nticks=5),
+        xaxis=theme.axis("Step (ms, median)", domain=_PANELS[0], range=traced.room(steps), nticks=5),
         xaxis2=theme.axis(
             "Bubble (%): measured (own)", domain=_PANELS[1], anchor="y2", range=[0, 2.2 * largest], nticks=5
         ),
         xaxis3=theme.axis(
-            f"Activations, fullest rank ({unit})",
+            f"Activations ({unit})",
             domain=_PANELS[2],
             anchor="y3",
             range=traced.room([peak / per for peak in peaks]),

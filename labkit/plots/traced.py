@@ -19,7 +19,7 @@ PATTERNS = ("", "/", "x", ".", "-", "+")
 
 
 def names(runs: Sequence[Shown]) -> list[str]:
-    """What tells the runs of a picture apart: their layouts in words, without those that all of them share."""
+    """What tells the runs of a picture apart: their names, or their layouts in words without those that all share."""
     every, seen = [_words(one) for one in runs], dict[str, int]()
     shared = set.intersection(*map(set, every)) if len(every) > 1 else set()
     found = []
@@ -31,10 +31,10 @@ def names(runs: Sequence[Shown]) -> list[str]:
 
 
 def _words(one: Shown) -> list[str]:
-    """`1 rank`, `shard4, ZeRO 2`, `pp2, 1f1b, 8 microbatches`; the label of the run if its experiment is lost."""
+    """`1 rank`, `shard4, ZeRO 2`, `pp2, 1f1b, 8 microbatches`; the name that the run was given, if any."""
     experiment = one.experiment
-    if experiment is None:
-        return [one.label]
+    if experiment is None or experiment.name:
+        return [experiment.name if experiment else one.label]
     layout = experiment.layout
     words = [theme.ranks(1) if layout.world_size == 1 else str(layout)]
     if zero_stage(experiment):

@@ -1,14 +1,15 @@
 """Two pipeline stages and eight microbatches: the bubble measured beside the schedule's own, cuts, and schedules.
 
-The *uneven* GPT has MLPs that widen sixfold from the first layer to the last. An equal number of blocks per stage makes
-the second stage the slower one; the cost-balanced cut moves the border. *Schedules* are compared on an even GPT, which
-is cut by cost too, because its head costs more than its embedding. One thread a rank, chunks of tens of milliseconds,
-so that neither messages nor Python decide. The bubble is that of one traced update a run.
+The *uneven* chain has blocks that widen with the square of their place (_uneven_task.py). An equal number of blocks per
+stage makes the second stage the slower one; the cost-balanced cut moves the border. *Schedules* are compared on an even
+GPT, which is cut by cost too, because its head costs more than its embedding. One thread a rank, chunks of tens of
+milliseconds, so that neither messages nor Python decide. The bubble is that of one traced update a run.
 """
 
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 from typing import Any
 
 from _common import arguments, finished, interleave, ratios, report, spread
@@ -17,7 +18,7 @@ from labkit.experiment import Experiment
 from labkit.experiment.recipes import recipe
 from labkit.launch import warm
 
-STEPS = 16
+STEPS = 12
 BASE = recipe("language-ddp").set(
     {
         "workload.depth": 8,
@@ -25,12 +26,17 @@ BASE = recipe("language-ddp").set(
         "workload.context": 128,
         "training.steps": STEPS,
         "training.trace_step": STEPS // 2,
-        "training.global_batch": 32,
+        "training.global_batch": 16,
         "training.evaluate_every": 0,
         "training.checkpoint_every": 0,
     }
 )
-UNEVEN = BASE.set({"workload.width": 192, "workload.mlp_growth": 6.0})
+UNEVEN = BASE.set(
+    {
+        "workload": {"name": "custom", "path": f"{Path(__file__).with_name('_uneven_task.py')}:make"},
+        "training.global_batch": 1536,
+    }
+)
 PIPE = {"pp": 2, "microbatches": 8}
 CASES: dict[str, Experiment] = {
     "uneven, equal count": UNEVEN.set({"layout": {**PIPE, "schedule": "1f1b"}}),
