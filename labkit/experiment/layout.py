@@ -65,6 +65,8 @@ class Layout(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read_short_form(cls, data: Any) -> Any:
+        if type(data) is int and data == 1:  # the short form of one process, read as JSON
+            return {}
         return cls._parse(data) if isinstance(data, str) else data
 
     @field_validator(*AXES)

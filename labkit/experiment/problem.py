@@ -67,6 +67,7 @@ _KINDS = {
     "string": "text",
     "model": "a JSON object with named fields",
     "dict": "a JSON object with named fields",
+    "tuple": "a list such as [1, 5]",
 }
 _COMPARISONS = {
     "greater_than_equal": ("at least", "ge"),

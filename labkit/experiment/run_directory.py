@@ -45,8 +45,8 @@ EVENTS = {
     "parameters, gradients, optimizer, activations), traffic (per axis: calls, bytes, wire_bytes, exposed_seconds), "
     "timeline (rows of kind F | B | I | W, stage, microbatch, begin and end in seconds of the machine's monotonic "
     "clock), experts (per block, how many choices fell on each expert)",
-    "communication": "bytes on the wire per step and exposed seconds per step, as DDP or the traced update measured "
-    "them; axes as in `trace`",
+    "communication": "bytes that leave a rank per step by the ring's formula, and exposed seconds per step, as DDP or "
+    "the traced update counted them; axes as in `trace`",
     "memory": "peak_bytes of this rank",
     "error": "an exception ended this rank: type, message, traceback",
     "end": "this rank is done after `step` updates: reason finished | stopped",

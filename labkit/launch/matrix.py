@@ -139,9 +139,9 @@ def markdown(results: Sequence[Result], asked: int, command: str, seconds: float
         "",
         "Does every layout compute what one process computes? Each line of the last table is a case that was run with",
         f"real processes beside one process: {STEPS} updates, losses and global gradient norms compared update by",
-        "update, held-out metrics at the end. Every case agrees to "
+        "update, held-out metrics at the end. Equal means to "
         + " and ".join(f"{tolerance:.0e} in {kind}" for kind, tolerance in TOLERANCE.items())
-        + ", or is refused with a reason.",
+        + "; what cannot be equal is refused with a reason.",
         "The cases are generated: all products of axis sizes up to the number of ranks, and all pairs of two settings.",
         "",
         f"Made by `{command}` on {machine.cpu_model} ({machine.cores} cores), torch {versions().get('torch')}, "

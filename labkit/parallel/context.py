@@ -207,6 +207,8 @@ def _in_transformers(attention: Any, ring: Ring) -> None:
     """Let an attention of transformers go round the ring, by the library's own register of attention functions."""
     from transformers import AttentionInterface
 
+    if getattr(attention, "attention_dropout", 0.0):
+        raise ValueError("the ring of context parallelism has no dropout: set attention_dropout to 0")
     AttentionInterface.register("labkit_ring", _ring_of_transformers)
     attention.labkit_ring = ring
     attention.config._attn_implementation = "labkit_ring"

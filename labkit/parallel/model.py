@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from labkit.experiment import Experiment
+from labkit.experiment import Experiment, Layout
 from labkit.parallel import balance, context, expert, loss, recompute, stages, tensor
 from labkit.parallel.communication import Axes, Communication
 from labkit.parallel.cut import holding
@@ -31,6 +31,18 @@ from labkit.workloads.base import Batch, Blocks, Task
 
 Phase = Callable[[str], None]
 Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+def _something_to_train(whole: dict[int, nn.Module], layout: Layout) -> None:
+    """ValueError where frozen weights leave a rank, or a schedule that splits backward passes, without work."""
+    trained = {number for number, stage in whole.items() if any(p.requires_grad for p in stage.parameters())}
+    for place in range(layout.pp):
+        if not trained & set(stages.held_by(layout, place)):
+            named = " and ".join(map(str, stages.held_by(layout, place)))
+            raise ValueError(f"stage {named} has nothing to train; cut the model otherwise (layout.stage_blocks)")
+    if layout.schedule in stages.SPLITTING and trained and 0 not in trained:
+        # torch looks for the way from the loss to a stage's input, and there is none: the weights would get nothing.
+        raise ValueError(f"under {layout.schedule} the first stage must have something to train (layout.stage_blocks)")
 
 
 def offloads(experiment: Experiment) -> bool:
@@ -105,6 +117,7 @@ class ParallelModel:
             number: Blocks({name: model.blocks[name] for name in group})
             for number, group in enumerate(stages.groups(names, lengths))
         }
+        _something_to_train(whole, layout)
         self._ties = Ties(whole, stages.places(layout), self.mesh)
         model.blocks.clear()  # what other ranks hold takes no memory here
         return {number: whole[number] for number in stages.held_by(layout, self.mesh.index("pp"))}

@@ -129,6 +129,8 @@ class ContextAxis:
             yield Problem(field, f"labkit has no ring for the attention of {what}" if what else NO_SEQUENCE, 1)
             return
         options = _options(experiment)
+        if kind == "transformers" and _known_config(options).get("attention_dropout"):
+            yield Problem("workload.transformers_config", "the ring has no dropout: set attention_dropout to 0")
         length = sequence(experiment)
         chunks = 2 * cp * (experiment.layout.tp if experiment.layout.sequence_parallel else 1)
         if length % chunks:

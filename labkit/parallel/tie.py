@@ -8,6 +8,7 @@ In a folded pipeline the two stages may lie on one rank: they still are two copi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,16 +25,20 @@ class Ties:
 
     def __init__(self, stages: Mapping[int, nn.Module], places: Mapping[int, int], mesh: Mesh) -> None:
         self._groups: dict[str, dist.ProcessGroup | None] = {}
-        for name, held in _shared(stages).items():
-            for number, module, attribute in held[1:]:
-                original: nn.Parameter = getattr(module, attribute)
-                copy = nn.Parameter(original.detach().clone(), requires_grad=original.requires_grad)
-                setattr(module, attribute, copy)
+        shared = _shared(stages)
+        copies: dict[tuple[str, int], nn.Parameter] = {}
+        """One for each stage beyond the first; a weight may stand in several places of a stage."""
+        for name, (original, held) in shared.items():
+            note(original, tied=name)
+            for number in sorted({number for number, _, _ in held})[1:]:
+                copy = copies[name, number] = nn.Parameter(original.detach().clone(), original.requires_grad)
                 note(copy, tied=name, copy=True)
-                assert number != held[0][0]
-            first: nn.Parameter = getattr(held[0][1], held[0][2])
-            note(first, tied=name)
             self._groups[name] = mesh.along("pp", sorted({places[number] for number, _, _ in held}))
+        _own_modules(stages)
+        for name, (_, held) in shared.items():
+            for number, path, attribute in held:
+                if (name, number) in copies:
+                    setattr(stages[number].get_submodule(path), attribute, copies[name, number])
 
     def add_up(self, gradients: Iterable[tuple[str, Tensor]]) -> None:
         """Add up the gradients of all copies, in place: (name of the tie, gradient of a copy that is here)."""
@@ -52,13 +57,33 @@ class Ties:
                 other.copy_(first)
 
 
-def _shared(stages: Mapping[int, nn.Module]) -> dict[str, list[tuple[int, nn.Module, str]]]:
-    """Parameters that stand in several stages: first name, and (stage, module, attribute) of each place."""
+def _shared(stages: Mapping[int, nn.Module]) -> dict[str, tuple[nn.Parameter, list[tuple[int, str, str]]]]:
+    """Parameters that stand in several stages: first name to parameter and places (stage, module, attribute)."""
     names: dict[nn.Parameter, str] = {}
-    places: dict[nn.Parameter, list[tuple[int, nn.Module, str]]] = {}
+    places: dict[nn.Parameter, list[tuple[int, str, str]]] = {}
     for number in sorted(stages):
-        for path, module in stages[number].named_modules():
+        for path, module in stages[number].named_modules(remove_duplicate=False):
             for attribute, parameter in module.named_parameters(recurse=False):
                 names.setdefault(parameter, f"{path}.{attribute}")
-                places.setdefault(parameter, []).append((number, module, attribute))
-    return {names[parameter]: held for parameter, held in places.items() if len({number for number, _, _ in held}) > 1}
+                places.setdefault(parameter, []).append((number, path, attribute))
+    return {
+        names[parameter]: (parameter, held)
+        for parameter, held in places.items()
+        if len({number for number, _, _ in held}) > 1
+    }
+
+
+def _own_modules(stages: Mapping[int, nn.Module]) -> None:
+    """A module with parameters that stands in several stages is copied for all but the first; parameters are not."""
+    seen: set[nn.Module] = set()
+    for number in sorted(stages):
+        done: list[str] = []
+        mine = {path: module for path, module in stages[number].named_modules(remove_duplicate=False) if path}
+        for path, module in mine.items():
+            inside = any(path.startswith(f"{one}.") for one in done)
+            if not inside and module in seen and any(True for _ in module.parameters()):
+                parent, _, last = path.rpartition(".")
+                kept = {id(parameter): parameter for parameter in module.parameters()}
+                setattr(stages[number].get_submodule(parent), last, deepcopy(module, kept))
+                done.append(path)
+        seen |= set(mine.values())

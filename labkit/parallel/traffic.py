@@ -10,8 +10,9 @@ Per axis are kept
 - `bytes`: the payload that this rank hands over: the tensor of an all-reduce, the whole input of a reduce-scatter or
   an all-to-all, the own part of an all-gather, the tensor of a send, that of a broadcast on its source; nothing for a
   receive;
-- `wire_bytes`: what leaves this rank for it when n ranks form a ring (Patarasuk and Yuan, 2009): 2·(n-1)/n of an
-  all-reduce, (n-1)/n of a reduce-scatter and an all-to-all, (n-1) times an own part gathered, a send as it is;
+- `wire_bytes`: what leaves this rank by the formulas of a ring of n ranks (Patarasuk and Yuan, 2009): 2·(n-1)/n of an
+  all-reduce, (n-1)/n of a reduce-scatter and an all-to-all, (n-1) times an own part gathered, a send as it is (gloo's
+  own reduce-scatter sends twice that: it makes a whole all-reduce and throws the rest away);
 - `exposed_seconds`: how long computation stood still: in the call and in waiting for it.
 """
 
@@ -40,6 +41,10 @@ _SENDS: dict[str, tuple[int, Callable[[int], float]]] = {
     "reduce_scatter": (1, _ONE_WAY),
     "all_to_all_single": (1, _ONE_WAY),
     "alltoall": (1, _ONE_WAY),
+    # What the three with `single` are called before torch 2.13.
+    "_allgather_base": (1, lambda n: n - 1),
+    "_reduce_scatter_base": (1, _ONE_WAY),
+    "alltoall_base": (1, _ONE_WAY),
     "broadcast": (0, lambda n: 1),
     "send": (0, lambda n: 1),
 }
@@ -69,7 +74,8 @@ class Traffic:
 
     def __enter__(self) -> Traffic:
         for name in (*_SENDS, *_RECEIVES, _GROUPED):
-            self._replace(dist.ProcessGroup, name, self._counting)
+            if name in dist.ProcessGroup.__dict__:  # some are named otherwise in other versions of torch
+                self._replace(dist.ProcessGroup, name, self._counting)
         self._replace(dist.Work, "wait", self._waiting)
         return self
 

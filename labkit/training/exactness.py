@@ -17,7 +17,13 @@ def inexact_parts(model: nn.Module, ranks: int) -> list[str]:
             reasons.append(f"{name}: batch normalisation sees one rank's samples, so ranks differ from one process")
             break
     for name, module in model.named_modules():
-        if isinstance(module, _DropoutNd) and module.p > 0:
+        if (isinstance(module, _DropoutNd) and module.p > 0) or _drops_attention(module):
             reasons.append(f"{name}: dropout draws other numbers on every rank, so ranks differ from one process")
             break
     return reasons
+
+
+def _drops_attention(module: nn.Module) -> bool:
+    """An attention of transformers keeps its probability as a number."""
+    chance = getattr(module, "attention_dropout", 0.0)
+    return isinstance(chance, float) and chance > 0

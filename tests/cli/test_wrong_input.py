@@ -105,6 +105,7 @@ CASES = [
     sets("unknown workload", "workload.name=visoin", "unknown workload 'visoin'", "vision"),
     sets("unknown method", "gradients.compression.method=zip", "unknown compression method 'zip'"),
     sets("planned method", "gradients.compression.method=topk", "topk is not in this version of labkit yet"),
+    sets("stages as text", "layout.stage_blocks=1,5", "layout.stage_blocks: must be a list such as [1, 5]"),
     sets("axis without a sequence", "layout=cp2", "layout.cp: this network has no sequence to cut"),
     sets("axis without experts", "layout=ep2", "layout.ep: this network has no experts to deal out"),
     sets("planned network", "launch.network.rate_mbit=100", "a slower link is not in this version"),

@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from labkit.experiment import Experiment, ExperimentError
 from labkit.experiment.layout import AXES, MESH_ORDER, Layout
 
 sizes = st.fixed_dictionaries({axis: st.sampled_from([1, 1, 1, 2, 3]) for axis in AXES})
@@ -104,3 +105,9 @@ def test_impossible_sizes_are_refused(wrong: dict[str, int]) -> None:
 
 def test_data_parallel_ranks_see_different_samples() -> None:
     assert Layout(dp_replicate=2, dp_shard=3, tp=2).data_parallel == 6
+
+
+def test_one_process_reads_as_it_prints() -> None:
+    assert Experiment().replace(f"layout={Layout()}").layout == Layout()
+    with pytest.raises(ExperimentError):
+        Experiment().replace("layout=2")

@@ -23,6 +23,21 @@ def make() -> dict[str, Any]:
     }
 
 
+def lower_frozen() -> dict[str, Any]:
+    """The first parts are not trained."""
+    parts = make()
+    for number in (0, 1):
+        parts["model"].blocks[f"part_{number}"].requires_grad_(False)
+    return parts
+
+
+def shared_module() -> dict[str, Any]:
+    """One module in two places of the chain."""
+    parts = make()
+    blocks = dict(parts["model"].blocks)
+    return parts | {"model": Blocks(blocks | {"part_4": blocks["part_0"]})}
+
+
 def unbroken() -> dict[str, Any]:
     """The same in one piece."""
     parts = make()

@@ -250,6 +250,30 @@ def test_a_chain_of_ones_own_can_be_cut_into_stages() -> None:
         assert_equal(finished(own("make", layout)), reference)
 
 
+@pytest.mark.parametrize("layout", [PIPE, {**PIPE, **TWO, "schedule": "zbv"}, {**PIPE, "dp_shard": 2}])
+def test_a_module_in_two_stages_is_one_module(layout: dict[str, Any]) -> None:
+    clip = {"optimizer.clip_norm": 0.1}
+    whole = finished(own("shared_module", {}).set(clip))
+    half = own("shared_module", layout).set(clip | {"training.steps": STEPS // 2})
+    run = launch(half, baseline=None)
+    run.result(timeout=120)
+    assert np.abs(run.data().grad_norm - whole.grad_norm[: STEPS // 2]).max() <= EXACT
+    resumed = finished(own("shared_module", {}).set(clip), resume=run.id)
+    assert np.abs(resumed.loss - whole.loss[STEPS // 2 :]).max() <= EXACT
+
+
+def test_frozen_lower_stages_are_exact_or_refused_with_a_sentence() -> None:
+    by_hand = {**PIPE, "stage_blocks": [3, 3]}
+    assert_equal(finished(own("lower_frozen", by_hand)), finished(own("lower_frozen", {})))
+    nothing = {**PIPE, "stage_blocks": [2, 4]}
+    split = {**PIPE, **TWO, "schedule": "zbv", "stage_blocks": [2, 1, 1, 2]}
+    for layout, sentence in ((nothing, "stage 0 has nothing to train"), (split, "under zbv the first stage must")):
+        run = launch(own("lower_frozen", layout), baseline=None)
+        run.wait(60)
+        assert run.state == "failed"
+        assert sentence in run.cause["message"]
+
+
 def test_what_is_no_chain_says_so() -> None:
     run = launch(own("unbroken", PIPE), baseline=None)
     run.wait(60)

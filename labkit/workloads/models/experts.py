@@ -98,6 +98,7 @@ class MixtureOfExperts(nn.Module):
 
     def _imbalance(self, scores: Tensor, chosen: Tensor) -> Tensor:
         """Σ over sequences of E/(k·T²) · Σ_e count_e · Σ_t probability; 1 each where all experts are chosen alike."""
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # half precision counts to 256 only
         experts, length = scores.shape[-1], scores.shape[1]
         counts = nn.functional.one_hot(chosen.flatten(1), experts).sum(1).to(scores.dtype)  # [N, E]
         sizes = self.over_parts(torch.cat([counts, counts.new_full((len(counts), 1), length)], dim=1))
