@@ -15,6 +15,7 @@ import mmap
 import os
 import select
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ class SharedMemory:
         dist.barrier()
         for path in mine.values():
             path.unlink()
+        # Loader processes of a rank must not hold its pipes open when it is gone.
+        os.register_at_fork(after_in_child=partial(_close, [*incoming.values(), *outgoing]))
         return incoming, outgoing
 
     def _map(self, folder: Path, size: int) -> mmap.mmap:
@@ -179,3 +182,8 @@ def _add(parts: list[Tensor], out: Tensor) -> None:
     torch.add(parts[0], parts[1], out=out)
     for part in parts[2:]:
         out.add_(part)
+
+
+def _close(pipes: list[int]) -> None:
+    for pipe in pipes:
+        os.close(pipe)

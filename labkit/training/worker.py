@@ -6,6 +6,7 @@ import faulthandler
 import signal
 import sys
 import traceback
+import warnings
 
 from labkit.experiment import Experiment
 from labkit.experiment.registry import registry
@@ -29,6 +30,9 @@ def main(
     """Train as one rank. Raises what went wrong; SystemExit(EXIT_STOPPED) when it was stopped before its end."""
     # On this signal the stacks of all threads go to the log, also while the main thread hangs in a collective.
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
+    # Their new names are not there before torch 2.13, and a log is no place to say so to a learner.
+    renamed = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", renamed, FutureWarning)
     events = EventWriter(directory.events(rank), rank)
     try:
         with Meter(events, rank, board, requested) as meter:

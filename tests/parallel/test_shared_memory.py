@@ -40,8 +40,9 @@ def test_one_rank_exchanges_nothing() -> None:
     assert data.rank_starts[0]["effective"]["exchange"] == "none"
 
 
-def test_a_rank_whose_peer_has_ended_knows_it_at_once_and_names_the_right_one() -> None:
-    run = start(tiny(3, ENDLESS))
+@pytest.mark.parametrize("loader_workers", [0, 1])
+def test_a_rank_whose_peer_has_ended_knows_it_at_once_and_names_the_right_one(loader_workers: int) -> None:
+    run = start(tiny(3, ENDLESS, training__loader_workers=loader_workers))
     while run.data().steps < 3:
         time.sleep(0.02)
     begun = time.monotonic()
