@@ -16,6 +16,11 @@ from labkit.training.meter import Board, Meter
 from labkit.training.runtime import Runtime
 from labkit.training.trainer import Trainer
 
+_KEPT: list[object] = []
+"""Kept until the process ends without freeing anything: gloo's destructors now and then wait for ever (seen in 2 of 360
+runs with many small buckets, torch 2.13), and the rank would stay behind after its last event.
+"""
+
 
 def main(
     *,
@@ -46,6 +51,7 @@ def main(
         events.write("end", step=trainer.done, reason="stopped" if stopped else "finished")
         events.sync()
         runtime.end()
+        _KEPT.append((trainer, runtime))
     except BaseException as error:
         if not isinstance(error, SystemExit):
             _write_error(events, error)
