@@ -156,7 +156,8 @@ def test_a_checkpoint_goes_on_in_any_other_layout() -> None:
     )
     run = launch(half, baseline=None)
     run.result(timeout=120)
-    for layout in ({"pp": 2, "microbatches": 2}, {"dp_shard": 4}, {"dp_shard": 2, "zero_stage": 1}, {}):
+    others = {"pp": 2, "microbatches": 2}, {"dp_replicate": 4}, {"dp_shard": 4}, {"dp_shard": 2, "zero_stage": 1}, {}
+    for layout in others:
         data = finished(experiment("gpt", layout), resume=run.id)
         assert np.abs(data.loss - whole.loss[STEPS // 2 :]).max() <= EXACT, layout
 
