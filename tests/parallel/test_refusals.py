@@ -30,6 +30,7 @@ from labkit.experiment.layout import AXES
 from labkit.experiment.registry import registry
 from labkit.launch.cases import FAMILIES
 from labkit.parallel import context, expert, recompute, rules, tensor
+from labkit.parallel.context import Ring
 from labkit.parallel.cut import holding
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.pipeline import SCHEDULES
@@ -152,6 +153,15 @@ def buckets_would_stay_where_they_are() -> None:
     [bucket] = sync.buckets
     assert bucket.gradient.device == parameter.device, "nothing tells a bucket to lie elsewhere than its parameters"
     assert "offload" not in inspect.signature(GradientSync).parameters
+
+
+@protects_from("the ring has no dropout")
+def dropout_would_be_left_out() -> None:
+    x = torch.randn(1, 1, 8, 4)
+    attend = nn.functional.scaled_dot_product_attention
+    assert not torch.equal(attend(x, x, x, dropout_p=0.4), attend(x, x, x)), "it changes what is computed"
+    with pytest.raises(TypeError, match="dropout_p"):
+        Ring(None)(x, x, x, dropout_p=0.4)  # type: ignore[arg-type, call-arg]
 
 
 @protects_from("no ring for the attention of .+")
