@@ -1,0 +1,110 @@
+"""A group of ranks to talk to, and the bytes that one of them sends: counted here, where they leave.
+
+Everything that methods of this room send goes through a `Wire`. What an operation costs one rank of N, for a tensor of n
+bytes (what gloo and NCCL send by their ring algorithms; Patarasuk and Yuan, 2009):
+
+| operation   | this rank hands over       | and sends         |
+|-------------|----------------------------|-------------------|
+| all_reduce  | n                          | 2 · (N-1)/N · n   |
+| all_gather  | n, its own part            | (N-1) · n         |
+| all_to_all  | n, one N-th for each rank  | (N-1)/N · n       |
+| send        | n                          | n                 |
+| receive     | nothing                    | 0                 |
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def all_reduce_bytes(size: int, ranks: int) -> int:
+    """What one of `ranks` ranks sends when a tensor of `size` bytes is added up over all."""
+    return round(2 * (ranks - 1) * size / ranks)
+
+
+def all_gather_bytes(size: int, ranks: int) -> int:
+    """The same when each rank's part of `size` bytes goes to all."""
+    return (ranks - 1) * size
+
+
+def all_to_all_bytes(size: int, ranks: int) -> int:
+    """The same when `size` bytes are dealt out evenly to all ranks."""
+    return round((ranks - 1) * size / ranks)
+
+
+class Pending:
+    """An operation that has begun; `wait()` gives its result."""
+
+    def __init__(self, wire: Wire, work: Any, result: Tensor) -> None:
+        self._wire, self._work, self._result = wire, work, result
+
+    def wait(self) -> Tensor:
+        """Block until the result is there (on a GPU: until the stream may use it)."""
+        if self._work is not None:
+            begun = time.perf_counter()
+            self._work.wait()
+            self._work = None
+            self._wire.seconds += time.perf_counter() - begun
+        return self._result
+
+    def done(self) -> bool:
+        """Is it there without waiting?"""
+        return self._work is None or bool(self._work.is_completed())
+
+
+class Wire:
+    """The ranks of a process group (all ranks, if None). Operations begin at once and in the order of the calls, which
+    must be the same on all ranks; tensors are contiguous and stay untouched until the operation is done.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group if group is not None else dist.group.WORLD
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.sent = 0
+        """Bytes that this rank has sent so far."""
+        self.calls = 0
+        self.seconds = 0.0
+        """How long this rank has stood still for it, so far."""
+
+    def all_reduce(self, x: Tensor) -> Pending:
+        """The sum over all ranks, in place."""
+        self._count(all_reduce_bytes(_bytes(x), self.size))
+        return Pending(self, dist.all_reduce(x, group=self.group, async_op=True), x)
+
+    def all_gather(self, x: Tensor) -> Pending:
+        """The parts of all ranks, shape [size, *x.shape]; parts have one shape."""
+        self._count(all_gather_bytes(_bytes(x), self.size))
+        out = x.new_empty((self.size, *x.shape))
+        work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=self.group, async_op=True)
+        return Pending(self, work, out)
+
+    def all_to_all(self, x: Tensor) -> Pending:
+        """x[r] goes to rank r; result[r] came from it. Shape [size, …] both."""
+        self._count(all_to_all_bytes(_bytes(x), self.size))
+        out = torch.empty_like(x)
+        return Pending(self, dist.all_to_all_single(out, x, group=self.group, async_op=True), out)
+
+    def send(self, x: Tensor, to: int, tag: int = 0) -> Pending:
+        """To rank `to` of the group."""
+        self._count(_bytes(x))
+        work = dist.isend(x, group=self.group, group_dst=to, tag=tag)
+        return Pending(self, work, x)
+
+    def receive(self, x: Tensor, source: int, tag: int = 0) -> Pending:
+        """Into `x`, from rank `source` of the group."""
+        self.calls += 1
+        work = dist.irecv(x, group=self.group, group_src=source, tag=tag)
+        return Pending(self, work, x)
+
+    def _count(self, size: int) -> None:
+        self.calls += 1
+        self.sent += size
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
