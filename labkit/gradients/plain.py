@@ -6,9 +6,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from labkit.experiment.registry import Options as BaseOptions
+from labkit.gradients.update import Rounds
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
+
+    from labkit.experiment import Experiment
+    from labkit.experiment.machine import Machine
+    from labkit.experiment.problem import Problem
 
 
 class Uncompressed:
@@ -30,14 +37,26 @@ class Uncompressed:
         return round(2 * (ranks - 1) / ranks * gradient_bytes)
 
 
-class Synchronous:
+class Synchronous(Rounds):
     """All ranks wait for the average of all gradients before anyone changes a weight."""
+
+    exchanges = True
 
     class Options(BaseOptions):
         pass
 
     @staticmethod
-    def passes(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Around one pass forward and backward: only the last of an update exchanges gradients."""
-        no_sync = getattr(model, "no_sync", None)
-        return nullcontext() if last or no_sync is None else no_sync()
+    def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        """It goes with everything."""
+        return iter(())
+
+    def passes(self, model: Any, last: bool, step: int) -> AbstractContextManager[Any]:
+        """Only the last pass of an update exchanges gradients."""
+        return nullcontext() if last else model.no_sync()
+
+    def judged(self) -> AbstractContextManager[None]:
+        """All ranks hold the same weights."""
+        return nullcontext()
+
+    def consolidate(self, step: int) -> None:
+        """All ranks hold the same state."""

@@ -1,13 +1,14 @@
 """A group of ranks to talk to, and the bytes that one of them sends: counted here, where they leave.
 
-Everything that methods of this room send goes through a `Wire`. What an operation costs one rank of N, for a tensor of n
-bytes (what gloo and NCCL send by their ring algorithms; Patarasuk and Yuan, 2009):
+Everything that methods of this room send goes through a `Wire`. What an operation costs one rank of N, for a tensor of
+n bytes (what gloo and NCCL send by their ring algorithms; Patarasuk and Yuan, 2009):
 
 | operation   | this rank hands over       | and sends         |
 |-------------|----------------------------|-------------------|
 | all_reduce  | n                          | 2 · (N-1)/N · n   |
 | all_gather  | n, its own part            | (N-1) · n         |
 | all_to_all  | n, one N-th for each rank  | (N-1)/N · n       |
+| broadcast   | n, one rank only           | (N-1) · n         |
 | send        | n                          | n                 |
 | receive     | nothing                    | 0                 |
 """
@@ -63,8 +64,9 @@ class Wire:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group if group is not None else dist.group.WORLD
-        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        alone = group is None and not dist.is_initialized()
+        self.group = group if group is not None or alone else dist.group.WORLD
+        self.rank, self.size = (0, 1) if alone else (dist.get_rank(self.group), dist.get_world_size(self.group))
         self.sent = 0
         """Bytes that this rank has sent so far."""
         self.calls = 0
@@ -74,11 +76,15 @@ class Wire:
     def all_reduce(self, x: Tensor) -> Pending:
         """The sum over all ranks, in place."""
         self._count(all_reduce_bytes(_bytes(x), self.size))
+        if self.size == 1:
+            return Pending(self, None, x)
         return Pending(self, dist.all_reduce(x, group=self.group, async_op=True), x)
 
     def all_gather(self, x: Tensor) -> Pending:
         """The parts of all ranks, shape [size, *x.shape]; parts have one shape."""
         self._count(all_gather_bytes(_bytes(x), self.size))
+        if self.size == 1:
+            return Pending(self, None, x.clone()[None])
         out = x.new_empty((self.size, *x.shape))
         work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=self.group, async_op=True)
         return Pending(self, work, out)
@@ -86,6 +92,8 @@ class Wire:
     def all_to_all(self, x: Tensor) -> Pending:
         """x[r] goes to rank r; result[r] came from it. Shape [size, …] both."""
         self._count(all_to_all_bytes(_bytes(x), self.size))
+        if self.size == 1:
+            return Pending(self, None, x.clone())
         out = torch.empty_like(x)
         return Pending(self, dist.all_to_all_single(out, x, group=self.group, async_op=True), out)
 
@@ -100,6 +108,19 @@ class Wire:
         self.calls += 1
         work = dist.irecv(x, group=self.group, group_src=source, tag=tag)
         return Pending(self, work, x)
+
+    def receive_from_anyone(self, x: Tensor, tag: int = 0) -> int:
+        """Block until somebody has sent to `x`; returns who."""
+        self.calls += 1
+        source = dist.recv(x, group=self.group, tag=tag)
+        return dist.get_group_rank(self.group, source) if self.group is not None else source
+
+    def broadcast(self, x: Tensor, source: int = 0) -> Pending:
+        """What `source` holds in `x` reaches all; counted there, once for each of the others."""
+        self._count((self.size - 1) * _bytes(x) if self.rank == source else 0)
+        if self.size == 1:
+            return Pending(self, None, x)
+        return Pending(self, dist.broadcast(x, group=self.group, group_src=source, async_op=True), x)
 
     def _count(self, size: int) -> None:
         self.calls += 1

@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 from labkit.experiment import Experiment
 from labkit.experiment.registry import registry
 from labkit.experiment.run_directory import RunDirectory
+from labkit.gradients.update import Setting
+from labkit.gradients.wire import Wire
 from labkit.parallel import shared_memory, state
 from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel, share_weight
@@ -55,19 +57,34 @@ class Trainer:
         self.order = Order(len(task.train), training.global_batch, training.seed)
         self.steps = training.steps or self.order.steps(training.epochs or 1)
         self.passes = experiment.gradients.accumulation
-        self.update = registry("gradients.update")[experiment.gradients.update.method].load()
+        rule = registry("gradients.update")[experiment.gradients.update.method].load()
         self.compression = registry("gradients.compression")[experiment.gradients.compression.method].load()
         self.model: ReplicatedModel | ParallelModel
         if runtime.spread:
             autocast = runtime.accelerator.autocast
             self.model = ParallelModel(experiment, task, runtime.mesh, runtime.device, autocast)
         else:
-            self.model = ReplicatedModel(experiment, task, runtime.mesh, runtime.accelerator, self.update)
-            if shared_memory.offered(experiment):
+            self.model = ReplicatedModel(experiment, task, runtime.mesh, runtime.accelerator, rule.exchanges)
+            if rule.exchanges and shared_memory.offered(experiment):
                 self.model.share_memory(runtime.folder, runtime.timeout_s)
             self.compression.attach(self.model.wrapped)
         self.optimizer = make_optimizer(experiment.optimizer, self.model.optimized())
-        self.first = self._load(Path(resume)) if resume else 0
+        self.update = rule(
+            Setting(
+                experiment,
+                rule.Options(**experiment.gradients.update.options),
+                task.model,
+                self.optimizer,
+                Wire(),
+                self.steps,
+                self._rate,
+                runtime.folder,
+                runtime.timeout_s,
+            )
+        )
+        self.first = self._load(Path(resume)) if resume else self._begin_anew()
+        if isinstance(self.model, ReplicatedModel):
+            self.model.use(self.update.works_on())
         self.done = self._saved_at = self.first
         """Updates done so far."""
         wanted = training.trace_step
@@ -77,6 +94,16 @@ class Trainer:
         """Train to the end or until asked to stop; True if it was stopped before its end."""
         self._write_start()
         self.model.train()
+        stopped = self._draw_tickets() if self.update.draws else self._go_through_rounds()
+        if stopped and self.done > self._saved_at and self.experiment.training.checkpoint_every != 0:
+            self._save(self.done)
+        if not self.update.draws:
+            self.update.close()
+        self._write_figures()
+        return stopped
+
+    def _go_through_rounds(self) -> bool:
+        """Every rank does every update; True if they were stopped."""
         batches = self._batches()
         stopped = False
         while self.done < self.steps:
@@ -89,10 +116,54 @@ class Trainer:
                 self._step(self.done, batches)
             self.done += 1
             self._after(self.done)
-        if stopped and self.done > self._saved_at and self.experiment.training.checkpoint_every != 0:
-            self._save(self.done)
-        self._write_figures()
         return stopped
+
+    def _draw_tickets(self) -> bool:
+        """Ranks draw work and meet where something is due; True if they were stopped."""
+        rule, shares = self.update, self.runtime.mesh.samples[1]
+        while self.done < self.steps:
+            due = next(step for step in range(self.done + 1, self.steps + 1) if self._is_due(step))
+            rule.open(self.done * shares, due * shares)
+            asked = False
+            while (ticket := rule.take(stop=asked)) is not None:
+                self._work_on(ticket, *divmod(ticket, shares))
+                asked = self.board.asked_to_stop()
+            self.meter.phase("optimizer")
+            rule.close()
+            # Not all have seen the request at the same ticket.
+            stopped = bool(self.runtime.add_up({"asked": float(asked)})["asked"])
+            self.done = rule.drawn // shares
+            if self.done == due or not stopped:
+                self._after(self.done)
+            if stopped:
+                return self.done < self.steps
+        return False
+
+    def _work_on(self, ticket: int, step: int, share: int) -> None:
+        """One piece of work: the gradient over a share of update `step`, and what the rule makes of it."""
+        meter, runtime, rule = self.meter, self.runtime, self.update
+        rate = self._rate(step)
+        meter.begin(step, rate, ticket)
+        set_learning_rate(self.optimizer, rate)
+        runtime.seed(self._random_state(step, share))
+        rule.pull()
+        shares = self.runtime.mesh.samples[1]
+        for number, indices in enumerate(self.order.passes(step, share, shares, self.passes)):
+            if number:
+                meter.phase("data")
+            batch = runtime.place(self.task.train.__getitems__(indices.tolist()))
+            loss = self.model.run_pass(batch, self._weight(len(indices)), number == self.passes - 1, meter.phase)
+            assert loss is not None
+            meter.loss(loss, len(indices))
+        meter.phase("optimizer")
+        self._measure_gradient()
+        stale = rule.push(ticket)
+        self.model.after_update(self.optimizer)
+        if stale is None:
+            meter.cancel()
+        else:
+            meter.staleness(stale)
+            meter.end()
 
     # -- one update ---------------------------------------------------------------------------------------------------
 
@@ -106,31 +177,46 @@ class Trainer:
     def _step(self, step: int, batches: Iterator[Batch], trace: Trace | None = None) -> None:
         """One update: the passes over this rank's share, the exchange of gradients in the last, the optimizer."""
         meter, runtime = self.meter, self.runtime
-        settings = self.experiment.optimizer
-        rate = learning_rate(settings, step, self.steps)
+        rate = self._rate(step)
         meter.begin(step, rate)
         set_learning_rate(self.optimizer, rate)
-        # Everything random in this step (dropout, …) follows from these three, so a resumed run repeats it.
-        runtime.seed((self.experiment.training.seed * 1_000_003 + step) * 4099 + runtime.rank)
+        runtime.seed(self._random_state(step, runtime.rank))
         for number in range(self.passes):
             if number:
                 meter.phase("data")
             batch = runtime.place(next(batches))
             samples = len(next(iter(batch.values())))
             last = number == self.passes - 1
-            loss = self.model.run_pass(batch, self._weight(samples), last, meter.phase)
+            with self.update.passes(self.model, last, step):
+                loss = self.model.run_pass(batch, self._weight(samples), last, meter.phase)
             if loss is not None:
                 meter.loss(loss, samples * self.model.counted)
         meter.phase("optimizer")
-        if settings.clip_norm is not None:
-            meter.grad_norm(self.model.clip(settings.clip_norm))
-        elif self.experiment.training.gradient_norm:
-            meter.grad_norm(self.model.grad_norm())
+        self.update.before_update(step)
+        self._measure_gradient()
         self.optimizer.step()
         if trace is not None:
             trace.measure()
+        stale = self.update.after_update(step)
+        if stale is not None:
+            meter.staleness(stale)
         self.model.after_update(self.optimizer)
         meter.end()
+
+    def _measure_gradient(self) -> None:
+        """Clip the gradient, or write its norm down, if that was asked for."""
+        limit = self.experiment.optimizer.clip_norm
+        if limit is not None:
+            self.meter.grad_norm(self.model.clip(limit))
+        elif self.experiment.training.gradient_norm:
+            self.meter.grad_norm(self.model.grad_norm())
+
+    def _rate(self, step: int) -> float:
+        return learning_rate(self.experiment.optimizer, step, self.steps)
+
+    def _random_state(self, step: int, share: int) -> int:
+        """Everything random in a step (dropout, …) follows from these three, so a resumed run repeats it."""
+        return (self.experiment.training.seed * 1_000_003 + step) * 4099 + share
 
     def _weight(self, samples: int) -> float:
         """Weight of the mean loss over `samples` so that the update is the mean over the global batch."""
@@ -163,15 +249,25 @@ class Trainer:
         """What is due after `step` updates: evaluation, checkpoint; always at the end unless switched off (0)."""
         if self.runtime.isolated:
             return  # copies that do not train together have nothing to show or to keep
-        training = self.experiment.training
-        evaluate_every = training.evaluate_every
-        if evaluate_every is None:
-            evaluate_every = max(1, self.steps // DEFAULT_EVALUATIONS)
-        if self._due(step, evaluate_every):
+        if self._due(step, self._evaluate_every):
             self._evaluate(step, last=step == self.steps)
-        checkpoint_every = self.steps if training.checkpoint_every is None else training.checkpoint_every
-        if self._due(step, checkpoint_every):
+        if self._due(step, self._checkpoint_every):
             self._save(step)
+
+    @property
+    def _evaluate_every(self) -> int:
+        wanted = self.experiment.training.evaluate_every
+        return max(1, self.steps // DEFAULT_EVALUATIONS) if wanted is None else wanted
+
+    @property
+    def _checkpoint_every(self) -> int:
+        wanted = self.experiment.training.checkpoint_every
+        return self.steps if wanted is None else wanted
+
+    def _is_due(self, step: int) -> bool:
+        """Is there anything to do after `step` updates? At the end in any case."""
+        every = (self._evaluate_every, self._checkpoint_every)
+        return step == self.steps or any(self._due(step, one) for one in every)
 
     def _due(self, step: int, every: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.steps)
@@ -183,9 +279,10 @@ class Trainer:
             self.meter.phase("evaluation")
 
         alive()
-        sums = evaluation.evaluate(self.task, self.model, self.runtime, alive)
-        if last:
-            sums |= evaluation.drive(self.task, self.model, self.runtime, self.experiment.training.seed, alive)
+        with self.update.judged():
+            sums = evaluation.evaluate(self.task, self.model, self.runtime, alive)
+            if last:
+                sums |= evaluation.drive(self.task, self.model, self.runtime, self.experiment.training.seed, alive)
         if self.runtime.rank == 0:
             seconds = time.perf_counter() - begun
             self.events.write("evaluation", step=step, metrics=self.task.metrics(sums), seconds=seconds)
@@ -194,6 +291,7 @@ class Trainer:
         begun = time.perf_counter()
         self.meter.phase("checkpoint")
         mesh, leads = self.runtime.mesh, self.runtime.rank == 0
+        self.update.consolidate(step)
         folder = checkpoint.save(
             self.directory,
             step,
@@ -202,6 +300,7 @@ class Trainer:
             part=mesh.place["pp"] if mesh.rank == mesh.writer else None,
             leads=leads,
             meet=self.runtime.meet if mesh.size("pp") > 1 else lambda: None,
+            more=self.update.state(),
         )
         self._saved_at = step
         if leads:
@@ -218,7 +317,12 @@ class Trainer:
         stored = checkpoint.read(folder)
         with checkpoint.fitting(folder):
             state.restore(self.model, self.optimizer, stored.weights, stored.moments)
+            self.update.load(stored.more)
         return stored.step
+
+    def _begin_anew(self) -> int:
+        self.update.load({})
+        return 0
 
     # -- beginning and end --------------------------------------------------------------------------------------------
 
