@@ -30,9 +30,9 @@ UPDATE = Registry(
         Method(
             "streaming_diloco", "DiLoCo by fragments, overlapped", "labkit.gradients.streaming_diloco:StreamingDiLoCo"
         ),
-        Method("parameter_server", "bounded staleness"),
-        Method("hogwild", "one model in shared memory, no locks"),
-        Method("gossip", "average with a neighbour (AD-PSGD)"),
+        Method("parameter_server", "bounded staleness", "labkit.gradients.parameter_server:ParameterServer"),
+        Method("hogwild", "one model in shared memory, no locks", "labkit.gradients.hogwild:Hogwild"),
+        Method("gossip", "average with a neighbour (AD-PSGD)", "labkit.gradients.gossip:Gossip"),
         Method("delayed", "gradients one step late", "labkit.gradients.delayed:Delayed"),
         Method("pipedream", "asynchronous pipeline with weight stashing"),
     ],
