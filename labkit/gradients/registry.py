@@ -7,8 +7,8 @@ COMPRESSION = Registry(
     "compression method",
     [
         Method("none", "gradients travel as they are", "labkit.gradients.plain:Uncompressed"),
-        Method("fp16", "half precision"),
-        Method("bf16", "brain half precision"),
+        Method("fp16", "half precision", "labkit.gradients.half:Fp16"),
+        Method("bf16", "brain half precision", "labkit.gradients.half:Bf16"),
         Method("int8", "eight bits, stochastic rounding (QSGD)"),
         Method("sign", "one bit with error feedback"),
         Method("ternary", "-1, 0, 1 (TernGrad)"),

@@ -11,6 +11,7 @@ Experiences on Accelerating Data Parallel Training", VLDB 2020.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from labkit.parallel.communication import Communication
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from labkit.experiment import Experiment
+    from labkit.gradients.exchange import Counters, Exchange, Exchanges
     from labkit.parallel.cut import Holding
     from labkit.parallel.mesh import Mesh
     from labkit.parallel.shared_memory import SharedMemory
@@ -80,7 +82,15 @@ class ReplicatedModel:
     counted = 1.0
     sharded = ()
 
-    def __init__(self, experiment: Experiment, task: Task, mesh: Mesh, accelerator: Accelerator, update: Any) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        task: Task,
+        mesh: Mesh,
+        accelerator: Accelerator,
+        update: Any,
+        exchanges: Exchanges,
+    ) -> None:
         from labkit.parallel import recompute
         from labkit.parallel.expert import weigh_samples
 
@@ -95,6 +105,23 @@ class ReplicatedModel:
         weigh_samples(task.model, self.averaged_over / experiment.training.global_batch)
         self.memory: SharedMemory | None = None
         """Where gradients are exchanged, if not in the process group."""
+        self._exchanges = exchanges
+        self._exchange: Exchange | None = None
+        self._updates = 0
+        self._steers = exchanges.wanted or not experiment.gradients.overlap
+        trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+        self._gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+
+    def exchange_through(self, folder: Path | None, timeout_s: float) -> None:
+        """Say what gradients go through (collective): memory of this machine if a `folder` to meet in is given."""
+        if folder is not None:
+            self.share_memory(folder, timeout_s)
+        elif self._steers and hasattr(self.wrapped, "register_comm_hook"):
+            import torch.distributed as dist
+
+            assert dist.group.WORLD is not None
+            self._exchange = self._exchanges.over(dist.group.WORLD)
+            self._exchange.attach(self.wrapped)
 
     def share_memory(self, folder: Path, timeout_s: float) -> None:
         """Exchange gradients through memory of this machine from here on (collective)."""
@@ -130,6 +157,7 @@ class ReplicatedModel:
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer has stepped. DDP's gradients stay in its buckets: a new one would have to be copied in."""
+        self._updates += 1
         optimizer.zero_grad(set_to_none=self.averaged_over == 1)
 
     def output(self, x: Tensor) -> Tensor:
@@ -144,14 +172,30 @@ class ReplicatedModel:
             return "none"
         return "shared memory" if self.memory else "process group"
 
-    def communication(self, compression: Any) -> Communication | None:
-        """What DDP sends per update, with this compressor; None on one rank."""
-        measured = Replicate.communication(self.wrapped)
-        if measured is None:
+    def counters(self) -> Counters | None:
+        """What combining gradients has cost so far; None on one rank.
+
+        Where DDP's own reducer or shared memory are at work the bytes are those of the formula.
+        """
+        from labkit.gradients.cost import all_reduce_bytes
+        from labkit.gradients.exchange import Counters
+
+        if not hasattr(self.wrapped, "register_comm_hook"):
             return None
-        if self.memory and self.memory.updates:
-            measured["exposed_seconds"] = self.memory.seconds / self.memory.updates
-        wire = compression.bytes_per_step(measured["gradient_bytes"], self.averaged_over)
+        if self._exchange is not None:
+            return self._exchange.counters()
+        sent = self._updates * all_reduce_bytes(self._gradient_bytes, self.averaged_over)
+        return Counters(sent, self.memory.seconds if self.memory else math.nan, 0.0, sent)
+
+    def communication(self) -> Communication | None:
+        """What is sent per update; None on one rank."""
+        measured, counted = Replicate.communication(self.wrapped), self.counters()
+        if measured is None or counted is None:
+            return None
+        updates = max(1, self._updates)
+        if not math.isnan(counted.exposed_seconds):
+            measured["exposed_seconds"] = counted.exposed_seconds / updates
+        wire = counted.bytes / updates
         axis = {
             "calls": measured["buckets"],
             "bytes": measured["gradient_bytes"],

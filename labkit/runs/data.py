@@ -34,6 +34,14 @@ MAX_ACTIONS = 200_000
 MAX_AXES, MAX_BLOCKS, MAX_EXPERTS = 64, 1024, 1024
 _CHUNK_BYTES = 128 * 2**10
 _SPANS = ("data", "forward", "backward", "optimizer")
+_EXCHANGED = ("bytes", "exposed", "compression")
+_EXCHANGES = (
+    "bytes_per_step",
+    "exposed_seconds_per_step",
+    "counted_bytes_per_step",
+    "formula_bytes_per_step",
+    "compression_seconds",
+)
 TRAFFIC = ("calls", "bytes", "wire_bytes", "exposed_seconds")
 _AXIS = re.compile(r"[a-z_]{1,20}(\+[a-z_]{1,20}){0,7}")
 _FILE = re.compile(r"rank-(0|[1-9][0-9]{0,3})\.jsonl")
@@ -112,7 +120,11 @@ class RunData:
         self.evaluations: list[tuple[int, float, dict[str, float]]] = []
         """(updates done, seconds since the first step began, metrics), in the order of the file."""
         self.communication: dict[str, float] | None = None
-        """bytes_per_step, exposed_seconds_per_step: as last reported, the largest over the ranks."""
+        """As last reported, the largest over the ranks: bytes_per_step, exposed_seconds_per_step; of combining
+        gradients counted_bytes_per_step, formula_bytes_per_step and compression_seconds, per update too.
+        """
+        self.compressor = ""
+        """The compressor that was at work, by its name."""
         self.traced: int | None = None
         """The update, counted from 1, that the next five come from; None before it."""
         self.memory: dict[int, dict[str, int]] = {}
@@ -138,6 +150,7 @@ class RunData:
         self._elapsed = GrowingArray(np.float64)
         self._origin: float | None = None
         self._spans = {name: GrowingArray(np.float32) for name in _SPANS}
+        self._exchanged = {name: GrowingArray(np.float64) for name in _EXCHANGED}
         self._grad_norm = GrowingArray(np.float64)  # the parity proof compares it to 1e-9
         self._lr = GrowingArray(np.float32)
         self._stamps: dict[str, tuple[int, int, int]] = {}
@@ -304,7 +317,8 @@ class RunData:
             for name, span in self._spans.items():
                 values = _column(event.get(name), count)
                 span.write(at, _narrow(values[drop:] if values is not None else np.full(count - drop, np.nan)), np.nan)
-            for name, column in (("grad_norm", self._grad_norm), ("lr", self._lr)):
+            columns = {"grad_norm": self._grad_norm, "lr": self._lr} | self._exchanged
+            for name, column in columns.items():
                 values = _column(event.get(name), count)
                 column.write(at, values[drop:] if values is not None else np.full(count - drop, np.nan), np.nan)
             self._note_elapsed(at, seconds[drop:], _number(event.get("monotonic")))
@@ -334,12 +348,14 @@ class RunData:
         return True
 
     def _communication(self, number: int, event: dict[str, Any]) -> bool:
-        found = {key: _number(event.get(key)) for key in ("bytes_per_step", "exposed_seconds_per_step")}
+        found = {key: _number(event.get(key)) for key in _EXCHANGES}
         known = self.communication or {}
         for key, value in found.items():
             if value is not None:
                 known[key] = max(value, known.get(key, 0.0))
         self.communication = known or None
+        if isinstance(event.get("method"), str):
+            self.compressor = event["method"][:100]
         axes = _axes(event.get("axes"))
         if axes:
             self.traffic[number] = axes
@@ -502,6 +518,13 @@ class RunData:
     def lr(self) -> Floats:
         """Learning rate of each step (steps,); NaN where it was not written down."""
         return self._padded(self._lr)
+
+    @property
+    def exchanged(self) -> dict[str, Floats]:
+        """What combining the gradients of each step has cost rank 0 (steps,): bytes that it sent, seconds in which
+        nothing was computed meanwhile (exposed) and seconds of compression; NaN where it was not written down.
+        """
+        return {name: self._padded(column) for name, column in self._exchanged.items()}
 
     def _padded(self, column: GrowingArray) -> Floats:
         count = self.steps

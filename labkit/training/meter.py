@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from labkit.experiment.run_directory import PHASES
+from labkit.gradients.exchange import Counters
 from labkit.training.clock import clock
 from labkit.training.events import EventWriter
 
@@ -39,7 +40,7 @@ class Board(Protocol):
 class _Step:
     """The marks of one step, until they are turned into seconds."""
 
-    __slots__ = ("grad_norm", "losses", "lr", "marks", "number", "samples")
+    __slots__ = ("exchanged", "grad_norm", "losses", "lr", "marks", "number", "samples")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -47,6 +48,7 @@ class _Step:
         self.losses: list[tuple[Tensor, float]] = []
         self.samples = 0.0
         self.grad_norm: Any = None
+        self.exchanged: Counters | None = None
         self.lr = 0.0
 
 
@@ -112,6 +114,11 @@ class Meter:
         assert self._step is not None
         self._step.grad_norm = norm
 
+    def exchanged(self, counted: Counters | None) -> None:
+        """What combining the gradients of this step has cost."""
+        assert self._step is not None
+        self._step.exchanged = counted
+
     def end(self) -> None:
         """The step has ended."""
         step = self._step
@@ -172,6 +179,11 @@ class Meter:
                 columns[name].append(round(spans[name], 7))
         if ready[0].grad_norm is not None:
             columns["grad_norm"] = [None if step.grad_norm is None else float(step.grad_norm) for step in ready]
+        exchanged = [step.exchanged for step in ready if step.exchanged is not None]
+        if len(exchanged) == len(ready):
+            columns["bytes"] = [one.bytes for one in exchanged]
+            columns["exposed"] = [round(one.exposed_seconds, 7) for one in exchanged]
+            columns["compression"] = [round(one.compression_seconds, 7) for one in exchanged]
         if self.rank == 0:
             columns["lr"] = [step.lr for step in ready]
         self.events.write("steps", first=ready[0].number, **columns)

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -13,10 +14,12 @@ from torch.utils.data import DataLoader
 from labkit.experiment import Experiment
 from labkit.experiment.registry import registry
 from labkit.experiment.run_directory import RunDirectory
+from labkit.gradients.exchange import Counters, Exchanges
 from labkit.parallel import shared_memory, state
 from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel, share_weight
 from labkit.training import checkpoint, evaluation
+from labkit.training.clock import clock
 from labkit.training.events import EventWriter
 from labkit.training.exactness import inexact_parts
 from labkit.training.meter import Board, Meter, peak_bytes
@@ -56,18 +59,25 @@ class Trainer:
         self.steps = training.steps or self.order.steps(training.epochs or 1)
         self.passes = experiment.gradients.accumulation
         self.update = registry("gradients.update")[experiment.gradients.update.method].load()
-        self.compression = registry("gradients.compression")[experiment.gradients.compression.method].load()
+        self.exchanges = Exchanges(
+            experiment, self.steps, clock(runtime.device) if runtime.device.type == "cuda" else None
+        )
         self.model: ReplicatedModel | ParallelModel
         if runtime.spread:
             autocast = runtime.accelerator.autocast
-            self.model = ParallelModel(experiment, task, runtime.mesh, runtime.device, autocast)
+            self.model = ParallelModel(experiment, task, runtime.mesh, runtime.device, autocast, self.exchanges)
         else:
-            self.model = ReplicatedModel(experiment, task, runtime.mesh, runtime.accelerator, self.update)
-            if shared_memory.offered(experiment):
-                self.model.share_memory(runtime.folder, runtime.timeout_s)
-            self.compression.attach(self.model.wrapped)
-        self.optimizer = make_optimizer(experiment.optimizer, self.model.optimized())
+            self.model = ReplicatedModel(
+                experiment, task, runtime.mesh, runtime.accelerator, self.update, self.exchanges
+            )
+            folder = runtime.folder if shared_memory.offered(experiment) else None
+            self.model.exchange_through(folder, runtime.timeout_s)
+        settings = self.exchanges.settings()
+        self.optimizer = make_optimizer(settings, self.model.optimized(), self.exchanges.optimizer())
+        self.exchanges.bind(self.optimizer)
         self.first = self._load(Path(resume)) if resume else 0
+        self.exchanges.resume(self.first)
+        self._counted = Counters()
         self.done = self._saved_at = self.first
         """Updates done so far."""
         wanted = training.trace_step
@@ -130,7 +140,16 @@ class Trainer:
         if trace is not None:
             trace.measure()
         self.model.after_update(self.optimizer)
+        meter.exchanged(self._exchanged())
         meter.end()
+
+    def _exchanged(self) -> Counters | None:
+        """What combining the gradients of this update has cost; None where nothing is combined or nobody counts."""
+        now = self.model.counters()
+        if now is None:
+            return None
+        before, self._counted = self._counted, now
+        return now.since(before)
 
     def _weight(self, samples: int) -> float:
         """Weight of the mean loss over `samples` so that the update is the mean over the global batch."""
@@ -242,7 +261,7 @@ class Trainer:
             effective={
                 "dtype": str(runtime.dtype).removeprefix("torch."),
                 "products": str(runtime.product_type()).removeprefix("torch."),
-                "compressor": self.experiment.gradients.compression.method,
+                "compressor": self.exchanges.installed,
                 "sparsity": self.experiment.sparsity.method,
                 "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else "none",
                 "exchange": self.model.exchange,
@@ -250,16 +269,29 @@ class Trainer:
         )
 
     def _write_figures(self) -> None:
-        measured = self.model.communication(self.compression)
+        measured = self.model.communication()
         if measured is not None:
             self.events.write(
                 "communication",
                 bytes_per_step=round(measured.wire_bytes),
                 exposed_seconds_per_step=measured.exposed_seconds,
                 axes=measured.axes,
+                **self._about_exchange(),
             )
         self.events.write("memory", peak_bytes=peak_bytes(self.runtime.device))
         self.meter.phase("done")
+
+    def _about_exchange(self) -> dict[str, Any]:
+        """Of combining gradients, per update of this run: bytes counted and by the formula, compression (s)."""
+        counted, updates = self._counted, self.done - self.first
+        if not updates or self.model.counters() is None:
+            return {}
+        return {
+            "counted_bytes_per_step": counted.bytes / updates,
+            "formula_bytes_per_step": counted.formula_bytes / updates,
+            "compression_seconds": counted.compression_seconds / updates,
+            "method": self.exchanges.installed,
+        }
 
 
 def _as_it_is(batch: Batch) -> Batch:
