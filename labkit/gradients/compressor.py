@@ -129,8 +129,8 @@ class Compressor:
         """Makes the optimizer from groups of parameters and settings, if the method brings its own."""
         return None
 
-    def bind(self, optimizer: torch.optim.Optimizer) -> None:
-        """What works on the result; called once it exists."""
+    def bind(self, optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
+        """What works on the result, and what the experiment asks of it; called once it exists."""
 
     # -- used by others -----------------------------------------------------------------------------------------------
 

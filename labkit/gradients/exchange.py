@@ -206,7 +206,7 @@ class Exchanges:
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         """Show the compressors what works on their results."""
         for exchange in self._made.values():
-            exchange.compressor.bind(optimizer)
+            exchange.compressor.bind(optimizer, self._optimizer)
 
 
 def _row(counters: Counters) -> tuple[Any, ...]:
