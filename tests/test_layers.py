@@ -22,7 +22,8 @@ FLOORS: dict[str, set[str]] = {
     "experiment": set(),
     "workloads": {"experiment"},
     # A plan for cutting layers names the layers: that room stands one floor above the models.
-    "parallel": {"experiment", "workloads"},
+    # It also hands its buckets to what combines gradients.
+    "parallel": {"experiment", "workloads", "gradients"},
     "gradients": {"experiment"},
     "sparsity": {"experiment"},
     "quantization": {"experiment"},

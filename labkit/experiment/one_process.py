@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from labkit.experiment.layout import Layout
-from labkit.experiment.schema import Experiment
+from labkit.experiment.schema import Experiment, Gradients
 
 MAX_NAME = 200
 
 
 def one_process(experiment: Experiment, name: str = "") -> Experiment:
-    """`experiment` on one rank and in one pass, under another name."""
+    """`experiment` on one rank and in one pass, with plain gradients, under another name."""
     return experiment.set(
-        {"layout": Layout(), "gradients.accumulation": 1, "launch.isolated": False, "name": name[:MAX_NAME]}
+        {"layout": Layout(), "gradients": Gradients(), "launch.isolated": False, "name": name[:MAX_NAME]}
     )
 
 

@@ -111,6 +111,27 @@ def memory_is_shared(experiment: Experiment, machine: Machine) -> Iterator[Probl
         yield Problem("launch.transport", "gradients on GPUs do not travel through the host's memory", "auto")
 
 
+def hosts_to_add_up_in(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    layout = experiment.layout
+    if not experiment.gradients.hierarchical:
+        return
+    field, hosts = "gradients.hierarchical", _hosts(experiment)
+    if layout.world_size != layout.dp_replicate:
+        yield Problem(field, "sums in two storeys are defined for plain data parallelism only", "false")
+    elif hosts < 2:
+        yield Problem(field, "there is one host only (launch.network.hosts)", "false")
+    elif layout.world_size % hosts:
+        yield Problem(
+            "layout", f"{hosts} hosts do not divide {layout.world_size} ranks", layout.world_size // hosts * hosts
+        )
+    if experiment.launch.transport == "shared_memory":
+        yield Problem("launch.transport", "sums in two storeys go through the process group", "auto")
+
+
+def _hosts(experiment: Experiment) -> int:
+    return getattr(experiment.launch.network, "hosts", 1)
+
+
 def ranks_fit(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """A bound on oversubscription, so that a slip of the finger does not take the machine down."""
     slots = max(1, machine.slots(experiment.launch.device))
@@ -134,6 +155,7 @@ RULES: list[Rule] = [
     axis_rules,
     device_exists,
     memory_is_shared,
+    hosts_to_add_up_in,
     ranks_fit,
     batch_covers_ranks,
     isolated_makes_no_update,
@@ -163,6 +185,10 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
         yield Problem("layout.microbatches", "has no effect: the naive schedule has a single microbatch")
     if experiment.launch.transport == "shared_memory" and layout.world_size != layout.dp_replicate:
         yield Problem("launch.transport", "has no effect: only plain data parallelism exchanges through shared memory")
+    if not experiment.gradients.overlap and (why := _never_overlaps(experiment)):
+        yield Problem("gradients.overlap", f"has no effect: {why}")
+    if experiment.gradients.hierarchical and layout.world_size == _hosts(experiment):
+        yield Problem("gradients.hierarchical", "has no effect: every host has one rank")
     if layout.cpu_offload and (experiment.launch.device == "cpu" or layout.dp_shard == 1):
         on_cpu = experiment.launch.device == "cpu"
         why = "everything lies in the host's memory already" if on_cpu else "nothing is sharded (layout.dp_shard is 1)"
@@ -176,6 +202,22 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
     steps = experiment.training.steps
     if steps is not None and experiment.optimizer.warmup_steps >= steps:
         yield Problem("optimizer.warmup_steps", f"the learning rate never reaches its value in {steps} steps")
+
+
+def _never_overlaps(experiment: Experiment) -> str | None:
+    """Why no gradient travels beside computation anyway; None if one may."""
+    layout, launch = experiment.layout, experiment.launch
+    if layout.world_size == 1 or launch.isolated:
+        return "no gradient travels"
+    if layout.pp > 1:
+        return "a pipeline exchanges gradients when its schedule is over"
+    if layout.dp_shard > 1 and layout.zero_stage == 3:
+        return "torch's fully_shard decides when it exchanges gradients"
+    compressed = experiment.gradients.compression.key != "none" or experiment.gradients.hierarchical
+    by_network = launch.transport == "network" or launch.network is not None or launch.device == "cuda" or compressed
+    if layout.world_size == layout.dp_replicate and not by_network:
+        return "through shared memory gradients never travel beside computation (launch.transport)"
+    return None
 
 
 def method_warnings(experiment: Experiment, machine: Machine) -> Iterator[Problem]:

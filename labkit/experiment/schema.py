@@ -64,6 +64,10 @@ class Gradients(Section):
     """Passes forward and backward per update; each takes an equal part of the rank's share of the batch."""
     bucket_mb: float = Field(default=25.0, gt=0, le=10_000)
     """Size of the buckets in which gradients travel (MB)."""
+    overlap: bool = True
+    """Buckets are sent while the backward pass goes on; otherwise when it is over."""
+    hierarchical: bool = False
+    """Gradients are added up within each host of launch.network first, then between hosts, where compression stands."""
     compression: Compression = Compression()
     update: Update = Update()
 

@@ -17,7 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from labkit.gradients.wire import Wire, all_gather_bytes, all_reduce_bytes
+from labkit.gradients.cost import all_gather_bytes, all_reduce_bytes
+from labkit.gradients.wire import Wire
 
 Bits = Literal[32, 16, 8, 4]
 BLOCK = 1024

@@ -2,61 +2,47 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.update import Rounds
+from labkit.gradients.compressor import Bundle, Compressor, Moment, Rounds, Shape, numel
+from labkit.gradients.cost import all_reduce_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import nn
-
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
     from labkit.experiment.problem import Problem
 
 
-class Uncompressed:
+class Uncompressed(Compressor):
     """Gradients travel as they are.
 
     A ring all-reduce of n bytes over N ranks sends 2·(N-1)/N·n bytes from every rank (Patarasuk and Yuan, 2009).
+
+    Most runs never come here: DDP's own reducer and shared memory do the same sums on a shorter way. It stands in where
+    the exchange is to be steered (`gradients.overlap`, `gradients.hierarchical`).
     """
 
-    class Options(BaseOptions):
-        pass
+    name = "none"
+    lossy = False
 
-    @staticmethod
-    def attach(model: nn.Module) -> None:
-        """Install the compressor on the replicated model: nothing to install."""
+    def exchange(self, bundle: Bundle) -> Rounds:
+        """One all-reduce, in place."""
+        pending = self.wire.all_reduce(bundle.flat.div_(self.wire.size))
+        yield
+        return pending.wait()
 
-    @staticmethod
-    def bytes_per_step(gradient_bytes: int, ranks: int) -> int:
-        """Bytes that one rank sends per update."""
-        return round(2 * (ranks - 1) / ranks * gradient_bytes)
+    @classmethod
+    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+        """2·(N-1)/N·n."""
+        return all_reduce_bytes(numel(shapes) * moment.itemsize, moment.ranks)
 
-
-class Synchronous(Rounds):
-    """All ranks wait for the average of all gradients before anyone changes a weight."""
-
-    exchanges = True
-
-    class Options(BaseOptions):
-        pass
-
-    @staticmethod
-    def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    @classmethod
+    def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         """It goes with everything."""
         return iter(())
 
-    def passes(self, model: Any, last: bool, step: int) -> AbstractContextManager[Any]:
-        """Only the last pass of an update exchanges gradients."""
-        return nullcontext() if last else model.no_sync()
-
-    def judged(self) -> AbstractContextManager[None]:
-        """All ranks hold the same weights."""
-        return nullcontext()
-
-    def consolidate(self, step: int) -> None:
-        """All ranks hold the same state."""
+    @classmethod
+    def warnings(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        """It is never without effect."""
+        return iter(())

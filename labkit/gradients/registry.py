@@ -7,15 +7,15 @@ COMPRESSION = Registry(
     "compression method",
     [
         Method("none", "gradients travel as they are", "labkit.gradients.plain:Uncompressed"),
-        Method("fp16", "half precision"),
-        Method("bf16", "brain half precision"),
-        Method("int8", "eight bits, stochastic rounding (QSGD)"),
-        Method("sign", "one bit with error feedback"),
-        Method("ternary", "-1, 0, 1 (TernGrad)"),
-        Method("topk", "the largest entries with error feedback"),
-        Method("randomk", "random entries with error feedback"),
-        Method("powersgd", "low rank (PowerSGD)"),
-        Method("onebit_adam", "1-bit Adam"),
+        Method("fp16", "half precision", "labkit.gradients.half:Fp16"),
+        Method("bf16", "brain half precision", "labkit.gradients.half:Bf16"),
+        Method("int8", "eight bits, stochastic rounding (QSGD)", "labkit.gradients.int8:Int8"),
+        Method("sign", "one bit with error feedback", "labkit.gradients.sign:Sign"),
+        Method("ternary", "-1, 0, 1 (TernGrad)", "labkit.gradients.ternary:Ternary"),
+        Method("topk", "the largest entries with error feedback", "labkit.gradients.topk:TopK"),
+        Method("randomk", "random entries with error feedback", "labkit.gradients.randomk:RandomK"),
+        Method("powersgd", "low rank (PowerSGD)", "labkit.gradients.powersgd:PowerSGD"),
+        Method("onebit_adam", "1-bit Adam", "labkit.gradients.onebit_adam:OneBitAdam"),
     ],
 )
 
@@ -23,7 +23,7 @@ UPDATE = Registry(
     "gradients.update.method",
     "update method",
     [
-        Method("synchronous", "all ranks wait for the average", "labkit.gradients.plain:Synchronous"),
+        Method("synchronous", "all ranks wait for the average", "labkit.gradients.synchronous:Synchronous"),
         Method("local_sgd", "average the weights every few steps", "labkit.gradients.local_sgd:LocalSGD"),
         Method("post_local_sgd", "synchronous first, then local", "labkit.gradients.post_local_sgd:PostLocalSGD"),
         Method("diloco", "local steps, then an outer optimizer", "labkit.gradients.diloco:DiLoCo"),

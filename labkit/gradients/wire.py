@@ -1,41 +1,19 @@
 """A group of ranks to talk to, and the bytes that one of them sends: counted here, where they leave.
 
-Everything that methods of this room send goes through a `Wire`. What an operation costs one rank of N, for a tensor of
-n bytes (what gloo and NCCL send by their ring algorithms; Patarasuk and Yuan, 2009):
-
-| operation   | this rank hands over       | and sends         |
-|-------------|----------------------------|-------------------|
-| all_reduce  | n                          | 2 · (N-1)/N · n   |
-| all_gather  | n, its own part            | (N-1) · n         |
-| all_to_all  | n, one N-th for each rank  | (N-1)/N · n       |
-| broadcast   | n, one rank only           | (N-1) · n         |
-| send        | n                          | n                 |
-| receive     | nothing                    | 0                 |
+Everything that methods of this room send goes through a `Wire`; what an operation costs stands in `cost.py`. A send
+costs what is sent, a receive nothing.
 """
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def all_reduce_bytes(size: int, ranks: int) -> int:
-    """What one of `ranks` ranks sends when a tensor of `size` bytes is added up over all."""
-    return round(2 * (ranks - 1) * size / ranks)
-
-
-def all_gather_bytes(size: int, ranks: int) -> int:
-    """The same when each rank's part of `size` bytes goes to all."""
-    return (ranks - 1) * size
-
-
-def all_to_all_bytes(size: int, ranks: int) -> int:
-    """The same when `size` bytes are dealt out evenly to all ranks."""
-    return round((ranks - 1) * size / ranks)
+from labkit.gradients.cost import all_gather_bytes, all_reduce_bytes, all_to_all_bytes
+from labkit.gradients.stopwatch import Clock, Stopwatch
 
 
 class Pending:
@@ -47,10 +25,10 @@ class Pending:
     def wait(self) -> Tensor:
         """Block until the result is there (on a GPU: until the stream may use it)."""
         if self._work is not None:
-            begun = time.perf_counter()
+            begun = self._wire.watch.now()
             self._work.wait()
             self._work = None
-            self._wire.seconds += time.perf_counter() - begun
+            self._wire.watch.add(begun)
         return self._result
 
     def done(self) -> bool:
@@ -60,18 +38,23 @@ class Pending:
 
 class Wire:
     """The ranks of a process group (all ranks, if None). Operations begin at once and in the order of the calls, which
-    must be the same on all ranks; tensors are contiguous and stay untouched until the operation is done.
+    must be the same on all ranks; tensors are contiguous and stay untouched until the operation is done. `clock`: that
+    of the device that computes; the host's, if None.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, clock: Clock | None = None) -> None:
         alone = group is None and not dist.is_initialized()
         self.group = group if group is not None or alone else dist.group.WORLD
         self.rank, self.size = (0, 1) if alone else (dist.get_rank(self.group), dist.get_world_size(self.group))
         self.sent = 0
         """Bytes that this rank has sent so far."""
         self.calls = 0
-        self.seconds = 0.0
+        self.watch = Stopwatch(clock)
+
+    @property
+    def seconds(self) -> float:
         """How long this rank has stood still for it, so far."""
+        return self.watch.seconds
 
     def all_reduce(self, x: Tensor) -> Pending:
         """The sum over all ranks, in place."""
@@ -110,7 +93,7 @@ class Wire:
         return Pending(self, work, x)
 
     def receive_from_anyone(self, x: Tensor, tag: int = 0) -> int:
-        """Block until somebody has sent to `x`; returns who."""
+        """Block until somebody has sent to `x`; returns who. For threads that wait all the time: it counts no time."""
         self.calls += 1
         source = dist.recv(x, group=self.group, tag=tag)
         return dist.get_group_rank(self.group, source) if self.group is not None else source

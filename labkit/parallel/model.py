@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from labkit.experiment import Experiment, Layout
+from labkit.gradients.exchange import Counters, Exchanges
 from labkit.parallel import balance, context, expert, loss, recompute, stages, tensor
 from labkit.parallel.communication import Axes, Communication
 from labkit.parallel.cut import holding
@@ -57,7 +58,13 @@ class ParallelModel:
     """What gradients go through."""
 
     def __init__(
-        self, experiment: Experiment, task: Task, mesh: Mesh, device: torch.device, autocast: Autocast
+        self,
+        experiment: Experiment,
+        task: Task,
+        mesh: Mesh,
+        device: torch.device,
+        autocast: Autocast,
+        exchanges: Exchanges,
     ) -> None:
         layout = experiment.layout
         self._autocast, self._device = autocast, device
@@ -85,7 +92,7 @@ class ParallelModel:
         else:
             stage = layout.zero_stage if layout.dp_shard > 1 else 0
             trained = [(name, one, self.holdings[name]) for name, one in named if one.requires_grad]
-            self._gradients = GradientSync(trained, mesh, stage, experiment.gradients.bucket_mb)
+            self._gradients = GradientSync(trained, mesh, stage, experiment.gradients, exchanges)
         self.averaged_over = self._gradients.averaged_over
         for module in self.stages.values():
             expert.weigh_samples(module, self.averaged_over / experiment.training.global_batch)
@@ -195,7 +202,11 @@ class ParallelModel:
         """That of the pipeline, if there is one."""
         return self._pipeline.timeline if self._pipeline else None
 
-    def communication(self, compression: Any) -> Communication | None:
+    def counters(self) -> Counters | None:
+        """What combining gradients has cost so far; None where torch does it by itself (ZeRO 3)."""
+        return self._gradients.counters() if isinstance(self._gradients, GradientSync) else None
+
+    def communication(self) -> Communication | None:
         """What the traced update has sent; None before it."""
         return None if self.traffic is None else Communication.of(self.traffic)
 

@@ -11,6 +11,7 @@ Experiences on Accelerating Data Parallel Training", VLDB 2020.
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from labkit.experiment import Experiment
+    from labkit.gradients.exchange import Counters, Exchange, Exchanges
     from labkit.parallel.cut import Holding
     from labkit.parallel.mesh import Mesh
     from labkit.parallel.shared_memory import SharedMemory
@@ -82,7 +84,13 @@ class ReplicatedModel:
     sharded = ()
 
     def __init__(
-        self, experiment: Experiment, task: Task, mesh: Mesh, accelerator: Accelerator, exchanges: bool = True
+        self,
+        experiment: Experiment,
+        task: Task,
+        mesh: Mesh,
+        accelerator: Accelerator,
+        exchanges: Exchanges,
+        through_ddp: bool = True,
     ) -> None:
         from labkit.parallel import recompute
         from labkit.parallel.expert import weigh_samples
@@ -95,13 +103,31 @@ class ReplicatedModel:
             recompute.apply(task.model, experiment.layout.activation_checkpointing)
         self.working = task.model
         """The module that computes the gradients."""
-        self.exchanges = exchanges
+        self.through_ddp = through_ddp
         """Do gradients travel through DDP? Not if an update rule combines what ranks learned in another way."""
-        self.wrapped = Replicate.apply(accelerator, task.model) if exchanges else task.model
+        self.wrapped = Replicate.apply(accelerator, task.model) if through_ddp else task.model
         self.averaged_over = experiment.layout.dp_replicate
         weigh_samples(task.model, self.averaged_over / experiment.training.global_batch)
         self.memory: SharedMemory | None = None
         """Where gradients are exchanged, if not in the process group."""
+        self._exchanges = exchanges
+        self._exchange: Exchange | None = None
+        self._updates = 0
+        """Updates whose gradients have been exchanged."""
+        self._steers = exchanges.wanted or not experiment.gradients.overlap
+        trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+        self._gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+
+    def exchange_through(self, folder: Path | None, timeout_s: float) -> None:
+        """Say what gradients go through (collective): memory of this machine if a `folder` to meet in is given."""
+        if folder is not None:
+            self.share_memory(folder, timeout_s)
+        elif self._steers and hasattr(self.wrapped, "register_comm_hook"):
+            import torch.distributed as dist
+
+            assert dist.group.WORLD is not None
+            self._exchange = self._exchanges.over(dist.group.WORLD)
+            self._exchange.attach(self.wrapped)
 
     def share_memory(self, folder: Path, timeout_s: float) -> None:
         """Exchange gradients through memory of this machine from here on (collective)."""
@@ -120,12 +146,13 @@ class ReplicatedModel:
             loss: Tensor = self.task.loss(self.wrapped(batch["x"]), batch)
         phase("backward")
         (loss * weight).backward()
+        self._updates += bool(getattr(self.wrapped, "require_backward_grad_sync", True))
         return loss.detach()
 
     def use(self, working: nn.Module) -> None:
         """Compute gradients with this module instead of the one that is evaluated and saved."""
         self.working = working
-        if not self.exchanges:
+        if not self.through_ddp:
             self.wrapped = working
 
     def no_sync(self) -> AbstractContextManager[Any]:
@@ -147,7 +174,7 @@ class ReplicatedModel:
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer has stepped. DDP's gradients stay in its buckets: a new one would have to be copied in."""
-        if self.exchanges and self.averaged_over > 1:
+        if self.through_ddp and self.averaged_over > 1:
             optimizer.zero_grad(set_to_none=False)
         else:
             self.working.zero_grad()
@@ -162,18 +189,34 @@ class ReplicatedModel:
         """What gradients go through."""
         if self.averaged_over == 1:
             return "none"
-        if not self.exchanges:
+        if not self.through_ddp:
             return "update rule"
         return "shared memory" if self.memory else "process group"
 
-    def communication(self, compression: Any) -> Communication | None:
-        """What DDP sends per update, with this compressor; None on one rank."""
-        measured = Replicate.communication(self.wrapped)
-        if measured is None:
+    def counters(self) -> Counters | None:
+        """What combining gradients has cost so far; None on one rank.
+
+        Where DDP's own reducer or shared memory are at work the bytes are those of the formula.
+        """
+        from labkit.gradients.cost import all_reduce_bytes
+        from labkit.gradients.exchange import Counters
+
+        if not hasattr(self.wrapped, "register_comm_hook"):
             return None
-        if self.memory and self.memory.updates:
-            measured["exposed_seconds"] = self.memory.seconds / self.memory.updates
-        wire = compression.bytes_per_step(measured["gradient_bytes"], self.averaged_over)
+        if self._exchange is not None:
+            return self._exchange.counters()
+        sent = self._updates * all_reduce_bytes(self._gradient_bytes, self.averaged_over)
+        return Counters(sent, self.memory.seconds if self.memory else math.nan, 0.0, sent)
+
+    def communication(self) -> Communication | None:
+        """What is sent per update; None on one rank."""
+        measured, counted = Replicate.communication(self.wrapped), self.counters()
+        if measured is None or counted is None:
+            return None
+        updates = max(1, self._updates)
+        if not math.isnan(counted.exposed_seconds):
+            measured["exposed_seconds"] = counted.exposed_seconds / updates
+        wire = counted.bytes / updates
         axis = {
             "calls": measured["buckets"],
             "bytes": measured["gradient_bytes"],

@@ -35,8 +35,9 @@ FEW = 3
 
 def offered(experiment: Experiment) -> bool:
     """Do the replicas of this experiment exchange gradients through shared memory?"""
-    launch = experiment.launch
-    wanted = launch.transport != "network" and launch.network is None and launch.device == "cpu"
+    launch, gradients = experiment.launch, experiment.gradients
+    plain = gradients.compression.key == "none" and not gradients.hierarchical
+    wanted = plain and launch.transport != "network" and launch.network is None and launch.device == "cpu"
     return wanted and experiment.layout.dp_replicate > 1 and not launch.isolated and hasattr(os, "memfd_create")
 
 

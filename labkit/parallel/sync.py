@@ -12,6 +12,9 @@ A bucket is a stretch of memory in which the gradients of some parameters lie on
 takes them all; with ZeRO the parameters themselves lie in such a stretch, rank r owns its r-th part, and the optimizer
 sees that part only. A bucket leaves as soon as the last of its gradients is there, while the backward pass goes on.
 
+With a compressor (labkit.gradients) a bucket of stage 0 goes through its exchange instead; what ZeRO sums along
+dp_shard stays as it is, and the compressor stands between the replicas of a part.
+
 Where a parameter's gradient is summed over other axes too (dp_replicate, cp, tp with sequence parallelism), the own
 part is summed over those afterwards. All of that is linear, so the order does not matter.
 """
@@ -19,12 +22,17 @@ part is summed over those afterwards. All of that is linear, so the order does n
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from labkit.experiment import Gradients
+from labkit.gradients.compressor import replicas
+from labkit.gradients.cost import all_gather_bytes, all_reduce_bytes, all_to_all_bytes
+from labkit.gradients.exchange import Counters, Exchange, Exchanges
 from labkit.parallel.cut import Holding
 from labkit.parallel.decay import by_shape, decays
 from labkit.parallel.mesh import REDUCED, Mesh
@@ -48,7 +56,7 @@ class Bucket:
     parts = 1
     """Into how many parts, on as many ranks, the sum is cut."""
 
-    def __init__(self, named: Named, mesh: Mesh) -> None:
+    def __init__(self, named: Named, mesh: Mesh, exchanges: Exchanges | None = None) -> None:
         self.names = [name for name, _, _ in named]
         self.parameters = [parameter for _, parameter, _ in named]
         self.holding = named[0][2]
@@ -57,11 +65,22 @@ class Bucket:
         """Gradients that are not there yet."""
         self._mesh = mesh
         self._work: dist.Work | None = None
+        self.sent = 0
+        """Bytes that this rank has sent for it so far, by the formulas; without what a compressor counts."""
+        self.seconds = 0.0
+        """How long it was waited for."""
         self._make()
+        group = self._replicas
+        self._exchange: Exchange | None = exchanges.over(group, summed=True) if exchanges and group else None
 
     def _make(self) -> None:
         self._group = self._mesh.group(*summed_axes(self.holding))
         self._lay_out_gradients(self.length)
+
+    @property
+    def _replicas(self) -> dist.ProcessGroup | None:
+        """The ranks among which a compressor may stand."""
+        return self._group
 
     def _lay_out_gradients(self, length: int) -> None:
         self.gradient = self.parameters[0].detach().new_zeros(length)
@@ -74,14 +93,21 @@ class Bucket:
 
     def send(self) -> None:
         """Start the exchange."""
-        if self._group is not None:
+        if self._exchange is not None:
+            self._exchange.send(self.gradient, self.parameters, [parameter.shape for parameter in self.parameters])
+        elif self._group is not None:
+            self.sent += all_reduce_bytes(_bytes(self.gradient), self._group.size())
             self._work = dist.all_reduce(self.gradient, group=self._group, async_op=True)
 
     def arrive(self) -> None:
         """Wait for the exchange."""
         if self._work is not None:
+            begun = time.perf_counter()
             self._work.wait()
             self._work = None
+            self.seconds += time.perf_counter() - begun
+        elif self._exchange is not None:
+            self._exchange.arrive()
         self.waiting = len(self.parameters)
 
     def finish(self) -> None:
@@ -118,6 +144,10 @@ class ShardedBucket(Bucket):
         self._lay_out_gradients(self._size * self.parts)
         self._sum = self._make_sum()
 
+    @property
+    def _replicas(self) -> dist.ProcessGroup | None:
+        return self._rest
+
     def _make_sum(self) -> Tensor:
         """Where the sum over the ranks stands: in place of the own part of what was sent, so it takes no memory."""
         return self._own_part(self.gradient)
@@ -128,6 +158,7 @@ class ShardedBucket(Bucket):
 
     def send(self) -> None:
         """Start the exchange."""
+        self.sent += all_to_all_bytes(_bytes(self.values), self.parts)
         self._arrived = self.values.new_empty(self._size)
         self._work = dist.reduce_scatter_tensor(self._arrived, self.gradient, group=self._group, async_op=True)
 
@@ -142,7 +173,11 @@ class ShardedBucket(Bucket):
 
     def finish(self) -> None:
         """Sum over the other axes too."""
-        if self._rest is not None:
+        if self._exchange is not None:
+            self._exchange.send(self._sum, [self.own], [self.own.shape])
+            self._exchange.arrive()
+        elif self._rest is not None:
+            self.sent += all_reduce_bytes(_bytes(self._sum), self._rest.size())
             dist.all_reduce(self._sum, group=self._rest)
         self.own.grad = self._sum
 
@@ -157,6 +192,7 @@ class ShardedBucket(Bucket):
 
     def spread(self) -> dist.Work:
         """After the update: every rank gets the parts of all others. Wait for what it returns."""
+        self.sent += all_gather_bytes(_bytes(self.own), self.parts)
         work: dist.Work = dist.all_gather_into_tensor(
             self.values, self.own.detach().clone(), group=self._group, async_op=True
         )
@@ -217,11 +253,13 @@ class GradientSync:
     averaged_over = 1
     """Gradients add up, nothing is averaged."""
 
-    def __init__(self, named: Named, mesh: Mesh, stage: int, bucket_mb: float) -> None:
-        self._mesh, self._each_pass = mesh, stage == 2
+    def __init__(self, named: Named, mesh: Mesh, stage: int, gradients: Gradients, exchanges: Exchanges) -> None:
+        self._mesh, self._each_pass, self._overlap = mesh, stage == 2, gradients.overlap
+        compresses = exchanges.wanted and replicas(mesh.layout) > 1
+        self._exchanges = exchanges if compresses else None
         self.buckets: list[Bucket] = []
-        self._hooks_send = False
-        limit, kind_of_bucket = bucket_mb * 2**20, BUCKETS[stage]
+        self._sends = self._hooks_send = False
+        limit, kind_of_bucket = gradients.bucket_mb * 2**20, BUCKETS[stage]
         rows: dict[tuple[object, ...], Named] = {}
         # Gradients come in about the opposite order of the parameters.
         for name, parameter, holding in reversed(named):
@@ -230,8 +268,8 @@ class GradientSync:
             row = rows.setdefault(kind, [])
             row.append((name, parameter, holding))
             if sum(p.numel() * p.element_size() for _, p, _ in row) >= limit:
-                self.buckets.append(kind_of_bucket(rows.pop(kind), mesh))
-        self.buckets += [kind_of_bucket(row, mesh) for row in rows.values()]
+                self.buckets.append(kind_of_bucket(rows.pop(kind), mesh, self._exchanges))
+        self.buckets += [kind_of_bucket(row, mesh, self._exchanges) for row in rows.values()]
         for bucket in self.buckets:
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(self._ready(bucket))
@@ -255,11 +293,12 @@ class GradientSync:
 
         Those of a pipeline's schedule come from several microbatches and leave when it is over.
         """
-        self._hooks_send = not scheduled and (last or self._each_pass)
+        self._sends = last or (self._each_pass and not scheduled)
+        self._hooks_send = self._sends and self._overlap and not scheduled
 
     def end_pass(self, last: bool) -> None:
         """After a pass: what was sent arrives; after the `last` one the update's gradients are complete."""
-        if not (last or self._hooks_send):
+        if not self._sends:
             return
         self._hooks_send = False
         for bucket in self.buckets:
@@ -270,6 +309,8 @@ class GradientSync:
         if last:
             for bucket in self.buckets:
                 bucket.finish()
+            if self._exchanges is not None:
+                self._exchanges.end_update()
 
     def optimized(self) -> list[tuple[nn.Parameter, bool]]:
         """What the optimizer works on, and whether it decays."""
@@ -282,6 +323,17 @@ class GradientSync:
         for bucket in self.buckets:
             bucket.clear()
 
+    def counters(self) -> Counters:
+        """What combining gradients has cost so far, the gathering of parameters after an update included."""
+        sent, waited = (sum(getattr(bucket, name) for bucket in self.buckets) for name in ("sent", "seconds"))
+        counted = self._exchanges.counters() if self._exchanges is not None else Counters()
+        return Counters(
+            sent + counted.bytes,
+            waited + counted.exposed_seconds,
+            counted.compression_seconds,
+            sent + counted.formula_bytes,
+        )
+
     def terms(self) -> Iterable[tuple[Tensor, float]]:
         """Every gradient of this rank with the share of its squared norm that this rank adds to the global one."""
         for bucket in self.buckets:
@@ -292,3 +344,7 @@ class GradientSync:
         for bucket in self.buckets:
             if bucket.holding.tied:
                 yield bucket.holding.tied, bucket.result
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -36,6 +36,14 @@ MAX_STALENESS = 4096
 """What is staler counts as so stale."""
 _CHUNK_BYTES = 128 * 2**10
 _SPANS = ("data", "forward", "backward", "optimizer")
+_EXCHANGED = ("bytes", "exposed", "compression")
+_EXCHANGES = (
+    "bytes_per_step",
+    "exposed_seconds_per_step",
+    "counted_bytes_per_step",
+    "formula_bytes_per_step",
+    "compression_seconds",
+)
 TRAFFIC = ("calls", "bytes", "wire_bytes", "exposed_seconds")
 _AXIS = re.compile(r"[a-z_]{1,20}(\+[a-z_]{1,20}){0,7}")
 _FILE = re.compile(r"rank-(0|[1-9][0-9]{0,3})\.jsonl")
@@ -114,7 +122,11 @@ class RunData:
         self.evaluations: list[tuple[int, float, dict[str, float]]] = []
         """(updates done, seconds since the first step began, metrics), in the order of the file."""
         self.communication: dict[str, float] | None = None
-        """bytes_per_step, exposed_seconds_per_step: as last reported, the largest over the ranks."""
+        """As last reported, the largest over the ranks: bytes_per_step, exposed_seconds_per_step; of combining
+        gradients counted_bytes_per_step, formula_bytes_per_step and compression_seconds, per update too.
+        """
+        self.compressor = ""
+        """The compressor that was at work, by its name."""
         self.traced: int | None = None
         """The update, counted from 1, that the next five come from; None before it."""
         self.memory: dict[int, dict[str, int]] = {}
@@ -138,10 +150,12 @@ class RunData:
         self._ranks: list[_Rank] = []
         self._first_known = False
         self._weighted = GrowingArray(np.float64)
+        self._sent = GrowingArray(np.float64)
         self._samples = GrowingArray(np.float64)  # a rank may hold a part of each sample
         self._elapsed = GrowingArray(np.float64)
         self._origin: float | None = None
         self._spans = {name: GrowingArray(np.float32) for name in _SPANS}
+        self._exchanged = {name: GrowingArray(np.float64) for name in _EXCHANGED}
         self._grad_norm = GrowingArray(np.float64)  # the parity proof compares it to 1e-9
         self._lr = GrowingArray(np.float32)
         self._stamps: dict[str, tuple[int, int, int]] = {}
@@ -312,11 +326,13 @@ class RunData:
             self._loss = None
             self._weighted.add(at, np.where(np.isfinite(part), part, np.inf))
             self._samples.add(at, weight)
+            self._note_sent(event, at, drop, count)
         if number == 0:
             for name, span in self._spans.items():
                 values = _column(event.get(name), count)
                 span.write(at, _narrow(values[drop:] if values is not None else np.full(count - drop, np.nan)), np.nan)
-            for name, column in (("grad_norm", self._grad_norm), ("lr", self._lr)):
+            columns = {"grad_norm": self._grad_norm, "lr": self._lr} | self._exchanged
+            for name, column in columns.items():
                 values = _column(event.get(name), count)
                 column.write(at, values[drop:] if values is not None else np.full(count - drop, np.nan), np.nan)
             self._note_elapsed(at, seconds[drop:], _number(event.get("monotonic")))
@@ -345,9 +361,11 @@ class RunData:
         weight = np.nan_to_num(np.clip(samples, 0, 1e12), nan=0.0)
         with np.errstate(all="ignore"):
             part = np.where(weight > 0, loss * weight, 0.0)
-        for at, lost, seen in zip(update, np.where(np.isfinite(part), part, np.inf), weight, strict=True):
-            self._weighted.add(int(at), np.array([lost]))
-            self._samples.add(int(at), np.array([seen]))
+        sent = _column(event.get("bytes"), count)
+        size = np.zeros(count) if sent is None else np.nan_to_num(np.clip(sent, 0, 1e15), nan=0.0)
+        for at, *values in zip(update, np.where(np.isfinite(part), part, np.inf), weight, size, strict=True):
+            for column, value in zip((self._weighted, self._samples, self._sent), values, strict=True):
+                column.add(int(at), np.array([value]))
         if self._origin is None or float(ended[0] - seconds[0]) < self._origin:
             self._origin = float(ended[0] - np.nan_to_num(seconds[0]))
         return True
@@ -358,6 +376,11 @@ class RunData:
         if len(self._in_order) != self._ended.length:
             self._in_order = np.sort(self._ended.values)
         return self._in_order
+
+    def _note_sent(self, event: dict[str, Any], at: int, drop: int, count: int) -> None:
+        values = _column(event.get("bytes"), count)
+        if values is not None:
+            self._sent.add(at, np.nan_to_num(np.clip(values[drop:], 0, 1e15), nan=0.0))
 
     def _note_staleness(self, values: Any) -> None:
         found = _column(values)
@@ -392,12 +415,14 @@ class RunData:
         return True
 
     def _communication(self, number: int, event: dict[str, Any]) -> bool:
-        found = {key: _number(event.get(key)) for key in ("bytes_per_step", "exposed_seconds_per_step")}
+        found = {key: _number(event.get(key)) for key in _EXCHANGES}
         known = self.communication or {}
         for key, value in found.items():
             if value is not None:
                 known[key] = max(value, known.get(key, 0.0))
         self.communication = known or None
+        if isinstance(event.get("method"), str):
+            self.compressor = event["method"][:100]
         axes = _axes(event.get("axes"))
         if axes:
             self.traffic[number] = axes
@@ -574,6 +599,20 @@ class RunData:
     def lr(self) -> Floats:
         """Learning rate of each step (steps,); NaN where it was not written down."""
         return self._padded(self._lr)
+
+    @property
+    def sent(self) -> Floats:
+        """Bytes that all ranks together have sent to combine what they learned in each step (steps,)."""
+        count = self.steps
+        values = self._sent.values[:count]
+        return np.concatenate([values, np.zeros(count - len(values))])
+
+    @property
+    def exchanged(self) -> dict[str, Floats]:
+        """What combining the gradients of each step has cost rank 0 (steps,): bytes that it sent, seconds in which
+        nothing was computed meanwhile (exposed) and seconds of compression; NaN where it was not written down.
+        """
+        return {name: self._padded(column) for name, column in self._exchanged.items()}
 
     def _padded(self, column: GrowingArray) -> Floats:
         count = self.steps

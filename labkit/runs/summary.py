@@ -84,14 +84,17 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
 
 
 def _communication(data: RunData) -> dict[str, Any] | None:
-    """Totals, and per axis the largest over the ranks: calls, bytes, wire_bytes, exposed_seconds."""
+    """Totals per update, the method, and per axis the largest over the ranks: calls, bytes, wire_bytes,
+    exposed_seconds.
+    """
     axes: dict[str, dict[str, float]] = {}
     for traffic in data.traffic.values():
         for axis, counts in traffic.items():
             known = axes.setdefault(axis, dict(counts))
             axes[axis] = {key: max(value, known[key]) for key, value in counts.items()}
             axes[axis] |= {key: int(axes[axis][key]) for key in ("calls", "bytes")}
-    return {**data.communication, "axes": axes} if data.communication else None
+    method = {"method": data.compressor} if data.compressor else {}
+    return {**data.communication, **method, "axes": axes} if data.communication else None
 
 
 def _memory(data: RunData, ranks: int) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from labkit.experiment.run_directory import PHASES
+from labkit.gradients.exchange import Counters
 from labkit.training.clock import clock
 from labkit.training.events import EventWriter
 
@@ -41,7 +42,18 @@ class Board(Protocol):
 class _Step:
     """The marks of one step, until they are turned into seconds."""
 
-    __slots__ = ("ended", "grad_norm", "losses", "lr", "marks", "number", "samples", "staleness", "ticket")
+    __slots__ = (
+        "ended",
+        "exchanged",
+        "grad_norm",
+        "losses",
+        "lr",
+        "marks",
+        "number",
+        "samples",
+        "staleness",
+        "ticket",
+    )
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -49,6 +61,7 @@ class _Step:
         self.losses: list[tuple[Tensor, float]] = []
         self.samples = 0.0
         self.grad_norm: Any = None
+        self.exchanged: Counters | None = None
         self.lr = 0.0
         self.staleness: int | None = None
         self.ticket: int | None = None
@@ -126,6 +139,11 @@ class Meter:
         """Nothing came of this step: it is not written down."""
         self._step = None
 
+    def exchanged(self, counted: Counters | None) -> None:
+        """What combining the gradients of this step has cost."""
+        assert self._step is not None
+        self._step.exchanged = counted
+
     def end(self) -> None:
         """The step has ended."""
         step = self._step
@@ -187,6 +205,11 @@ class Meter:
                 columns[name].append(round(spans[name], 7))
         if ready[0].grad_norm is not None:
             columns["grad_norm"] = [None if step.grad_norm is None else float(step.grad_norm) for step in ready]
+        exchanged = [step.exchanged for step in ready if step.exchanged is not None]
+        if len(exchanged) == len(ready):
+            columns["bytes"] = [one.bytes for one in exchanged]
+            columns["exposed"] = [round(one.exposed_seconds, 7) for one in exchanged]
+            columns["compression"] = [round(one.compression_seconds, 7) for one in exchanged]
         if self.rank == 0:
             columns["lr"] = [step.lr for step in ready]
         if ready[0].ticket is not None:

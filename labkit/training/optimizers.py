@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,14 +13,23 @@ from torch.distributed.tensor import DTensor
 from labkit.experiment import Optimizer
 
 
-def make_optimizer(settings: Optimizer, parameters: Iterable[tuple[nn.Parameter, bool]]) -> torch.optim.Optimizer:
-    """The optimizer of the experiment, with torch's fused kernels, on pairs of parameter and "it decays"."""
+def make_optimizer(
+    settings: Optimizer,
+    parameters: Iterable[tuple[nn.Parameter, bool]],
+    make: Callable[[list[dict[str, Any]], Optimizer], torch.optim.Optimizer] | None = None,
+) -> torch.optim.Optimizer:
+    """The optimizer of the experiment, with torch's fused kernels, on pairs of parameter and "it decays".
+
+    `make` makes another one from the groups (parameters, their weight_decay) and the settings.
+    """
     pairs = [(parameter, decays) for parameter, decays in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p, decays in pairs if decays], "weight_decay": settings.weight_decay},
         {"params": [p for p, decays in pairs if not decays], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    if make is not None:
+        return make(groups, settings)
     if settings.name == "sgd":
         # With torch 2.13 the fused kernel of SGD, unlike that of AdamW, does not know sharded parameters.
         fused = not any(isinstance(parameter, DTensor) for parameter, _ in pairs)

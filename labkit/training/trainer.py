@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -13,12 +15,14 @@ from torch.utils.data import DataLoader
 from labkit.experiment import Experiment
 from labkit.experiment.registry import registry
 from labkit.experiment.run_directory import RunDirectory
+from labkit.gradients.exchange import Counters, Exchanges
 from labkit.gradients.update import Setting
 from labkit.gradients.wire import Wire
 from labkit.parallel import shared_memory, state
 from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel, share_weight
 from labkit.training import checkpoint, evaluation
+from labkit.training.clock import clock
 from labkit.training.events import EventWriter
 from labkit.training.exactness import inexact_parts
 from labkit.training.meter import Board, Meter, peak_bytes
@@ -58,24 +62,30 @@ class Trainer:
         self.steps = training.steps or self.order.steps(training.epochs or 1)
         self.passes = experiment.gradients.accumulation
         rule = registry("gradients.update")[experiment.gradients.update.method].load()
-        self.compression = registry("gradients.compression")[experiment.gradients.compression.method].load()
+        on_device = clock(runtime.device) if runtime.device.type == "cuda" else None
+        self.exchanges = Exchanges(experiment, self.steps, on_device)
         self.model: ReplicatedModel | ParallelModel
         if runtime.spread:
             autocast = runtime.accelerator.autocast
-            self.model = ParallelModel(experiment, task, runtime.mesh, runtime.device, autocast)
+            self.model = ParallelModel(experiment, task, runtime.mesh, runtime.device, autocast, self.exchanges)
         else:
-            self.model = ReplicatedModel(experiment, task, runtime.mesh, runtime.accelerator, rule.exchanges)
-            if rule.exchanges and shared_memory.offered(experiment):
-                self.model.share_memory(runtime.folder, runtime.timeout_s)
-            self.compression.attach(self.model.wrapped)
-        self.optimizer = make_optimizer(experiment.optimizer, self.model.optimized())
+            through_ddp = rule.exchanges
+            self.model = ReplicatedModel(
+                experiment, task, runtime.mesh, runtime.accelerator, self.exchanges, through_ddp
+            )
+            if through_ddp:
+                folder = runtime.folder if shared_memory.offered(experiment) else None
+                self.model.exchange_through(folder, runtime.timeout_s)
+        settings = self.exchanges.settings()
+        self.optimizer = make_optimizer(settings, self.model.optimized(), self.exchanges.optimizer())
+        self.exchanges.bind(self.optimizer)
         self.update = rule(
             Setting(
                 experiment,
                 rule.Options(**experiment.gradients.update.options),
                 task.model,
                 self.optimizer,
-                Wire(),
+                Wire(clock=on_device),
                 self.steps,
                 self._rate,
                 runtime.folder,
@@ -83,6 +93,11 @@ class Trainer:
             )
         )
         self.first = self._load(Path(resume)) if resume else self._begin_anew()
+        self.exchanges.resume(self.first)
+        self._before = Counters()
+        """What combining had cost when the update began."""
+        self._sum = Counters()
+        """What all updates of this run have cost."""
         if isinstance(self.model, ReplicatedModel):
             self.model.use(self.update.works_on())
         self.done = self._saved_at = self.first
@@ -123,6 +138,7 @@ class Trainer:
         rule, shares = self.update, self.runtime.mesh.samples[1]
         while self.done < self.steps:
             due = next(step for step in range(self.done + 1, self.steps + 1) if self._is_due(step))
+            self._before = self._counters() or self._before  # what an evaluation sends belongs to no update
             rule.open(self.done * shares, due * shares)
             asked = False
             while (ticket := rule.take(stop=asked)) is not None:
@@ -163,6 +179,7 @@ class Trainer:
             meter.cancel()
         else:
             meter.staleness(stale)
+            meter.exchanged(self._exchanged())
             meter.end()
 
     # -- one update ---------------------------------------------------------------------------------------------------
@@ -179,6 +196,7 @@ class Trainer:
         meter, runtime = self.meter, self.runtime
         rate = self._rate(step)
         meter.begin(step, rate)
+        self._before = self._counters() or self._before  # what an evaluation sends belongs to no update
         set_learning_rate(self.optimizer, rate)
         runtime.seed(self._random_state(step, runtime.rank))
         for number in range(self.passes):
@@ -201,6 +219,7 @@ class Trainer:
         if stale is not None:
             meter.staleness(stale)
         self.model.after_update(self.optimizer)
+        meter.exchanged(self._exchanged())
         meter.end()
 
     def _measure_gradient(self) -> None:
@@ -217,6 +236,20 @@ class Trainer:
     def _random_state(self, step: int, share: int) -> int:
         """Everything random in a step (dropout, …) follows from these three, so a resumed run repeats it."""
         return (self.experiment.training.seed * 1_000_003 + step) * 4099 + share
+
+    def _counters(self) -> Counters | None:
+        """What combining has cost so far; None where nothing is combined or nobody counts."""
+        found = [one for one in (self.model.counters(), self.update.counters()) if one is not None]
+        return sum(found[1:], found[0]) if found else None
+
+    def _exchanged(self) -> Counters | None:
+        """What combining has cost since the last look at it."""
+        now = self._counters()
+        if now is None:
+            return None
+        found, self._before = now.since(self._before), now
+        self._sum += found
+        return found
 
     def _weight(self, samples: int) -> float:
         """Weight of the mean loss over `samples` so that the update is the mean over the global batch."""
@@ -346,7 +379,7 @@ class Trainer:
             effective={
                 "dtype": str(runtime.dtype).removeprefix("torch."),
                 "products": str(runtime.product_type()).removeprefix("torch."),
-                "compressor": self.experiment.gradients.compression.method,
+                "compressor": self.exchanges.installed,
                 "sparsity": self.experiment.sparsity.method,
                 "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else "none",
                 "exchange": self.model.exchange,
@@ -354,16 +387,33 @@ class Trainer:
         )
 
     def _write_figures(self) -> None:
-        measured = self.model.communication(self.compression)
+        measured, about = self.model.communication(), self._about_exchange()
         if measured is not None:
-            self.events.write(
-                "communication",
-                bytes_per_step=round(measured.wire_bytes),
-                exposed_seconds_per_step=measured.exposed_seconds,
-                axes=measured.axes,
-            )
+            about = {
+                "bytes_per_step": round(measured.wire_bytes),
+                "exposed_seconds_per_step": measured.exposed_seconds,
+                "axes": measured.axes,
+            } | about
+        if about:
+            self.events.write("communication", **about)
         self.events.write("memory", peak_bytes=peak_bytes(self.runtime.device))
         self.meter.phase("done")
+
+    def _about_exchange(self) -> dict[str, Any]:
+        """Of combining gradients, per update of this run: bytes counted and by the formula, compression (s)."""
+        counted, updates = self._sum, self.done - self.first
+        if not updates or self._counters() is None:
+            return {}
+        rule = self.update.counters()
+        whole: dict[str, Any] = {} if rule is None else {"bytes_per_step": round(counted.bytes / updates)}
+        if rule is not None and not math.isnan(counted.exposed_seconds):
+            whole["exposed_seconds_per_step"] = counted.exposed_seconds / updates
+        return whole | {
+            "counted_bytes_per_step": counted.bytes / updates,
+            "formula_bytes_per_step": counted.formula_bytes / updates,
+            "compression_seconds": counted.compression_seconds / updates,
+            "method": self.exchanges.installed,
+        }
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -1,0 +1,208 @@
+"""What a compressor is. Imports no torch: forms and commands read the files of the methods.
+
+A method answers three questions, after the split of GRACE (Xu et al., ICDCS 2021: compressor, communicator, memory):
+what is sent of some gradients and how the mean over the ranks comes out of it (`exchange`), what it remembers
+(`memory.py`), and how many bytes that takes by its formula (`wire_bytes`).
+
+`exchange` is a generator: it begins to send, yields, goes on when it is asked for what has arrived, and returns the
+mean. So a method that talks twice (PowerSGD, 1-bit Adam) reads as one piece of code, and many buckets can be under way
+at once: `exchange.py` goes through all of them, round by round, in the same order on all ranks. No collective ever
+starts in a callback or in another thread, where ranks may differ in order: that is what makes torch's PowerSGD hook
+fail on gloo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from labkit.experiment.problem import Problem
+from labkit.experiment.registry import Options as BaseOptions
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from labkit.experiment import Experiment, Optimizer
+    from labkit.experiment.layout import Layout
+    from labkit.experiment.machine import Machine
+    from labkit.gradients.wire import Wire
+
+Shape = tuple[int, ...]
+Rounds = Generator[None, None, "Tensor"]
+"""An exchange that is under way: resumed once a round, it returns the mean over the ranks, of the shape of `flat`."""
+
+
+def numel(shapes: Sequence[Shape]) -> int:
+    """Numbers in tensors of these shapes."""
+    return sum(prod(shape) for shape in shapes)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Gradients that travel together: those of `parameters`, one after the other in `flat`.
+
+    `parameters` are keys for what is remembered of them; `shapes` are those of their gradients.
+    """
+
+    flat: Tensor
+    parameters: tuple[Any, ...]
+    shapes: tuple[Shape, ...]
+    step: int
+    """Updates done before this one, since the beginning of the training."""
+    number: int
+    """Which bundle of its update this is."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many numbers each parameter has."""
+        return [prod(shape) for shape in self.shapes]
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The parts of `flat`, which is laid out like the bundle's own, in the shapes of the parameters."""
+        parts = flat.split(self.sizes)
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When and among how many gradients travel: all that the number of bytes depends on, beside their shapes."""
+
+    ranks: int
+    step: int
+    """Updates done before."""
+    steps: int
+    """Updates of the whole training."""
+    itemsize: int = 4
+    """Bytes of a number of the gradient."""
+
+
+class Compressor:
+    """Base of all methods. A subclass has a `name` (its registry key), `Options`, `exchange` and `bundle_bytes`.
+
+    One instance serves the exchanges among the ranks of one wire. `steps`: updates of the whole training; `seed`: what
+    random choices follow from, beside step, bundle and place on the wire.
+    """
+
+    name: ClassVar[str] = ""
+    lossy: ClassVar[bool] = True
+    """Does the mean that comes out differ from the mean of what goes in?"""
+
+    class Options(BaseOptions):
+        pass
+
+    def __init__(self, options: Any, wire: Wire, steps: int, seed: int = 0) -> None:
+        self.options, self.wire, self.steps, self.seed = options, wire, steps, seed
+
+    @property
+    def wires(self) -> tuple[Wire, ...]:
+        """All groups that it talks in."""
+        return (self.wire,)
+
+    @property
+    def ranks(self) -> int:
+        """Over how many ranks it averages."""
+        return self.wire.size
+
+    # -- the method ---------------------------------------------------------------------------------------------------
+
+    def exchange(self, bundle: Bundle) -> Rounds:
+        """Begin to average `bundle.flat` over the ranks; see `Rounds`. May work in place."""
+        raise NotImplementedError
+
+    @classmethod
+    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+        """What one rank sends for one bundle, by the formula."""
+        raise NotImplementedError
+
+    # -- its optimizer ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def inner(cls, options: Any, optimizer: Optimizer) -> Optimizer:
+        """The optimizer's settings, without what the compressor does in its place."""
+        return optimizer
+
+    @property
+    def optimizer(self) -> Callable[[Any, Optimizer], torch.optim.Optimizer] | None:
+        """Makes the optimizer from groups of parameters and settings, if the method brings its own."""
+        return None
+
+    def bind(self, optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
+        """What works on the result, and what the experiment asks of it; called once it exists."""
+
+    # -- used by others -----------------------------------------------------------------------------------------------
+
+    def begin(self, bundle: Bundle) -> Callable[[], Tensor]:
+        """Begin an exchange; call what is returned for the mean. For those who exchange one bundle at a time."""
+        rounds = self.exchange(bundle)
+        next(rounds)
+        return lambda: finish(rounds)
+
+    @classmethod
+    def wire_bytes(
+        cls, options: Any, bundles: Sequence[Sequence[Shape]], ranks: int, step: int, steps: int, itemsize: int = 4
+    ) -> int:
+        """Bytes that one of `ranks` ranks sends in update `step` (from 0) of `steps`, by the method's formula.
+
+        `bundles`: shapes of the parameters in each bucket; `itemsize`: bytes of a number of the gradient.
+        """
+        moment = Moment(ranks, step, steps, itemsize)
+        return sum(cls.bundle_bytes(options, shapes, moment) for shapes in bundles)
+
+    def expected(self, bundle: Bundle) -> int:
+        """What this rank sends for this bundle, by the formula."""
+        moment = Moment(self.wire.size, bundle.step, self.steps, bundle.flat.element_size())
+        return self.bundle_bytes(self.options, bundle.shapes, moment)
+
+    def generator(self, bundle: Bundle, shared: bool = False) -> torch.Generator:
+        """Random numbers for this bundle: those of this place on the wire, or the same on all ranks.
+
+        Ranks that hold the same gradients in other groups (along tp) stand at the same place and draw the same.
+        """
+        import torch
+
+        place = 0 if shared else 1 + self.wire.rank
+        seed = ((self.seed * 1_000_003 + bundle.step) * 4099 + bundle.number) * 4099 + place
+        return torch.Generator(bundle.flat.device).manual_seed(seed % 2**63)
+
+    # -- rules --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        """Why it cannot run; a subclass adds its own."""
+        field, layout = "gradients.compression.method", experiment.layout
+        if layout.dp_shard > 1 and layout.zero_stage == 3:
+            reason = "ZeRO stage 3 exchanges gradients inside torch's fully_shard, where no compressor can stand"
+            yield Problem(field, reason, "none")
+        if experiment.launch.transport == "shared_memory" and replicas(layout) > 1:
+            reason = "compressed gradients travel through the process group, not through shared memory"
+            yield Problem("launch.transport", reason, "auto")
+
+    @classmethod
+    def warnings(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        """Where it has no effect."""
+        field = "gradients.compression.method"
+        if replicas(experiment.layout) == 1:
+            yield Problem(field, "has no effect: no two ranks see different samples and hold the same weights")
+        elif experiment.launch.isolated:
+            yield Problem(field, "has no effect on copies that never talk (launch.isolated)")
+
+
+def finish(rounds: Rounds) -> Tensor:
+    """Go on with an exchange to its end; the mean."""
+    while True:
+        try:
+            next(rounds)
+        except StopIteration as done:
+            mean: Tensor = done.value
+            return mean
+
+
+def replicas(layout: Layout) -> int:
+    """Over how many ranks gradients are summed in a way that a compressor can stand in.
+
+    ZeRO sums along dp_shard by a reduce-scatter; what is left to it are the replicas of a shard.
+    """
+    return layout.dp_replicate * layout.cp * layout.ep

@@ -1,0 +1,222 @@
+"""The exchange of one rank's gradients by a compressor: all buckets of an update under way at once, every byte counted.
+
+Buckets are sent as they come, while the backward pass goes on (or, without overlap, when it is over). Only when the
+last one has been sent does anybody wait: then all are brought to their end, round by round, in the order in which they
+came. So ranks start all collectives in one order, whatever the method, and the transfers lie beside the computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from labkit.experiment import Experiment, Optimizer
+from labkit.experiment.registry import registry
+from labkit.gradients.compressor import Bundle, Compressor, Rounds
+from labkit.gradients.hierarchical import Hierarchical
+from labkit.gradients.stopwatch import Clock, Stopwatch
+from labkit.gradients.wire import Wire
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What combining gradients has cost a rank so far."""
+
+    bytes: int = 0
+    """Sent, counted where it left."""
+    exposed_seconds: float = 0.0
+    """Nothing was computed while gradients travelled; not a number where nobody can tell update by update."""
+    compression_seconds: float = 0.0
+    """Making gradients smaller and whole again."""
+    formula_bytes: int = 0
+    """What the formula of the method says of the same updates."""
+
+    def __add__(self, other: Counters) -> Counters:
+        """Both together."""
+        return Counters(
+            self.bytes + other.bytes,
+            self.exposed_seconds + other.exposed_seconds,
+            self.compression_seconds + other.compression_seconds,
+            self.formula_bytes + other.formula_bytes,
+        )
+
+    def since(self, before: Counters) -> Counters:
+        """What has come since then."""
+        return Counters(
+            self.bytes - before.bytes,
+            self.exposed_seconds - before.exposed_seconds,
+            self.compression_seconds - before.compression_seconds,
+            self.formula_bytes - before.formula_bytes,
+        )
+
+
+class Exchange:
+    """Gradients averaged (or, if `summed`, added up) in place, over the wire of the compressor."""
+
+    def __init__(
+        self, compressor: Compressor, overlap: bool = True, summed: bool = False, clock: Clock | None = None
+    ) -> None:
+        self.compressor = compressor
+        self.step = 0
+        """Updates done."""
+        self.formula_bytes = 0
+        self._overlap = overlap
+        self._factor = compressor.ranks if summed else 1
+        self._bundles: list[Bundle] = []
+        self._rounds: list[Rounds] = []
+        self._futures: list[torch.futures.Future[Tensor]] = []
+        self._watch = Stopwatch(clock)
+        """At work and waiting, both."""
+
+    # -- one update ---------------------------------------------------------------------------------------------------
+
+    def send(self, flat: Tensor, parameters: Sequence[Any], shapes: Sequence[torch.Size]) -> None:
+        """Hand over the gradients of these parameters, one after the other in `flat`; they must stay until `arrive`."""
+        number = len(self._bundles)
+        bundle = Bundle(flat, tuple(parameters), tuple(map(tuple, shapes)), self.step, number)
+        self._bundles.append(bundle)
+        self.formula_bytes += self.compressor.expected(bundle)
+        if self._overlap:
+            self._begin(bundle)
+
+    def _begin(self, bundle: Bundle) -> None:
+        begun = self._watch.now()
+        # What is linear may be scaled before or after; what is remembered should have the scale of the result.
+        if self._factor != 1:
+            bundle.flat.mul_(self._factor)
+        rounds = self.compressor.exchange(bundle)
+        next(rounds)
+        self._rounds.append(rounds)
+        self._watch.add(begun)
+
+    def arrive(self) -> None:
+        """Wait for all that was handed over; it stands in place of what was sent."""
+        for bundle in self._bundles[len(self._rounds) :]:
+            self._begin(bundle)
+        begun = self._watch.now()
+        under_way = list(zip(self._bundles, self._rounds, strict=True))
+        while under_way:
+            under_way = [one for one in under_way if not _go_on(*one)]
+        self._bundles, self._rounds = [], []
+        self._watch.add(begun)
+
+    def end_update(self) -> None:
+        """All gradients of the update are there."""
+        self.step += 1
+
+    # -- as DDP's communication hook ----------------------------------------------------------------------------------
+
+    def attach(self, replicated: Any) -> None:
+        """Let it exchange the gradients of a DistributedDataParallel."""
+        # Not typed: DDP compares annotations with classes, and they are strings here.
+        replicated.register_comm_hook(self, lambda exchange, bucket: exchange.hook(bucket))
+
+    def hook(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        """What DDP calls for every `torch.distributed.GradBucket` that is complete, in one order on all ranks."""
+        flat, parameters = bucket.buffer(), bucket.parameters()
+        future = torch.futures.Future[Tensor](devices=[flat.device] if flat.is_cuda else None)
+        self._futures.append(future)
+        self.send(flat, parameters, [parameter.shape for parameter in parameters])
+        if bucket.is_last():
+            flats = [bundle.flat for bundle in self._bundles]
+            self.arrive()
+            self.end_update()
+            for waiting, result in zip(self._futures, flats, strict=True):
+                waiting.set_result(result)
+            self._futures = []
+        return future
+
+    # -- what it cost -------------------------------------------------------------------------------------------------
+
+    def counters(self) -> Counters:
+        """So far."""
+        sent = sum(wire.sent for wire in self.compressor.wires)
+        waited = sum(wire.seconds for wire in self.compressor.wires)
+        return Counters(sent, waited, self._watch.seconds - waited, self.formula_bytes)
+
+
+def _go_on(bundle: Bundle, rounds: Rounds) -> bool:
+    """One round further; True if it is over and the result stands in the bundle."""
+    try:
+        next(rounds)
+    except StopIteration as done:
+        if done.value is not bundle.flat:
+            bundle.flat.copy_(done.value)
+        return True
+    return False
+
+
+class Exchanges:
+    """All exchanges of one rank: the compressor that its experiment wants, for every group that gradients go over."""
+
+    def __init__(self, experiment: Experiment, steps: int, clock: Clock | None = None) -> None:
+        self._clock = clock
+        self._gradients, self._seed, self._steps = experiment.gradients, experiment.training.seed, steps
+        self._hosts = getattr(experiment.launch.network, "hosts", 1)
+        self._optimizer = experiment.optimizer
+        self._method: type[Compressor] = registry("gradients.compression")[self._gradients.compression.method].load()
+        self._options = self._method.Options(**self._gradients.compression.options)
+        self._made: dict[int, Exchange] = {}
+
+    @property
+    def wanted(self) -> bool:
+        """Must gradients take this way? What is not compressed, overlaps and knows no hosts has a shorter one."""
+        return self._method.lossy or self._gradients.hierarchical
+
+    def over(self, group: dist.ProcessGroup, summed: bool = False) -> Exchange:
+        """The exchange among the ranks of `group`; one for each group."""
+        found = self._made.get(id(group))
+        if found is None:
+            compressor = self._compressor(group)
+            found = self._made[id(group)] = Exchange(compressor, self._gradients.overlap, summed, self._clock)
+        return found
+
+    def _compressor(self, group: dist.ProcessGroup) -> Compressor:
+        if self._gradients.hierarchical:
+            return Hierarchical(self._method, self._options, self._hosts, self._steps, self._seed, self._clock)
+        return self._method(self._options, Wire(group, self._clock), self._steps, self._seed)
+
+    @property
+    def installed(self) -> str:
+        """Name of the compressor that is at work; "none" where gradients take another way."""
+        names = {exchange.compressor.name for exchange in self._made.values()}
+        return "+".join(sorted(names)) or "none"
+
+    def end_update(self) -> None:
+        """All gradients of the update are there (DDP's exchange notices by itself)."""
+        for exchange in self._made.values():
+            exchange.end_update()
+
+    def resume(self, step: int) -> None:
+        """So many updates are done."""
+        for exchange in self._made.values():
+            exchange.step = step
+
+    def counters(self) -> Counters:
+        """What all of them have cost so far."""
+        found = [exchange.counters() for exchange in self._made.values()]
+        return Counters(*(sum(column) for column in zip(*map(_row, found), strict=True))) if found else Counters()
+
+    # -- the optimizer ------------------------------------------------------------------------------------------------
+
+    def settings(self) -> Optimizer:
+        """The optimizer's, without what the compressor does in its place."""
+        return self._method.inner(self._options, self._optimizer) if self._made else self._optimizer
+
+    def optimizer(self) -> Callable[[Any, Optimizer], torch.optim.Optimizer] | None:
+        """What makes the optimizer, if the compressor brings its own."""
+        return next((exchange.compressor.optimizer for exchange in self._made.values()), None)
+
+    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+        """Show the compressors what works on their results."""
+        for exchange in self._made.values():
+            exchange.compressor.bind(optimizer, self._optimizer)
+
+
+def _row(counters: Counters) -> tuple[Any, ...]:
+    return (counters.bytes, counters.exposed_seconds, counters.compression_seconds, counters.formula_bytes)

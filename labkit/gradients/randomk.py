@@ -1,0 +1,81 @@
+"""Random entries, the same on all ranks, with error feedback (Stich et al., "Sparsified SGD with Memory", 2018).
+
+All ranks draw the same places from a common seed, so that only values travel and can be added up on the way, by an
+all-reduce, whatever the number of ranks. What was not sent is kept for later; without error feedback values are made
+n/k times larger instead, which is unbiased but noisy.
+
+The places are every s-th of the bucket, round and round from a random one, s random without a common divisor with n: k
+different places, each as likely as any other, without shuffling all n.
+
+Bytes that one of N ranks sends for n numbers: 2·(N-1)/N · k · bytes of a number, k = ⌈ratio · n⌉.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from labkit.experiment.registry import Options as BaseOptions
+from labkit.gradients.compressor import Bundle, Compressor, Moment, Rounds, Shape, numel
+from labkit.gradients.cost import all_reduce_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class RandomK(Compressor):
+    """Sparsified SGD with memory, at random places."""
+
+    name = "randomk"
+
+    class Options(BaseOptions):
+        """How much is sent, and what becomes of the rest."""
+
+        ratio: float = Field(default=0.1, gt=0, le=1)
+        """Which part of the entries of a bucket is sent."""
+        error_feedback: bool = True
+        """What was not sent is added to the next gradient."""
+
+    def __init__(self, *arguments: Any) -> None:
+        from labkit.gradients.memory import Memory
+
+        super().__init__(*arguments)
+        self._errors = Memory()
+
+    def exchange(self, bundle: Bundle) -> Rounds:
+        """The mean at the drawn places, zero elsewhere."""
+        flat = bundle.flat
+        count = _count(self.options, flat.numel())
+        places = draw(flat.numel(), count, self.generator(bundle, shared=True))
+        if self.options.error_feedback:
+            flat = self._errors.of(bundle).add_(flat)
+        scale = 1 if self.options.error_feedback else flat.numel() / count
+        pending = self.wire.all_reduce(flat[places] * (scale / self.wire.size))
+        if self.options.error_feedback:
+            flat[places] = 0
+        yield
+        out = bundle.flat.zero_()
+        out[places] = pending.wait()
+        return out
+
+    @classmethod
+    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+        """2·(N-1)/N · k · bytes of a number."""
+        return all_reduce_bytes(_count(options, numel(shapes)) * moment.itemsize, moment.ranks)
+
+
+def _count(options: Any, size: int) -> int:
+    return max(1, math.ceil(options.ratio * size))
+
+
+def draw(size: int, count: int, generator: Any) -> Tensor:
+    """`count` different places below `size`, int64."""
+    import torch
+
+    start, stride = torch.randint(size, (2,), generator=generator, device=generator.device).tolist()
+    while math.gcd(stride, size) != 1:
+        stride += 1
+    return (start + stride * torch.arange(count, device=generator.device)) % size
