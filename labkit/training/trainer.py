@@ -137,7 +137,7 @@ class Trainer:
         """Ranks draw work and meet where something is due; True if they were stopped."""
         rule, shares = self.update, self.runtime.mesh.samples[1]
         while self.done < self.steps:
-            due = next(step for step in range(self.done + 1, self.steps + 1) if self._is_due(step))
+            due = self._next_due(self.done)
             self._before = self._counters() or self._before  # what an evaluation sends belongs to no update
             rule.open(self.done * shares, due * shares)
             asked = False
@@ -297,10 +297,10 @@ class Trainer:
         wanted = self.experiment.training.checkpoint_every
         return self.steps if wanted is None else wanted
 
-    def _is_due(self, step: int) -> bool:
-        """Is there anything to do after `step` updates? At the end in any case."""
-        every = (self._evaluate_every, self._checkpoint_every)
-        return step == self.steps or any(self._due(step, one) for one in every)
+    def _next_due(self, step: int) -> int:
+        """After which update beyond `step` there is something to do: at the end in any case."""
+        every = [one for one in (self._evaluate_every, self._checkpoint_every) if one]
+        return min([self.steps, *(step + one - step % one for one in every)])
 
     def _due(self, step: int, every: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.steps)
