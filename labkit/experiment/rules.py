@@ -132,6 +132,19 @@ def _hosts(experiment: Experiment) -> int:
     return getattr(experiment.launch.network, "hosts", 1)
 
 
+def shares_follow_speed(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    if experiment.training.shares != "speed":
+        return
+    layout, field = experiment.layout, "training.shares"
+    if layout.world_size != layout.dp_replicate:
+        yield Problem(field, "only whole replicas can take shares of different sizes", "equal")
+    if experiment.gradients.update.method != "synchronous":
+        said = "samples count alike only where every update is synchronous"
+        yield Problem(field, said, "equal")
+    if experiment.training.loader_workers:
+        yield Problem("training.loader_workers", "loader processes prepare batches before their shares are known", 0)
+
+
 def ranks_fit(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """A bound on oversubscription, so that a slip of the finger does not take the machine down."""
     slots = max(1, machine.slots(experiment.launch.device))
@@ -158,6 +171,7 @@ RULES: list[Rule] = [
     hosts_to_add_up_in,
     ranks_fit,
     batch_covers_ranks,
+    shares_follow_speed,
     isolated_makes_no_update,
 ]
 
@@ -197,6 +211,8 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
         yield Problem("layout.sequence_parallel", "has no effect without tensor parallelism (layout.tp is 1)")
     if experiment.sparsity.method == "none" and experiment.sparsity.target > 0:
         yield Problem("sparsity.target", "has no effect while sparsity.method is none")
+    if experiment.training.shares == "speed" and (layout.world_size == 1 or experiment.launch.isolated):
+        yield Problem("training.shares", "has no effect where ranks do not share batches")
     if layout.world_size == 1 and experiment.launch.isolated:
         yield Problem("launch.isolated", "has no effect on one rank")
     steps = experiment.training.steps

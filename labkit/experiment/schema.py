@@ -153,6 +153,8 @@ class Training(Section):
     """Write down the global gradient norm of every update."""
     trace_step: int = Field(default=4, ge=0, le=10_000_000)
     """The update, counted from 1, in which each rank writes down its memory, traffic and pipeline; 0 for none."""
+    shares: Literal["equal", "speed"] = "equal"
+    """How a batch is dealt out to replicas: evenly, or in proportion to how fast each rank computes."""
     loader_workers: int = Field(default=0, ge=0, le=256)
     """Processes per rank that prepare batches ahead; 0 prepares them in the rank itself."""
     seed: int = Field(default=0, ge=0, lt=2**31)

@@ -29,6 +29,7 @@ from labkit.training.meter import Board, Meter, peak_bytes
 from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
 from labkit.training.runtime import Runtime
 from labkit.training.sampling import Order, PassSampler
+from labkit.training.shares import Shares
 from labkit.training.trace import Trace
 from labkit.workloads.base import Batch, Task
 
@@ -100,6 +101,8 @@ class Trainer:
         """What all updates of this run have cost."""
         if isinstance(self.model, ReplicatedModel):
             self.model.use(self.update.works_on())
+        follow = experiment.training.shares == "speed" and runtime.ranks > 1 and not runtime.isolated
+        self.shares = Shares(runtime.ranks, follow, runtime.device)
         self.done = self._saved_at = self.first
         """Updates done so far."""
         wanted = training.trace_step
@@ -221,6 +224,7 @@ class Trainer:
         self.model.after_update(self.optimizer)
         meter.exchanged(self._exchanged())
         meter.end()
+        self.shares.computed(step, meter.busy, meter.samples)
 
     def _measure_gradient(self) -> None:
         """Clip the gradient, or write its norm down, if that was asked for."""
@@ -262,7 +266,16 @@ class Trainer:
         more than fetching a batch of small images does.
         """
         share, shares = self.runtime.mesh.samples
-        sampler = PassSampler(self.order, self.first, self.steps, share, shares, self.passes)
+        follow = self.shares.follow
+        sampler = PassSampler(
+            self.order,
+            self.first,
+            self.steps,
+            share,
+            shares,
+            self.passes,
+            lambda: self.shares.weights if follow else None,
+        )
         workers, cuda = self.experiment.training.loader_workers, self.runtime.device.type == "cuda"
         if not workers and not cuda:
             return map(self.task.train.__getitems__, sampler)
