@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+from labkit.experiment import slow_link
 from labkit.experiment.layout import AXES, Layout
 from labkit.experiment.machine import Machine
 from labkit.experiment.problem import ExperimentError, Problem
@@ -68,8 +69,6 @@ def planned_methods(experiment: Experiment, machine: Machine) -> Iterator[Proble
         yield Problem("layout.schedule", f"unknown schedule {experiment.layout.schedule!r}; known: {names}")
     if experiment.optimizer.state_bits != 32:
         yield Problem("optimizer.state_bits", "8-bit optimizer state is not in this version of labkit yet", 32)
-    if experiment.launch.network is not None:
-        yield Problem("launch.network", "a slower link is not in this version of labkit yet", "null")
 
 
 def method_rules(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
@@ -162,6 +161,12 @@ def isolated_makes_no_update(experiment: Experiment, machine: Machine) -> Iterat
         yield Problem("launch.isolated", "independent copies are defined for plain data parallelism only", "false")
 
 
+def slowed_ranks_exist(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    ranks = experiment.layout.world_size
+    for rank in sorted(rank for rank in experiment.launch.slowdown if rank >= ranks):
+        yield Problem("launch.slowdown", f"there is no rank {rank}: the {ranks} ranks are numbered from 0 on")
+
+
 RULES: list[Rule] = [
     planned_methods,
     method_rules,
@@ -173,6 +178,8 @@ RULES: list[Rule] = [
     batch_covers_ranks,
     shares_follow_speed,
     isolated_makes_no_update,
+    slow_link.problems,
+    slowed_ranks_exist,
 ]
 
 
@@ -248,4 +255,17 @@ def _none(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     return iter(())
 
 
-WARNINGS: list[Rule] = [oversubscribed, options_without_effect, method_warnings]
+def slow_on_purpose(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    for rank, factor in sorted(experiment.launch.slowdown.items()):
+        if factor > 1:
+            yield Problem("launch.slowdown", f"rank {rank} computes {factor:g} times slower, on purpose")
+
+
+WARNINGS: list[Rule] = [oversubscribed, options_without_effect, slow_link.warnings, slow_on_purpose, method_warnings]
+
+UNAVAILABLE: dict[str, Callable[[], str]] = {
+    "launch.network": lambda: slow_link.possible().bucket,
+    "launch.network.delay_ms": lambda: slow_link.possible().delay,
+    "launch.network.hosts": lambda: slow_link.possible().hosts,
+}
+"""Fields that some machines cannot offer, and what tells why this one cannot ("" where it can)."""

@@ -45,6 +45,7 @@ _EXCHANGES = (
     "compression_seconds",
 )
 TRAFFIC = ("calls", "bytes", "wire_bytes", "exposed_seconds")
+LINK = ("bytes", "loopback_bytes", "seconds", "updates")
 _AXIS = re.compile(r"[a-z_]{1,20}(\+[a-z_]{1,20}){0,7}")
 _FILE = re.compile(r"rank-(0|[1-9][0-9]{0,3})\.jsonl")
 
@@ -93,15 +94,22 @@ class _Rank:
         self.read_all = False
         self.steps = 0
         self.seconds = GrowingArray(np.float32)
+        self.compute = GrowingArray(np.float32)
         self.start: dict[str, Any] = {}
         self.end: str | None = None
+
+    def note_compute(self, event: dict[str, Any], at: int, drop: int, count: int) -> None:
+        """The column `compute` of an event with `count` steps, of which the first `drop` are known already."""
+        compute = _column(event.get("compute"), count)
+        if compute is not None:
+            self.compute.write(at, _narrow(compute[drop:]), np.nan)
 
 
 class RunData:
     """The events of a run as arrays. `refresh()` reads what is new; nothing else touches the disk.
 
     A step counts (`steps`) when every rank has reported it; a run that has ended counts every step that all ranks
-    with any step have reported. Memory is bounded by 4 bytes a rank and step, about 100 bytes a
+    with any step have reported. Memory is bounded by 8 bytes a rank and step, about 100 bytes a
     step, and one trace a rank.
     """
 
@@ -141,6 +149,8 @@ class RunData:
         """By block, how many choices fell on each of its experts, over all ranks that see different tokens."""
         self.staleness: NDArray[np.int64] = np.zeros(0, np.int64)
         """How many gradients, of all ranks, were 0, 1, 2, … updates old when they were used; empty if not measured."""
+        self.links: dict[int, dict[str, float]] = {}
+        """By rank that read its host's counters: bytes, loopback_bytes, seconds and updates (training/link.py)."""
         self.peak_memory: dict[int, int] = {}
         """Peak memory in bytes, by rank."""
         self.errors: list[dict[str, Any]] = []
@@ -317,6 +327,7 @@ class RunData:
             return False
         at = begin + drop
         rank.seconds.write(at, _narrow(seconds[drop:]), np.nan)
+        rank.note_compute(event, at, drop, count)
         rank.steps = at + count - drop
         loss, samples = _column(event.get("loss"), count), _column(event.get("samples"), count)
         if loss is not None and samples is not None:
@@ -356,6 +367,7 @@ class RunData:
             return False
         self._drawn, self._loss = True, None
         rank.seconds.write(rank.steps, _narrow(seconds), np.nan)
+        rank.note_compute(event, rank.steps, 0, count)
         rank.steps += count
         self._ended.write(self._ended.length, ended, 0.0)
         weight = np.nan_to_num(np.clip(samples, 0, 1e12), nan=0.0)
@@ -458,6 +470,13 @@ class RunData:
             return
         load = np.array(whole, dtype=np.int64)
         self.experts[block] = load if known is None else known + load
+
+    def _link(self, number: int, event: dict[str, Any]) -> bool:
+        found = {key: _number(event.get(key)) for key in LINK}
+        known = {key: value for key, value in found.items() if value is not None and 0 <= value < 1e18}
+        if len(known) == len(LINK):
+            self.links[number] = known
+        return number in self.links
 
     def _memory(self, number: int, event: dict[str, Any]) -> bool:
         peak = _integer(event.get("peak_bytes"), 0, 2**62)
@@ -586,6 +605,14 @@ class RunData:
         return [rank.seconds.values for rank in self._ranks]
 
     @property
+    def compute(self) -> list[NDArray[np.float32]]:
+        """Per rank, the seconds of each step (or piece that it drew) in which it computed; NaN where not known.
+
+        Waiting for others is left out.
+        """
+        return [rank.compute.values for rank in self._ranks]
+
+    @property
     def spans(self) -> dict[str, NDArray[np.float32]]:
         """Rank 0's data, forward, backward and optimizer time of each step in seconds; NaN where unknown."""
         return {name: span.values for name, span in self._spans.items()}
@@ -628,6 +655,7 @@ _HANDLERS = {
     "checkpoint": RunData._checkpoint,
     "trace": RunData._trace,
     "communication": RunData._communication,
+    "link": RunData._link,
     "memory": RunData._memory,
     "error": RunData._error,
     "end": RunData._end,

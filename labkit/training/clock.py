@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -35,6 +36,25 @@ class CudaClock:
 
     def seconds(self, begin: Any, end: Any) -> float:
         return float(begin.elapsed_time(end)) / 1000
+
+
+class BusyClock:
+    """How long the thread that made it has worked: the time it ran, and the time it waited for a core to run on.
+
+    Asleep, in a collective or otherwise, it does neither. The first part comes from the processor time of the thread,
+    the second from the scheduler's statistics (Linux; without them it counts as zero).
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._statistics = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._statistics = -1
+
+    def seconds(self) -> float:
+        """So far."""
+        waited = os.pread(self._statistics, 100, 0).split()[1] if self._statistics >= 0 else b"0"
+        return time.thread_time() + int(waited) / 1e9
 
 
 def clock(device: torch.device) -> HostClock | CudaClock:

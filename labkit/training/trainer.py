@@ -21,10 +21,11 @@ from labkit.gradients.wire import Wire
 from labkit.parallel import shared_memory, state
 from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel, share_weight
-from labkit.training import checkpoint, evaluation
+from labkit.training import checkpoint, evaluation, slow
 from labkit.training.clock import clock
 from labkit.training.events import EventWriter
 from labkit.training.exactness import inexact_parts
+from labkit.training.link import Link
 from labkit.training.meter import Board, Meter, peak_bytes
 from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
 from labkit.training.runtime import Runtime
@@ -77,6 +78,11 @@ class Trainer:
             if through_ddp:
                 folder = runtime.folder if shared_memory.offered(experiment) else None
                 self.model.exchange_through(folder, runtime.timeout_s)
+                if (memory := self.model.memory) is not None:
+                    meter.spun = lambda: memory.spun
+        factor = experiment.launch.slowdown.get(runtime.rank, 1.0)
+        self.run_pass = slow.stretched(self.model.run_pass, factor, runtime.device, meter)
+        self.link = Link(experiment, runtime)
         settings = self.exchanges.settings()
         self.optimizer = make_optimizer(settings, self.model.optimized(), self.exchanges.optimizer())
         self.exchanges.bind(self.optimizer)
@@ -112,7 +118,9 @@ class Trainer:
         """Train to the end or until asked to stop; True if it was stopped before its end."""
         self._write_start()
         self.model.train()
+        self.link.resume()
         stopped = self._draw_tickets() if self.update.draws else self._go_through_rounds()
+        self.link.pause()
         if stopped and self.done > self._saved_at and self.experiment.training.checkpoint_every != 0:
             self._save(self.done)
         if not self.update.draws:
@@ -171,7 +179,7 @@ class Trainer:
             if number:
                 meter.phase("data")
             batch = runtime.place(self.task.train.__getitems__(indices.tolist()))
-            loss = self.model.run_pass(batch, self._weight(len(indices)), number == self.passes - 1, meter.phase)
+            loss = self.run_pass(batch, self._weight(len(indices)), number == self.passes - 1, meter.phase)
             assert loss is not None
             meter.loss(loss, len(indices))
         meter.phase("optimizer")
@@ -209,7 +217,7 @@ class Trainer:
             samples = len(next(iter(batch.values())))
             last = number == self.passes - 1
             with self.update.passes(self.model, last, step):
-                loss = self.model.run_pass(batch, self._weight(samples), last, meter.phase)
+                loss = self.run_pass(batch, self._weight(samples), last, meter.phase)
             if loss is not None:
                 meter.loss(loss, samples * self.model.counted)
         meter.phase("optimizer")
@@ -295,10 +303,14 @@ class Trainer:
         """What is due after `step` updates: evaluation, checkpoint; always at the end unless switched off (0)."""
         if self.runtime.isolated:
             return  # copies that do not train together have nothing to show or to keep
-        if self._due(step, self._evaluate_every):
-            self._evaluate(step, last=step == self.steps)
-        if self._due(step, self._checkpoint_every):
-            self._save(step)
+        evaluates, saves = self._due(step, self._evaluate_every), self._due(step, self._checkpoint_every)
+        if not (evaluates or saves):
+            return
+        with self.link.paused():
+            if evaluates:
+                self._evaluate(step, last=step == self.steps)
+            if saves:
+                self._save(step)
 
     @property
     def _evaluate_every(self) -> int:
@@ -409,6 +421,9 @@ class Trainer:
             } | about
         if about:
             self.events.write("communication", **about)
+        link = self.link.found()
+        if link is not None:
+            self.events.write("link", updates=self.done - self.first, **link)
         self.events.write("memory", peak_bytes=peak_bytes(self.runtime.device))
         self.meter.phase("done")
 

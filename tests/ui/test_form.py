@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labkit.experiment import Experiment, ExperimentError
+from labkit.experiment import Experiment, ExperimentError, slow_link
 from labkit.experiment.recipes import RECIPES, recipe
 from labkit.experiment.registry import registries
 from labkit.ui.form import ExperimentForm
@@ -42,7 +42,10 @@ changes = st.fixed_dictionaries(
         "launch.device": st.sampled_from(["auto", "cpu", "cuda"]),
         "launch.isolated": st.booleans(),
         "launch.network": st.none()
-        | st.fixed_dictionaries({"rate_mbit": st.floats(1, 1e6), "delay_ms": st.floats(0, 100)}),
+        | st.fixed_dictionaries(
+            {"rate_mbit": st.floats(1, 1e6), "delay_ms": st.floats(0, 100), "hosts": st.integers(1, 4)}
+        ),
+        "launch.slowdown": st.dictionaries(st.integers(0, 7).map(str), st.floats(1, 100), max_size=3),
         "workload.width": st.none() | st.integers(8, 64),
     },
 )
@@ -164,6 +167,28 @@ def test_a_section_that_may_be_absent_has_a_switch(form: ExperimentForm) -> None
     assert form.value.launch.network.rate_mbit == 50.0
     form.set("launch.network", None)
     assert form.value.launch.network is None
+
+
+def test_what_this_machine_cannot_do_is_grey_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slow_link, "possible", lambda: slow_link.Links("containers forbid it", "no", "no"))
+    switch = ExperimentForm(recipe("vision-ddp")).entries["launch.network"].widget
+    assert switch.disabled
+    assert "containers forbid it" in switch.tooltip
+    monkeypatch.setattr(slow_link, "possible", lambda: slow_link.Links(delay="no netem"))
+    form = ExperimentForm(recipe("vision-ddp").replace("launch.network.rate_mbit=10"))
+    grey = {name: form.entries[f"launch.network.{name}"].widget.disabled for name in ("rate_mbit", "delay_ms", "hosts")}
+    assert grey == {"rate_mbit": False, "delay_ms": True, "hosts": False}
+    assert "no netem" in form.entries["launch.network.delay_ms"].widget.tooltip
+    assert not form.entries["launch.network"].widget.disabled
+
+
+def test_slowed_ranks_are_typed_as_json() -> None:
+    form = ExperimentForm(recipe("vision-ddp"))
+    form.set("launch.slowdown", {"1": 4})
+    assert form.value.launch.slowdown == {1: 4.0}
+    assert form.problems == []
+    form.entries["launch.slowdown"].widget.value = '{"7": 4}'
+    assert [problem.field for problem in form.problems] == ["launch.slowdown"]
 
 
 def test_knobs_come_first_and_in_the_order_of_the_lesson() -> None:
