@@ -83,6 +83,8 @@ class Meter:
         """What the busy clock said when the pass began."""
         self.spun: Callable[[], float] = float
         """Seconds so far in which the thread was busy with nothing but waiting for others."""
+        self.busy = self.samples = 0.0
+        """Seconds that the last step computed, waiting left out (on a GPU not known), and its samples."""
         self._step: _Step | None = None
         self._waiting: list[_Step] = []
         self._lock = threading.Lock()
@@ -171,6 +173,7 @@ class Meter:
         step = self._step
         assert step is not None
         step.ended = time.monotonic()
+        self.busy, self.samples = step.busy, step.samples
         step.marks.append(("", self._clock.now()))
         self._step = None
         with self._lock:

@@ -57,7 +57,7 @@ class Order:
 
 
 def borders(samples: int, weights: Sequence[float], least: int) -> NDArray[np.int64]:
-    """Where a batch is cut into parts as large as `weights` say, none smaller than `least`: ends of all but the last."""
+    """Where a batch is cut into parts as large as `weights` say, none below `least`: ends of all but the last."""
     free = samples - least * len(weights)
     ends = np.rint(np.cumsum(np.asarray(weights) * free)).astype(np.int64) + least * np.arange(1, len(weights) + 1)
     return np.asarray(ends[:-1])

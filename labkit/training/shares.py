@@ -29,7 +29,7 @@ class Shares:
         self._seconds = self._samples = 0.0
 
     def computed(self, step: int, seconds: float, samples: float) -> None:
-        """This rank has computed so many samples of update `step` in so many seconds; now and then collective."""
+        """Take note of what this rank has computed, samples of update `step` in seconds; now and then collective."""
         if not self.follow:
             return
         self._seconds += seconds
