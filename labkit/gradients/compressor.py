@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from labkit.gradients.wire import Wire
 
 Shape = tuple[int, ...]
-Rounds = Generator[None, None, "Tensor"]
+UnderWay = Generator[None, None, "Tensor"]
 """An exchange that is under way: resumed once a round, it returns the mean over the ranks, of the shape of `flat`."""
 
 
@@ -108,8 +108,8 @@ class Compressor:
 
     # -- the method ---------------------------------------------------------------------------------------------------
 
-    def exchange(self, bundle: Bundle) -> Rounds:
-        """Begin to average `bundle.flat` over the ranks; see `Rounds`. May work in place."""
+    def exchange(self, bundle: Bundle) -> UnderWay:
+        """Begin to average `bundle.flat` over the ranks; see `UnderWay`. May work in place."""
         raise NotImplementedError
 
     @classmethod
@@ -190,7 +190,7 @@ class Compressor:
             yield Problem(field, "has no effect on copies that never talk (launch.isolated)")
 
 
-def finish(rounds: Rounds) -> Tensor:
+def finish(rounds: UnderWay) -> Tensor:
     """Go on with an exchange to its end; the mean."""
     while True:
         try:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from labkit.experiment import Experiment, Optimizer
 from labkit.experiment.registry import registry
-from labkit.gradients.compressor import Bundle, Compressor, Rounds
+from labkit.gradients.compressor import Bundle, Compressor, UnderWay
 from labkit.gradients.hierarchical import Hierarchical
 from labkit.gradients.stopwatch import Clock, Stopwatch
 from labkit.gradients.wire import Wire
@@ -33,17 +33,24 @@ class Counters:
     """Nothing was computed while gradients travelled; not a number where nobody can tell update by update."""
     compression_seconds: float = 0.0
     """Making gradients smaller and whole again."""
-    formula_bytes: int = 0
-    """What the formula of the method says of the same updates."""
+    formula_bytes: int | None = 0
+    """What the formula of the method says of the same updates; None where there is none."""
+
+    def plus(self, other: Counters) -> Counters:
+        """Both together."""
+        formulas = (self.formula_bytes, other.formula_bytes)
+        return Counters(
+            self.bytes + other.bytes,
+            self.exposed_seconds + other.exposed_seconds,
+            self.compression_seconds + other.compression_seconds,
+            None if formulas[0] is None or formulas[1] is None else formulas[0] + formulas[1],
+        )
 
     def since(self, before: Counters) -> Counters:
         """What has come since then."""
-        return Counters(
-            self.bytes - before.bytes,
-            self.exposed_seconds - before.exposed_seconds,
-            self.compression_seconds - before.compression_seconds,
-            self.formula_bytes - before.formula_bytes,
-        )
+        formula = None if before.formula_bytes is None else -before.formula_bytes
+        earlier = Counters(-before.bytes, -before.exposed_seconds, -before.compression_seconds, formula)
+        return self.plus(earlier)
 
 
 class Exchange:
@@ -59,7 +66,7 @@ class Exchange:
         self._overlap = overlap
         self._factor = compressor.ranks if summed else 1
         self._bundles: list[Bundle] = []
-        self._rounds: list[Rounds] = []
+        self._rounds: list[UnderWay] = []
         self._futures: list[torch.futures.Future[Tensor]] = []
         self._watch = Stopwatch(clock)
         """At work and waiting, both."""
@@ -131,7 +138,7 @@ class Exchange:
         return Counters(sent, waited, self._watch.seconds - waited, self.formula_bytes)
 
 
-def _go_on(bundle: Bundle, rounds: Rounds) -> bool:
+def _go_on(bundle: Bundle, rounds: UnderWay) -> bool:
     """One round further; True if it is over and the result stands in the bundle."""
     try:
         next(rounds)
@@ -190,8 +197,10 @@ class Exchanges:
 
     def counters(self) -> Counters:
         """What all of them have cost so far."""
-        found = [exchange.counters() for exchange in self._made.values()]
-        return Counters(*(sum(column) for column in zip(*map(_row, found), strict=True))) if found else Counters()
+        total = Counters()
+        for exchange in self._made.values():
+            total = total.plus(exchange.counters())
+        return total
 
     # -- the optimizer ------------------------------------------------------------------------------------------------
 
@@ -207,7 +216,3 @@ class Exchanges:
         """Show the compressors what works on their results."""
         for exchange in self._made.values():
             exchange.compressor.bind(optimizer, self._optimizer)
-
-
-def _row(counters: Counters) -> tuple[Any, ...]:
-    return (counters.bytes, counters.exposed_seconds, counters.compression_seconds, counters.formula_bytes)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Rounds
+from labkit.gradients.compressor import Bundle, Compressor, Moment, UnderWay
 from labkit.gradients.cost import all_gather_bytes, all_to_all_bytes
 from labkit.gradients.stopwatch import Clock
 from labkit.gradients.wire import Wire
@@ -48,7 +48,7 @@ class Hierarchical(Compressor):
         """All of them."""
         return self._inside.size * self.wire.size
 
-    def exchange(self, bundle: Bundle) -> Rounds:
+    def exchange(self, bundle: Bundle) -> UnderWay:
         """The mean over all ranks."""
         flat, local = bundle.flat, self._inside.size
         parts = flat.new_zeros(local, -(-flat.numel() // local))

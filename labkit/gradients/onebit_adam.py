@@ -30,7 +30,7 @@ from pydantic import Field
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Rounds, Shape, numel
+from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay, numel
 from labkit.gradients.cost import all_gather_bytes, all_reduce_bytes, all_to_all_bytes
 
 if TYPE_CHECKING:
@@ -75,17 +75,17 @@ class OneBitAdam(Compressor):
 
     # -- the exchange -------------------------------------------------------------------------------------------------
 
-    def exchange(self, bundle: Bundle) -> Rounds:
+    def exchange(self, bundle: Bundle) -> UnderWay:
         """The mean gradient; after the warm-up the mean momentum."""
         frozen = bundle.step >= _warmup(self.options, self.steps)
         return self._momentum(bundle) if frozen else self._gradient(bundle)
 
-    def _gradient(self, bundle: Bundle) -> Rounds:
+    def _gradient(self, bundle: Bundle) -> UnderWay:
         pending = self.wire.all_reduce(bundle.flat.div_(self.wire.size))
         yield
         return pending.wait()
 
-    def _momentum(self, bundle: Bundle) -> Rounds:
+    def _momentum(self, bundle: Bundle) -> UnderWay:
         import torch
 
         from labkit.gradients.packing import pack_signs, read_signs

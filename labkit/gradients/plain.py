@@ -7,12 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Rounds, Shape, numel
+from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay, numel
 from labkit.gradients.cost import all_reduce_bytes
+from labkit.gradients.update import Rounds
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
     from labkit.experiment.problem import Problem
@@ -30,7 +29,7 @@ class Uncompressed(Compressor):
     name = "none"
     lossy = False
 
-    def exchange(self, bundle: Bundle) -> Rounds:
+    def exchange(self, bundle: Bundle) -> UnderWay:
         """One all-reduce, in place."""
         pending = self.wire.all_reduce(bundle.flat.div_(self.wire.size))
         yield
@@ -52,14 +51,26 @@ class Uncompressed(Compressor):
         return iter(())
 
 
-class Synchronous:
+class Synchronous(Rounds):
     """All ranks wait for the average of all gradients before anyone changes a weight."""
+
+    exchanges = True
 
     class Options(BaseOptions):
         pass
 
     @staticmethod
-    def passes(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Around one pass forward and backward: only the last of an update exchanges gradients."""
-        no_sync = getattr(model, "no_sync", None)
-        return nullcontext() if last or no_sync is None else no_sync()
+    def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        """It goes with everything."""
+        return iter(())
+
+    def passes(self, model: Any, last: bool, step: int) -> AbstractContextManager[Any]:
+        """Only the last pass of an update exchanges gradients."""
+        return nullcontext() if last else model.no_sync()
+
+    def judged(self) -> AbstractContextManager[None]:
+        """All ranks hold the same weights."""
+        return nullcontext()
+
+    def consolidate(self, step: int) -> None:
+        """All ranks hold the same state."""

@@ -27,7 +27,7 @@ from pydantic import Field
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Rounds, Shape, numel, replicas
+from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay, numel, replicas
 from labkit.gradients.cost import all_reduce_bytes
 
 if TYPE_CHECKING:
@@ -62,16 +62,16 @@ class PowerSGD(Compressor):
         self._errors = Memory()
         self._factors: dict[Any, Tensor] = {}
 
-    def exchange(self, bundle: Bundle) -> Rounds:
+    def exchange(self, bundle: Bundle) -> UnderWay:
         """The mean, as far as it has a low rank."""
         return self._factored(bundle) if bundle.step >= _start(self.options, self.steps) else self._whole(bundle)
 
-    def _whole(self, bundle: Bundle) -> Rounds:
+    def _whole(self, bundle: Bundle) -> UnderWay:
         pending = self.wire.all_reduce(bundle.flat.div_(self.wire.size))
         yield
         return pending.wait()
 
-    def _factored(self, bundle: Bundle) -> Rounds:
+    def _factored(self, bundle: Bundle) -> UnderWay:
         import torch
 
         flat, views = bundle.flat, bundle.views(bundle.flat)

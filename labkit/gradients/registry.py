@@ -24,14 +24,16 @@ UPDATE = Registry(
     "update method",
     [
         Method("synchronous", "all ranks wait for the average", "labkit.gradients.plain:Synchronous"),
-        Method("local_sgd", "average the weights every few steps"),
-        Method("post_local_sgd", "synchronous first, then local"),
-        Method("diloco", "local steps, then an outer optimizer"),
-        Method("streaming_diloco", "DiLoCo by fragments, overlapped"),
-        Method("parameter_server", "bounded staleness"),
-        Method("hogwild", "one model in shared memory, no locks"),
-        Method("gossip", "average with a neighbour (AD-PSGD)"),
-        Method("delayed", "gradients one step late"),
+        Method("local_sgd", "average the weights every few steps", "labkit.gradients.local_sgd:LocalSGD"),
+        Method("post_local_sgd", "synchronous first, then local", "labkit.gradients.post_local_sgd:PostLocalSGD"),
+        Method("diloco", "local steps, then an outer optimizer", "labkit.gradients.diloco:DiLoCo"),
+        Method(
+            "streaming_diloco", "DiLoCo by fragments, overlapped", "labkit.gradients.streaming_diloco:StreamingDiLoCo"
+        ),
+        Method("parameter_server", "bounded staleness", "labkit.gradients.parameter_server:ParameterServer"),
+        Method("hogwild", "one model in shared memory, no locks", "labkit.gradients.hogwild:Hogwild"),
+        Method("gossip", "average with a neighbour (AD-PSGD)", "labkit.gradients.gossip:Gossip"),
+        Method("delayed", "gradients one step late", "labkit.gradients.delayed:Delayed"),
         Method("pipedream", "asynchronous pipeline with weight stashing"),
     ],
 )

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Rounds, Shape, numel
+from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay, numel
 from labkit.gradients.cost import all_gather_bytes
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Sign(Compressor):
         super().__init__(*arguments)
         self._errors = Memory()
 
-    def exchange(self, bundle: Bundle) -> Rounds:
+    def exchange(self, bundle: Bundle) -> UnderWay:
         """The mean of the signs, each times its scale."""
         import torch
 

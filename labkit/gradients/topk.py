@@ -22,7 +22,7 @@ from pydantic import Field
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Rounds, Shape, numel
+from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay, numel
 from labkit.gradients.cost import all_gather_bytes
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class TopK(Compressor):
         self._errors, self._velocities = Memory(), Memory()
         self._momentum = 0.0
 
-    def exchange(self, bundle: Bundle) -> Rounds:
+    def exchange(self, bundle: Bundle) -> UnderWay:
         """The mean of what is largest on each rank."""
         import torch
 

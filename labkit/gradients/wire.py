@@ -43,8 +43,9 @@ class Wire:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, clock: Clock | None = None) -> None:
-        self.group = group if group is not None else dist.group.WORLD
-        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        alone = group is None and not dist.is_initialized()
+        self.group = group if group is not None or alone else dist.group.WORLD
+        self.rank, self.size = (0, 1) if alone else (dist.get_rank(self.group), dist.get_world_size(self.group))
         self.sent = 0
         """Bytes that this rank has sent so far."""
         self.calls = 0
@@ -58,11 +59,15 @@ class Wire:
     def all_reduce(self, x: Tensor) -> Pending:
         """The sum over all ranks, in place."""
         self._count(all_reduce_bytes(_bytes(x), self.size))
+        if self.size == 1:
+            return Pending(self, None, x)
         return Pending(self, dist.all_reduce(x, group=self.group, async_op=True), x)
 
     def all_gather(self, x: Tensor) -> Pending:
         """The parts of all ranks, shape [size, *x.shape]; parts have one shape."""
         self._count(all_gather_bytes(_bytes(x), self.size))
+        if self.size == 1:
+            return Pending(self, None, x.clone()[None])
         out = x.new_empty((self.size, *x.shape))
         work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=self.group, async_op=True)
         return Pending(self, work, out)
@@ -70,6 +75,8 @@ class Wire:
     def all_to_all(self, x: Tensor) -> Pending:
         """x[r] goes to rank r; result[r] came from it. Shape [size, …] both."""
         self._count(all_to_all_bytes(_bytes(x), self.size))
+        if self.size == 1:
+            return Pending(self, None, x.clone())
         out = torch.empty_like(x)
         return Pending(self, dist.all_to_all_single(out, x, group=self.group, async_op=True), out)
 
@@ -84,6 +91,19 @@ class Wire:
         self.calls += 1
         work = dist.irecv(x, group=self.group, group_src=source, tag=tag)
         return Pending(self, work, x)
+
+    def receive_from_anyone(self, x: Tensor, tag: int = 0) -> int:
+        """Block until somebody has sent to `x`; returns who."""
+        self.calls += 1
+        source = dist.recv(x, group=self.group, tag=tag)
+        return dist.get_group_rank(self.group, source) if self.group is not None else source
+
+    def broadcast(self, x: Tensor, source: int = 0) -> Pending:
+        """What `source` holds in `x` reaches all; counted there, once for each of the others."""
+        self._count((self.size - 1) * _bytes(x) if self.rank == source else 0)
+        if self.size == 1:
+            return Pending(self, None, x)
+        return Pending(self, dist.broadcast(x, group=self.group, group_src=source, async_op=True), x)
 
     def _count(self, size: int) -> None:
         self.calls += 1

@@ -74,6 +74,10 @@ class Board:
             self._whole[_STOP_AT] = stop_at
         return 0 <= stop_at <= step
 
+    def asked_to_stop(self) -> bool:
+        """Has the supervisor asked? Ranks that see it must agree in a way of their own when to end."""
+        return bool(self._whole[_REQUESTED])
+
     # -- the supervisor's side --------------------------------------------------------------------------------------
 
     def request_stop(self) -> None:

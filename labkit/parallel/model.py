@@ -10,7 +10,7 @@ Losses are weighed so that gradients have to be *added up* over ranks, microbatc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -173,6 +173,10 @@ class ParallelModel:
     def _stage_loss(self, output: Tensor, index: Tensor) -> Tensor:
         part = {name: value[index] for name, value in self._batch.items()}
         return self.task.loss(output, part) * (len(index) * self._weight)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Which pass exchanges gradients is told to `run_pass`."""
+        return nullcontext()
 
     def grad_norm(self) -> Tensor:
         """The norm of the update's whole gradient, equal on all ranks."""

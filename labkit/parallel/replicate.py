@@ -12,6 +12,7 @@ Experiences on Accelerating Data Parallel Training", VLDB 2020.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from labkit.parallel.communication import Communication
@@ -88,32 +89,38 @@ class ReplicatedModel:
         task: Task,
         mesh: Mesh,
         accelerator: Accelerator,
-        update: Any,
-        exchanges: Exchanges,
+        exchanges: Exchanges | None = None,
     ) -> None:
         from labkit.parallel import recompute
         from labkit.parallel.expert import weigh_samples
 
-        self.task, self.bare, self.mesh, self._update = task, task.model, mesh, update
+        self.task, self.bare, self.mesh = task, task.model, mesh
         self.stages = {0: task.model}
         self._autocast = accelerator.autocast
         self.holdings: dict[str, Holding] = {}
         if experiment.layout.activation_checkpointing != "none":
             recompute.apply(task.model, experiment.layout.activation_checkpointing)
-        self.wrapped = Replicate.apply(accelerator, task.model)
+        self.working = task.model
+        """The module that computes the gradients."""
+        self.exchanges = exchanges is not None
+        """Do gradients travel through DDP? Not if an update rule combines what ranks learned in another way."""
+        self.wrapped = Replicate.apply(accelerator, task.model) if self.exchanges else task.model
         self.averaged_over = experiment.layout.dp_replicate
         weigh_samples(task.model, self.averaged_over / experiment.training.global_batch)
         self.memory: SharedMemory | None = None
         """Where gradients are exchanged, if not in the process group."""
         self._exchanges = exchanges
         self._exchange: Exchange | None = None
-        self._updates = 0
-        self._steers = exchanges.wanted or not experiment.gradients.overlap
+        self._updates = self._exchanged = 0
+        """Updates done, and those in which gradients were exchanged."""
+        self._steers = exchanges is not None and (exchanges.wanted or not experiment.gradients.overlap)
         trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
         self._gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
 
     def exchange_through(self, folder: Path | None, timeout_s: float) -> None:
         """Say what gradients go through (collective): memory of this machine if a `folder` to meet in is given."""
+        if self._exchanges is None:
+            return
         if folder is not None:
             self.share_memory(folder, timeout_s)
         elif self._steers and hasattr(self.wrapped, "register_comm_hook"):
@@ -134,31 +141,45 @@ class ReplicatedModel:
         return by_shape(self.bare.parameters())
 
     def run_pass(self, batch: Batch, weight: float, last: bool, phase: Callable[[str], None]) -> Tensor:
-        """Forward and backward; DDP averages over the ranks, hence `averaged_over`."""
-        with self._update.passes(self.wrapped, last=last):
-            phase("forward")
-            with self._autocast():
-                loss: Tensor = self.task.loss(self.wrapped(batch["x"]), batch)
-            phase("backward")
-            (loss * weight).backward()
+        """Forward and backward; the mean over the ranks is the update's gradient, hence `averaged_over`."""
+        phase("forward")
+        with self._autocast():
+            loss: Tensor = self.task.loss(self.wrapped(batch["x"]), batch)
+        phase("backward")
+        (loss * weight).backward()
+        self._exchanged += getattr(self.wrapped, "require_backward_grad_sync", False)
         return loss.detach()
+
+    def use(self, working: nn.Module) -> None:
+        """Compute gradients with this module instead of the one that is evaluated and saved."""
+        self.working = working
+        if not self.exchanges:
+            self.wrapped = working
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """While it is open, passes add up gradients and exchange none."""
+        no_sync: Callable[[], AbstractContextManager[Any]] = getattr(self.wrapped, "no_sync", nullcontext)
+        return no_sync()
 
     def grad_norm(self) -> Tensor:
         """The norm of the update's whole gradient."""
         import torch
 
-        return torch.nn.utils.get_total_norm([p.grad for p in self.bare.parameters() if p.grad is not None])
+        return torch.nn.utils.get_total_norm([p.grad for p in self.working.parameters() if p.grad is not None])
 
     def clip(self, limit: float) -> Tensor:
         """Scale the gradients so that their norm is at most `limit`; returns the norm before."""
         import torch
 
-        return torch.nn.utils.clip_grad_norm_(self.bare.parameters(), limit)
+        return torch.nn.utils.clip_grad_norm_(self.working.parameters(), limit)
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer has stepped. DDP's gradients stay in its buckets: a new one would have to be copied in."""
         self._updates += 1
-        optimizer.zero_grad(set_to_none=self.averaged_over == 1)
+        if self.exchanges and self.averaged_over > 1:
+            optimizer.zero_grad(set_to_none=False)
+        else:
+            self.working.zero_grad()
 
     def output(self, x: Tensor) -> Tensor:
         """Output of the model for evaluation."""
@@ -170,6 +191,8 @@ class ReplicatedModel:
         """What gradients go through."""
         if self.averaged_over == 1:
             return "none"
+        if not self.exchanges:
+            return "update rule"
         return "shared memory" if self.memory else "process group"
 
     def counters(self) -> Counters | None:
@@ -184,7 +207,7 @@ class ReplicatedModel:
             return None
         if self._exchange is not None:
             return self._exchange.counters()
-        sent = self._updates * all_reduce_bytes(self._gradient_bytes, self.averaged_over)
+        sent = self._exchanged * all_reduce_bytes(self._gradient_bytes, self.averaged_over)
         return Counters(sent, self.memory.seconds if self.memory else math.nan, 0.0, sent)
 
     def communication(self) -> Communication | None:

@@ -32,6 +32,8 @@ MAX_STATUS_BYTES = 8 * 2**20
 MAX_ACTIONS = 200_000
 """Most actions of all timelines together that are kept."""
 MAX_AXES, MAX_BLOCKS, MAX_EXPERTS = 64, 1024, 1024
+MAX_STALENESS = 4096
+"""What is staler counts as so stale."""
 _CHUNK_BYTES = 128 * 2**10
 _SPANS = ("data", "forward", "backward", "optimizer")
 _EXCHANGED = ("bytes", "exposed", "compression")
@@ -137,6 +139,8 @@ class RunData:
         """By rank, what it computed in its pipeline, in order."""
         self.experts: dict[str, NDArray[np.int64]] = {}
         """By block, how many choices fell on each of its experts, over all ranks that see different tokens."""
+        self.staleness: NDArray[np.int64] = np.zeros(0, np.int64)
+        """How many gradients, of all ranks, were 0, 1, 2, … updates old when they were used; empty if not measured."""
         self.peak_memory: dict[int, int] = {}
         """Peak memory in bytes, by rank."""
         self.errors: list[dict[str, Any]] = []
@@ -155,6 +159,11 @@ class RunData:
         self._lr = GrowingArray(np.float32)
         self._stamps: dict[str, tuple[int, int, int]] = {}
         self._turn = 0
+        self._drawn = False
+        """Ranks draw their work instead of taking a share of every update."""
+        self._ended = GrowingArray(np.float64)
+        """When each piece of drawn work was done, in the order of reading."""
+        self._in_order: Floats = np.zeros(0)
         self._loss: Floats | None = None
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -296,6 +305,9 @@ class RunData:
         first, seconds = _integer(event.get("first"), 0, MAX_STEPS), _column(event.get("seconds"))
         if first is None or seconds is None or not len(seconds):
             return False
+        self._note_staleness(event.get("staleness"))
+        if "ticket" in event:
+            return self._pieces(number, event, seconds)
         self._note_first(first)
         rank, count = self._ranks[number], len(seconds)
         begin = first - self.first
@@ -323,6 +335,52 @@ class RunData:
                 column.write(at, values[drop:] if values is not None else np.full(count - drop, np.nan), np.nan)
             self._note_elapsed(at, seconds[drop:], _number(event.get("monotonic")))
         return True
+
+    def _pieces(self, number: int, event: dict[str, Any], seconds: Floats) -> bool:
+        """Steps of ranks that draw their work: each is a share of some update, and a rank makes as many as it can."""
+        count, shares = len(seconds), len(self._ranks)
+        columns = [_column(event.get(name), count) for name in ("ticket", "ended", "loss", "samples")]
+        ticket, ended, loss, samples = columns
+        if ticket is None or ended is None or loss is None or samples is None:
+            return False
+        room = MAX_STEPS * shares
+        if not (np.isfinite(ended).all() and (ticket >= 0).all() and (ticket < room).all()):
+            return False
+        if self._ended.length + count > room:
+            return False
+        rank, update = self._ranks[number], ticket.astype(np.int64) // shares - self.first
+        known = self._ended.length // shares
+        if update.min() < 0 or update.max() > known + MAX_GAP:
+            return False
+        self._drawn, self._loss = True, None
+        rank.seconds.write(rank.steps, _narrow(seconds), np.nan)
+        rank.steps += count
+        self._ended.write(self._ended.length, ended, 0.0)
+        weight = np.nan_to_num(np.clip(samples, 0, 1e12), nan=0.0)
+        with np.errstate(all="ignore"):
+            part = np.where(weight > 0, loss * weight, 0.0)
+        for at, lost, seen in zip(update, np.where(np.isfinite(part), part, np.inf), weight, strict=True):
+            self._weighted.add(int(at), np.array([lost]))
+            self._samples.add(int(at), np.array([seen]))
+        if self._origin is None or float(ended[0] - seconds[0]) < self._origin:
+            self._origin = float(ended[0] - np.nan_to_num(seconds[0]))
+        return True
+
+    @property
+    def _done_in_order(self) -> Floats:
+        """Moments at which drawn work was done, in the order of time."""
+        if len(self._in_order) != self._ended.length:
+            self._in_order = np.sort(self._ended.values)
+        return self._in_order
+
+    def _note_staleness(self, values: Any) -> None:
+        found = _column(values)
+        if found is None or not len(found):
+            return
+        whole = np.clip(found[np.isfinite(found)], 0, MAX_STALENESS).astype(np.int64)
+        counts = np.bincount(whole, minlength=len(self.staleness))
+        counts[: len(self.staleness)] += self.staleness
+        self.staleness = counts
 
     def _note_elapsed(self, at: int, seconds: Floats, end: float | None) -> None:
         """Clock times of the ends of these steps: the batch carries the time at which its last step ended."""
@@ -453,7 +511,9 @@ class RunData:
 
     @property
     def steps(self) -> int:
-        """Number of steps whose global loss is complete."""
+        """Number of steps whose global loss is complete; of drawn work, as many as it makes up."""
+        if self._drawn:
+            return min(self._ended.length // max(1, len(self._ranks)), self._samples.length)
         counted = [rank.steps for rank in self._ranks if rank.steps or not self.done]
         return min(min(counted, default=0), self._samples.length)
 
@@ -493,6 +553,10 @@ class RunData:
     def elapsed(self) -> Floats:
         """Seconds from the start of the first step to the end of each step, never falling (steps,)."""
         count = self.steps
+        if self._drawn:  # update t is done when as much work is done as t updates have
+            shares = len(self._ranks)
+            ends = self._done_in_order[shares - 1 : count * shares : shares] - (self._origin or 0.0)
+            return np.maximum.accumulate(np.clip(ends, 0.0, 1e10))
         if self._elapsed.length >= count:
             return self._elapsed.values[:count]
         present = next((rank for rank in self._ranks if rank.steps >= count), None)  # rank 0's file is lost
@@ -501,7 +565,15 @@ class RunData:
 
     @property
     def seconds(self) -> list[NDArray[np.float32]]:
-        """Per rank, the duration of its steps in seconds; NaN where lost."""
+        """Per rank, the duration of its steps in seconds; NaN where lost. Of drawn work, that of all ranks together."""
+        if self._drawn:
+            together = np.diff(self.elapsed, prepend=0.0).astype(np.float32)
+            return [together] * len(self._ranks)
+        return [rank.seconds.values for rank in self._ranks]
+
+    @property
+    def pass_seconds(self) -> list[NDArray[np.float32]]:
+        """Per rank, the duration of what it did itself: its steps, or the pieces that it drew."""
         return [rank.seconds.values for rank in self._ranks]
 
     @property

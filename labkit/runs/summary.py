@@ -68,6 +68,7 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
         "communication": _communication(data),
         "memory": _memory(data, ranks),
         "bubble": _bubble(data, experiment),
+        "staleness": _staleness(data),
         "experts": {name: _shares(load) for name, load in data.experts.items()},
         "peak_memory_bytes": [data.peak_memory.get(rank) for rank in range(ranks)],
         "parameters": start.get("parameters"),
@@ -117,6 +118,16 @@ def _bubble(data: RunData, experiment: Experiment) -> dict[str, Any] | None:
         return asdict(bubble(timeline, experiment.layout))
     except ValueError:
         return None
+
+
+def _staleness(data: RunData) -> dict[str, Any] | None:
+    """How old gradients were when they were used (updates); None where that is not measured."""
+    counts = data.staleness
+    if not counts.sum():
+        return None
+    age = np.arange(len(counts))
+    mean = float((age * counts).sum() / counts.sum())
+    return {"mean": mean, "max": int(age[counts > 0].max()), "histogram": counts.tolist()}
 
 
 def _shares(load: np.ndarray[Any, np.dtype[np.int64]]) -> list[float]:

@@ -8,6 +8,7 @@ random in a step follows from seed, step and rank.
         model.safetensors        weights by name, loadable anywhere
         optimizer.safetensors    e.g. `state.blocks.head.weight.exp_avg`
         model-1.safetensors …    the same of the other ranks of a pipeline, each with its own stages
+        update.safetensors       what the update rule keeps, if it keeps anything
         checkpoint.json          step and experiment; written last
 """
 
@@ -38,11 +39,12 @@ def save(
     part: int | None = 0,
     leads: bool = True,
     meet: Callable[[], None] = lambda: None,
+    more: State | None = None,
 ) -> Path:
     """Write the state after `step` updates and return the folder.
 
     `part` is the number of this rank's part, None for a rank that writes nothing. Where there are several parts, all
-    ranks `meet` before and after writing; the one that `leads` makes the folder and completes it.
+    ranks `meet` before and after writing; the one that `leads` makes the folder and completes it, with `more` in it.
     """
     final = directory.checkpoint(step)
     partial = final.with_name(f".{final.name}.partial")
@@ -56,6 +58,8 @@ def save(
         save_file(moments, partial / f"optimizer{suffix}.safetensors")
     meet()
     if leads:
+        if more:
+            save_file(more, partial / "update.safetensors")
         content = {"format": FORMAT, "step": step, "experiment": experiment.to_dict()}
         write_json(partial / "checkpoint.json", content)
         shutil.rmtree(final, ignore_errors=True)
@@ -72,6 +76,8 @@ class Stored:
     """Updates done."""
     weights: State
     moments: State
+    more: State
+    """What the update rule keeps; equal on all ranks."""
 
 
 def read(folder: Path) -> Stored:
@@ -82,7 +88,9 @@ def read(folder: Path) -> Stored:
     if not isinstance(content.get("experiment"), dict):
         raise ValueError(f"the checkpoint {folder.name} is damaged: its experiment cannot be read")
     with fitting(folder):
-        return Stored(int(content["step"]), _parts(folder, "model"), _parts(folder, "optimizer"))
+        kept = folder / "update.safetensors"
+        more = load_file(kept) if kept.exists() else {}
+        return Stored(int(content["step"]), _parts(folder, "model"), _parts(folder, "optimizer"), more)
 
 
 def _parts(folder: Path, kind: str) -> State:

@@ -36,11 +36,13 @@ class Board(Protocol):
 
     def should_stop(self, rank: int, step: int) -> bool: ...
 
+    def asked_to_stop(self) -> bool: ...
+
 
 class _Step:
     """The marks of one step, until they are turned into seconds."""
 
-    __slots__ = ("exchanged", "grad_norm", "losses", "lr", "marks", "number", "samples")
+    __slots__ = ("ended", "exchanged", "grad_norm", "losses", "lr", "marks", "number", "samples", "staleness", "ticket")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -50,6 +52,9 @@ class _Step:
         self.grad_norm: Any = None
         self.exchanged: Counters | None = None
         self.lr = 0.0
+        self.staleness: int | None = None
+        self.ticket: int | None = None
+        self.ended = 0.0
 
 
 class Meter:
@@ -88,10 +93,10 @@ class Meter:
 
     # -- the loop's side: cheap -----------------------------------------------------------------------------------
 
-    def begin(self, number: int, lr: float) -> None:
-        """Step `number` begins, with the phase `data`."""
+    def begin(self, number: int, lr: float, ticket: int | None = None) -> None:
+        """Step `number` begins, with the phase `data`; where ranks draw their work, it is the one for `ticket`."""
         self._step = _Step(number)
-        self._step.lr = lr
+        self._step.lr, self._step.ticket = lr, ticket
         self._number = number
         self.phase("data")
 
@@ -119,10 +124,20 @@ class Meter:
         assert self._step is not None
         self._step.exchanged = counted
 
+    def staleness(self, updates: int) -> None:
+        """So many updates lie between the weights that the gradient of this step saw and those it changed."""
+        assert self._step is not None
+        self._step.staleness = updates
+
+    def cancel(self) -> None:
+        """Nothing came of this step: it is not written down."""
+        self._step = None
+
     def end(self) -> None:
         """The step has ended."""
         step = self._step
         assert step is not None
+        step.ended = time.monotonic()
         step.marks.append(("", self._clock.now()))
         self._step = None
         with self._lock:
@@ -186,6 +201,11 @@ class Meter:
             columns["compression"] = [round(one.compression_seconds, 7) for one in exchanged]
         if self.rank == 0:
             columns["lr"] = [step.lr for step in ready]
+        if ready[0].ticket is not None:
+            columns["ticket"] = [step.ticket for step in ready]
+            columns["ended"] = [round(step.ended, 6) for step in ready]
+        if any(step.staleness is not None for step in ready):
+            columns["staleness"] = [step.staleness for step in ready]
         self.events.write("steps", first=ready[0].number, **columns)
 
 

@@ -15,6 +15,8 @@ from labkit.experiment import Experiment
 from labkit.experiment.registry import registry
 from labkit.experiment.run_directory import RunDirectory
 from labkit.gradients.exchange import Counters, Exchanges
+from labkit.gradients.update import Setting
+from labkit.gradients.wire import Wire
 from labkit.parallel import shared_memory, state
 from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel, share_weight
@@ -58,26 +60,39 @@ class Trainer:
         self.order = Order(len(task.train), training.global_batch, training.seed)
         self.steps = training.steps or self.order.steps(training.epochs or 1)
         self.passes = experiment.gradients.accumulation
-        self.update = registry("gradients.update")[experiment.gradients.update.method].load()
-        self.exchanges = Exchanges(
-            experiment, self.steps, clock(runtime.device) if runtime.device.type == "cuda" else None
-        )
+        rule = registry("gradients.update")[experiment.gradients.update.method].load()
+        gpu_clock = clock(runtime.device) if runtime.device.type == "cuda" else None
+        self.exchanges = Exchanges(experiment, self.steps, gpu_clock)
         self.model: ReplicatedModel | ParallelModel
         if runtime.spread:
             autocast = runtime.accelerator.autocast
             self.model = ParallelModel(experiment, task, runtime.mesh, runtime.device, autocast, self.exchanges)
         else:
-            self.model = ReplicatedModel(
-                experiment, task, runtime.mesh, runtime.accelerator, self.update, self.exchanges
-            )
+            exchanges = self.exchanges if rule.exchanges else None
+            self.model = ReplicatedModel(experiment, task, runtime.mesh, runtime.accelerator, exchanges)
             folder = runtime.folder if shared_memory.offered(experiment) else None
             self.model.exchange_through(folder, runtime.timeout_s)
         settings = self.exchanges.settings()
         self.optimizer = make_optimizer(settings, self.model.optimized(), self.exchanges.optimizer())
         self.exchanges.bind(self.optimizer)
-        self.first = self._load(Path(resume)) if resume else 0
+        self.update = rule(
+            Setting(
+                experiment,
+                rule.Options(**experiment.gradients.update.options),
+                task.model,
+                self.optimizer,
+                Wire(),
+                self.steps,
+                self._rate,
+                runtime.folder,
+                runtime.timeout_s,
+            )
+        )
+        self.first = self._load(Path(resume)) if resume else self._begin_anew()
         self.exchanges.resume(self.first)
         self._counted = Counters()
+        if isinstance(self.model, ReplicatedModel):
+            self.model.use(self.update.works_on())
         self.done = self._saved_at = self.first
         """Updates done so far."""
         wanted = training.trace_step
@@ -87,6 +102,16 @@ class Trainer:
         """Train to the end or until asked to stop; True if it was stopped before its end."""
         self._write_start()
         self.model.train()
+        stopped = self._draw_tickets() if self.update.draws else self._go_through_rounds()
+        if stopped and self.done > self._saved_at and self.experiment.training.checkpoint_every != 0:
+            self._save(self.done)
+        if not self.update.draws:
+            self.update.close()
+        self._write_figures()
+        return stopped
+
+    def _go_through_rounds(self) -> bool:
+        """Every rank does every update; True if they were stopped."""
         batches = self._batches()
         stopped = False
         while self.done < self.steps:
@@ -99,10 +124,54 @@ class Trainer:
                 self._step(self.done, batches)
             self.done += 1
             self._after(self.done)
-        if stopped and self.done > self._saved_at and self.experiment.training.checkpoint_every != 0:
-            self._save(self.done)
-        self._write_figures()
         return stopped
+
+    def _draw_tickets(self) -> bool:
+        """Ranks draw work and meet where something is due; True if they were stopped."""
+        rule, shares = self.update, self.runtime.mesh.samples[1]
+        while self.done < self.steps:
+            due = next(step for step in range(self.done + 1, self.steps + 1) if self._is_due(step))
+            rule.open(self.done * shares, due * shares)
+            asked = False
+            while (ticket := rule.take(stop=asked)) is not None:
+                self._work_on(ticket, *divmod(ticket, shares))
+                asked = self.board.asked_to_stop()
+            self.meter.phase("optimizer")
+            rule.close()
+            # Not all have seen the request at the same ticket.
+            stopped = bool(self.runtime.add_up({"asked": float(asked)})["asked"])
+            self.done = rule.drawn // shares
+            if self.done == due or not stopped:
+                self._after(self.done)
+            if stopped:
+                return self.done < self.steps
+        return False
+
+    def _work_on(self, ticket: int, step: int, share: int) -> None:
+        """One piece of work: the gradient over a share of update `step`, and what the rule makes of it."""
+        meter, runtime, rule = self.meter, self.runtime, self.update
+        rate = self._rate(step)
+        meter.begin(step, rate, ticket)
+        set_learning_rate(self.optimizer, rate)
+        runtime.seed(self._random_state(step, share))
+        rule.pull()
+        shares = self.runtime.mesh.samples[1]
+        for number, indices in enumerate(self.order.passes(step, share, shares, self.passes)):
+            if number:
+                meter.phase("data")
+            batch = runtime.place(self.task.train.__getitems__(indices.tolist()))
+            loss = self.model.run_pass(batch, self._weight(len(indices)), number == self.passes - 1, meter.phase)
+            assert loss is not None
+            meter.loss(loss, len(indices))
+        meter.phase("optimizer")
+        self._measure_gradient()
+        stale = rule.push(ticket)
+        self.model.after_update(self.optimizer)
+        if stale is None:
+            meter.cancel()
+        else:
+            meter.staleness(stale)
+            meter.end()
 
     # -- one update ---------------------------------------------------------------------------------------------------
 
@@ -116,40 +185,56 @@ class Trainer:
     def _step(self, step: int, batches: Iterator[Batch], trace: Trace | None = None) -> None:
         """One update: the passes over this rank's share, the exchange of gradients in the last, the optimizer."""
         meter, runtime = self.meter, self.runtime
-        settings = self.experiment.optimizer
-        rate = learning_rate(settings, step, self.steps)
+        rate = self._rate(step)
         meter.begin(step, rate)
         set_learning_rate(self.optimizer, rate)
-        # Everything random in this step (dropout, …) follows from these three, so a resumed run repeats it.
-        runtime.seed((self.experiment.training.seed * 1_000_003 + step) * 4099 + runtime.rank)
+        runtime.seed(self._random_state(step, runtime.rank))
         for number in range(self.passes):
             if number:
                 meter.phase("data")
             batch = runtime.place(next(batches))
             samples = len(next(iter(batch.values())))
             last = number == self.passes - 1
-            loss = self.model.run_pass(batch, self._weight(samples), last, meter.phase)
+            with self.update.passes(self.model, last, step):
+                loss = self.model.run_pass(batch, self._weight(samples), last, meter.phase)
             if loss is not None:
                 meter.loss(loss, samples * self.model.counted)
         meter.phase("optimizer")
-        if settings.clip_norm is not None:
-            meter.grad_norm(self.model.clip(settings.clip_norm))
-        elif self.experiment.training.gradient_norm:
-            meter.grad_norm(self.model.grad_norm())
+        self.update.before_update(step)
+        self._measure_gradient()
         self.optimizer.step()
         if trace is not None:
             trace.measure()
+        stale = self.update.after_update(step)
+        if stale is not None:
+            meter.staleness(stale)
         self.model.after_update(self.optimizer)
         meter.exchanged(self._exchanged())
         meter.end()
 
     def _exchanged(self) -> Counters | None:
-        """What combining the gradients of this update has cost; None where nothing is combined or nobody counts."""
-        now = self.model.counters()
-        if now is None:
+        """What combining what ranks learned has cost in this update; None where nothing is, or nobody counts."""
+        gradients, wire = self.model.counters(), self.update.wire
+        if gradients is None and wire.size == 1:
             return None
+        now = (gradients or Counters()).plus(Counters(wire.sent, wire.seconds, 0.0, None if wire.calls else 0))
         before, self._counted = self._counted, now
         return now.since(before)
+
+    def _measure_gradient(self) -> None:
+        """Clip the gradient, or write its norm down, if that was asked for."""
+        limit = self.experiment.optimizer.clip_norm
+        if limit is not None:
+            self.meter.grad_norm(self.model.clip(limit))
+        elif self.experiment.training.gradient_norm:
+            self.meter.grad_norm(self.model.grad_norm())
+
+    def _rate(self, step: int) -> float:
+        return learning_rate(self.experiment.optimizer, step, self.steps)
+
+    def _random_state(self, step: int, share: int) -> int:
+        """Everything random in a step (dropout, …) follows from these three, so a resumed run repeats it."""
+        return (self.experiment.training.seed * 1_000_003 + step) * 4099 + share
 
     def _weight(self, samples: int) -> float:
         """Weight of the mean loss over `samples` so that the update is the mean over the global batch."""
@@ -182,15 +267,25 @@ class Trainer:
         """What is due after `step` updates: evaluation, checkpoint; always at the end unless switched off (0)."""
         if self.runtime.isolated:
             return  # copies that do not train together have nothing to show or to keep
-        training = self.experiment.training
-        evaluate_every = training.evaluate_every
-        if evaluate_every is None:
-            evaluate_every = max(1, self.steps // DEFAULT_EVALUATIONS)
-        if self._due(step, evaluate_every):
+        if self._due(step, self._evaluate_every):
             self._evaluate(step, last=step == self.steps)
-        checkpoint_every = self.steps if training.checkpoint_every is None else training.checkpoint_every
-        if self._due(step, checkpoint_every):
+        if self._due(step, self._checkpoint_every):
             self._save(step)
+
+    @property
+    def _evaluate_every(self) -> int:
+        wanted = self.experiment.training.evaluate_every
+        return max(1, self.steps // DEFAULT_EVALUATIONS) if wanted is None else wanted
+
+    @property
+    def _checkpoint_every(self) -> int:
+        wanted = self.experiment.training.checkpoint_every
+        return self.steps if wanted is None else wanted
+
+    def _is_due(self, step: int) -> bool:
+        """Is there anything to do after `step` updates? At the end in any case."""
+        every = (self._evaluate_every, self._checkpoint_every)
+        return step == self.steps or any(self._due(step, one) for one in every)
 
     def _due(self, step: int, every: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.steps)
@@ -202,9 +297,10 @@ class Trainer:
             self.meter.phase("evaluation")
 
         alive()
-        sums = evaluation.evaluate(self.task, self.model, self.runtime, alive)
-        if last:
-            sums |= evaluation.drive(self.task, self.model, self.runtime, self.experiment.training.seed, alive)
+        with self.update.judged():
+            sums = evaluation.evaluate(self.task, self.model, self.runtime, alive)
+            if last:
+                sums |= evaluation.drive(self.task, self.model, self.runtime, self.experiment.training.seed, alive)
         if self.runtime.rank == 0:
             seconds = time.perf_counter() - begun
             self.events.write("evaluation", step=step, metrics=self.task.metrics(sums), seconds=seconds)
@@ -213,6 +309,7 @@ class Trainer:
         begun = time.perf_counter()
         self.meter.phase("checkpoint")
         mesh, leads = self.runtime.mesh, self.runtime.rank == 0
+        self.update.consolidate(step)
         folder = checkpoint.save(
             self.directory,
             step,
@@ -221,6 +318,7 @@ class Trainer:
             part=mesh.place["pp"] if mesh.rank == mesh.writer else None,
             leads=leads,
             meet=self.runtime.meet if mesh.size("pp") > 1 else lambda: None,
+            more=self.update.state(),
         )
         self._saved_at = step
         if leads:
@@ -237,7 +335,12 @@ class Trainer:
         stored = checkpoint.read(folder)
         with checkpoint.fitting(folder):
             state.restore(self.model, self.optimizer, stored.weights, stored.moments)
+            self.update.load(stored.more)
         return stored.step
+
+    def _begin_anew(self) -> int:
+        self.update.load({})
+        return 0
 
     # -- beginning and end --------------------------------------------------------------------------------------------
 
@@ -269,26 +372,26 @@ class Trainer:
         )
 
     def _write_figures(self) -> None:
-        measured = self.model.communication()
+        measured, about = self.model.communication(), self._about_exchange()
         if measured is not None:
-            self.events.write(
-                "communication",
-                bytes_per_step=round(measured.wire_bytes),
-                exposed_seconds_per_step=measured.exposed_seconds,
-                axes=measured.axes,
-                **self._about_exchange(),
-            )
+            about |= {"exposed_seconds_per_step": measured.exposed_seconds, "axes": measured.axes}
+            if self.runtime.spread or "bytes_per_step" not in about:  # activations travel too
+                about["bytes_per_step"] = round(measured.wire_bytes)
+        if about:
+            self.events.write("communication", **about)
         self.events.write("memory", peak_bytes=peak_bytes(self.runtime.device))
         self.meter.phase("done")
 
     def _about_exchange(self) -> dict[str, Any]:
-        """Of combining gradients, per update of this run: bytes counted and by the formula, compression (s)."""
+        """Of combining what ranks learned, per update of this run: bytes counted and by the formula, seconds."""
         counted, updates = self._counted, self.done - self.first
-        if not updates or self.model.counters() is None:
+        if not updates or counted == Counters():
             return {}
         return {
+            "bytes_per_step": round(counted.bytes / updates),
+            "exposed_seconds_per_step": counted.exposed_seconds / updates,
             "counted_bytes_per_step": counted.bytes / updates,
-            "formula_bytes_per_step": counted.formula_bytes / updates,
+            "formula_bytes_per_step": None if counted.formula_bytes is None else counted.formula_bytes / updates,
             "compression_seconds": counted.compression_seconds / updates,
             "method": self.exchanges.installed,
         }

@@ -1,0 +1,76 @@
+"""Means over ranks of what a rank holds: weights, buffers, moments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from labkit.gradients.wire import Wire
+
+
+def trained_of(model: nn.Module) -> list[Tensor]:
+    """Trained weights, in the order of the model."""
+    return [parameter.data for parameter in model.parameters() if parameter.requires_grad]
+
+
+def buffers_of(model: nn.Module) -> list[Tensor]:
+    """Buffers of floating point (running means), in the order of the model."""
+    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+
+
+def state_of(model: nn.Module) -> list[Tensor]:
+    """Trained weights, then buffers."""
+    return trained_of(model) + buffers_of(model)
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The optimizer's tensors that are shaped like weights, in the order of its parameters."""
+    found = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            found += [value for value in state.values() if isinstance(value, Tensor) and value.dim()]
+    return found
+
+
+def flat(tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """One after the other, in one new stretch of memory."""
+    pieces = [tensor.detach().reshape(-1) for tensor in tensors]
+    return torch.cat([piece.to(dtype) if dtype else piece for piece in pieces]) if pieces else torch.zeros(0)
+
+
+@torch.no_grad()
+def fill(tensors: Iterable[Tensor], values: Tensor) -> None:
+    """The inverse of `flat`: copy `values` back into the tensors."""
+    begin = 0
+    for tensor in tensors:
+        end = begin + tensor.numel()
+        tensor.copy_(values[begin:end].view(tensor.shape))
+        begin = end
+
+
+@torch.no_grad()
+def average(tensors: list[Tensor], wire: Wire) -> None:
+    """Replace each by its mean over the ranks (collective), all in one message per number format."""
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_type.setdefault(tensor.dtype, []).append(tensor)
+    for alike in by_type.values():
+        fill(alike, wire.all_reduce(flat(alike)).wait().div_(wire.size))
+
+
+@contextmanager
+def held_aside(model: nn.Module, wire: Wire) -> Iterator[None]:
+    """Meanwhile the model holds the mean of all ranks' weights and buffers; afterwards its own again."""
+    tensors = state_of(model)
+    own = [tensor.clone() for tensor in tensors]
+    average(tensors, wire)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, kept in zip(tensors, own, strict=True):
+                tensor.copy_(kept)

@@ -1,0 +1,64 @@
+"""DiLoCo: H local updates, then one step of an outer optimizer on what came of them (Douillard et al., 2023).
+
+    outer gradient = anchor - mean of the ranks' weights;  anchor ← Nesterov(anchor, outer gradient);  weights ← anchor
+
+It sends 2·(N-1)/N·n bytes once in H updates, less if the outer gradient travels in few bits (`bits`, narrow.py). The
+outer optimizer is the same on all ranks; moments of the inner one stay local and are never sent; buffers are averaged.
+With an outer rate of 1 and no momentum it is local SGD. H = 1 with momentum is *not* synchronous training.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from labkit.experiment.registry import Options as BaseOptions
+from labkit.gradients.update import Rounds
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class DiLoCo(Rounds):
+    """Local updates, then an outer optimizer."""
+
+    class Options(BaseOptions):
+        every: int = Field(default=20, ge=1, le=1_000_000)
+        """Updates between two steps of the outer optimizer (H)."""
+        outer_lr: float = Field(default=0.7, gt=0, le=10)
+        """Learning rate of the outer optimizer."""
+        outer_momentum: float = Field(default=0.9, ge=0, lt=1)
+        """Nesterov momentum of the outer optimizer."""
+        bits: Literal[32, 16, 8, 4] = 32
+        """Bits in which each number of the outer gradient travels."""
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Begin with the weights as they are, or go on from a checkpoint."""
+        from labkit.gradients.average import flat, trained_of
+        from labkit.gradients.outer import Outer
+
+        self.outer = Outer(flat(trained_of(self.model)), self.options.outer_lr, self.options.outer_momentum)
+        for name, tensor in (("anchor", self.outer.anchor), ("velocity", self.outer.velocity)):
+            if f"outer.{name}" in state:
+                tensor.copy_(state[f"outer.{name}"])
+
+    def state(self) -> dict[str, Tensor]:
+        """The agreed weights and the momentum of the outer optimizer."""
+        kept = {"anchor": self.outer.anchor, "velocity": self.outer.velocity}
+        return {f"outer.{name}": tensor.cpu() for name, tensor in kept.items()}
+
+    def after_update(self, step: int) -> int | None:
+        """Every H updates, and after the last one, the outer optimizer steps."""
+        if (step + 1) % self.options.every == 0 or step + 1 == self.setting.steps:
+            self._step()
+        return None
+
+    def _step(self) -> None:
+        from labkit.gradients.average import average, buffers_of, fill, flat, trained_of
+        from labkit.gradients.narrow import begin_mean
+
+        weights = trained_of(self.model)
+        moved = self.outer.anchor - flat(weights)
+        fill(weights, self.outer.step(begin_mean(moved, self.wire, self.options.bits)()))
+        average(buffers_of(self.model), self.wire)

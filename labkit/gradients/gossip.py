@@ -1,0 +1,202 @@
+"""Gossip: every rank trains its own weights and averages them with a neighbour now and then; no rank is the middle.
+
+| graph    | who meets                                            | source                       |
+|----------|------------------------------------------------------|------------------------------|
+| pairs    | an even rank and any odd one, whenever it is ready   | AD-PSGD, Lian et al., 2018   |
+| ring     | each with both neighbours, all at once               | D-PSGD, Lian et al., 2017    |
+| complete | all with all: with SGD, exactly synchronous training | its limit                    |
+
+Pairs are asynchronous: ranks draw tickets, and nobody waits for a slow one. Even ranks ask, odd ranks answer in a
+thread of their own while they compute; so there is no circle of ranks that wait for each other. Both sides take the
+mean of the same two sets of weights, so the mean over all ranks stays what it was.
+
+A meeting sends n bytes each way; on the ring, n bytes to each of the neighbours. The run is judged by the mean of all
+ranks, which is also what a checkpoint holds; moments stay local.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from labkit.experiment.registry import Options as BaseOptions
+from labkit.gradients.tickets import Tickets
+from labkit.gradients.update import Rounds, replicas_only
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+    import torch
+    from torch import Tensor
+
+    from labkit.experiment import Experiment
+    from labkit.experiment.machine import Machine
+    from labkit.experiment.problem import Problem
+    from labkit.gradients.update import Setting
+
+_ASK, _ANSWER = 11, 12
+"""Tags of the messages."""
+
+
+class Gossip(Tickets):
+    """Average with a neighbour."""
+
+    class Options(BaseOptions):
+        graph: Literal["pairs", "ring", "complete"] = "pairs"
+        """Who meets whom."""
+        every: int = Field(default=1, ge=1, le=1_000_000)
+        """Updates of a rank between two meetings."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.draws = self.options.graph == "pairs"  # type: ignore[misc]
+        self._random = random.Random(setting.experiment.training.seed * 1009 + self.wire.rank)
+        self._lock = threading.Lock()
+        """Held while weights change."""
+        self._merged = self._seen = self._updates = 0
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    @staticmethod
+    def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        """Why it cannot run here."""
+        pairs = getattr(experiment.gradients.update, "graph", "pairs") == "pairs"
+        return Tickets.problems(experiment, machine) if pairs else replicas_only(experiment)
+
+    # -- ring and complete: in rounds ---------------------------------------------------------------------------------
+
+    def after_update(self, step: int) -> int | None:
+        """The ranks have stepped: mix their weights with those of their neighbours."""
+        from labkit.gradients.average import average, fill, flat, state_of
+
+        if (step + 1) % self.options.every:
+            return None
+        tensors = state_of(self.model)
+        if self.options.graph == "complete" or self.wire.size <= 3:  # up to three ranks, a ring is complete
+            average(tensors, self.wire)
+            return None
+        own = flat(tensors)
+        size, rank = self.wire.size, self.wire.rank
+        neighbours = ((rank - 1) % size, (rank + 1) % size)
+        sent = [self.wire.send(own, to, _ASK) for to in neighbours]
+        received = [self.wire.receive(own.new_empty(own.shape), source, _ASK).wait() for source in neighbours]
+        for pending in sent:
+            pending.wait()
+        fill(tensors, (own + received[0] + received[1]).div_(3))
+        return None
+
+    def judged(self) -> AbstractContextManager[None]:
+        """By the mean of all ranks."""
+        return Rounds.judged(self)
+
+    def consolidate(self, step: int) -> None:
+        """All ranks go on from the mean; in rounds, their moments too."""
+        from labkit.gradients.average import average, state_of
+
+        if self.draws:
+            average(state_of(self.model), self.wire)
+        else:
+            Rounds.consolidate(self, step)
+
+    # -- pairs: by tickets --------------------------------------------------------------------------------------------
+
+    @property
+    def _answers(self) -> bool:
+        return self.wire.rank % 2 == 1
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Make the groups in which pairs talk (collective): messages of different stretches never meet."""
+        import torch.distributed as dist
+
+        from labkit.gradients.wire import Wire
+
+        if self.draws:
+            self._pairs = Wire(dist.new_group(backend="gloo"))
+
+    def open(self, first: int, last: int) -> None:
+        """Odd ranks begin to answer."""
+        super().open(first, last)
+        if self._answers:
+            self._thread = threading.Thread(target=self._answer, name="labkit-gossip", daemon=True)
+            self._thread.start()
+
+    def pull(self) -> None:
+        """Remember how often the weights have been mixed."""
+        self._seen = self._merged
+
+    def push(self, ticket: int) -> int | None:
+        """Step with the own gradient; even ranks then meet an odd one. Returns how often others came in between."""
+        with self._lock:
+            stale = self._merged - self._seen
+            self.optimizer.step()
+        if self._failure is not None:
+            raise self._failure
+        self._updates += 1
+        if not self._answers and self._updates % self.options.every == 0:
+            self._ask(self._random.randrange(1, self.wire.size, 2))
+        return stale
+
+    def _ask(self, neighbour: int) -> None:
+        from labkit.gradients.average import fill, state_of
+
+        tensors = state_of(self.model)
+        own = self._message(1.0)
+        asked = self._pairs.send(own, neighbour, _ASK)
+        theirs = self._pairs.receive(own.new_empty(own.shape), neighbour, _ANSWER).wait()
+        asked.wait()
+        fill(tensors, ((own + theirs) / 2)[1:].to(self._device))
+
+    def _answer(self) -> None:
+        """Odd ranks: mix with whoever comes, until all even ranks have taken their leave."""
+        from labkit.gradients.average import fill, state_of
+
+        try:
+            guests = -(-self.wire.size // 2)
+            tensors = state_of(self.model)
+            theirs = self._message(0.0)
+            while guests:
+                guest = self._pairs.receive_from_anyone(theirs, _ASK)
+                if not theirs[0]:
+                    guests -= 1
+                    continue
+                with self._lock:
+                    own = self._message(1.0)
+                    fill(tensors, ((own + theirs) / 2)[1:].to(self._device))
+                    self._merged += 1
+                self._pairs.send(own, guest, _ANSWER).wait()
+        except BaseException as error:
+            self._failure = error
+
+    def _message(self, asks: float) -> Tensor:
+        """On the host: whether the sender asks (or takes its leave), then weights and buffers."""
+        import torch
+
+        from labkit.gradients.average import flat, state_of
+
+        values = flat(state_of(self.model)).cpu()
+        return torch.cat([values.new_full((1,), asks), values])
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def close(self) -> None:
+        """Even ranks take their leave of all odd ones (collective)."""
+        import torch
+
+        if not self.draws:
+            return
+        if not self._answers:
+            leave = self._message(0.0)
+            for neighbour in range(1, self.wire.size, 2):
+                self._pairs.send(leave, neighbour, _ASK).wait()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if self._failure is not None:
+                raise self._failure
+        self.wire.all_reduce(torch.zeros(1)).wait()

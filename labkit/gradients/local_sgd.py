@@ -1,0 +1,51 @@
+"""Local SGD: ranks train alone and average their weights every H updates (Stich, ICLR 2019; Lin et al., ICLR 2020).
+
+An average of n bytes over N ranks sends 2·(N-1)/N·n from each, once in H updates: per update that is 1/H of what
+synchronous training sends. With H = 1 and SGD, the mean of the ranks' weights is what the mean gradient gives, also
+with momentum, because all of it is linear; AdamW divides, so there it is close only.
+
+What is averaged: weights and buffers (running means of normalisations). Moments of the optimizer stay local unless
+`average_optimizer` is on, which sends them too: twice as much again for AdamW.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from labkit.experiment.registry import Options as BaseOptions
+from labkit.gradients.update import Rounds
+
+if TYPE_CHECKING:
+    from labkit.gradients.update import Setting
+
+
+class LocalSGD(Rounds):
+    """Average the weights every few updates."""
+
+    class Options(BaseOptions):
+        every: int = Field(default=8, ge=1, le=1_000_000)
+        """Updates between two averages (H)."""
+        average_optimizer: bool = False
+        """Average the moments of the optimizer too."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.averages = 0
+        """How often the ranks have met."""
+
+    def after_update(self, step: int) -> int | None:
+        """Every `every` updates, and after the last one, the ranks meet."""
+        if (step + 1) % self.options.every == 0 or step + 1 == self.setting.steps:
+            self._meet()
+        return None
+
+    def _meet(self) -> None:
+        from labkit.gradients.average import average, moments_of, state_of
+
+        tensors = state_of(self.model)
+        if self.options.average_optimizer:
+            tensors += moments_of(self.optimizer)
+        average(tensors, self.wire)
+        self.averages += 1

@@ -1,0 +1,128 @@
+"""When ranks combine what they learned: what every update rule is made of.
+
+Two kinds of loop exist. In *rounds* every rank takes its share of every update (synchronous, local, delayed); in
+*tickets* (tickets.py) ranks draw one piece of work after the other and nobody waits for the slowest.
+
+All rules are told of the same moments of an update:
+
+    passes forward and backward → before_update → optimizer → after_update
+
+and of the moments at which one set of weights has to stand for all ranks: `judged` (an evaluation, which leaves the
+training as it is) and `consolidate` (a checkpoint: from here on the ranks really go on from one state, so that a
+resumed run repeats what the first one did).
+
+A rule's file imports torch inside its methods only: forms read its options.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor, nn
+
+    from labkit.experiment import Experiment
+    from labkit.experiment.machine import Machine
+    from labkit.experiment.problem import Problem
+    from labkit.gradients.wire import Wire
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an update rule works with on its rank."""
+
+    experiment: Experiment
+    options: Any
+    """The options of the rule."""
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    wire: Wire
+    """To all ranks."""
+    steps: int
+    """Updates of the whole run."""
+    rate: Callable[[int], float]
+    """Learning rate of update t (counted from 0)."""
+    folder: Path
+    """A private local folder of the run."""
+    timeout_s: float
+    """How long a rank waits for another one."""
+
+
+class Rounds:
+    """Base of the rules in which every rank takes part in every update."""
+
+    exchanges: ClassVar[bool] = False
+    """Do gradients travel through DistributedDataParallel?"""
+    draws: ClassVar[bool] = False
+    """Do ranks draw tickets?"""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.options, self.wire = setting, setting.options, setting.wire
+        self.model, self.optimizer = setting.model, setting.optimizer
+
+    @staticmethod
+    def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        """Why this rule cannot run here."""
+        return replicas_only(experiment)
+
+    def works_on(self) -> nn.Module:
+        """The module that computes gradients on this rank."""
+        return self.model
+
+    def passes(self, model: Any, last: bool, step: int) -> AbstractContextManager[Any]:
+        """Around one pass forward and backward of update `step`; `last`: of this update. `model`: the rank's own."""
+        return nullcontext()
+
+    def before_update(self, step: int) -> None:
+        """The gradients of update `step` (counted from 0) are there; the optimizer comes next."""
+
+    def after_update(self, step: int) -> int | None:
+        """The optimizer has stepped. Returns the staleness of the gradient it used, in updates, if that is measured."""
+        return None
+
+    def judged(self) -> AbstractContextManager[None]:
+        """While it is open (collective) the model holds the weights by which the run is judged: the ranks' mean."""
+        from labkit.gradients.average import held_aside
+
+        return held_aside(self.model, self.wire)
+
+    def consolidate(self, step: int) -> None:
+        """All ranks go on from one state (collective): the mean of weights, buffers and optimizer moments."""
+        from labkit.gradients.average import average, moments_of, state_of
+
+        average([*state_of(self.model), *moments_of(self.optimizer)], self.wire)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside weights and moments, equal on all ranks after `consolidate`."""
+        return {}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from there; called after the weights have been restored, with nothing in it for a new run."""
+
+    def close(self) -> None:
+        """The training is over (collective)."""
+
+
+def replicas_only(experiment: Experiment) -> Iterator[Problem]:
+    """Rules that let ranks hold different weights know whole models only, and gradients as they are."""
+    from labkit.experiment.problem import Problem
+
+    layout, update = experiment.layout, experiment.gradients.update.method
+    if layout.world_size != layout.dp_replicate:
+        said = f"{update} needs whole models on all ranks (layout.dp_replicate alone), the layout is {layout}"
+        yield Problem("gradients.update.method", said, "synchronous")
+    if layout.world_size == 1:
+        yield Problem("gradients.update.method", f"{update} needs more than one rank", "synchronous")
+    if experiment.launch.isolated:
+        yield Problem(
+            "gradients.update.method", f"isolated ranks never talk, {update} has nothing to do", "synchronous"
+        )
+    if experiment.gradients.compression.method != "none":
+        said = f"{update} sends no gradients through a compressor"
+        yield Problem("gradients.compression.method", said, "none")
