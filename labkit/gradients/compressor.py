@@ -13,13 +13,14 @@ fail on gloo.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options as BaseOptions
+from labkit.gradients.cost import all_reduce_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ UnderWay = Generator[None, None, "Tensor"]
 
 def numel(shapes: Sequence[Shape]) -> int:
     """Numbers in tensors of these shapes."""
-    return sum(prod(shape) for shape in shapes)
+    return sum(math.prod(shape) for shape in shapes)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Bundle:
     @property
     def sizes(self) -> list[int]:
         """How many numbers each parameter has."""
-        return [prod(shape) for shape in self.shapes]
+        return [math.prod(shape) for shape in self.shapes]
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The parts of `flat`, which is laid out like the bundle's own, in the shapes of the parameters."""
@@ -116,6 +117,17 @@ class Compressor:
     def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
         """What one rank sends for one bundle, by the formula."""
         raise NotImplementedError
+
+    def whole(self, bundle: Bundle) -> UnderWay:
+        """Average without compression, e.g. before the method begins."""
+        pending = self.wire.all_reduce(bundle.flat.div_(self.wire.size))
+        yield
+        return pending.wait()
+
+    @staticmethod
+    def whole_bytes(shapes: Sequence[Shape], moment: Moment) -> int:
+        """The same in bytes: 2·(N-1)/N·n."""
+        return all_reduce_bytes(numel(shapes) * moment.itemsize, moment.ranks)
 
     # -- its optimizer ------------------------------------------------------------------------------------------------
 
@@ -198,6 +210,11 @@ def finish(rounds: UnderWay) -> Tensor:
         except StopIteration as done:
             mean: Tensor = done.value
             return mean
+
+
+def beginning(wanted: int | None, steps: int, part: float) -> int:
+    """The first update of what begins at `wanted`; if that is left open, after `part` of the training."""
+    return math.ceil(part * steps) if wanted is None else wanted
 
 
 def replicas(layout: Layout) -> int:

@@ -22,7 +22,6 @@ Bytes that one of N ranks sends for n numbers after the warm-up: 2·(N-1) · (n/
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +29,8 @@ from pydantic import Field
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay, numel
-from labkit.gradients.cost import all_gather_bytes, all_reduce_bytes, all_to_all_bytes
+from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay, beginning, numel
+from labkit.gradients.cost import all_gather_bytes, all_to_all_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -78,12 +77,7 @@ class OneBitAdam(Compressor):
     def exchange(self, bundle: Bundle) -> UnderWay:
         """The mean gradient; after the warm-up the mean momentum."""
         frozen = bundle.step >= _warmup(self.options, self.steps)
-        return self._momentum(bundle) if frozen else self._gradient(bundle)
-
-    def _gradient(self, bundle: Bundle) -> UnderWay:
-        pending = self.wire.all_reduce(bundle.flat.div_(self.wire.size))
-        yield
-        return pending.wait()
+        return self._momentum(bundle) if frozen else self.whole(bundle)
 
     def _momentum(self, bundle: Bundle) -> UnderWay:
         import torch
@@ -116,7 +110,7 @@ class OneBitAdam(Compressor):
     def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
         """2·(N-1) · (n/8N + 4); in the warm-up that of an all-reduce."""
         if moment.step < _warmup(options, moment.steps):
-            return all_reduce_bytes(numel(shapes) * moment.itemsize, moment.ranks)
+            return cls.whole_bytes(shapes, moment)
         message = 4 + _part(numel(shapes), moment.ranks) // 8
         return all_to_all_bytes(message * moment.ranks, moment.ranks) + all_gather_bytes(message, moment.ranks)
 
@@ -135,7 +129,7 @@ class OneBitAdam(Compressor):
 
 
 def _warmup(options: Any, steps: int) -> int:
-    return math.ceil(steps / 4) if options.warmup_steps is None else int(options.warmup_steps)
+    return beginning(options.warmup_steps, steps, 0.25)
 
 
 def _part(count: int, ranks: int) -> int:

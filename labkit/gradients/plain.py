@@ -7,8 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay, numel
-from labkit.gradients.cost import all_reduce_bytes
+from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay
 from labkit.gradients.update import Rounds
 
 if TYPE_CHECKING:
@@ -31,14 +30,12 @@ class Uncompressed(Compressor):
 
     def exchange(self, bundle: Bundle) -> UnderWay:
         """One all-reduce, in place."""
-        pending = self.wire.all_reduce(bundle.flat.div_(self.wire.size))
-        yield
-        return pending.wait()
+        return self.whole(bundle)
 
     @classmethod
     def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
         """2·(N-1)/N·n."""
-        return all_reduce_bytes(numel(shapes) * moment.itemsize, moment.ranks)
+        return cls.whole_bytes(shapes, moment)
 
     @classmethod
     def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:

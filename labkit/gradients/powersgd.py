@@ -27,7 +27,7 @@ from pydantic import Field
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay, numel, replicas
+from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay, beginning, numel, replicas
 from labkit.gradients.cost import all_reduce_bytes
 
 if TYPE_CHECKING:
@@ -64,12 +64,8 @@ class PowerSGD(Compressor):
 
     def exchange(self, bundle: Bundle) -> UnderWay:
         """The mean, as far as it has a low rank."""
-        return self._factored(bundle) if bundle.step >= _start(self.options, self.steps) else self._whole(bundle)
-
-    def _whole(self, bundle: Bundle) -> UnderWay:
-        pending = self.wire.all_reduce(bundle.flat.div_(self.wire.size))
-        yield
-        return pending.wait()
+        begun = bundle.step >= _start(self.options, self.steps)
+        return self._factored(bundle) if begun else self.whole(bundle)
 
     def _factored(self, bundle: Bundle) -> UnderWay:
         import torch
@@ -127,7 +123,7 @@ class PowerSGD(Compressor):
         """2·(N-1)/N · bytes of a number · ( Σ r·(m+n) + the rest ), the two rounds one after the other."""
         size, ranks = moment.itemsize, [_rank(options, shape) for shape in shapes]
         if moment.step < _start(options, moment.steps):
-            return all_reduce_bytes(numel(shapes) * size, moment.ranks)
+            return cls.whole_bytes(shapes, moment)
         factored = [(shape, rank) for shape, rank in zip(shapes, ranks, strict=True) if rank]
         first = sum(rank * shape[0] for shape, rank in factored)
         first += numel([shape for shape, rank in zip(shapes, ranks, strict=True) if not rank])
@@ -148,7 +144,7 @@ class PowerSGD(Compressor):
 
 
 def _start(options: Any, steps: int) -> int:
-    return math.ceil(steps / 10) if options.start_step is None else int(options.start_step)
+    return beginning(options.start_step, steps, 0.1)
 
 
 def _rank(options: Any, shape: Shape) -> int:

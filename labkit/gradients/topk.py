@@ -22,7 +22,7 @@ from pydantic import Field
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay, numel
+from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay, beginning, numel
 from labkit.gradients.cost import all_gather_bytes
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class TopK(Compressor):
 
 def _count(options: Any, size: int, moment: Moment) -> int:
     """How many of `size` entries are sent in this update."""
-    warmup = math.ceil(moment.steps / 10) if options.warmup_steps is None else options.warmup_steps
+    warmup = beginning(options.warmup_steps, moment.steps, 0.1)
     ratio = options.ratio
     if moment.step < warmup and ratio < FIRST_RATIO:
         ratio = FIRST_RATIO * (ratio / FIRST_RATIO) ** (moment.step / warmup)
