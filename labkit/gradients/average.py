@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from labkit.gradients.cost import all_reduce_bytes
 from labkit.gradients.wire import Wire
 
 
@@ -60,6 +61,14 @@ def average(tensors: list[Tensor], wire: Wire) -> None:
         by_type.setdefault(tensor.dtype, []).append(tensor)
     for alike in by_type.values():
         fill(alike, wire.all_reduce(flat(alike)).wait().div_(wire.size))
+
+
+def average_bytes(tensors: list[Tensor], ranks: int) -> int:
+    """What one rank sends for that: an all-reduce per number format."""
+    by_type: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        by_type[tensor.dtype] = by_type.get(tensor.dtype, 0) + tensor.numel() * tensor.element_size()
+    return sum(all_reduce_bytes(size, ranks) for size in by_type.values())
 
 
 @contextmanager

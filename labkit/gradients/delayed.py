@@ -36,11 +36,12 @@ class Delayed(Rounds):
 
     def before_update(self, step: int) -> None:
         """Send this update's gradient, and put in its place the mean of the one whose time has come."""
-        from labkit.gradients.average import fill, flat
+        from labkit.gradients.average import average_bytes, fill, flat
 
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         self._under_way.append(self.wire.all_reduce(flat(gradients)))
+        self.formula_bytes += average_bytes(gradients, self.wire.size)
         self._applied = len(self._under_way) > self.options.delay
         if self._applied:
             fill(gradients, self._under_way.popleft().wait().div_(self.wire.size))

@@ -55,10 +55,13 @@ class DiLoCo(Rounds):
         return None
 
     def _step(self) -> None:
-        from labkit.gradients.average import average, buffers_of, fill, flat, trained_of
-        from labkit.gradients.narrow import begin_mean
+        from labkit.gradients.average import average, average_bytes, buffers_of, fill, flat, trained_of
+        from labkit.gradients.narrow import begin_mean, mean_bytes
 
         weights = trained_of(self.model)
         moved = self.outer.anchor - flat(weights)
         fill(weights, self.outer.step(begin_mean(moved, self.wire, self.options.bits)()))
         average(buffers_of(self.model), self.wire)
+        ranks = self.wire.size
+        self.formula_bytes += mean_bytes(moved.numel(), ranks, self.options.bits, moved.element_size())
+        self.formula_bytes += average_bytes(buffers_of(self.model), ranks)

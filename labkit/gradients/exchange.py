@@ -33,24 +33,26 @@ class Counters:
     """Nothing was computed while gradients travelled; not a number where nobody can tell update by update."""
     compression_seconds: float = 0.0
     """Making gradients smaller and whole again."""
-    formula_bytes: int | None = 0
-    """What the formula of the method says of the same updates; None where there is none."""
+    formula_bytes: int = 0
+    """What the formula of the method says of the same updates."""
 
-    def plus(self, other: Counters) -> Counters:
+    def __add__(self, other: Counters) -> Counters:
         """Both together."""
-        formulas = (self.formula_bytes, other.formula_bytes)
         return Counters(
             self.bytes + other.bytes,
             self.exposed_seconds + other.exposed_seconds,
             self.compression_seconds + other.compression_seconds,
-            None if formulas[0] is None or formulas[1] is None else formulas[0] + formulas[1],
+            self.formula_bytes + other.formula_bytes,
         )
 
     def since(self, before: Counters) -> Counters:
         """What has come since then."""
-        formula = None if before.formula_bytes is None else -before.formula_bytes
-        earlier = Counters(-before.bytes, -before.exposed_seconds, -before.compression_seconds, formula)
-        return self.plus(earlier)
+        return Counters(
+            self.bytes - before.bytes,
+            self.exposed_seconds - before.exposed_seconds,
+            self.compression_seconds - before.compression_seconds,
+            self.formula_bytes - before.formula_bytes,
+        )
 
 
 class Exchange:
@@ -197,10 +199,8 @@ class Exchanges:
 
     def counters(self) -> Counters:
         """What all of them have cost so far."""
-        total = Counters()
-        for exchange in self._made.values():
-            total = total.plus(exchange.counters())
-        return total
+        found = [exchange.counters() for exchange in self._made.values()]
+        return Counters(*(sum(column) for column in zip(*map(_row, found), strict=True))) if found else Counters()
 
     # -- the optimizer ------------------------------------------------------------------------------------------------
 
@@ -216,3 +216,7 @@ class Exchanges:
         """Show the compressors what works on their results."""
         for exchange in self._made.values():
             exchange.compressor.bind(optimizer, self._optimizer)
+
+
+def _row(counters: Counters) -> tuple[Any, ...]:
+    return (counters.bytes, counters.exposed_seconds, counters.compression_seconds, counters.formula_bytes)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from labkit.experiment.machine import Machine
     from labkit.experiment.problem import Problem
     from labkit.gradients.update import Setting
+    from labkit.gradients.wire import Wire
 
 _ASK, _ANSWER = 11, 12
 """Tags of the messages."""
@@ -71,13 +72,14 @@ class Gossip(Tickets):
 
     def after_update(self, step: int) -> int | None:
         """The ranks have stepped: mix their weights with those of their neighbours."""
-        from labkit.gradients.average import average, fill, flat, state_of
+        from labkit.gradients.average import average, average_bytes, fill, flat, state_of
 
         if (step + 1) % self.options.every:
             return None
         tensors = state_of(self.model)
         if self.options.graph == "complete" or self.wire.size <= 3:  # up to three ranks, a ring is complete
             average(tensors, self.wire)
+            self.formula_bytes += average_bytes(tensors, self.wire.size)
             return None
         own = flat(tensors)
         size, rank = self.wire.size, self.wire.rank
@@ -87,6 +89,7 @@ class Gossip(Tickets):
         for pending in sent:
             pending.wait()
         fill(tensors, (own + received[0] + received[1]).div_(3))
+        self.formula_bytes += 2 * own.numel() * own.element_size()
         return None
 
     def judged(self) -> AbstractContextManager[None]:
@@ -101,6 +104,11 @@ class Gossip(Tickets):
             average(state_of(self.model), self.wire)
         else:
             Rounds.consolidate(self, step)
+
+    @property
+    def wires(self) -> tuple[Wire, ...]:
+        """Pairs talk in a group of their own."""
+        return (self.wire, self._pairs) if self.draws else (self.wire,)
 
     # -- pairs: by tickets --------------------------------------------------------------------------------------------
 
@@ -149,6 +157,7 @@ class Gossip(Tickets):
         theirs = self._pairs.receive(own.new_empty(own.shape), neighbour, _ANSWER).wait()
         asked.wait()
         fill(tensors, ((own + theirs) / 2)[1:].to(self._device))
+        self.formula_bytes += own.numel() * own.element_size()
 
     def _answer(self) -> None:
         """Odd ranks: mix with whoever comes, until all even ranks have taken their leave."""
@@ -168,6 +177,7 @@ class Gossip(Tickets):
                     fill(tensors, ((own + theirs) / 2)[1:].to(self._device))
                     self._merged += 1
                 self._pairs.send(own, guest, _ANSWER).wait()
+                self.formula_bytes += own.numel() * own.element_size()
         except BaseException as error:
             self._failure = error
 

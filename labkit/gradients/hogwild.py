@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
+    from labkit.gradients.exchange import Counters
 
 
 class Hogwild(Tickets):
@@ -87,6 +88,10 @@ class Hogwild(Tickets):
         self.optimizer.step()
         self._counts[self.wire.rank] += 1
         return stale
+
+    def counters(self) -> Counters | None:
+        """Nothing is sent."""
+        return None
 
     def close(self) -> None:
         """Wait for all ranks: nobody changes the weights until the next stretch."""

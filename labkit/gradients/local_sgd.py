@@ -42,10 +42,11 @@ class LocalSGD(Rounds):
         return None
 
     def _meet(self) -> None:
-        from labkit.gradients.average import average, moments_of, state_of
+        from labkit.gradients.average import average, average_bytes, moments_of, state_of
 
         tensors = state_of(self.model)
         if self.options.average_optimizer:
             tensors += moments_of(self.optimizer)
         average(tensors, self.wire)
         self.averages += 1
+        self.formula_bytes += average_bytes(tensors, self.wire.size)

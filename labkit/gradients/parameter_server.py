@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
+    from labkit.gradients.exchange import Counters
     from labkit.gradients.update import Setting
+    from labkit.gradients.wire import Wire
 
 
 class ParameterServer(Tickets):
@@ -64,6 +66,17 @@ class ParameterServer(Tickets):
         if update.backup >= experiment.layout.world_size > 1:
             said = f"an update needs at least one of the {experiment.layout.world_size} ranks"
             yield Problem("gradients.update.backup", said, experiment.layout.world_size - 1)
+
+    @property
+    def wires(self) -> tuple[Wire, ...]:
+        """Ranks talk to the server in a group of their own."""
+        return (self._to_server,)
+
+    def counters(self) -> Counters | None:
+        """Rank 0 sends the answers to all others, the others their gradients."""
+        if self._server is not None:
+            self.formula_bytes = self._server.answers * self._server.answer_bytes
+        return super().counters()
 
     def works_on(self) -> nn.Module:
         """Rank 0 computes with a copy: the model itself is the server's."""
@@ -111,9 +124,12 @@ class ParameterServer(Tickets):
     def push(self, ticket: int) -> int | None:
         """Bring the gradient, wait until it has been used or dropped; the answer holds the next ticket."""
         from labkit.gradients.average import flat
+        from labkit.gradients.server import HEAD_BYTES
 
         trained = [parameter for parameter in self._working.parameters() if parameter.requires_grad]
         gradient = flat(p.new_zeros(p.shape) if p.grad is None else p.grad for p in trained).cpu()
+        if self._server is None:
+            self.formula_bytes += HEAD_BYTES + gradient.numel() * gradient.element_size()
         self._next = self._line.push(self._next, gradient)
         return None if self._next.dropped else self._next.staleness
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from labkit.experiment.registry import Options as BaseOptions
 from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay
-from labkit.gradients.update import Rounds
 
 if TYPE_CHECKING:
     from labkit.experiment import Experiment
@@ -46,28 +43,3 @@ class Uncompressed(Compressor):
     def warnings(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         """It is never without effect."""
         return iter(())
-
-
-class Synchronous(Rounds):
-    """All ranks wait for the average of all gradients before anyone changes a weight."""
-
-    exchanges = True
-
-    class Options(BaseOptions):
-        pass
-
-    @staticmethod
-    def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """It goes with everything."""
-        return iter(())
-
-    def passes(self, model: Any, last: bool, step: int) -> AbstractContextManager[Any]:
-        """Only the last pass of an update exchanges gradients."""
-        return nullcontext() if last else model.no_sync()
-
-    def judged(self) -> AbstractContextManager[None]:
-        """All ranks hold the same weights."""
-        return nullcontext()
-
-    def consolidate(self, step: int) -> None:
-        """All ranks hold the same state."""

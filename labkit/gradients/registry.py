@@ -23,7 +23,7 @@ UPDATE = Registry(
     "gradients.update.method",
     "update method",
     [
-        Method("synchronous", "all ranks wait for the average", "labkit.gradients.plain:Synchronous"),
+        Method("synchronous", "all ranks wait for the average", "labkit.gradients.synchronous:Synchronous"),
         Method("local_sgd", "average the weights every few steps", "labkit.gradients.local_sgd:LocalSGD"),
         Method("post_local_sgd", "synchronous first, then local", "labkit.gradients.post_local_sgd:PostLocalSGD"),
         Method("diloco", "local steps, then an outer optimizer", "labkit.gradients.diloco:DiLoCo"),

@@ -21,6 +21,8 @@ NONE_LEFT = -1
 _ASK, _PUSH, _LEAVE = 0, 1, 2
 _HEAD, _GRADIENT, _ANSWER, _WEIGHTS = 1, 2, 3, 4
 """Tags of the messages."""
+HEAD_BYTES, ANSWER_BYTES = 24, 32
+"""What stands before a gradient, and before weights."""
 
 
 @dataclass
@@ -60,7 +62,14 @@ class Server:
         self._waiting: list[Brought] = []
         self._for_own_rank: Answer | None = None
         self._on_the_way: list[Pending] = []
+        self.answers = 0
+        """Sent so far."""
         self._failure: BaseException | None = None
+
+    @property
+    def answer_bytes(self) -> int:
+        """Of one answer to another rank."""
+        return ANSWER_BYTES + sum(one.numel() * one.element_size() for one in self._trained)
 
     def open(self, first: int, last: int) -> None:
         """Hand out tickets [first, last)."""
@@ -176,6 +185,7 @@ class Server:
             return
         head = torch.tensor([ticket, self.version, staleness, int(dropped)])
         self._on_the_way = [one for one in self._on_the_way if not one.done()]
+        self.answers += 1
         self._on_the_way += [self.wire.send(head, rank, _ANSWER), self.wire.send(answer.weights, rank, _WEIGHTS)]
 
     def own_answer(self) -> Answer:

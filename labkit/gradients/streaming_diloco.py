@@ -78,7 +78,7 @@ class StreamingDiLoCo(DiLoCo):
 
     def after_update(self, step: int) -> int | None:
         """Take in what has arrived, send what has its turn; after the last update, bring all to its end."""
-        from labkit.gradients.average import average, buffers_of
+        from labkit.gradients.average import average, average_bytes, buffers_of
 
         done = step + 1
         for fragment in self.fragments:
@@ -96,6 +96,7 @@ class StreamingDiLoCo(DiLoCo):
             for fragment in self.fragments:
                 self._arrive(fragment, alpha=0.0)
             average(buffers_of(self.model), self.wire)
+            self.formula_bytes += average_bytes(buffers_of(self.model), self.wire.size)
         return None
 
     def consolidate(self, step: int) -> None:
@@ -110,11 +111,12 @@ class StreamingDiLoCo(DiLoCo):
 
     def _leave(self, fragment: Fragment, done: int) -> None:
         from labkit.gradients.average import flat, trained_of
-        from labkit.gradients.narrow import begin_mean
+        from labkit.gradients.narrow import begin_mean, mean_bytes
 
         here = slice(fragment.begin, fragment.end)
         moved = self.outer.anchor[here] - flat(trained_of(self.model))[here]
         fragment.finish = begin_mean(moved, self.wire, self.options.bits)
+        self.formula_bytes += mean_bytes(moved.numel(), self.wire.size, self.options.bits, moved.element_size())
         fragment.arrives = done + self.options.delay
 
     def _arrive(self, fragment: Fragment, alpha: float) -> None:

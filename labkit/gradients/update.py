@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
     from labkit.experiment.problem import Problem
+    from labkit.gradients.exchange import Counters
     from labkit.gradients.wire import Wire
 
 
@@ -107,6 +108,23 @@ class Rounds:
 
     def close(self) -> None:
         """The training is over (collective)."""
+
+    # -- what it cost -------------------------------------------------------------------------------------------------
+
+    formula_bytes = 0
+    """What the formula of the rule says of the bytes that this rank has sent so far."""
+
+    @property
+    def wires(self) -> tuple[Wire, ...]:
+        """All groups that it talks in."""
+        return (self.wire,)
+
+    def counters(self) -> Counters | None:
+        """So far, evaluations and checkpoints included; None where only gradients travel, which count themselves."""
+        from labkit.gradients.exchange import Counters
+
+        waited = sum(wire.seconds for wire in self.wires)
+        return Counters(sum(wire.sent for wire in self.wires), waited, 0.0, self.formula_bytes)
 
 
 def replicas_only(experiment: Experiment) -> Iterator[Problem]:

@@ -93,7 +93,7 @@ class Wire:
         return Pending(self, work, x)
 
     def receive_from_anyone(self, x: Tensor, tag: int = 0) -> int:
-        """Block until somebody has sent to `x`; returns who."""
+        """Block until somebody has sent to `x`; returns who. For threads that wait all the time: it counts no time."""
         self.calls += 1
         source = dist.recv(x, group=self.group, tag=tag)
         return dist.get_group_rank(self.group, source) if self.group is not None else source

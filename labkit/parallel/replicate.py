@@ -89,7 +89,8 @@ class ReplicatedModel:
         task: Task,
         mesh: Mesh,
         accelerator: Accelerator,
-        exchanges: Exchanges | None = None,
+        exchanges: Exchanges,
+        through_ddp: bool = True,
     ) -> None:
         from labkit.parallel import recompute
         from labkit.parallel.expert import weigh_samples
@@ -102,25 +103,23 @@ class ReplicatedModel:
             recompute.apply(task.model, experiment.layout.activation_checkpointing)
         self.working = task.model
         """The module that computes the gradients."""
-        self.exchanges = exchanges is not None
+        self.through_ddp = through_ddp
         """Do gradients travel through DDP? Not if an update rule combines what ranks learned in another way."""
-        self.wrapped = Replicate.apply(accelerator, task.model) if self.exchanges else task.model
+        self.wrapped = Replicate.apply(accelerator, task.model) if through_ddp else task.model
         self.averaged_over = experiment.layout.dp_replicate
         weigh_samples(task.model, self.averaged_over / experiment.training.global_batch)
         self.memory: SharedMemory | None = None
         """Where gradients are exchanged, if not in the process group."""
         self._exchanges = exchanges
         self._exchange: Exchange | None = None
-        self._updates = self._exchanged = 0
-        """Updates done, and those in which gradients were exchanged."""
-        self._steers = exchanges is not None and (exchanges.wanted or not experiment.gradients.overlap)
+        self._updates = 0
+        """Updates whose gradients have been exchanged."""
+        self._steers = exchanges.wanted or not experiment.gradients.overlap
         trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
         self._gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
 
     def exchange_through(self, folder: Path | None, timeout_s: float) -> None:
         """Say what gradients go through (collective): memory of this machine if a `folder` to meet in is given."""
-        if self._exchanges is None:
-            return
         if folder is not None:
             self.share_memory(folder, timeout_s)
         elif self._steers and hasattr(self.wrapped, "register_comm_hook"):
@@ -147,13 +146,13 @@ class ReplicatedModel:
             loss: Tensor = self.task.loss(self.wrapped(batch["x"]), batch)
         phase("backward")
         (loss * weight).backward()
-        self._exchanged += getattr(self.wrapped, "require_backward_grad_sync", False)
+        self._updates += bool(getattr(self.wrapped, "require_backward_grad_sync", True))
         return loss.detach()
 
     def use(self, working: nn.Module) -> None:
         """Compute gradients with this module instead of the one that is evaluated and saved."""
         self.working = working
-        if not self.exchanges:
+        if not self.through_ddp:
             self.wrapped = working
 
     def no_sync(self) -> AbstractContextManager[Any]:
@@ -175,8 +174,7 @@ class ReplicatedModel:
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer has stepped. DDP's gradients stay in its buckets: a new one would have to be copied in."""
-        self._updates += 1
-        if self.exchanges and self.averaged_over > 1:
+        if self.through_ddp and self.averaged_over > 1:
             optimizer.zero_grad(set_to_none=False)
         else:
             self.working.zero_grad()
@@ -191,7 +189,7 @@ class ReplicatedModel:
         """What gradients go through."""
         if self.averaged_over == 1:
             return "none"
-        if not self.exchanges:
+        if not self.through_ddp:
             return "update rule"
         return "shared memory" if self.memory else "process group"
 
@@ -207,7 +205,7 @@ class ReplicatedModel:
             return None
         if self._exchange is not None:
             return self._exchange.counters()
-        sent = self._exchanged * all_reduce_bytes(self._gradient_bytes, self.averaged_over)
+        sent = self._updates * all_reduce_bytes(self._gradient_bytes, self.averaged_over)
         return Counters(sent, self.memory.seconds if self.memory else math.nan, 0.0, sent)
 
     def communication(self) -> Communication | None:

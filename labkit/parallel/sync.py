@@ -327,7 +327,12 @@ class GradientSync:
         """What combining gradients has cost so far, the gathering of parameters after an update included."""
         sent, waited = (sum(getattr(bucket, name) for bucket in self.buckets) for name in ("sent", "seconds"))
         counted = self._exchanges.counters() if self._exchanges is not None else Counters()
-        return counted.plus(Counters(sent, waited, 0.0, sent))
+        return Counters(
+            sent + counted.bytes,
+            waited + counted.exposed_seconds,
+            counted.compression_seconds,
+            sent + counted.formula_bytes,
+        )
 
     def terms(self) -> Iterable[tuple[Tensor, float]]:
         """Every gradient of this rank with the share of its squared norm that this rank adds to the global one."""

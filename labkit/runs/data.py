@@ -150,6 +150,7 @@ class RunData:
         self._ranks: list[_Rank] = []
         self._first_known = False
         self._weighted = GrowingArray(np.float64)
+        self._sent = GrowingArray(np.float64)
         self._samples = GrowingArray(np.float64)  # a rank may hold a part of each sample
         self._elapsed = GrowingArray(np.float64)
         self._origin: float | None = None
@@ -325,6 +326,7 @@ class RunData:
             self._loss = None
             self._weighted.add(at, np.where(np.isfinite(part), part, np.inf))
             self._samples.add(at, weight)
+            self._note_sent(event, at, drop, count)
         if number == 0:
             for name, span in self._spans.items():
                 values = _column(event.get(name), count)
@@ -359,9 +361,11 @@ class RunData:
         weight = np.nan_to_num(np.clip(samples, 0, 1e12), nan=0.0)
         with np.errstate(all="ignore"):
             part = np.where(weight > 0, loss * weight, 0.0)
-        for at, lost, seen in zip(update, np.where(np.isfinite(part), part, np.inf), weight, strict=True):
-            self._weighted.add(int(at), np.array([lost]))
-            self._samples.add(int(at), np.array([seen]))
+        sent = _column(event.get("bytes"), count)
+        size = np.zeros(count) if sent is None else np.nan_to_num(np.clip(sent, 0, 1e15), nan=0.0)
+        for at, *values in zip(update, np.where(np.isfinite(part), part, np.inf), weight, size, strict=True):
+            for column, value in zip((self._weighted, self._samples, self._sent), values, strict=True):
+                column.add(int(at), np.array([value]))
         if self._origin is None or float(ended[0] - seconds[0]) < self._origin:
             self._origin = float(ended[0] - np.nan_to_num(seconds[0]))
         return True
@@ -372,6 +376,11 @@ class RunData:
         if len(self._in_order) != self._ended.length:
             self._in_order = np.sort(self._ended.values)
         return self._in_order
+
+    def _note_sent(self, event: dict[str, Any], at: int, drop: int, count: int) -> None:
+        values = _column(event.get("bytes"), count)
+        if values is not None:
+            self._sent.add(at, np.nan_to_num(np.clip(values[drop:], 0, 1e15), nan=0.0))
 
     def _note_staleness(self, values: Any) -> None:
         found = _column(values)
@@ -590,6 +599,13 @@ class RunData:
     def lr(self) -> Floats:
         """Learning rate of each step (steps,); NaN where it was not written down."""
         return self._padded(self._lr)
+
+    @property
+    def sent(self) -> Floats:
+        """Bytes that all ranks together have sent to combine what they learned in each step (steps,)."""
+        count = self.steps
+        values = self._sent.values[:count]
+        return np.concatenate([values, np.zeros(count - len(values))])
 
     @property
     def exchanged(self) -> dict[str, Floats]:

@@ -42,7 +42,18 @@ class Board(Protocol):
 class _Step:
     """The marks of one step, until they are turned into seconds."""
 
-    __slots__ = ("ended", "exchanged", "grad_norm", "losses", "lr", "marks", "number", "samples", "staleness", "ticket")
+    __slots__ = (
+        "ended",
+        "exchanged",
+        "grad_norm",
+        "losses",
+        "lr",
+        "marks",
+        "number",
+        "samples",
+        "staleness",
+        "ticket",
+    )
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -119,11 +130,6 @@ class Meter:
         assert self._step is not None
         self._step.grad_norm = norm
 
-    def exchanged(self, counted: Counters | None) -> None:
-        """What combining the gradients of this step has cost."""
-        assert self._step is not None
-        self._step.exchanged = counted
-
     def staleness(self, updates: int) -> None:
         """So many updates lie between the weights that the gradient of this step saw and those it changed."""
         assert self._step is not None
@@ -132,6 +138,11 @@ class Meter:
     def cancel(self) -> None:
         """Nothing came of this step: it is not written down."""
         self._step = None
+
+    def exchanged(self, counted: Counters | None) -> None:
+        """What combining the gradients of this step has cost."""
+        assert self._step is not None
+        self._step.exchanged = counted
 
     def end(self) -> None:
         """The step has ended."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -61,17 +62,20 @@ class Trainer:
         self.steps = training.steps or self.order.steps(training.epochs or 1)
         self.passes = experiment.gradients.accumulation
         rule = registry("gradients.update")[experiment.gradients.update.method].load()
-        gpu_clock = clock(runtime.device) if runtime.device.type == "cuda" else None
-        self.exchanges = Exchanges(experiment, self.steps, gpu_clock)
+        on_device = clock(runtime.device) if runtime.device.type == "cuda" else None
+        self.exchanges = Exchanges(experiment, self.steps, on_device)
         self.model: ReplicatedModel | ParallelModel
         if runtime.spread:
             autocast = runtime.accelerator.autocast
             self.model = ParallelModel(experiment, task, runtime.mesh, runtime.device, autocast, self.exchanges)
         else:
-            exchanges = self.exchanges if rule.exchanges else None
-            self.model = ReplicatedModel(experiment, task, runtime.mesh, runtime.accelerator, exchanges)
-            folder = runtime.folder if shared_memory.offered(experiment) else None
-            self.model.exchange_through(folder, runtime.timeout_s)
+            through_ddp = rule.exchanges
+            self.model = ReplicatedModel(
+                experiment, task, runtime.mesh, runtime.accelerator, self.exchanges, through_ddp
+            )
+            if through_ddp:
+                folder = runtime.folder if shared_memory.offered(experiment) else None
+                self.model.exchange_through(folder, runtime.timeout_s)
         settings = self.exchanges.settings()
         self.optimizer = make_optimizer(settings, self.model.optimized(), self.exchanges.optimizer())
         self.exchanges.bind(self.optimizer)
@@ -81,7 +85,7 @@ class Trainer:
                 rule.Options(**experiment.gradients.update.options),
                 task.model,
                 self.optimizer,
-                Wire(),
+                Wire(clock=on_device),
                 self.steps,
                 self._rate,
                 runtime.folder,
@@ -90,7 +94,10 @@ class Trainer:
         )
         self.first = self._load(Path(resume)) if resume else self._begin_anew()
         self.exchanges.resume(self.first)
-        self._counted = Counters()
+        self._before = Counters()
+        """What combining had cost when the update began."""
+        self._sum = Counters()
+        """What all updates of this run have cost."""
         if isinstance(self.model, ReplicatedModel):
             self.model.use(self.update.works_on())
         self.done = self._saved_at = self.first
@@ -131,6 +138,7 @@ class Trainer:
         rule, shares = self.update, self.runtime.mesh.samples[1]
         while self.done < self.steps:
             due = next(step for step in range(self.done + 1, self.steps + 1) if self._is_due(step))
+            self._before = self._counters() or self._before  # what an evaluation sends belongs to no update
             rule.open(self.done * shares, due * shares)
             asked = False
             while (ticket := rule.take(stop=asked)) is not None:
@@ -171,6 +179,7 @@ class Trainer:
             meter.cancel()
         else:
             meter.staleness(stale)
+            meter.exchanged(self._exchanged())
             meter.end()
 
     # -- one update ---------------------------------------------------------------------------------------------------
@@ -187,6 +196,7 @@ class Trainer:
         meter, runtime = self.meter, self.runtime
         rate = self._rate(step)
         meter.begin(step, rate)
+        self._before = self._counters() or self._before  # what an evaluation sends belongs to no update
         set_learning_rate(self.optimizer, rate)
         runtime.seed(self._random_state(step, runtime.rank))
         for number in range(self.passes):
@@ -212,15 +222,6 @@ class Trainer:
         meter.exchanged(self._exchanged())
         meter.end()
 
-    def _exchanged(self) -> Counters | None:
-        """What combining what ranks learned has cost in this update; None where nothing is, or nobody counts."""
-        gradients, wire = self.model.counters(), self.update.wire
-        if gradients is None and wire.size == 1:
-            return None
-        now = (gradients or Counters()).plus(Counters(wire.sent, wire.seconds, 0.0, None if wire.calls else 0))
-        before, self._counted = self._counted, now
-        return now.since(before)
-
     def _measure_gradient(self) -> None:
         """Clip the gradient, or write its norm down, if that was asked for."""
         limit = self.experiment.optimizer.clip_norm
@@ -235,6 +236,20 @@ class Trainer:
     def _random_state(self, step: int, share: int) -> int:
         """Everything random in a step (dropout, …) follows from these three, so a resumed run repeats it."""
         return (self.experiment.training.seed * 1_000_003 + step) * 4099 + share
+
+    def _counters(self) -> Counters | None:
+        """What combining has cost so far; None where nothing is combined or nobody counts."""
+        found = [one for one in (self.model.counters(), self.update.counters()) if one is not None]
+        return sum(found[1:], found[0]) if found else None
+
+    def _exchanged(self) -> Counters | None:
+        """What combining has cost since the last look at it."""
+        now = self._counters()
+        if now is None:
+            return None
+        found, self._before = now.since(self._before), now
+        self._sum += found
+        return found
 
     def _weight(self, samples: int) -> float:
         """Weight of the mean loss over `samples` so that the update is the mean over the global batch."""
@@ -374,24 +389,28 @@ class Trainer:
     def _write_figures(self) -> None:
         measured, about = self.model.communication(), self._about_exchange()
         if measured is not None:
-            about |= {"exposed_seconds_per_step": measured.exposed_seconds, "axes": measured.axes}
-            if self.runtime.spread or "bytes_per_step" not in about:  # activations travel too
-                about["bytes_per_step"] = round(measured.wire_bytes)
+            about = {
+                "bytes_per_step": round(measured.wire_bytes),
+                "exposed_seconds_per_step": measured.exposed_seconds,
+                "axes": measured.axes,
+            } | about
         if about:
             self.events.write("communication", **about)
         self.events.write("memory", peak_bytes=peak_bytes(self.runtime.device))
         self.meter.phase("done")
 
     def _about_exchange(self) -> dict[str, Any]:
-        """Of combining what ranks learned, per update of this run: bytes counted and by the formula, seconds."""
-        counted, updates = self._counted, self.done - self.first
-        if not updates or counted == Counters():
+        """Of combining gradients, per update of this run: bytes counted and by the formula, compression (s)."""
+        counted, updates = self._sum, self.done - self.first
+        if not updates or self._counters() is None:
             return {}
-        return {
-            "bytes_per_step": round(counted.bytes / updates),
-            "exposed_seconds_per_step": counted.exposed_seconds / updates,
+        rule = self.update.counters()
+        whole: dict[str, Any] = {} if rule is None else {"bytes_per_step": round(counted.bytes / updates)}
+        if rule is not None and not math.isnan(counted.exposed_seconds):
+            whole["exposed_seconds_per_step"] = counted.exposed_seconds / updates
+        return whole | {
             "counted_bytes_per_step": counted.bytes / updates,
-            "formula_bytes_per_step": None if counted.formula_bytes is None else counted.formula_bytes / updates,
+            "formula_bytes_per_step": counted.formula_bytes / updates,
             "compression_seconds": counted.compression_seconds / updates,
             "method": self.exchanges.installed,
         }
