@@ -215,7 +215,6 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
 def _never_overlaps(experiment: Experiment) -> str | None:
     """Why no gradient travels beside computation anyway; None if one may."""
     layout, launch = experiment.layout, experiment.launch
-
     if layout.world_size == 1 or launch.isolated or not _exchanges_gradients(experiment):
         return "no gradient travels"
     if layout.pp > 1:

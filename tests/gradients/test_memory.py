@@ -14,7 +14,9 @@ from labkit.gradients.memory import Memory
 def bundles(parameters: list[Tensor], cut: int) -> list[Bundle]:
     groups = [group for group in (parameters[:cut], parameters[cut:]) if group]
     return [
-        Bundle(torch.zeros(sum(p.numel() for p in group)), tuple(group), tuple(tuple(p.shape) for p in group), 0, number)
+        Bundle(
+            torch.zeros(sum(p.numel() for p in group)), tuple(group), tuple(tuple(p.shape) for p in group), 0, number
+        )
         for number, group in enumerate(groups)
     ]
 

@@ -134,7 +134,7 @@ def overlap() -> dict[str, bool]:
 
 
 def kept() -> dict[str, float]:
-    """With error feedback: how far the sum of all results and the mean of what is left miss the sum of all gradients."""
+    """With error feedback: how far all results and the mean of what is left miss the sum of all gradients."""
     found = {}
     for key in ("sign", "topk", "randomk", "powersgd"):
         compressor = make(key, **METHODS[key] | ({"values": "fp16"} if key == "topk" else {}))
@@ -234,7 +234,7 @@ def many_buckets() -> list[float]:
 
 
 def storeys() -> dict[str, Any]:
-    """Sums in two storeys, two hosts of two ranks: distance to the mean; bytes counted and by the formula; by storey."""
+    """Sums in two storeys, two hosts of two ranks: distance to the mean; bytes counted, by the formula, by storey."""
     found: dict[str, Any] = {}
     for name, method, options in (("none", Uncompressed, {}), ("topk", TopK, {"ratio": 1.0})):
         compressor = Hierarchical(method, method.Options(**options), 2, STEPS, 0)
