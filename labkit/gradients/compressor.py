@@ -136,13 +136,16 @@ class Compressor:
         """The optimizer's settings, without what the compressor does in its place."""
         return optimizer
 
-    @property
-    def optimizer(self) -> Callable[[Any, Optimizer], torch.optim.Optimizer] | None:
-        """Makes the optimizer from groups of parameters and settings, if the method brings its own."""
+    def optimizer(self, settings: Optimizer) -> Callable[[Any], torch.optim.Optimizer] | None:
+        """Makes the optimizer from groups of parameters, if the method brings its own for these settings."""
         return None
 
     def bind(self, optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
         """What works on the result, and what the experiment asks of it; called once it exists."""
+
+    def unit(self, bundle: Bundle, parameter: Any) -> Tensor | None:
+        """What the gradient of this parameter is divided by while it is under way, of its shape; None for nothing."""
+        return None
 
     # -- used by others -----------------------------------------------------------------------------------------------
 

@@ -18,28 +18,26 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay, beginning, numel
+from labkit.gradients.compressor import Bundle, Moment, Shape, UnderWay, numel
 from labkit.gradients.cost import all_reduce_bytes
+from labkit.gradients.late import LateCompressor, LateOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class RandomK(Compressor):
+class RandomK(LateCompressor):
     """Sparsified SGD with memory, at random places."""
 
     name = "randomk"
 
-    class Options(BaseOptions):
+    class Options(LateOptions):
         """How much is sent, and what becomes of the rest."""
 
         ratio: float = Field(default=0.1, gt=0, le=1)
         """Which part of the entries of a bucket is sent."""
         error_feedback: bool = True
         """What was not sent is added to the next gradient."""
-        start_step: int | None = Field(default=None, ge=0)
-        """Updates without compression before it begins; empty for a tenth of the training."""
 
     def __init__(self, *arguments: Any) -> None:
         from labkit.gradients.memory import Memory
@@ -47,12 +45,8 @@ class RandomK(Compressor):
         super().__init__(*arguments)
         self._errors = Memory()
 
-    def exchange(self, bundle: Bundle) -> UnderWay:
+    def compress(self, bundle: Bundle) -> UnderWay:
         """The mean at the drawn places, zero elsewhere."""
-        begun = bundle.step >= _start(self.options, self.steps)
-        return self._drawn(bundle) if begun else self.whole(bundle)
-
-    def _drawn(self, bundle: Bundle) -> UnderWay:
         flat = bundle.flat
         count = _count(self.options, flat.numel())
         places = draw(flat.numel(), count, self.generator(bundle, shared=True))
@@ -68,15 +62,9 @@ class RandomK(Compressor):
         return out
 
     @classmethod
-    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
         """2·(N-1)/N · k · bytes of a number."""
-        if moment.step < _start(options, moment.steps):
-            return cls.whole_bytes(shapes, moment)
         return all_reduce_bytes(_count(options, numel(shapes)) * moment.itemsize, moment.ranks)
-
-
-def _start(options: Any, steps: int) -> int:
-    return beginning(options.start_step, steps, 0.1)
 
 
 def _count(options: Any, size: int) -> int:

@@ -17,30 +17,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
-
-from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay, beginning, numel
+from labkit.gradients.compressor import Bundle, Moment, Shape, UnderWay, numel
 from labkit.gradients.cost import all_gather_bytes
+from labkit.gradients.late import LateCompressor, LateOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Sign(Compressor):
+class Sign(LateCompressor):
     """EF-signSGD."""
 
     name = "sign"
+    momentum = True
 
-    class Options(BaseOptions):
+    class Options(LateOptions):
         """What has a scale of its own, and what becomes of the rest."""
 
         scale: Literal["parameter", "bucket"] = "parameter"
         """What shares one magnitude."""
         error_feedback: bool = True
         """What was cut off is added to the next gradient."""
-        start_step: int | None = Field(default=None, ge=0)
-        """Updates without compression before it begins; empty for a tenth of the training."""
 
     def __init__(self, *arguments: Any) -> None:
         from labkit.gradients.memory import Memory
@@ -48,12 +45,8 @@ class Sign(Compressor):
         super().__init__(*arguments)
         self._errors = Memory()
 
-    def exchange(self, bundle: Bundle) -> UnderWay:
+    def compress(self, bundle: Bundle) -> UnderWay:
         """The mean of the signs, each times its scale."""
-        begun = bundle.step >= _start(self.options, self.steps)
-        return self._signs(bundle) if begun else self.whole(bundle)
-
-    def _signs(self, bundle: Bundle) -> UnderWay:
         import torch
 
         from labkit.gradients.packing import join, pack, take, unpack
@@ -75,16 +68,10 @@ class Sign(Compressor):
         return out
 
     @classmethod
-    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
         """(N-1) · (n/8 + 4 · scales)."""
-        if moment.step < _start(options, moment.steps):
-            return cls.whole_bytes(shapes, moment)
         scales = 1 if options.scale == "bucket" else len(shapes)
         return all_gather_bytes(-(-numel(shapes) // 8) + 4 * scales, moment.ranks)
-
-
-def _start(options: Any, steps: int) -> int:
-    return beginning(options.start_step, steps, 0.1)
 
 
 def _stretches(options: Any, sizes: list[int]) -> list[int]:
