@@ -19,6 +19,7 @@ from labkit.experiment.one_process import is_one_process
 from labkit.experiment.run_directory import RunDirectory, read_json
 from labkit.runs import steady
 from labkit.runs.data import RunData
+from labkit.runs.methods import period
 from labkit.runs.status import reconcile
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Measured:
         data.refresh()
         experiment = Experiment.load(directory.experiment)
         seconds = _step_seconds(data, experiment.launch.isolated)
-        return cls(directory, experiment, reconcile(directory), data, steady.Steady.of(seconds))
+        return cls(directory, experiment, reconcile(directory), data, steady.Steady.of(seconds, period(experiment)))
 
     @property
     def ranks(self) -> int:
