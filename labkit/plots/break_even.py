@@ -62,14 +62,15 @@ def break_even(runs: Iterable[Any] | Any) -> Picture:
         crossing = None if not index else crossings[index - 1]
         beside = NO_LIMIT * 1.12 ** (index - len(methods) / 2)
         traces += _drawn(index, one, rates, crossing, beside)
+    free = any(rate is None for one in methods for rate, _ in one.points())
     layout = traced.layout(
         sentence,
         xaxis=theme.axis(
             "Rate of the link that all ranks share",
             type="log",
-            tickvals=[10, 100, 1000, 10_000, 100_000, NO_LIMIT],
+            tickvals=[10, 100, 1000, 10_000, 100_000, *([NO_LIMIT] if free else [])],
             ticktext=["10 Mbit/s", "100 Mbit/s", "1 Gbit/s", "10 Gbit/s", "100 Gbit/s", "no limit"],
-            range=[math.log10(SLOWEST), math.log10(1.6 * NO_LIMIT)],
+            range=[math.log10(SLOWEST), math.log10(1.6 * NO_LIMIT if free else 1.1 * FASTEST)],
         ),
         yaxis=theme.axis("Step (ms)", **_heights(traces)),
         legend={"y": -0.2, "yanchor": "top"},

@@ -8,7 +8,7 @@ from typing import Any
 from labkit.plots import theme, traced, wording
 from labkit.plots.picture import Picture, Row
 from labkit.plots.shown import shown
-from labkit.runs.split import PARTS, Split
+from labkit.runs.split import MEASURED, PARTS, Split
 from labkit.runs.split import split as split_of
 
 TITLES = {
@@ -18,7 +18,7 @@ TITLES = {
     "exposed": "Exposed communication",
     "optimizer": "Optimizer",
 }
-_MS, _PERCENT = "A step of rank 0 (ms, median)", "Part of a step of rank 0 (%, medians)"
+_MS, _PERCENT = "A step of one rank (ms, median)", "Part of a step of one rank (%, medians)"
 _COLOURS = {"compute": 0, "exposed": 1, "optimizer": 2, "compression": 3, "data": 4}
 """Places in the palette: communication in the colour that warns."""
 
@@ -42,10 +42,10 @@ def finding(names: Sequence[str], splits: Sequence[Split]) -> str:
 
 
 def split(runs: Iterable[Any] | Any) -> Picture:
-    """Stacked bars, one a run: medians of rank 0 after the warm-up, in ms.
+    """Stacked bars, one a run: medians of a rank after the warm-up, in ms or as shares.
 
-    Where ranks draw their work it is one piece of it. The table holds the bytes that a rank sent in a step, counted
-    and by the formula of its method.
+    Where ranks draw their work it is one piece of it, the mean over the ranks. The table holds the bytes that a rank
+    sent in a step, counted and by the formula of its method.
     """
     pairs = [(one, found) for one in shown(runs) if (found := split_of(one.data, one.experiment)) is not None]
     if not pairs:
@@ -112,8 +112,8 @@ def _switch(parts: int, longest: float) -> dict[str, Any]:
 def _row(name: str, one: Split) -> Row:
     parts = {part: getattr(one, part) for part in PARTS}
     said = {part: theme.number(None if value is None else 1000 * value) for part, value in parts.items()}
-    if one.estimated:
-        said["exposed"] += " (mean, by DDP)"
+    if one.exposed is not None and one.source != MEASURED:
+        said["exposed"] += f" ({one.source})"
     titles = {part: f"{TITLES[part].split(' (')[0]} (ms)" for part in PARTS}
     return (
         {"Run": name, "Step (ms)": theme.number(1000 * one.total)}

@@ -110,7 +110,7 @@ class RunData:
 
     A step counts (`steps`) when every rank has reported it; a run that has ended counts every step that all ranks
     with any step have reported. Memory is bounded by 8 bytes a rank and step, about 100 bytes a
-    step, and one trace a rank.
+    step (of drawn work about 60 bytes a piece), and one trace a rank.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -176,7 +176,8 @@ class RunData:
         """Ranks draw their work instead of taking a share of every update."""
         self._ended = GrowingArray(np.float64)
         """When each piece of drawn work was done, in the order of reading."""
-        self._in_order: Floats = np.zeros(0)
+        self._order: NDArray[np.int64] = np.zeros(0, np.int64)
+        """The same pieces in the order of time."""
         self._loss: Floats | None = None
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -349,7 +350,7 @@ class RunData:
         return True
 
     def _note_parts(self, at: int, drop: int, count: int, event: dict[str, Any]) -> None:
-        """Where the time of rank 0's steps (or pieces) went."""
+        """Where the time of rank 0's steps went; of drawn work, where that of each rank's pieces did."""
         for name, column in (self._spans | self._exchanged).items():
             values = _column(event.get(name), count)
             known = values[drop:] if values is not None else np.full(count - drop, np.nan)
@@ -372,8 +373,7 @@ class RunData:
         if update.min() < 0 or update.max() > known + MAX_GAP:
             return False
         self._drawn, self._loss = True, None
-        if number == 0:
-            self._note_parts(rank.steps, 0, count, event)
+        self._note_parts(self._ended.length, 0, count, event)
         rank.seconds.write(rank.steps, _narrow(seconds), np.nan)
         rank.note_compute(event, rank.steps, 0, count)
         rank.steps += count
@@ -392,12 +392,11 @@ class RunData:
             self._origin = float(ended[0] - np.nan_to_num(seconds[0]))
         return True
 
-    @property
-    def _done_in_order(self) -> Floats:
-        """Moments at which drawn work was done, in the order of time."""
-        if len(self._in_order) != self._ended.length:
-            self._in_order = np.sort(self._ended.values)
-        return self._in_order
+    def _by_time(self, pieces: NDArray[Any]) -> NDArray[Any]:
+        """Figures of drawn work, which stand in the order of reading, in the order of time."""
+        if len(self._order) != self._ended.length:
+            self._order = np.argsort(self._ended.values, kind="stable")
+        return pieces[self._order]
 
     def _note_sent(self, event: dict[str, Any], at: int, drop: int, count: int) -> None:
         sent = _column(event.get("bytes"), count)
@@ -606,7 +605,7 @@ class RunData:
         count = self.steps
         if self._drawn:  # update t is done when as much work is done as t updates have
             shares = len(self._ranks)
-            ends = self._done_in_order[shares - 1 : count * shares : shares] - (self._origin or 0.0)
+            ends = self._by_time(self._ended.values)[shares - 1 : count * shares : shares] - (self._origin or 0.0)
             return np.maximum.accumulate(np.clip(ends, 0.0, 1e10))
         if self._elapsed.length >= count:
             return self._elapsed.values[:count]
@@ -620,7 +619,7 @@ class RunData:
         count = self.steps
         if self._drawn:
             shares, origin = len(self._ranks), self._origin or 0.0
-            ends = self._done_in_order[shares - 1 : count * shares : shares]
+            ends = self._by_time(self._ended.values)[shares - 1 : count * shares : shares]
             pauses = sorted(pause for pause in self._pauses if pause[0] >= origin)
             before = np.searchsorted([end for end, _ in pauses], ends, side="right")
             paused = np.concatenate([[0.0], np.cumsum([took for _, took in pauses])])[before]
@@ -654,8 +653,10 @@ class RunData:
     @property
     def spans(self) -> dict[str, NDArray[np.float32]]:
         """Rank 0's data, forward, backward and optimizer time of each step in seconds; NaN where unknown. Of drawn
-        work: of each of its pieces.
+        work: those of every piece of all ranks, in the order of time.
         """
+        if self._drawn:
+            return {name: self._by_time(span.values) for name, span in self._spans.items()}
         return {name: span.values for name, span in self._spans.items()}
 
     @property
@@ -672,10 +673,10 @@ class RunData:
     def exchanged(self) -> dict[str, Floats]:
         """What combining the gradients of each step has cost rank 0 (steps,): bytes that it sent, seconds in which
         nothing was computed meanwhile (exposed) and seconds of compression; NaN where it was not written down. Of
-        drawn work: of each of its pieces.
+        drawn work: those of every piece of all ranks, in the order of time.
         """
         if self._drawn:
-            return {name: column.values for name, column in self._exchanged.items()}
+            return {name: self._by_time(column.values) for name, column in self._exchanged.items()}
         return {name: self._padded(column) for name, column in self._exchanged.items()}
 
     @property

@@ -24,3 +24,12 @@ def period(experiment: Experiment | None) -> int:
         return 1
     every = experiment.gradients.update.options.get("every", 1)
     return every if isinstance(every, int) and every > 0 else 1
+
+
+def key(experiment: Experiment) -> str:
+    """The method in the words of the settings: `plain`, `powersgd`, `diloco`; joined by + where both are chosen."""
+    gradients = experiment.gradients
+    chosen = [gradients.compression.method, gradients.update.method]
+    return (
+        " + ".join(name for name, usual in zip(chosen, (PLAIN, SYNCHRONOUS), strict=True) if name != usual) or "plain"
+    )

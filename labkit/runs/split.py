@@ -1,7 +1,8 @@
 """Where the time of a step goes: data, computing, compressing, standing still for others, the optimizer.
 
 The spans of a step hold the exchange of what ranks learned: the backward pass that of gradients, the optimizer's that
-of weights. Taken out of them, it is a part of its own. Figures are rank 0's, medians after the warm-up.
+of weights. Taken out of them, it is a part of its own. Figures are rank 0's; where ranks draw their work, and wait
+differently for each other, the mean over their pieces. All are medians after the warm-up.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from labkit.runs.data import RunData
 from labkit.runs.methods import SYNCHRONOUS, period
 from labkit.runs.steady import Floats, rolling, warmup
 
+MEASURED, CLOCK, MEAN = "measured", "by its CPU time", "mean, by DDP"
+AROUND = 4
+"""Of drawn work, means over so many pieces of each rank are looked at: some ranks wait where others never do."""
 PARTS = ("data", "compute", "compression", "exposed", "optimizer")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Seconds of one step (of one piece, where ranks draw their work), by what they were for."""
+    """Seconds of a step of one rank (of a piece, where ranks draw their work), by what they were for."""
 
     data: float
     compute: float
@@ -33,8 +37,8 @@ class Split:
     """Sent by one rank per step, the mean over the run; None where nobody counted."""
     formula_bytes: float | None
     """What the formula of the method says of the same steps; None where there is none."""
-    estimated: bool = False
-    """Exposed time is DistributedDataParallel's own mean over sampled steps, not measured step by step."""
+    source: str = MEASURED
+    """How it is known what was exposed."""
 
     @property
     def total(self) -> float:
@@ -44,27 +48,28 @@ class Split:
 
 @dataclass(frozen=True)
 class Columns:
-    """The parts of each step after the warm-up, (steps,) each."""
+    """The parts of each step (or piece) after the warm-up, (steps,) each."""
 
     data: Floats
     compute: Floats
     compression: Floats
     exposed: Floats | None
     optimizer: Floats
-    estimated: bool
+    source: str
 
 
 def columns(data: RunData, experiment: Experiment | None) -> Columns | None:
-    """The parts of rank 0's steps; None before there is a step after the warm-up."""
+    """The parts of rank 0's steps, or of all pieces; None before there is a step after the warm-up."""
     spans = {name: values.astype(np.float64) for name, values in data.spans.items()}
     exchanged = data.exchanged
     count = min(*map(len, spans.values()), *map(len, exchanged.values()))
-    first = warmup(count)
+    together = data.world_size if data.draws else 1
+    first = warmup(count // together) * together
     spans = {name: values[first:count] for name, values in spans.items()}
     if count <= first or any(np.isnan(values).all() for values in spans.values()):
         return None
     compression = np.nan_to_num(exchanged["compression"][first:count])
-    exposed, estimated = _exposed(data, exchanged["exposed"][first:count])
+    exposed, source = _exposed(data, exchanged["exposed"][first:count], spans, slice(first, count))
     computing, optimizer = spans["forward"] + spans["backward"], spans["optimizer"]
     taken = compression + (exposed if exposed is not None else 0.0)
     synchronous = experiment is None or experiment.gradients.update.method == SYNCHRONOUS
@@ -76,18 +81,27 @@ def columns(data: RunData, experiment: Experiment | None) -> Columns | None:
         compression=compression,
         exposed=exposed,
         optimizer=np.maximum(0.0, optimizer - np.where(beside, taken, 0.0)),
-        estimated=estimated,
+        source=source,
     )
 
 
-def _exposed(data: RunData, measured: Floats) -> tuple[Floats | None, bool]:
-    """Exposed seconds of each step, and whether that is only a mean over the run."""
+def _exposed(data: RunData, measured: Floats, spans: dict[str, Floats], steps: slice) -> tuple[Floats | None, str]:
+    """Exposed seconds of each step, and how they are known.
+
+    DistributedDataParallel does not tell step by step. On CPUs a rank that waits does not compute, so the clock of its
+    own computing tells; on GPUs there is DDP's mean over sampled steps.
+    """
     if not np.isnan(measured).all():
-        return np.nan_to_num(measured), False
+        return np.nan_to_num(measured), MEASURED
     if data.world_size == 1:
-        return np.zeros(len(measured)), False
+        return np.zeros(len(measured)), MEASURED
+    computed = data.compute[0][steps].astype(np.float64)
+    on_cpu = str(data.rank_starts[0].get("device", "")).startswith("cpu")
+    if on_cpu and len(computed) == len(measured) and not np.isnan(computed).all():
+        idle = spans["data"] + spans["forward"] + spans["backward"] - computed
+        return np.nan_to_num(np.clip(idle, 0.0, spans["backward"])), CLOCK
     mean = (data.communication or {}).get("exposed_seconds_per_step")
-    return (None, False) if mean is None else (np.full(len(measured), max(0.0, mean)), True)
+    return (None, "") if mean is None else (np.minimum(max(0.0, mean), spans["backward"]), MEAN)
 
 
 def split(data: RunData, experiment: Experiment | None) -> Split | None:
@@ -95,7 +109,7 @@ def split(data: RunData, experiment: Experiment | None) -> Split | None:
     found = columns(data, experiment)
     if found is None:
         return None
-    every = period(experiment)
+    every = period(experiment) * (AROUND * data.world_size if data.draws else 1)
 
     def middle(values: Floats) -> float:
         return float(np.nanmedian(rolling(np.nan_to_num(values), every)))
@@ -111,5 +125,5 @@ def split(data: RunData, experiment: Experiment | None) -> Split | None:
         optimizer=middle(found.optimizer),
         bytes=told.get("counted_bytes_per_step", mean),
         formula_bytes=told.get("formula_bytes_per_step"),
-        estimated=found.estimated,
+        source=found.source,
     )

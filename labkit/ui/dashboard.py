@@ -24,7 +24,7 @@ from labkit.plots.against import TITLES
 from labkit.plots.shown import Shown, shown
 from labkit.plots.table import html_table, runs_rows
 from labkit.runs.data import RunData
-from labkit.runs.methods import period
+from labkit.runs.methods import key, period
 from labkit.runs.steady import Steady
 from labkit.ui.closeup import Closeup
 from labkit.ui.live_figure import LiveFigure
@@ -310,6 +310,7 @@ def live_row(experiment: Experiment, data: RunData, rows: Sequence[dict[str, Any
         "title": data.status.get("title") or experiment.title,
         "workload": experiment.workload.name,
         "layout": str(experiment.layout),
+        "method": key(experiment),
         "world_size": size,
         "device": experiment.launch.device,
         "state": data.state,
