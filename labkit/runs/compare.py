@@ -17,7 +17,7 @@ import numpy as np
 from labkit.experiment import Experiment, ExperimentError, Problem
 from labkit.experiment.one_process import is_one_process
 from labkit.experiment.run_directory import RunDirectory, read_json
-from labkit.runs import steady
+from labkit.runs import methods, steady
 from labkit.runs.data import RunData
 from labkit.runs.status import reconcile
 
@@ -45,7 +45,9 @@ class Measured:
         data.refresh()
         experiment = Experiment.load(directory.experiment)
         seconds = _step_seconds(data, experiment.launch.isolated)
-        return cls(directory, experiment, reconcile(directory), data, steady.Steady.of(seconds))
+        return cls(
+            directory, experiment, reconcile(directory), data, steady.Steady.of(seconds, methods.period(experiment))
+        )
 
     @property
     def ranks(self) -> int:
@@ -175,6 +177,7 @@ class Comparison:
         head = [
             "run",
             "layout",
+            "method",
             "state",
             "steps",
             "samples/s",
@@ -193,6 +196,7 @@ class Comparison:
                 [
                     row["run_id"] + mark,
                     row["layout"],
+                    row["method"],
                     row["state"],
                     str(row["steps"]),
                     _number(row["samples_per_second"], ".0f"),
@@ -280,6 +284,7 @@ def _row(
         "title": one.status.get("title") or one.directory.id,
         "workload": experiment.workload.name,
         "layout": str(experiment.layout),
+        "method": methods.key(experiment),
         "world_size": ranks,
         "device": experiment.launch.device,
         "state": one.status["state"],
