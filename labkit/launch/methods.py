@@ -129,9 +129,9 @@ def markdown(learned: Sequence[Learned], asked: int, command: str, seconds: floa
     lines = [
         "# Methods at their defaults",
         "",
-        "What every way to combine gradients learns and sends, beside synchronous training on the same samples. The gap is",
-        "that of the held-out loss, relative; below zero the method ended lower. Bytes are those that one rank sends per",
-        "update, counted where they leave. Rows of one recipe and number of ranks have the same seed.",
+        "What every way to combine gradients learns and sends, beside synchronous training on the same samples. The",
+        "gap is that of the held-out loss, relative; below zero the method ended lower. Bytes are those that one rank",
+        "sends per update, counted where they leave. Rows of one recipe and number of ranks have the same seed.",
         "",
         f"Made by `{command}` on {machine.cpu_model} ({machine.cores} cores), torch {versions().get('torch')}, "
         f"{time.strftime('%Y-%m-%d')}, in {seconds / 60:.0f} minutes.",

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from _common import arguments, finished, interleave, report
-from labkit.runs.target import default_target, final_loss, reached
 
 from labkit.experiment import Experiment
+from labkit.runs.target import default_target, final_loss, reached
 
 RATES = (None, 1000, 200, 100)
 CLAIMED = 200
