@@ -81,6 +81,8 @@ def losses(experiment: Experiment, rule: Callable[[list[Rank], int], Any]) -> np
     ranks = [Rank(experiment, place) for place in range(experiment.layout.world_size)]
     found = []
     for step in range(experiment.training.steps or 0):
+        if isinstance(rule, Late):
+            rule.before(ranks)
         found.append(sum(rank.gradient(step) for rank in ranks))
         rule(ranks, step)
     return np.array(found)
@@ -98,18 +100,32 @@ def local_sgd(every: int) -> Callable[[list[Rank], int], None]:
     return rule
 
 
-def delayed(delay: int) -> Callable[[list[Rank], int], None]:
-    under_way: list[Flat] = []
+class Late:
+    """Gradients that are applied `delay` updates later; `ahead`: computed where the weights will be by then."""
 
-    def rule(ranks: list[Rank], step: int) -> None:
-        under_way.append(mean([rank.slope for rank in ranks]))
-        if len(under_way) > delay:
-            old = under_way.pop(0)
+    def __init__(self, delay: int, ahead: bool) -> None:
+        self.delay, self.under_way, self.way, self.ahead = delay, list[Flat](), 0.0, ahead
+
+    def before(self, ranks: list[Rank]) -> None:
+        self.here = ranks[0].weights
+        for rank in ranks:
+            rank.weights = self.here + self.way
+
+    def __call__(self, ranks: list[Rank], step: int) -> None:
+        for rank in ranks:
+            rank.weights = self.here
+        self.under_way.append(mean([rank.slope for rank in ranks]))
+        if len(self.under_way) > self.delay:
+            old = self.under_way.pop(0)
             for rank in ranks:
                 rank.slope = old
                 rank.step(step)
+        if self.ahead:
+            self.way = self.delay * (ranks[0].weights - self.here)
 
-    return rule
+
+def delayed(delay: int, ahead: bool = False) -> Late:
+    return Late(delay, ahead)
 
 
 def diloco(every: int, lr: float, momentum: float) -> Callable[[list[Rank], int], None]:

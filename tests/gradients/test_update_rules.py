@@ -47,7 +47,8 @@ def difference(one: Any, other: Any) -> float:
 OUTER = {"outer_lr": 0.7, "outer_momentum": 0.9}
 BY_HAND = {
     "local_sgd": ({"every": 4}, lambda: by_hand.local_sgd(4)),
-    "delayed": ({"delay": 2}, lambda: by_hand.delayed(2)),
+    "delayed": ({"delay": 2, "predict": False}, lambda: by_hand.delayed(2)),
+    "delayed, ahead": ({"delay": 2}, lambda: by_hand.delayed(2, ahead=True)),
     "diloco": ({"every": 3, **OUTER}, lambda: by_hand.diloco(3, 0.7, 0.9)),
     "streaming_diloco": (
         {"every": 3, "fragments": 2, "delay": 1, "alpha": 0.25, "bits": 32, **OUTER},
@@ -60,7 +61,7 @@ BY_HAND = {
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_it_computes_what_is_written_by_hand(method: str, ranks: int) -> None:
     options, naive = BY_HAND[method]
-    wanted = experiment(ranks, **rule(method, **options))
+    wanted = experiment(ranks, **rule(method.split(",")[0], **options))
     assert difference(finished(wanted).loss, by_hand.losses(wanted, naive())) <= EXACT
 
 
