@@ -117,6 +117,8 @@ def hosts_to_add_up_in(experiment: Experiment, machine: Machine) -> Iterator[Pro
     field, hosts = "gradients.hierarchical", _hosts(experiment)
     if layout.world_size != layout.dp_replicate:
         yield Problem(field, "sums in two storeys are defined for plain data parallelism only", "false")
+    elif not _exchanges_gradients(experiment):
+        yield Problem(field, f"{experiment.gradients.update.method} exchanges no gradients", "false")
     elif hosts < 2:
         yield Problem(field, "there is one host only (launch.network.hosts)", "false")
     elif layout.world_size % hosts:
@@ -125,6 +127,12 @@ def hosts_to_add_up_in(experiment: Experiment, machine: Machine) -> Iterator[Pro
         )
     if experiment.launch.transport == "shared_memory":
         yield Problem("launch.transport", "sums in two storeys go through the process group", "auto")
+
+
+def _exchanges_gradients(experiment: Experiment) -> bool:
+    """Do gradients travel, or does the update rule combine what ranks learned in another way?"""
+    rule = registry("gradients.update")[experiment.gradients.update.method]
+    return rule.available and bool(rule.load().exchanges)
 
 
 def _hosts(experiment: Experiment) -> int:
@@ -230,7 +238,7 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
 def _never_overlaps(experiment: Experiment) -> str | None:
     """Why no gradient travels beside computation anyway; None if one may."""
     layout, launch = experiment.layout, experiment.launch
-    if layout.world_size == 1 or launch.isolated:
+    if layout.world_size == 1 or launch.isolated or not _exchanges_gradients(experiment):
         return "no gradient travels"
     if layout.pp > 1:
         return "a pipeline exchanges gradients when its schedule is over"

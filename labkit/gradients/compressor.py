@@ -13,13 +13,14 @@ fail on gloo.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options as BaseOptions
+from labkit.gradients.cost import all_reduce_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -31,13 +32,13 @@ if TYPE_CHECKING:
     from labkit.gradients.wire import Wire
 
 Shape = tuple[int, ...]
-Rounds = Generator[None, None, "Tensor"]
+UnderWay = Generator[None, None, "Tensor"]
 """An exchange that is under way: resumed once a round, it returns the mean over the ranks, of the shape of `flat`."""
 
 
 def numel(shapes: Sequence[Shape]) -> int:
     """Numbers in tensors of these shapes."""
-    return sum(prod(shape) for shape in shapes)
+    return sum(math.prod(shape) for shape in shapes)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Bundle:
     @property
     def sizes(self) -> list[int]:
         """How many numbers each parameter has."""
-        return [prod(shape) for shape in self.shapes]
+        return [math.prod(shape) for shape in self.shapes]
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The parts of `flat`, which is laid out like the bundle's own, in the shapes of the parameters."""
@@ -108,14 +109,25 @@ class Compressor:
 
     # -- the method ---------------------------------------------------------------------------------------------------
 
-    def exchange(self, bundle: Bundle) -> Rounds:
-        """Begin to average `bundle.flat` over the ranks; see `Rounds`. May work in place."""
+    def exchange(self, bundle: Bundle) -> UnderWay:
+        """Begin to average `bundle.flat` over the ranks; see `UnderWay`. May work in place."""
         raise NotImplementedError
 
     @classmethod
     def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
         """What one rank sends for one bundle, by the formula."""
         raise NotImplementedError
+
+    def whole(self, bundle: Bundle) -> UnderWay:
+        """Average without compression, e.g. before the method begins."""
+        pending = self.wire.all_reduce(bundle.flat.div_(self.wire.size))
+        yield
+        return pending.wait()
+
+    @staticmethod
+    def whole_bytes(shapes: Sequence[Shape], moment: Moment) -> int:
+        """The same in bytes: 2·(N-1)/N·n."""
+        return all_reduce_bytes(numel(shapes) * moment.itemsize, moment.ranks)
 
     # -- its optimizer ------------------------------------------------------------------------------------------------
 
@@ -124,13 +136,16 @@ class Compressor:
         """The optimizer's settings, without what the compressor does in its place."""
         return optimizer
 
-    @property
-    def optimizer(self) -> Callable[[Any, Optimizer], torch.optim.Optimizer] | None:
-        """Makes the optimizer from groups of parameters and settings, if the method brings its own."""
+    def optimizer(self, settings: Optimizer) -> Callable[[Any], torch.optim.Optimizer] | None:
+        """Makes the optimizer from groups of parameters, if the method brings its own for these settings."""
         return None
 
     def bind(self, optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
         """What works on the result, and what the experiment asks of it; called once it exists."""
+
+    def unit(self, bundle: Bundle, parameter: Any) -> Tensor | None:
+        """What the gradient of this parameter is divided by while it is under way, of its shape; None for nothing."""
+        return None
 
     # -- used by others -----------------------------------------------------------------------------------------------
 
@@ -190,7 +205,7 @@ class Compressor:
             yield Problem(field, "has no effect on copies that never talk (launch.isolated)")
 
 
-def finish(rounds: Rounds) -> Tensor:
+def finish(rounds: UnderWay) -> Tensor:
     """Go on with an exchange to its end; the mean."""
     while True:
         try:
@@ -198,6 +213,11 @@ def finish(rounds: Rounds) -> Tensor:
         except StopIteration as done:
             mean: Tensor = done.value
             return mean
+
+
+def beginning(wanted: int | None, steps: int, part: float) -> int:
+    """The first update of what begins at `wanted`; if that is left open, after `part` of the training."""
+    return math.ceil(part * steps) if wanted is None else wanted
 
 
 def replicas(layout: Layout) -> int:

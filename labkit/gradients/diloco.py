@@ -26,10 +26,10 @@ class DiLoCo(Rounds):
     class Options(BaseOptions):
         every: int = Field(default=20, ge=1, le=1_000_000)
         """Updates between two steps of the outer optimizer (H)."""
-        outer_lr: float = Field(default=0.7, gt=0, le=10)
-        """Learning rate of the outer optimizer."""
-        outer_momentum: float = Field(default=0.9, ge=0, lt=1)
-        """Nesterov momentum of the outer optimizer."""
+        outer_lr: float = Field(default=1.0, gt=0, le=10)
+        """Learning rate of the outer optimizer (0.7 in the paper, for hundreds of outer steps)."""
+        outer_momentum: float = Field(default=0.5, ge=0, lt=1)
+        """Nesterov momentum of the outer optimizer (0.9 in the paper: too much for a run of a dozen outer steps)."""
         bits: Literal[32, 16, 8, 4] = 32
         """Bits in which each number of the outer gradient travels."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from labkit.experiment import Experiment, Optimizer
 from labkit.experiment.registry import registry
-from labkit.gradients.compressor import Bundle, Compressor, Rounds
+from labkit.gradients.compressor import Bundle, Compressor, UnderWay
 from labkit.gradients.hierarchical import Hierarchical
 from labkit.gradients.stopwatch import Clock, Stopwatch
 from labkit.gradients.wire import Wire
@@ -68,7 +68,7 @@ class Exchange:
         self._overlap = overlap
         self._factor = compressor.ranks if summed else 1
         self._bundles: list[Bundle] = []
-        self._rounds: list[Rounds] = []
+        self._rounds: list[UnderWay] = []
         self._futures: list[torch.futures.Future[Tensor]] = []
         self._watch = Stopwatch(clock)
         """At work and waiting, both."""
@@ -89,19 +89,32 @@ class Exchange:
         # What is linear may be scaled before or after; what is remembered should have the scale of the result.
         if self._factor != 1:
             bundle.flat.mul_(self._factor)
-        rounds = self.compressor.exchange(bundle)
+        rounds = self._in_units(bundle)
         next(rounds)
         self._rounds.append(rounds)
         self._watch.add(begun)
+
+    def _in_units(self, bundle: Bundle) -> UnderWay:
+        """The exchange, in units of the compressor."""
+        units = [self.compressor.unit(bundle, parameter) for parameter in bundle.parameters]
+        pairs = [(view, unit) for view, unit in zip(bundle.views(bundle.flat), units, strict=True) if unit is not None]
+        for view, unit in pairs:
+            view.div_(unit.view_as(view))
+        mean = yield from self.compressor.exchange(bundle)
+        if mean is not bundle.flat:
+            bundle.flat.copy_(mean)
+        for view, unit in pairs:
+            view.mul_(unit.view_as(view))
+        return bundle.flat
 
     def arrive(self) -> None:
         """Wait for all that was handed over; it stands in place of what was sent."""
         for bundle in self._bundles[len(self._rounds) :]:
             self._begin(bundle)
         begun = self._watch.now()
-        under_way = list(zip(self._bundles, self._rounds, strict=True))
+        under_way = self._rounds
         while under_way:
-            under_way = [one for one in under_way if not _go_on(*one)]
+            under_way = [rounds for rounds in under_way if not _go_on(rounds)]
         self._bundles, self._rounds = [], []
         self._watch.add(begun)
 
@@ -140,13 +153,11 @@ class Exchange:
         return Counters(sent, waited, self._watch.seconds - waited, self.formula_bytes)
 
 
-def _go_on(bundle: Bundle, rounds: Rounds) -> bool:
-    """One round further; True if it is over and the result stands in the bundle."""
+def _go_on(rounds: UnderWay) -> bool:
+    """One round further; True if it is over."""
     try:
         next(rounds)
-    except StopIteration as done:
-        if done.value is not bundle.flat:
-            bundle.flat.copy_(done.value)
+    except StopIteration:
         return True
     return False
 
@@ -208,9 +219,9 @@ class Exchanges:
         """The optimizer's, without what the compressor does in its place."""
         return self._method.inner(self._options, self._optimizer) if self._made else self._optimizer
 
-    def optimizer(self) -> Callable[[Any, Optimizer], torch.optim.Optimizer] | None:
-        """What makes the optimizer, if the compressor brings its own."""
-        return next((exchange.compressor.optimizer for exchange in self._made.values()), None)
+    def optimizer(self) -> Callable[[Any], torch.optim.Optimizer] | None:
+        """What makes the optimizer from groups of parameters, if the compressor brings its own."""
+        return next((exchange.compressor.optimizer(self._optimizer) for exchange in self._made.values()), None)
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         """Show the compressors what works on their results."""

@@ -1,4 +1,4 @@
-"""AdamW that stops learning its denominators: the optimizer of 1-bit Adam (onebit_adam.py)."""
+"""AdamW that stops learning its denominators: for compressors, and the optimizer of 1-bit Adam (late.py)."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ FLOOR = 0.01
 
 
 class FrozenAdamW(torch.optim.AdamW):
-    """For `warmup` updates torch's AdamW; after that what it is given is the momentum, and mean squares stay.
+    """For `warmup` updates torch's AdamW; after that mean squares stay.
+
+    If it `takes_momentum`, what it is given from then on is the momentum itself.
 
     Its state has the names of AdamW's, so that a checkpoint of one goes on in the other.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], settings: Optimizer, warmup: int) -> None:
-        super().__init__(
-            groups, lr=settings.lr, betas=(settings.momentum, 0.999), eps=settings.eps, weight_decay=0, fused=True
-        )
-        self.warmup = warmup
+    def __init__(
+        self, groups: list[dict[str, Any]], settings: Optimizer, warmup: int, takes_momentum: bool = False
+    ) -> None:
         self._betas, self._eps = (settings.momentum, 0.999), settings.eps
+        super().__init__(groups, lr=settings.lr, betas=self._betas, eps=settings.eps, weight_decay=0, fused=True)
+        self.warmup, self.takes_momentum = warmup, takes_momentum
         self._updates: int | None = None
         self._denominators: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
-    def direction(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        """The momentum with this gradient in it, over the denominator; shape of `gradient`."""
-        beta, state = self._betas[0], self.state[parameter]
-        momentum = torch.lerp(state["exp_avg"].view_as(gradient), gradient, 1 - beta)
-        return momentum.div_(self.denominator(parameter).view_as(gradient))
+    def blend(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Make of a gradient, in place, the momentum with it in it; both in units of the denominator."""
+        known = (self.state[parameter]["exp_avg"] / self.denominator(parameter)).view_as(gradient)
+        gradient.lerp_(known, self._betas[0])
 
     @torch.no_grad()
     def denominator(self, parameter: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class FrozenAdamW(torch.optim.AdamW):
         found = self._denominators.get(parameter)
         if found is None:
             mean_squares = self.state[parameter]["exp_avg_sq"] / (1 - self._betas[1] ** self.warmup)
-            floor = FLOOR * mean_squares.mean().sqrt()
+            floor = FLOOR * float(mean_squares.mean().sqrt())
             found = self._denominators[parameter] = mean_squares.sqrt_().clamp_(min=floor).add_(self._eps)
         return found
 
@@ -61,6 +62,6 @@ class FrozenAdamW(torch.optim.AdamW):
                     continue
                 state = self.state[parameter]
                 state["step"] += 1
-                state["exp_avg"].copy_(parameter.grad)
+                state["exp_avg"].lerp_(parameter.grad, 1.0 if self.takes_momentum else 1 - self._betas[0])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.addcdiv_(state["exp_avg"], self.denominator(parameter), value=-group["lr"] / correction)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Rounds, Shape, numel
+from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay, numel
 from labkit.gradients.cost import all_gather_bytes, all_reduce_bytes, all_to_all_bytes
 
 if TYPE_CHECKING:
@@ -38,17 +38,17 @@ class Half(Compressor):
 
         return torch.float16 if self.name == "fp16" else torch.bfloat16
 
-    def exchange(self, bundle: Bundle) -> Rounds:
+    def exchange(self, bundle: Bundle) -> UnderWay:
         """The mean, rounded to 16 bits."""
         return self._dealt_out(bundle) if self.options.sum_in == "fp32" else self._added_up(bundle)
 
-    def _added_up(self, bundle: Bundle) -> Rounds:
+    def _added_up(self, bundle: Bundle) -> UnderWay:
         # Divided first: the sum of the ranks could leave the range of fp16 where no rank does.
         pending = self.wire.all_reduce((bundle.flat / self.wire.size).to(self.dtype))
         yield
         return bundle.flat.copy_(pending.wait())
 
-    def _dealt_out(self, bundle: Bundle) -> Rounds:
+    def _dealt_out(self, bundle: Bundle) -> UnderWay:
         flat, ranks = bundle.flat, self.wire.size
         parts = flat.new_zeros(ranks, -(-flat.numel() // ranks), dtype=self.dtype)
         parts.view(-1)[: flat.numel()] = flat

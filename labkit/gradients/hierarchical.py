@@ -13,11 +13,14 @@ starts anew when DDP deals its parameters out anew, after the first update.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Rounds
+from labkit.experiment import Optimizer
+from labkit.gradients.compressor import Bundle, Compressor, Moment, UnderWay
 from labkit.gradients.cost import all_gather_bytes, all_to_all_bytes
 from labkit.gradients.stopwatch import Clock
 from labkit.gradients.wire import Wire
@@ -48,7 +51,19 @@ class Hierarchical(Compressor):
         """All of them."""
         return self._inside.size * self.wire.size
 
-    def exchange(self, bundle: Bundle) -> Rounds:
+    def optimizer(self, settings: Optimizer) -> Callable[[Any], torch.optim.Optimizer] | None:
+        """That of the method."""
+        return self._method.optimizer(settings)
+
+    def bind(self, optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
+        """Tell the method."""
+        self._method.bind(optimizer, settings)
+
+    def unit(self, bundle: Bundle, parameter: Any) -> torch.Tensor | None:
+        """That of the method."""
+        return self._method.unit(bundle, parameter)
+
+    def exchange(self, bundle: Bundle) -> UnderWay:
         """The mean over all ranks."""
         flat, local = bundle.flat, self._inside.size
         parts = flat.new_zeros(local, -(-flat.numel() // local))

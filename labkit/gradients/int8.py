@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Rounds, Shape, numel
+from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay, numel
 from labkit.gradients.cost import all_gather_bytes
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Int8(Compressor):
         chunk: int = Field(default=0, ge=0, le=2**31 - 1)
         """Numbers that share a scale; 0 for a scale per bucket."""
 
-    def exchange(self, bundle: Bundle) -> Rounds:
+    def exchange(self, bundle: Bundle) -> UnderWay:
         """The mean of the rounded gradients."""
         import torch
 

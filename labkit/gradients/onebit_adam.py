@@ -22,30 +22,29 @@ Bytes that one of N ranks sends for n numbers after the warm-up: 2·(N-1) · (n/
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Rounds, Shape, numel
-from labkit.gradients.cost import all_gather_bytes, all_reduce_bytes, all_to_all_bytes
+from labkit.gradients.compressor import Bundle, Moment, Shape, UnderWay, beginning, numel
+from labkit.gradients.cost import all_gather_bytes, all_to_all_bytes
+from labkit.gradients.late import LateCompressor
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from labkit.experiment import Experiment, Optimizer
+    from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
-    from labkit.gradients.frozen_adamw import FrozenAdamW
 
 
-class OneBitAdam(Compressor):
+class OneBitAdam(LateCompressor):
     """1-bit Adam."""
 
     name = "onebit_adam"
+    momentum = True
 
     class Options(BaseOptions):
         """When it begins."""
@@ -53,47 +52,24 @@ class OneBitAdam(Compressor):
         warmup_steps: int | None = Field(default=None, ge=1)
         """Updates of plain AdamW before the mean squares are frozen; empty for a quarter of the training."""
 
+        @property
+        def freeze(self) -> bool:
+            """That is what it is."""
+            return True
+
     def __init__(self, *arguments: Any) -> None:
         from labkit.gradients.memory import Memory
 
         super().__init__(*arguments)
         self._own_errors, self._sum_errors = Memory(), Memory()
-        self._adam: FrozenAdamW | None = None
 
-    # -- the optimizer ------------------------------------------------------------------------------------------------
-
-    @property
-    def optimizer(self) -> Callable[[Any, Optimizer], torch.optim.Optimizer]:
-        """AdamW that stops learning its denominators."""
-        from labkit.gradients.frozen_adamw import FrozenAdamW
-
-        return lambda groups, settings: FrozenAdamW(groups, settings, _warmup(self.options, self.steps))
-
-    def bind(self, optimizer: Any, settings: Optimizer) -> None:
-        """Learn whose momentum it is."""
-        self._adam = optimizer
-
-    # -- the exchange -------------------------------------------------------------------------------------------------
-
-    def exchange(self, bundle: Bundle) -> Rounds:
-        """The mean gradient; after the warm-up the mean momentum."""
-        frozen = bundle.step >= _warmup(self.options, self.steps)
-        return self._momentum(bundle) if frozen else self._gradient(bundle)
-
-    def _gradient(self, bundle: Bundle) -> Rounds:
-        pending = self.wire.all_reduce(bundle.flat.div_(self.wire.size))
-        yield
-        return pending.wait()
-
-    def _momentum(self, bundle: Bundle) -> Rounds:
+    def compress(self, bundle: Bundle) -> UnderWay:
+        """The mean momentum, as everything here in units of √v."""
         import torch
 
         from labkit.gradients.packing import pack_signs, read_signs
 
-        assert self._adam is not None
         flat, ranks, count = bundle.flat, self.wire.size, bundle.flat.numel()
-        for parameter, view in zip(bundle.parameters, bundle.views(flat), strict=True):
-            view.copy_(self._adam.direction(parameter, view))
         error, part = self._own_errors.of(bundle), _part(count, ranks)
         parts = flat.new_zeros(ranks, part)
         parts.view(-1)[:count] = flat.add_(error)
@@ -107,16 +83,11 @@ class OneBitAdam(Compressor):
         gathered = self.wire.all_gather(message[0])
         torch.sub(mean, read_signs(message, part, flat.dtype)[0], out=error)
         yield
-        flat.copy_(read_signs(gathered.wait(), part, flat.dtype).view(-1)[:count])
-        for parameter, view in zip(bundle.parameters, bundle.views(flat), strict=True):
-            view.mul_(self._adam.denominator(parameter).view_as(view))
-        return flat
+        return read_signs(gathered.wait(), part, flat.dtype).view(-1)[:count]
 
     @classmethod
-    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
-        """2·(N-1) · (n/8N + 4); in the warm-up that of an all-reduce."""
-        if moment.step < _warmup(options, moment.steps):
-            return all_reduce_bytes(numel(shapes) * moment.itemsize, moment.ranks)
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+        """2·(N-1) · (n/8N + 4)."""
         message = 4 + _part(numel(shapes), moment.ranks) // 8
         return all_to_all_bytes(message * moment.ranks, moment.ranks) + all_gather_bytes(message, moment.ranks)
 
@@ -133,9 +104,10 @@ class OneBitAdam(Compressor):
             reason = "stages add up the gradients of weights that they share, and momenta do not add up"
             yield Problem(field, reason, "none")
 
-
-def _warmup(options: Any, steps: int) -> int:
-    return math.ceil(steps / 4) if options.warmup_steps is None else int(options.warmup_steps)
+    @classmethod
+    def begins(cls, options: Any, steps: int) -> int:
+        """The first update with compression."""
+        return beginning(options.warmup_steps, steps, 0.25)
 
 
 def _part(count: int, ranks: int) -> int:

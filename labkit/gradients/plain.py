@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Rounds, Shape, numel
-from labkit.gradients.cost import all_reduce_bytes
+from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay
 
 if TYPE_CHECKING:
     from labkit.experiment import Experiment
@@ -26,16 +25,14 @@ class Uncompressed(Compressor):
     name = "none"
     lossy = False
 
-    def exchange(self, bundle: Bundle) -> Rounds:
+    def exchange(self, bundle: Bundle) -> UnderWay:
         """One all-reduce, in place."""
-        pending = self.wire.all_reduce(bundle.flat.div_(self.wire.size))
-        yield
-        return pending.wait()
+        return self.whole(bundle)
 
     @classmethod
     def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
         """2·(N-1)/N·n."""
-        return all_reduce_bytes(numel(shapes) * moment.itemsize, moment.ranks)
+        return cls.whole_bytes(shapes, moment)
 
     @classmethod
     def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from labkit.experiment.problem import Problem
-from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Rounds, Shape, numel, replicas
+from labkit.gradients.compressor import Bundle, Moment, Shape, UnderWay, numel, replicas
 from labkit.gradients.cost import all_reduce_bytes
+from labkit.gradients.late import LateCompressor, LateOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,20 +38,19 @@ if TYPE_CHECKING:
     from labkit.gradients.wire import Pending
 
 
-class PowerSGD(Compressor):
+class PowerSGD(LateCompressor):
     """PowerSGD with warm start and error feedback."""
 
     name = "powersgd"
+    momentum = True
 
-    class Options(BaseOptions):
-        """How thin the factors are, and when it begins."""
+    class Options(LateOptions):
+        """How thin the factors are."""
 
         rank: int = Field(default=4, ge=1, le=4096)
         """Rank of what is sent of a matrix."""
         min_saving: float = Field(default=2.0, ge=0, le=1e6)
         """A matrix is factored if that makes it so many times smaller."""
-        start_step: int | None = Field(default=None, ge=0)
-        """Updates without compression before it begins; empty for a tenth of the training."""
         error_feedback: bool = True
         """What was left out is added to the next gradient."""
 
@@ -62,16 +61,8 @@ class PowerSGD(Compressor):
         self._errors = Memory()
         self._factors: dict[Any, Tensor] = {}
 
-    def exchange(self, bundle: Bundle) -> Rounds:
+    def compress(self, bundle: Bundle) -> UnderWay:
         """The mean, as far as it has a low rank."""
-        return self._factored(bundle) if bundle.step >= _start(self.options, self.steps) else self._whole(bundle)
-
-    def _whole(self, bundle: Bundle) -> Rounds:
-        pending = self.wire.all_reduce(bundle.flat.div_(self.wire.size))
-        yield
-        return pending.wait()
-
-    def _factored(self, bundle: Bundle) -> Rounds:
         import torch
 
         flat, views = bundle.flat, bundle.views(bundle.flat)
@@ -123,11 +114,9 @@ class PowerSGD(Compressor):
         return self._factors[key]
 
     @classmethod
-    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
         """2·(N-1)/N · bytes of a number · ( Σ r·(m+n) + the rest ), the two rounds one after the other."""
         size, ranks = moment.itemsize, [_rank(options, shape) for shape in shapes]
-        if moment.step < _start(options, moment.steps):
-            return all_reduce_bytes(numel(shapes) * size, moment.ranks)
         factored = [(shape, rank) for shape, rank in zip(shapes, ranks, strict=True) if rank]
         first = sum(rank * shape[0] for shape, rank in factored)
         first += numel([shape for shape, rank in zip(shapes, ranks, strict=True) if not rank])
@@ -145,10 +134,6 @@ class PowerSGD(Compressor):
             )
         if layout.dp_shard > 1 and layout.zero_stage in (1, 2) and replicas(layout) > 1:
             yield Problem(field, "ZeRO leaves a rank a stretch of all gradients, and PowerSGD needs matrices", "none")
-
-
-def _start(options: Any, steps: int) -> int:
-    return math.ceil(steps / 10) if options.start_step is None else int(options.start_step)
 
 
 def _rank(options: Any, shape: Shape) -> int:

@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Rounds, Shape, numel
+from labkit.gradients.compressor import Bundle, Moment, Shape, UnderWay, numel
 from labkit.gradients.cost import all_reduce_bytes
+from labkit.gradients.late import LateCompressor, LateOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class RandomK(Compressor):
+class RandomK(LateCompressor):
     """Sparsified SGD with memory, at random places."""
 
     name = "randomk"
 
-    class Options(BaseOptions):
+    class Options(LateOptions):
         """How much is sent, and what becomes of the rest."""
 
         ratio: float = Field(default=0.1, gt=0, le=1)
@@ -45,7 +45,7 @@ class RandomK(Compressor):
         super().__init__(*arguments)
         self._errors = Memory()
 
-    def exchange(self, bundle: Bundle) -> Rounds:
+    def compress(self, bundle: Bundle) -> UnderWay:
         """The mean at the drawn places, zero elsewhere."""
         flat = bundle.flat
         count = _count(self.options, flat.numel())
@@ -62,7 +62,7 @@ class RandomK(Compressor):
         return out
 
     @classmethod
-    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
         """2·(N-1)/N · k · bytes of a number."""
         return all_reduce_bytes(_count(options, numel(shapes)) * moment.itemsize, moment.ranks)
 

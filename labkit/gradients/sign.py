@@ -17,20 +17,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Rounds, Shape, numel
+from labkit.gradients.compressor import Bundle, Moment, Shape, UnderWay, numel
 from labkit.gradients.cost import all_gather_bytes
+from labkit.gradients.late import LateCompressor, LateOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Sign(Compressor):
+class Sign(LateCompressor):
     """EF-signSGD."""
 
     name = "sign"
+    momentum = True
 
-    class Options(BaseOptions):
+    class Options(LateOptions):
         """What has a scale of its own, and what becomes of the rest."""
 
         scale: Literal["parameter", "bucket"] = "parameter"
@@ -44,7 +45,7 @@ class Sign(Compressor):
         super().__init__(*arguments)
         self._errors = Memory()
 
-    def exchange(self, bundle: Bundle) -> Rounds:
+    def compress(self, bundle: Bundle) -> UnderWay:
         """The mean of the signs, each times its scale."""
         import torch
 
@@ -67,7 +68,7 @@ class Sign(Compressor):
         return out
 
     @classmethod
-    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
         """(N-1) · (n/8 + 4 · scales)."""
         scales = 1 if options.scale == "bucket" else len(shapes)
         return all_gather_bytes(-(-numel(shapes) // 8) + 4 * scales, moment.ranks)

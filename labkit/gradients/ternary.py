@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field
 
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Rounds, Shape, numel
+from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay, numel
 from labkit.gradients.cost import all_gather_bytes
 
 
@@ -31,7 +31,7 @@ class Ternary(Compressor):
         clip_sigma: float = Field(default=2.5, ge=0, le=100)
         """Gradients are limited to so many standard deviations of their parameter; 0 for no limit (unbiased)."""
 
-    def exchange(self, bundle: Bundle) -> Rounds:
+    def exchange(self, bundle: Bundle) -> UnderWay:
         """The mean of the ternary gradients."""
         import torch
 

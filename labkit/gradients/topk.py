@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from labkit.experiment.problem import Problem
-from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Rounds, Shape, numel
+from labkit.gradients.compressor import Bundle, Moment, Shape, UnderWay, beginning, numel
 from labkit.gradients.cost import all_gather_bytes
+from labkit.gradients.late import LateCompressor, LateOptions
 
 if TYPE_CHECKING:
     import torch
@@ -40,18 +40,18 @@ MARGIN = 1.3
 """So many times k entries should lie above the estimated threshold, so that seldom fewer than k do."""
 
 
-class TopK(Compressor):
+class TopK(LateCompressor):
     """DGC."""
 
     name = "topk"
 
-    class Options(BaseOptions):
+    class Options(LateOptions):
         """How much is sent, and what becomes of the rest."""
 
         ratio: float = Field(default=0.01, gt=0, le=1)
         """Which part of the entries of a bucket is sent."""
         warmup_steps: int | None = Field(default=None, ge=0)
-        """Updates over which the ratio falls from 0.25 to its value; empty for a tenth of the training."""
+        """Updates, from the first, over which the ratio falls from 0.25 to its value; empty for a fifth of all."""
         values: Literal["fp32", "fp16"] = "fp32"
         """Number format in which values travel (fp32: that of the gradient); what is rounded off is kept for later."""
         error_feedback: bool = True
@@ -66,7 +66,7 @@ class TopK(Compressor):
         self._errors, self._velocities = Memory(), Memory()
         self._momentum = 0.0
 
-    def exchange(self, bundle: Bundle) -> Rounds:
+    def compress(self, bundle: Bundle) -> UnderWay:
         """The mean of what is largest on each rank."""
         import torch
 
@@ -95,7 +95,7 @@ class TopK(Compressor):
         return out
 
     @classmethod
-    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
         """(N-1) · k · (4 + bytes of a value)."""
         value = 2 if options.values == "fp16" else moment.itemsize
         return all_gather_bytes(_count(options, numel(shapes), moment) * (4 + value), moment.ranks)
@@ -115,6 +115,7 @@ class TopK(Compressor):
 
     def bind(self, optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
         """Learn the momentum."""
+        super().bind(optimizer, settings)
         self._momentum = settings.momentum
 
     @classmethod
@@ -132,7 +133,7 @@ class TopK(Compressor):
 
 def _count(options: Any, size: int, moment: Moment) -> int:
     """How many of `size` entries are sent in this update."""
-    warmup = math.ceil(moment.steps / 10) if options.warmup_steps is None else options.warmup_steps
+    warmup = beginning(options.warmup_steps, moment.steps, 0.2)
     ratio = options.ratio
     if moment.step < warmup and ratio < FIRST_RATIO:
         ratio = FIRST_RATIO * (ratio / FIRST_RATIO) ** (moment.step / warmup)

@@ -82,6 +82,7 @@ VALUES: dict[str, Sequence[Any]] = {
     "layout.stage_blocks": [None, (3, 5), (1, 3, 3, 1)],
     "gradients.accumulation": [1, 2],
     "gradients.bucket_mb": [25.0, 0.01],
+    "gradients.overlap": [True, False],
     "optimizer.name": ["adamw", "sgd"],
     "optimizer.clip_norm": [None, 0.5],
     "launch.transport": ["auto", "shared_memory", "network"],

@@ -17,7 +17,6 @@ from typing import Any
 from labkit.experiment import Experiment
 from labkit.experiment.machine import Machine
 from labkit.experiment.one_process import one_process
-from labkit.experiment.schema import Gradients
 from labkit.launch.cases import DEADLINE_S, STEPS, Case, cases, sample
 from labkit.launch.client import launch
 from labkit.launch.parity import TOLERANCE, Parity, compare_losses
@@ -79,7 +78,7 @@ def _result(case: Case, references: dict[str, Run], elapsed: Callable[[], float]
     problems = tuple(case.experiment.problems())
     if problems:
         return Result(case, "refused", " ".join(map(str, problems)))
-    alone = one_process(case.experiment, f"matrix: {case.family} in one process").set({"gradients": Gradients()})
+    alone = one_process(case.experiment, f"matrix: {case.family} in one process")
     key = alone.to_json()
     try:
         if key not in references:

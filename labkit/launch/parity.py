@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from labkit.experiment import Experiment
+from labkit.experiment import Experiment, ExperimentError, Problem
 from labkit.experiment.one_process import one_process
+from labkit.experiment.registry import registry
 from labkit.launch.client import launch
 from labkit.runs.data import RunData
 from labkit.runs.run import Run, RunFailed
@@ -114,6 +115,15 @@ def _metric_difference(one: RunData, other: RunData, precision: str) -> float | 
     return max(differences)
 
 
+def claims_nothing(experiment: Experiment) -> Problem | None:
+    """Why this experiment is not meant to compute what one process computes; None if it is."""
+    method = experiment.gradients.compression.method
+    if registry("gradients.compression")[method].load().lossy:
+        reason = f"{method} changes gradients and claims no parity: compare its loss with that of a run without it"
+        return Problem("gradients.compression.method", reason, "none")
+    return None
+
+
 def check(
     experiment: Experiment,
     steps: int = STEPS,
@@ -123,8 +133,12 @@ def check(
     """Prove the layout of `experiment` against one process, in each number format.
 
     Returns the JSON of `labkit check`: the first format's figures at the top, all of them under `precisions`. `say` is
-    told what is going on. Raises ExperimentError if the experiment cannot run, RunFailed if one of the runs fails.
+    told what is going on. Raises ExperimentError if the experiment cannot run or claims no parity, RunFailed if one of
+    the runs fails.
     """
+    reason = claims_nothing(experiment)
+    if reason is not None:
+        raise ExperimentError([reason])
     verdicts: list[Parity] = []
     reasons: list[str] = []
     for precision in precisions:

@@ -38,11 +38,12 @@ class CudaClock:
         return float(begin.elapsed_time(end)) / 1000
 
 
-class BusyClock:
-    """How long the thread that made it has worked: the time it ran, and the time it waited for a core to run on.
+class PassClock:
+    """How long the thread that made it computes in one pass forward and backward; waiting for others is left out.
 
-    Asleep, in a collective or otherwise, it does neither. The first part comes from the processor time of the thread,
-    the second from the scheduler's statistics (Linux; without them it counts as zero).
+    Its processor time tells, because a thread that waits in a collective sleeps. Where cores are short it computes more
+    slowly than that: how much, shows the forward pass, by the time in which the thread was ready but had no core (the
+    scheduler's statistics; Linux). In the backward pass it would also count how late the thread woke up.
     """
 
     def __init__(self) -> None:
@@ -50,11 +51,25 @@ class BusyClock:
             self._statistics = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             self._statistics = -1
+        self._begun = self._delayed = 0.0
+        self._stretch = 1.0
 
-    def seconds(self) -> float:
-        """So far."""
-        waited = os.pread(self._statistics, 100, 0).split()[1] if self._statistics >= 0 else b"0"
-        return time.thread_time() + int(waited) / 1e9
+    def _delay(self) -> float:
+        """Seconds so far in which the thread was ready to run but had no core."""
+        return int(os.pread(self._statistics, 100, 0).split()[1]) / 1e9 if self._statistics >= 0 else 0.0
+
+    def forward(self) -> None:
+        """The pass begins."""
+        self._begun, self._delayed = time.thread_time(), self._delay()
+
+    def backward(self) -> None:
+        """Its second half begins."""
+        ran = max(time.thread_time() - self._begun, 1e-6)
+        self._stretch = 1 + (self._delay() - self._delayed) / ran
+
+    def seconds(self, spun: float = 0.0) -> float:
+        """Computing since the pass began; of its processor time, `spun` seconds went into waiting."""
+        return max(0.0, time.thread_time() - self._begun - spun) * self._stretch
 
 
 def clock(device: torch.device) -> HostClock | CudaClock:

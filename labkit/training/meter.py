@@ -20,7 +20,7 @@ from torch import Tensor
 
 from labkit.experiment.run_directory import PHASES
 from labkit.gradients.exchange import Counters
-from labkit.training.clock import BusyClock, clock
+from labkit.training.clock import PassClock, clock
 from labkit.training.events import EventWriter
 
 FLUSH_S = 0.25
@@ -78,11 +78,11 @@ class Meter:
         self.events, self.rank, self.board, self.requested = events, rank, board, requested
         self._clock = clock(torch.device("cpu"))
         self._device = torch.device("cpu")
-        self._busy = BusyClock()
-        self._began: float | None = None
-        """What the busy clock said when the pass began."""
+        self._pass = PassClock()
+        self._in_pass = False
         self.spun: Callable[[], float] = float
-        """Seconds so far in which the thread was busy with nothing but waiting for others."""
+        """Seconds of processor time so far that went into waiting for others."""
+        self._spun = 0.0
         self.busy = self.samples = 0.0
         """Seconds that the last step computed, waiting left out (on a GPU not known), and its samples."""
         self._step: _Step | None = None
@@ -131,10 +131,17 @@ class Meter:
         if self._device.type == "cuda":
             return
         if name == "forward":
-            self._began = self._busy.seconds() - self.spun()
-        elif name != "backward" and self._began is not None:
-            step.busy += self._busy.seconds() - self.spun() - self._began
-            self._began = None
+            self._in_pass, self._spun = True, self.spun()
+            self._pass.forward()
+        elif name == "backward":
+            self._pass.backward()
+        elif self._in_pass:
+            step.busy += self.computing()
+            self._in_pass = False
+
+    def computing(self) -> float:
+        """Seconds that the pass has computed so far, without waiting for others (on a CPU)."""
+        return self._pass.seconds(self.spun() - self._spun)
 
     def computed(self, seconds: float) -> None:
         """Count so much as computing of this step that the clocks do not see (a rank made slow on purpose)."""

@@ -16,11 +16,11 @@ from labkit.experiment import Optimizer
 def make_optimizer(
     settings: Optimizer,
     parameters: Iterable[tuple[nn.Parameter, bool]],
-    make: Callable[[list[dict[str, Any]], Optimizer], torch.optim.Optimizer] | None = None,
+    make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of the experiment, with torch's fused kernels, on pairs of parameter and "it decays".
 
-    `make` makes another one from the groups (parameters, their weight_decay) and the settings.
+    `make` makes another one from the groups (parameters, their weight_decay).
     """
     pairs = [(parameter, decays) for parameter, decays in parameters if parameter.requires_grad]
     groups = [
@@ -29,7 +29,7 @@ def make_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     if make is not None:
-        return make(groups, settings)
+        return make(groups)
     if settings.name == "sgd":
         # With torch 2.13 the fused kernel of SGD, unlike that of AdamW, does not know sharded parameters.
         fused = not any(isinstance(parameter, DTensor) for parameter, _ in pairs)

@@ -1,9 +1,8 @@
 """A rank made slow on purpose (`launch.slowdown`): after each pass it sleeps as long as a slower machine would compute.
 
-Waiting for others is no computing, or two slow ranks would drive each other ever slower. On a CPU the rank's own
-thread tells: the time it ran or wanted to run (`BusyClock`); asleep in a collective it does neither. On a GPU,
-streams wait for collectives without telling; a backward pass takes about twice as long as its forward pass, so what
-goes beyond that is taken for waiting. (In a pipeline on GPUs the schedule's waiting counts as computing.)
+Waiting for others is no computing, or two slow ranks would drive each other ever slower. On a CPU the meter tells them
+apart (`PassClock`). On a GPU, streams wait for collectives without telling; a backward pass takes about twice the time
+of its forward pass, so what goes beyond that is taken for waiting. (In a pipeline on GPUs all of the schedule counts.)
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from labkit.training.clock import BusyClock, CudaClock
+from labkit.training.clock import CudaClock
 from labkit.training.meter import Meter
 
 Pass = Callable[..., Any]
@@ -31,12 +30,9 @@ def stretched(run_pass: Pass, factor: float, device: torch.device, meter: Meter)
 
 
 def _on_cpu(run_pass: Pass, more: float, meter: Meter) -> Pass:
-    clock = BusyClock()
-
     def run(batch: Any, weight: float, last: bool, phase: Callable[[str], None]) -> Any:
-        begun = clock.seconds()
         loss = run_pass(batch, weight, last, phase)
-        seconds = more * (clock.seconds() - begun)
+        seconds = more * meter.computing()
         time.sleep(seconds)
         meter.computed(seconds)
         return loss

@@ -104,7 +104,8 @@ CASES = [
     # methods
     sets("unknown workload", "workload.name=visoin", "unknown workload 'visoin'", "vision"),
     sets("unknown method", "gradients.compression.method=zip", "unknown compression method 'zip'"),
-    sets("planned method", "gradients.compression.method=topk", "topk is not in this version of labkit yet"),
+    sets("planned method", "sparsity.method=rigl", "rigl is not in this version of labkit yet"),
+    sets("option of another method", ['gradients.compression={"method": "sign", "ratio": 0.1}'], "ratio"),
     sets("stages as text", "layout.stage_blocks=1,5", "layout.stage_blocks: must be a list such as [1, 5]"),
     sets("axis without a sequence", "layout=cp2", "layout.cp: this network has no sequence to cut"),
     sets("axis without experts", "layout=ep2", "layout.ep: this network has no experts to deal out"),

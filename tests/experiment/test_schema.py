@@ -179,9 +179,9 @@ def test_an_assignment_is_json_or_a_word(text: str, value: Any) -> None:
 
 
 def test_a_planned_method_is_known_by_name_and_refused_by_name() -> None:
-    experiment = Experiment().replace('gradients.compression={"method": "topk", "ratio": 0.1}')
-    assert experiment.gradients.compression.key == "topk"
-    assert [problem.field for problem in experiment.problems()] == ["gradients.compression.method"]
+    experiment = Experiment().replace('sparsity={"method": "rigl", "drop": 0.1}')
+    assert experiment.sparsity.key == "rigl"
+    assert [problem.field for problem in experiment.problems()] == ["sparsity.method"]
     assert "not in this version" in str(experiment.problems()[0])
 
 

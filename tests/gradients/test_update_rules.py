@@ -44,12 +44,13 @@ def difference(one: Any, other: Any) -> float:
     return float(np.abs(one - other).max())
 
 
+OUTER = {"outer_lr": 0.7, "outer_momentum": 0.9}
 BY_HAND = {
     "local_sgd": ({"every": 4}, lambda: by_hand.local_sgd(4)),
     "delayed": ({"delay": 2}, lambda: by_hand.delayed(2)),
-    "diloco": ({"every": 3}, lambda: by_hand.diloco(3, 0.7, 0.9)),
+    "diloco": ({"every": 3, **OUTER}, lambda: by_hand.diloco(3, 0.7, 0.9)),
     "streaming_diloco": (
-        {"every": 3, "fragments": 2, "delay": 1, "alpha": 0.25, "bits": 32},
+        {"every": 3, "fragments": 2, "delay": 1, "alpha": 0.25, "bits": 32, **OUTER},
         lambda: by_hand.streaming(3, 2, 1, 0.25, 0.7, 0.9),
     ),
 }

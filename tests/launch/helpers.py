@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pytest
+
 from labkit.experiment import Experiment
 from labkit.experiment.run_directory import TERMINAL, RunDirectory
-from labkit.launch import launch, warm
+from labkit.launch import client, launch, warm
 from labkit.runs import Run
 from labkit.runs.processes import alive
 
@@ -43,6 +46,35 @@ def tiny(ranks: int = 2, steps: int = 20, **changes: Any) -> Experiment:
 def faulty(function: str, **changes: Any) -> Experiment:
     """A run of one of the faulty tasks in faulty.py."""
     return tiny(workload={"name": "custom", "path": f"{FAULTY}:{function}"}, **changes)
+
+
+# The supervisor runs this code before it forks its ranks: what the launching side's environment says.
+_SITE = """
+import gc, os
+freeze = gc.freeze
+def patched():  # called by the standby once the engine has been loaded
+    from labkit.launch.supervisor import Supervisor
+    start = Supervisor.start
+    def change(self):
+        if self.experiment.layout.world_size > 1:
+            exec(os.environ["LABKIT_TEST_CHANGE"], {})
+        start(self)
+    Supervisor.start = change
+    freeze()
+gc.freeze = patched
+"""
+
+
+@contextlib.contextmanager
+def changed_ranks(folder: Path) -> Iterator[None]:
+    """While it is open, runs of several ranks execute the code in LABKIT_TEST_CHANGE first. `folder` is empty."""
+    (folder / "sitecustomize.py").write_text(_SITE)
+    client.close()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(folder))
+        client.warm(60)
+        yield
+    client.close()
 
 
 def start(experiment: Experiment, **options: Any) -> Run:

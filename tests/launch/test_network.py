@@ -128,10 +128,11 @@ def test_ranks_live_on_their_hosts_and_nothing_stays() -> None:
 
 @needs_namespaces
 def test_a_killed_supervisor_leaves_no_network() -> None:
-    with Watched(start(tiny(ranks=2, steps=ENDLESS, launch__network={"rate_mbit": 1000}))) as watch:
+    network = {"rate_mbit": 1000, "hosts": 1 if possible().hosts else 2}
+    with Watched(start(tiny(ranks=2, steps=ENDLESS, launch__network=network))) as watch:
         pids = {name: process["pid"] for name, process in watch.begun().items()}
         private = {where(pid) for pid in pids.values()}
-        assert len(private) == 1
+        assert where(os.getpid()) not in private
         os.kill(pids["supervisor"], 9)
         wait_until(lambda: not inside(private), GONE_S, "the ranks are gone")
         watch.ends("failed", 10)

@@ -11,10 +11,9 @@ import pytest
 
 from labkit.experiment import Experiment
 from labkit.experiment.run_directory import RunDirectory, write_json
-from labkit.launch import client
 from labkit.launch.parity import TOLERANCE, check, compare_losses
 from labkit.runs import Run, RunFailed
-from tests.launch.helpers import SMALLEST, tiny
+from tests.launch.helpers import SMALLEST, changed_ranks, tiny
 
 STEPS = 6
 
@@ -79,8 +78,8 @@ MISTAKES = {
     ),
     "the last pass alone is exchanged and counted": (
         "import contextlib\n"
-        "import labkit.gradients.plain as broken\n"
-        "broken.Synchronous.passes = staticmethod(lambda model, last: contextlib.nullcontext())\n"
+        "import labkit.gradients.synchronous as broken\n"
+        "broken.Synchronous.passes = lambda self, model, last, step: contextlib.nullcontext()\n"
         "import labkit.training.trainer as trainer\n"
         "from labkit.training.sampling import Order\n"
         "whole = Order.passes\n"
@@ -99,39 +98,16 @@ MISTAKES = {
 }
 
 
-# The supervisor makes the mistake before it forks its ranks, if the launching side's environment names one.
-SITE = """
-import gc, os
-freeze = gc.freeze
-def patched():  # called by the standby once the engine has been loaded
-    from labkit.launch.supervisor import Supervisor
-    start = Supervisor.start
-    def make_a_mistake(self):
-        if self.experiment.layout.world_size > 1:
-            exec(os.environ["LABKIT_TEST_MISTAKE"], {})
-        start(self)
-    Supervisor.start = make_a_mistake
-    freeze()
-gc.freeze = patched
-"""
-
-
 @pytest.fixture(scope="module")
 def breakable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A standby whose runs make the mistake that the environment names."""
-    folder = tmp_path_factory.mktemp("breakable")
-    (folder / "sitecustomize.py").write_text(SITE)
-    client.close()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", str(folder))
-        client.warm(60)
+    with changed_ranks(tmp_path_factory.mktemp("breakable")):
         yield
-    client.close()
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_broken_average_fails_the_proof(breakable: None, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LABKIT_TEST_MISTAKE", MISTAKES[mistake])
+    monkeypatch.setenv("LABKIT_TEST_CHANGE", MISTAKES[mistake])
     found = check(experiment(2, passes=2, batch=13), steps=4, precisions=("fp64",))
     assert found["parity"] is False
     assert found["max_loss_difference"] > 1e-9 or found["max_gradient_norm_difference"] > 1e-9
@@ -140,7 +116,7 @@ def test_a_broken_average_fails_the_proof(breakable: None, mistake: str, monkeyp
 
 
 def test_without_a_mistake_the_same_proof_holds(breakable: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LABKIT_TEST_MISTAKE", "pass")
+    monkeypatch.setenv("LABKIT_TEST_CHANGE", "pass")
     assert check(experiment(2, passes=2, batch=13), steps=4, precisions=("fp64",))["parity"] is True
 
 

@@ -97,12 +97,12 @@ def test_ranges_stand_in_the_tooltip(form: ExperimentForm) -> None:
 
 
 def test_planned_methods_are_listed_as_unavailable_and_refused(form: ExperimentForm) -> None:
-    shown = dict(form.entries["gradients.compression.method"].widget.options)
+    shown = dict(form.entries["sparsity.method"].widget.options)
     planned = {key for label, key in shown.items() if label.endswith("(not in this version yet)")}
     by_field = {registry.field: registry for _, registry in registries()}
-    assert planned == {method.key for method in by_field["gradients.compression.method"] if not method.available}
+    assert planned == {method.key for method in by_field["sparsity.method"] if not method.available}
     for key in sorted(planned)[:1]:
-        form.set("gradients.compression.method", key)
+        form.set("sparsity.method", key)
         [problem] = form.problems
         assert "not in this version" in problem.reason
         form.use(problem)

@@ -313,7 +313,9 @@ def test_show_code_prints_a_cell_that_makes_the_same_run(lab: Lab, launcher: Lau
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("change", ['name="it\'s"', 'launch.network={"rate_mbit": 5}', "optimizer.clip_norm=2"])
+@pytest.mark.parametrize(
+    "change", ['name="it\'s"', 'launch.network={"rate_mbit": 5}', 'launch.slowdown={"1": 4}', "optimizer.clip_norm=2"]
+)
 def test_the_code_builds_the_same_experiment(name: str, change: str) -> None:
     experiment = recipe(name).replace(change)
     tree = ast.parse(code(experiment))
