@@ -77,6 +77,7 @@ class Dashboard:
             tooltip="What the curves are drawn against: updates, training time or bytes sent",
             tooltips=[TITLES[name] for name in overview.AGAINST],
             style={"button_width": "auto", "description_width": "initial"},
+            layout={"width": "auto"},
         )
         self.against.observe(self._turned, "value")
         self.widget = widgets.VBox([self.against, self.figure, self.strip, self.table, self.closeup.widget])
