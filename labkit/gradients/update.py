@@ -72,6 +72,10 @@ class Rounds:
         """Why this rule cannot run here."""
         return replicas_only(experiment)
 
+    def rate_factor(self, step: int) -> float:
+        """Factor on this rank's learning rate in update `step`."""
+        return 1.0
+
     def works_on(self) -> nn.Module:
         """The module that computes gradients on this rank."""
         return self.model

@@ -169,7 +169,7 @@ class Trainer:
     def _work_on(self, ticket: int, step: int, share: int) -> None:
         """One piece of work: the gradient over a share of update `step`, and what the rule makes of it."""
         meter, runtime, rule = self.meter, self.runtime, self.update
-        rate = self._rate(step)
+        rate = self._rate(step) * self.update.rate_factor(step)
         meter.begin(step, rate, ticket)
         set_learning_rate(self.optimizer, rate)
         runtime.seed(self._random_state(step, share))
@@ -205,7 +205,7 @@ class Trainer:
     def _step(self, step: int, batches: Iterator[Batch], trace: Trace | None = None) -> None:
         """One update: the passes over this rank's share, the exchange of gradients in the last, the optimizer."""
         meter, runtime = self.meter, self.runtime
-        rate = self._rate(step)
+        rate = self._rate(step) * self.update.rate_factor(step)
         meter.begin(step, rate)
         self._before = self._counters() or self._before  # what an evaluation sends belongs to no update
         set_learning_rate(self.optimizer, rate)

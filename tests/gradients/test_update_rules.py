@@ -44,9 +44,11 @@ def difference(one: Any, other: Any) -> float:
     return float(np.abs(one - other).max())
 
 
-OUTER = {"outer_lr": 0.7, "outer_momentum": 0.9}
+OUTER = {"outer_lr": 0.7, "outer_momentum": 0.9, "rate_factor": 1.0}
+PLAIN = {"average_optimizer": False}
+ONE = {"rate_factor": 1.0}
 BY_HAND = {
-    "local_sgd": ({"every": 4}, lambda: by_hand.local_sgd(4)),
+    "local_sgd": ({"every": 4, "rate_factor": 1.0, **PLAIN}, lambda: by_hand.local_sgd(4)),
     "delayed": ({"delay": 2, "predict": False}, lambda: by_hand.delayed(2)),
     "delayed, ahead": ({"delay": 2}, lambda: by_hand.delayed(2, ahead=True)),
     "diloco": ({"every": 3, **OUTER}, lambda: by_hand.diloco(3, 0.7, 0.9)),
@@ -69,7 +71,7 @@ def test_it_computes_what_is_written_by_hand(method: str, ranks: int) -> None:
 @pytest.mark.parametrize(
     ("method", "options", "sgd"),
     [
-        ("local_sgd", {"every": 1}, True),
+        ("local_sgd", {"every": 1, **PLAIN}, True),
         ("local_sgd", {"every": 1, "average_optimizer": True}, True),
         ("gossip", {"graph": "complete"}, True),
         ("post_local_sgd", {"switch": 1.0}, False),
@@ -94,7 +96,7 @@ def test_away_from_the_limit_it_is_not(method: str, options: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        (rule("diloco", every=3, outer_lr=1.0, outer_momentum=0.0), rule("local_sgd", every=3)),
+        (rule("diloco", every=3, outer_lr=1.0, outer_momentum=0.0), rule("local_sgd", every=3, **PLAIN)),
         (rule("streaming_diloco", every=3, fragments=1, delay=0, alpha=0.0, bits=32), rule("diloco", every=3)),
         (rule("post_local_sgd", switch=0.0, every=3), rule("local_sgd", every=3)),
         (rule("gossip", graph="ring"), rule("gossip", graph="complete")),
@@ -133,7 +135,7 @@ def test_backup_workers_drop_what_comes_late_and_do_it_again() -> None:
 
 
 RULES: list[tuple[str, dict[str, Any]]] = [
-    ("local_sgd", {"every": 2}),
+    ("local_sgd", {"every": 2, **PLAIN}),
     ("local_sgd", {"every": 2, "average_optimizer": True}),
     ("post_local_sgd", {"every": 2}),
     ("diloco", {"every": 3}),
@@ -187,3 +189,11 @@ def test_a_resumed_run_goes_on_exactly(method: str, options: dict[str, Any]) -> 
 )
 def test_what_cannot_work_is_refused(changes: dict[str, Any], field: str) -> None:
     assert field in [problem.field for problem in experiment(**changes).problems()]
+
+
+def test_ranks_that_step_by_themselves_take_larger_steps_with_adamw_only() -> None:
+    one = finished(experiment(4, 4, **rule("local_sgd", every=2)))
+    other = finished(experiment(4, 4, optimizer__lr=6e-3, **rule("local_sgd", every=2, rate_factor=1.0)))
+    assert difference(one.loss, other.loss) <= EXACT
+    sgd = [finished(experiment(4, 4, **SGD, **rule("local_sgd", every=2, **more))).loss for more in ({}, ONE)]
+    assert difference(*sgd) <= EXACT
