@@ -295,4 +295,4 @@ def test_it_learns_to_read_digits() -> None:
 def test_it_learns_language_nearly_as_well_as_a_synchronous_pipeline() -> None:
     stale = learned("language-ddp", **{"gradients.update.method": "pipedream"})
     synchronous = learned("language-ddp", **{"layout.microbatches": 2})
-    assert stale["loss"] <= 1.02 * synchronous["loss"]
+    assert stale["loss"] <= 1.03 * synchronous["loss"]
