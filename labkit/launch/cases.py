@@ -84,7 +84,6 @@ VALUES: dict[str, Sequence[Any]] = {
     "gradients.bucket_mb": [25.0, 0.01],
     "gradients.overlap": [True, False],
     "training.shares": ["equal", "speed"],
-    "gradients.overlap": [True, False],
     "optimizer.name": ["adamw", "sgd"],
     "optimizer.clip_norm": [None, 0.5],
     "launch.transport": ["auto", "shared_memory", "network"],

@@ -11,8 +11,9 @@ from labkit.experiment.memory import zero_stage
 from labkit.plots import theme, wording
 from labkit.plots.picture import Picture
 from labkit.plots.shown import Shown
+from labkit.runs import pipeline
 from labkit.runs.methods import period
-from labkit.runs.pipeline import Bubble, bubble, of_one_pipeline
+from labkit.runs.pipeline import Bubble, of_one_pipeline
 from labkit.runs.steady import Steady
 
 PATTERNS = ("", "/", "x", ".", "-", "+")
@@ -54,8 +55,8 @@ def _words(one: Shown, links: bool) -> list[str]:
     if layout.tp > 1 and layout.sequence_parallel:
         words.append("sequence parallel")
     if layout.pp > 1:
-        words.append(layout.schedule)
-        if layout.schedule != "naive":
+        words.append(pipeline.schedule(experiment))
+        if words[-1] == layout.schedule != "naive":
             words.append(f"{layout.microbatches} microbatches")
         balance = getattr(layout, "balance", "blocks")
         if getattr(layout, "stage_blocks", None):
@@ -96,7 +97,7 @@ def bubble_of(one: Shown) -> Bubble | None:
         return None
     timeline = of_one_pipeline(one.data.timeline, experiment.layout)
     try:
-        return bubble(timeline, experiment.layout) if len(timeline) == experiment.layout.pp else None
+        return pipeline.bubble_of(timeline, experiment) if len(timeline) == experiment.layout.pp else None
     except ValueError:
         return None
 

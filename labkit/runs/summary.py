@@ -12,7 +12,7 @@ from labkit.experiment import Experiment
 from labkit.experiment.run_directory import RunDirectory, write_json
 from labkit.runs.compare import Measured, compare, find_baseline
 from labkit.runs.data import RunData
-from labkit.runs.pipeline import bubble, of_one_pipeline
+from labkit.runs.pipeline import bubble_of, of_one_pipeline
 from labkit.runs.straggler import straggler
 
 LOSS_POINTS = 200
@@ -145,7 +145,7 @@ def _bubble(data: RunData, experiment: Experiment) -> dict[str, Any] | None:
     if len(timeline) < 2 or len(timeline) != experiment.layout.pp:
         return None
     try:
-        return asdict(bubble(timeline, experiment.layout))
+        return asdict(bubble_of(timeline, experiment))
     except ValueError:
         return None
 

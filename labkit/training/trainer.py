@@ -97,6 +97,7 @@ class Trainer:
                 self._rate,
                 runtime.folder,
                 runtime.timeout_s,
+                self._until,
             )
         )
         self.first = self._load(Path(resume)) if resume else self._begin_anew()
@@ -113,6 +114,7 @@ class Trainer:
         """Updates done so far."""
         wanted = training.trace_step
         self.traced = min(self.first + wanted, self.steps) - 1 if wanted else None
+        self.trace = Trace(experiment, self.model, self.optimizer, runtime.device)
 
     def run(self) -> bool:
         """Train to the end or until asked to stop; True if it was stopped before its end."""
@@ -130,12 +132,15 @@ class Trainer:
 
     def _go_through_rounds(self) -> bool:
         """Every rank does every update; True if they were stopped."""
-        batches = self._batches()
+        apart = self.update.apart
+        batches = self.update.supply(self.model, map(self.runtime.place, self._batches()))
         stopped = False
         while self.done < self.steps:
-            stopped = self.board.should_stop(self.runtime.rank, self.done)
+            stopped = self.board.should_stop(self.runtime.rank, self.done, apart)
             if stopped:
                 break
+            if self.traced is not None and self.done == max(self.first, self.traced - apart):
+                self.trace.watch()  # what the traced update finds under way begins before it
             if self.done == self.traced:
                 self._traced_step(self.done, batches)
             else:
@@ -197,8 +202,7 @@ class Trainer:
 
     def _traced_step(self, step: int, batches: Iterator[Batch]) -> None:
         """One update, and what it looked like on this rank."""
-        trace = Trace(self.experiment, self.model, self.optimizer, self.runtime.device)
-        with trace:
+        with self.trace as trace:
             self._step(step, batches, trace)
         self.events.write("trace", step=step + 1, **trace.found())
 
@@ -213,7 +217,7 @@ class Trainer:
         for number in range(self.passes):
             if number:
                 meter.phase("data")
-            batch = runtime.place(next(batches))
+            batch = next(batches)
             samples = len(next(iter(batch.values())))
             last = number == self.passes - 1
             with self.update.passes(self.model, last, step):
@@ -238,7 +242,9 @@ class Trainer:
         """Clip the gradient, or write its norm down, if that was asked for."""
         limit = self.experiment.optimizer.clip_norm
         if limit is not None:
-            self.meter.grad_norm(self.model.clip(limit))
+            norm = self.model.clip(limit)
+            if norm is not None:
+                self.meter.grad_norm(norm)
         elif self.experiment.training.gradient_norm:
             self.meter.grad_norm(self.model.grad_norm())
 
@@ -323,9 +329,14 @@ class Trainer:
         return self.steps if wanted is None else wanted
 
     def _next_due(self, step: int) -> int:
-        """After which update beyond `step` there is something to do: at the end in any case."""
-        every = [one for one in (self._evaluate_every, self._checkpoint_every) if one]
-        return min([self.steps, *(step + one - step % one for one in every)])
+        """After how many updates, more than `step`, there is something to do; at the end in any case."""
+        every = [one for one in (self._evaluate_every, self._checkpoint_every) if one > 0]
+        return min([self.steps, *((step // one + 1) * one for one in every)])
+
+    def _until(self, step: int) -> int:
+        """After how many updates the ranks stand still next, as far as is known when update `step` begins."""
+        due, stop = self._next_due(step), self.board.stops_at
+        return due if stop is None else min(due, stop)
 
     def _due(self, step: int, every: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.steps)
