@@ -42,7 +42,6 @@ class PowerSGD(LateCompressor):
     """PowerSGD with warm start and error feedback."""
 
     name = "powersgd"
-    momentum = True
 
     class Options(LateOptions):
         """How thin the factors are."""

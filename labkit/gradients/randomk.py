@@ -36,8 +36,8 @@ class RandomK(LateCompressor):
 
         ratio: float = Field(default=0.1, gt=0, le=1)
         """Which part of the entries of a bucket is sent."""
-        error_feedback: bool = True
-        """What was not sent is added to the next gradient."""
+        memory: float = Field(default=0.8, ge=0, le=1)
+        """How much of what was not sent is still there in the next update: 1 all of it, 0 nothing (no error feedback)."""
 
     def __init__(self, *arguments: Any) -> None:
         from labkit.gradients.memory import Memory
@@ -50,11 +50,13 @@ class RandomK(LateCompressor):
         flat = bundle.flat
         count = _count(self.options, flat.numel())
         places = draw(flat.numel(), count, self.generator(bundle, shared=True))
-        if self.options.error_feedback:
-            flat = self._errors.of(bundle).add_(flat)
-        scale = 1 if self.options.error_feedback else flat.numel() / count
+        gamma = self.options.memory
+        if gamma:
+            flat = self._errors.of(bundle).mul_(gamma).add_(flat)
+        p = count / flat.numel()
+        scale = (1 - gamma * (1 - p)) / p
         pending = self.wire.all_reduce(flat[places] * (scale / self.wire.size))
-        if self.options.error_feedback:
+        if gamma:
             flat[places] = 0
         yield
         out = bundle.flat.zero_()
