@@ -34,10 +34,10 @@ class RandomK(LateCompressor):
     class Options(LateOptions):
         """How much is sent, and what becomes of the rest."""
 
-        ratio: float = Field(default=0.1, gt=0, le=1)
+        ratio: float = Field(default=0.5, gt=0, le=1)
         """Which part of the entries of a bucket is sent."""
-        memory: float = Field(default=0.8, ge=0, le=1)
-        """How much of what was not sent is still there in the next update: 1 all of it, 0 nothing (no error feedback)."""
+        error_feedback: bool = False
+        """What was not sent is added to the next gradient; otherwise it is forgotten, and what is sent is made larger."""
 
     def __init__(self, *arguments: Any) -> None:
         from labkit.gradients.memory import Memory
@@ -50,13 +50,11 @@ class RandomK(LateCompressor):
         flat = bundle.flat
         count = _count(self.options, flat.numel())
         places = draw(flat.numel(), count, self.generator(bundle, shared=True))
-        gamma = self.options.memory
-        if gamma:
-            flat = self._errors.of(bundle).mul_(gamma).add_(flat)
-        p = count / flat.numel()
-        scale = (1 - gamma * (1 - p)) / p
+        if self.options.error_feedback:
+            flat = self._errors.of(bundle).add_(flat)
+        scale = 1 if self.options.error_feedback else flat.numel() / count
         pending = self.wire.all_reduce(flat[places] * (scale / self.wire.size))
-        if gamma:
+        if self.options.error_feedback:
             flat[places] = 0
         yield
         out = bundle.flat.zero_()
