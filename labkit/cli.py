@@ -115,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--workload", action="append", metavar="NAME", help="only these models of the matrix")
     check.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="write the matrix as a table in Markdown")
+    methods = add("methods", _methods, "Measure what every way to combine gradients learns and sends, at its defaults.")
+    methods.add_argument("recipes", nargs="*", metavar="RECIPE", help="what is trained (default: vision-ddp)")
+    methods.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of all runs")
+    methods.add_argument("--ranks", type=_counts, default=[2], metavar="N[,N…]", help="numbers of ranks (default: 2)")
+    methods.add_argument("--method", action="append", default=[], metavar="NAME", help="only these methods")
+    methods.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="write the table in Markdown")
     validate = add("validate", _validate, "Say whether an experiment can run here, and why not.")
     add_experiment(validate)
     add("recipes", _recipes, "List the ready-made experiments.")
@@ -145,6 +151,10 @@ def _count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return number
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
 
 
 def _seconds(text: str) -> float:
@@ -280,6 +290,41 @@ def _check_matrix(options: argparse.Namespace, precisions: Sequence[str]) -> int
         if options.json:
             _print_json({"asked": len(cases)} | counts | {"cases": [result.to_dict() for result in results]})
     return 0 if counts["equal"] + counts["refused"] == len(cases) else 1
+
+
+def _methods(options: argparse.Namespace) -> int:
+    from labkit.launch import methods
+
+    known = {case.method for case in methods.cases([("", Experiment())], [2])}
+    if unknown := [name for name in options.method if name not in known]:
+        raise UsageError(f"there is no method {unknown[0]!r} here; known: {', '.join(sorted(known))}")
+    if options.output and not options.output.absolute().parent.is_dir():
+        raise UsageError(f"there is no folder {options.output.parent} to write to")
+    recipes = [(name, recipe(name).replace(*options.set)) for name in options.recipes or ["vision-ddp"]]
+    cases = methods.cases(recipes, options.ranks, options.method)
+    for case in cases:
+        if case.method == methods.PLAIN:
+            case.experiment.check()
+    learned: list[methods.Learned] = []
+    begun = time.monotonic()
+    try:
+        for one in methods.run(cases):
+            learned.append(one)
+            what = one.reason or f"loss {one.loss:.4f}" if one.loss is not None else one.reason
+            said = (
+                f"{len(learned)} of {len(cases)}: {one.case.recipe}, {one.case.ranks} ranks, {one.case.method}: {what}"
+            )
+            print(f"labkit: {_plain(said)}", file=sys.stderr, flush=True)
+    finally:  # also what was known when it was interrupted
+        command = "labkit " + shlex.join(word for word in options.words if word != "--json")
+        table = methods.markdown(learned, len(cases), command, time.monotonic() - begun)
+        if options.output:
+            options.output.write_text(table, encoding="utf-8")
+        else:
+            _print_lines(table)
+        if options.json:
+            _print_json({"asked": len(cases), "methods": [one.to_dict() for one in learned]})
+    return 1 if any(one.reason.startswith("failed") for one in learned) or len(learned) < len(cases) else 0
 
 
 def _validate(options: argparse.Namespace) -> int:

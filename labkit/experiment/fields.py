@@ -61,13 +61,16 @@ def _kind(info: Any, model: type[BaseModel], name: str) -> str:
         from labkit.experiment.registry import registry
 
         return " | ".join(registry("layout.schedule").names())
-    parts = get_args(info.annotation) if get_origin(info.annotation) not in (None, Literal) else (info.annotation,)
+    alone = get_origin(info.annotation) in (None, Literal, dict)
+    parts = (info.annotation,) if alone else get_args(info.annotation)
     words = []
     for part in parts:
         if part is NoneType:
             words.append("null")
         elif get_origin(part) is Literal:
             words += [str(value) for value in get_args(part)]
+        elif get_origin(part) is dict:
+            words.append("{" + ": ".join(kind.__name__ for kind in get_args(part)) + "}")
         else:
             words.append(getattr(part, "__name__", str(part)))
     bounds = []

@@ -10,7 +10,9 @@ with k numbers of memory per parameter (Adam 2, SGD with momentum 1) and N = dp_
 | 2             | bΨ         | bΨ / N    | k·bΨ / N  |
 | 3             | bΨ / N     | bΨ / N    | k·bΨ / N  |
 
-Activations have no formula here: they depend on the batch, not on the number of parameters.
+An asynchronous pipeline stashes versions of its trained parameters: one for each minibatch under way but the next one
+(PipeDream, Narayanan et al. 2019), and one more where weights are predicted. Activations have no formula here: they
+depend on the batch, not on the number of parameters.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from labkit.experiment.schema import Experiment
 
 STATES = ("parameters", "gradients", "optimizer")
 """What makes up the model state, in the order in which pictures stack it."""
-KINDS = (*STATES, "activations")
+KINDS = (*STATES, "stash", "activations")
+"""All that is measured; `stash` where weights are stashed."""
 
 
 def moments(experiment: Experiment) -> int:
@@ -43,3 +46,14 @@ def model_state(experiment: Experiment, held: int, trained: int) -> dict[str, fl
     whole = {"parameters": float(held), "gradients": float(trained), "optimizer": float(moments(experiment) * trained)}
     sharded = {"parameters": stage >= 3, "gradients": stage >= 2, "optimizer": stage >= 1}
     return {name: size / ranks if sharded[name] else size for name, size in whole.items()}
+
+
+def stash(experiment: Experiment, ahead: int, trained: int) -> float:
+    """Bytes of the stashed weights of a stage whose forward passes are `ahead` of its backward passes by so many.
+
+    `trained` as above.
+    """
+    options = experiment.gradients.update.options
+    if not options.get("stash") or not ahead:
+        return 0.0
+    return float((ahead + (options["predict"] > 0)) * trained)

@@ -11,10 +11,18 @@ MAX_NAME = 200
 def one_process(experiment: Experiment, name: str = "") -> Experiment:
     """`experiment` on one rank and in one pass, with plain gradients, under another name."""
     return experiment.set(
-        {"layout": Layout(), "gradients": Gradients(), "launch.isolated": False, "name": name[:MAX_NAME]}
+        {
+            "layout": Layout(),
+            "gradients": Gradients(),
+            "launch.isolated": False,
+            "launch.network": None,
+            "launch.slowdown": {},
+            "name": name[:MAX_NAME],
+        }
     )
 
 
 def is_one_process(experiment: Experiment) -> bool:
-    """Does one process compute the whole batch in one pass? Any other baseline would flatter a speed-up."""
-    return experiment.layout.world_size == 1 and experiment.gradients.accumulation == 1
+    """Does one process compute the whole batch in one pass, at its own speed? Any other baseline would flatter."""
+    alone = experiment.layout.world_size == 1 and experiment.gradients.accumulation == 1
+    return alone and not experiment.launch.slowdown

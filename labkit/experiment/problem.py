@@ -81,7 +81,7 @@ def explain(error: ValidationError, model: type | None = None, prefix: str = "")
     """Turn pydantic's error into problems: `training.steps: must be at least 1, got 0`."""
     problems = []
     for item in error.errors(include_url=False):
-        path = [str(part) for part in item["loc"]]
+        path = [str(part) for part in item["loc"] if part != "[key]"]
         field = ".".join(([prefix] if prefix else []) + path)
         kind, given, context = item["type"], item.get("input"), item.get("ctx", {})
         if kind == "extra_forbidden":

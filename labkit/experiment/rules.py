@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+from labkit.experiment import slow_link
 from labkit.experiment.layout import AXES, Layout
 from labkit.experiment.machine import Machine
 from labkit.experiment.problem import ExperimentError, Problem
@@ -68,8 +69,6 @@ def planned_methods(experiment: Experiment, machine: Machine) -> Iterator[Proble
         yield Problem("layout.schedule", f"unknown schedule {experiment.layout.schedule!r}; known: {names}")
     if experiment.optimizer.state_bits != 32:
         yield Problem("optimizer.state_bits", "8-bit optimizer state is not in this version of labkit yet", 32)
-    if experiment.launch.network is not None:
-        yield Problem("launch.network", "a slower link is not in this version of labkit yet", "null")
 
 
 def method_rules(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
@@ -140,6 +139,19 @@ def _hosts(experiment: Experiment) -> int:
     return getattr(experiment.launch.network, "hosts", 1)
 
 
+def shares_follow_speed(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    if experiment.training.shares != "speed":
+        return
+    layout, field = experiment.layout, "training.shares"
+    if layout.world_size != layout.dp_replicate:
+        yield Problem(field, "only whole replicas can take shares of different sizes", "equal")
+    if experiment.gradients.update.method != "synchronous":
+        said = "samples count alike only where every update is synchronous"
+        yield Problem(field, said, "equal")
+    if experiment.training.loader_workers:
+        yield Problem("training.loader_workers", "loader processes prepare batches before their shares are known", 0)
+
+
 def ranks_fit(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """A bound on oversubscription, so that a slip of the finger does not take the machine down."""
     slots = max(1, machine.slots(experiment.launch.device))
@@ -157,6 +169,12 @@ def isolated_makes_no_update(experiment: Experiment, machine: Machine) -> Iterat
         yield Problem("launch.isolated", "independent copies are defined for plain data parallelism only", "false")
 
 
+def slowed_ranks_exist(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    ranks = experiment.layout.world_size
+    for rank in sorted(rank for rank in experiment.launch.slowdown if rank >= ranks):
+        yield Problem("launch.slowdown", f"there is no rank {rank}: the {ranks} ranks are numbered from 0 on")
+
+
 RULES: list[Rule] = [
     planned_methods,
     method_rules,
@@ -166,7 +184,10 @@ RULES: list[Rule] = [
     hosts_to_add_up_in,
     ranks_fit,
     batch_covers_ranks,
+    shares_follow_speed,
     isolated_makes_no_update,
+    slow_link.problems,
+    slowed_ranks_exist,
 ]
 
 
@@ -205,6 +226,8 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
         yield Problem("layout.sequence_parallel", "has no effect without tensor parallelism (layout.tp is 1)")
     if experiment.sparsity.method == "none" and experiment.sparsity.target > 0:
         yield Problem("sparsity.target", "has no effect while sparsity.method is none")
+    if experiment.training.shares == "speed" and (layout.world_size == 1 or experiment.launch.isolated):
+        yield Problem("training.shares", "has no effect where ranks do not share batches")
     if layout.world_size == 1 and experiment.launch.isolated:
         yield Problem("launch.isolated", "has no effect on one rank")
     steps = experiment.training.steps
@@ -240,4 +263,17 @@ def _none(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     return iter(())
 
 
-WARNINGS: list[Rule] = [oversubscribed, options_without_effect, method_warnings]
+def slow_on_purpose(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    for rank, factor in sorted(experiment.launch.slowdown.items()):
+        if factor > 1:
+            yield Problem("launch.slowdown", f"rank {rank} computes {factor:g} times slower, on purpose")
+
+
+WARNINGS: list[Rule] = [oversubscribed, options_without_effect, slow_link.warnings, slow_on_purpose, method_warnings]
+
+UNAVAILABLE: dict[str, Callable[[], str]] = {
+    "launch.network": lambda: slow_link.possible().bucket,
+    "launch.network.delay_ms": lambda: slow_link.possible().delay,
+    "launch.network.hosts": lambda: slow_link.possible().hosts,
+}
+"""Fields that some machines cannot offer, and what tells why this one cannot ("" where it can)."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from labkit.experiment.machine import Machine
 
 SCHEMA_VERSION = 1
+MOST_SLOWDOWN = 1000
 
 
 class Section(BaseModel):
@@ -153,6 +154,8 @@ class Training(Section):
     """Write down the global gradient norm of every update."""
     trace_step: int = Field(default=4, ge=0, le=10_000_000)
     """The update, counted from 1, in which each rank writes down its memory, traffic and pipeline; 0 for none."""
+    shares: Literal["equal", "speed"] = "equal"
+    """How a batch is dealt out to replicas: evenly, or in proportion to how fast each rank computes."""
     loader_workers: int = Field(default=0, ge=0, le=256)
     """Processes per rank that prepare batches ahead; 0 prepares them in the rank itself."""
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -172,6 +175,17 @@ class Network(Section):
     """Rate of the link (Mbit/s)."""
     delay_ms: float = Field(default=0.0, ge=0, le=10_000)
     """Delay of the link (ms)."""
+    hosts: int = Field(default=1, ge=1)
+    """Emulated machines: 1 puts the slow link between all ranks; with more, it is slow between hosts, fast inside."""
+
+    @property
+    def interface(self) -> str:
+        """The interface behind which the slow link lies, as a rank sees it."""
+        return "lo" if self.hosts == 1 else "eth0"
+
+    def host(self, rank: int, ranks: int) -> int:
+        """On which host `rank` of `ranks` lives: they are dealt out in order."""
+        return rank * self.hosts // ranks
 
 
 class Launch(Section):
@@ -185,6 +199,8 @@ class Launch(Section):
     """How replicas on the CPUs of one machine exchange gradients: auto takes memory that they share."""
     network: Network | None = None
     """A slower link between the ranks; empty for the machine's own."""
+    slowdown: dict[int, float] = {}
+    """Ranks made slow on purpose: {"3": 4} lets rank 3 compute four times slower."""
     isolated: bool = False
     """Ranks work side by side and never talk: the machine's ceiling, not a training run."""
     max_duration_s: float = Field(default=3600.0, gt=0, le=30 * 86400)
@@ -193,6 +209,16 @@ class Launch(Section):
     """Longest silence of a rank before the run is ended and the rank named (s)."""
     grace_s: float = Field(default=10.0, ge=0, le=600)
     """Time a rank gets to finish its step and write a checkpoint after Stop (s)."""
+
+    @field_validator("slowdown")
+    @classmethod
+    def _no_faster(cls, slowdown: dict[int, float]) -> dict[int, float]:
+        for rank, factor in slowdown.items():
+            if rank < 0:
+                raise ValueError(f"there is no rank {rank}")
+            if not 1 <= factor <= MOST_SLOWDOWN:
+                raise ValueError(f"rank {rank} can be made 1 to {MOST_SLOWDOWN} times slower, got {factor:g}")
+        return slowdown
 
 
 class Experiment(Section):

@@ -72,6 +72,21 @@ def average_bytes(tensors: list[Tensor], ranks: int) -> int:
 
 
 @contextmanager
+def moved(weights: list[Tensor], by: list[Tensor]) -> Iterator[None]:
+    """Meanwhile the weights stand somewhere else; afterwards where they were, to the bit."""
+    with torch.no_grad():
+        own = [tensor.clone() for tensor in weights]
+        for tensor, way in zip(weights, by, strict=True):
+            tensor.add_(way)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, kept in zip(weights, own, strict=True):
+                tensor.copy_(kept)
+
+
+@contextmanager
 def held_aside(model: nn.Module, wire: Wire) -> Iterator[None]:
     """Meanwhile the model holds the mean of all ranks' weights and buffers; afterwards its own again."""
     tensors = state_of(model)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from labkit.experiment.registry import Options as BaseOptions
+from labkit.gradients.own_steps import OwnSteps, own_rate
 from labkit.gradients.update import Rounds
 
 if TYPE_CHECKING:
@@ -23,15 +23,19 @@ if TYPE_CHECKING:
 class DiLoCo(Rounds):
     """Local updates, then an outer optimizer."""
 
-    class Options(BaseOptions):
-        every: int = Field(default=20, ge=1, le=1_000_000)
+    class Options(OwnSteps):
+        every: int = Field(default=10, ge=1, le=1_000_000)
         """Updates between two steps of the outer optimizer (H)."""
-        outer_lr: float = Field(default=0.7, gt=0, le=10)
-        """Learning rate of the outer optimizer."""
-        outer_momentum: float = Field(default=0.9, ge=0, lt=1)
-        """Nesterov momentum of the outer optimizer."""
+        outer_lr: float = Field(default=1.0, gt=0, le=10)
+        """Learning rate of the outer optimizer (0.7 in the paper, for hundreds of outer steps)."""
+        outer_momentum: float = Field(default=0.2, ge=0, lt=1)
+        """Nesterov momentum of the outer optimizer (0.9 in the paper: too much for a run of a dozen outer steps)."""
         bits: Literal[32, 16, 8, 4] = 32
         """Bits in which each number of the outer gradient travels."""
+
+    def rate_factor(self, step: int) -> float:
+        """Ranks step by themselves."""
+        return own_rate(self.options, self.setting.experiment)
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Begin with the weights as they are, or go on from a checkpoint."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from labkit.experiment.registry import Options as BaseOptions
+from labkit.gradients.own_steps import OwnSteps, own_rate
 from labkit.gradients.tickets import Tickets
 from labkit.gradients.update import Rounds, replicas_only
 
@@ -46,7 +46,7 @@ _ASK, _ANSWER = 11, 12
 class Gossip(Tickets):
     """Average with a neighbour."""
 
-    class Options(BaseOptions):
+    class Options(OwnSteps):
         graph: Literal["pairs", "ring", "complete"] = "pairs"
         """Who meets whom."""
         every: int = Field(default=1, ge=1, le=1_000_000)
@@ -61,6 +61,10 @@ class Gossip(Tickets):
         self._merged = self._seen = self._updates = 0
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
+
+    def rate_factor(self, step: int) -> float:
+        """Ranks step by themselves."""
+        return own_rate(self.options, self.setting.experiment)
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:

@@ -4,17 +4,15 @@ Every rank computes a gradient from the weights as it finds them, possibly half 
 once; nothing is sent. The paper's guarantee is for sparse problems; dense networks lose updates where two ranks write
 to the same place. Moments of the optimizer are each rank's own, buffers of the model are shared too.
 
-Each of N ranks steps with 1/N of the learning rate, since N steps stand for one synchronous update.
+Each of N ranks steps with 1/N of its own learning rate, since N steps stand for one synchronous update.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
 from labkit.experiment.problem import Problem
-from labkit.experiment.registry import Options as BaseOptions
+from labkit.gradients.own_steps import OwnSteps, own_rate
 from labkit.gradients.tickets import Tickets
 
 if TYPE_CHECKING:
@@ -30,9 +28,8 @@ if TYPE_CHECKING:
 class Hogwild(Tickets):
     """One model in shared memory, no locks."""
 
-    class Options(BaseOptions):
-        rate_factor: float = Field(default=1.0, gt=0, le=1000)
-        """Factor on each rank's learning rate, which is that of the optimizer divided by the number of ranks."""
+    class Options(OwnSteps):
+        pass
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
@@ -84,7 +81,7 @@ class Hogwild(Tickets):
         """Step on the shared weights."""
         stale = int(self._counts.sum()) - self._seen
         for group in self.optimizer.param_groups:
-            group["lr"] *= self.options.rate_factor / self.wire.size
+            group["lr"] *= own_rate(self.options, self.setting.experiment) / self.wire.size
         self.optimizer.step()
         self._counts[self.wire.rank] += 1
         return stale

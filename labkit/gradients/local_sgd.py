@@ -4,8 +4,8 @@ An average of n bytes over N ranks sends 2·(N-1)/N·n from each, once in H upda
 synchronous training sends. With H = 1 and SGD, the mean of the ranks' weights is what the mean gradient gives, also
 with momentum, because all of it is linear; AdamW divides, so there it is close only.
 
-What is averaged: weights and buffers (running means of normalisations). Moments of the optimizer stay local unless
-`average_optimizer` is on, which sends them too: twice as much again for AdamW.
+What is averaged: weights, buffers (running means of normalisations) and the moments of the optimizer, which are twice
+as much again for AdamW; without `average_optimizer` they stay local.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from labkit.experiment.registry import Options as BaseOptions
+from labkit.gradients.own_steps import OwnSteps, own_rate
 from labkit.gradients.update import Rounds
 
 if TYPE_CHECKING:
@@ -24,16 +24,20 @@ if TYPE_CHECKING:
 class LocalSGD(Rounds):
     """Average the weights every few updates."""
 
-    class Options(BaseOptions):
+    class Options(OwnSteps):
         every: int = Field(default=8, ge=1, le=1_000_000)
         """Updates between two averages (H)."""
-        average_optimizer: bool = False
+        average_optimizer: bool = True
         """Average the moments of the optimizer too."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.averages = 0
         """How often the ranks have met."""
+
+    def rate_factor(self, step: int) -> float:
+        """Ranks step by themselves."""
+        return own_rate(self.options, self.setting.experiment)
 
     def after_update(self, step: int) -> int | None:
         """Every `every` updates, and after the last one, the ranks meet."""

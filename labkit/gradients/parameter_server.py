@@ -45,7 +45,7 @@ class ParameterServer(Tickets):
     class Options(BaseOptions):
         staleness: int = Field(default=16, ge=-1, le=1_000_000)
         """Most updates between the weights that a gradient saw and those it changes: 0 synchronous, -1 no bound."""
-        scaled: bool = True
+        scaled: bool = False
         """Count a gradient that is τ updates old as 1/(1+τ)."""
         backup: int = Field(default=0, ge=0, le=1000)
         """Ranks that a synchronous update does not wait for."""

@@ -31,6 +31,10 @@ class PostLocalSGD(LocalSGD):
         self.first_local = round(self.options.switch * setting.steps)
         """The first update (counted from 0) whose gradient is not exchanged."""
 
+    def rate_factor(self, step: int) -> float:
+        """In the second part ranks step by themselves."""
+        return super().rate_factor(step) if step >= self.first_local else 1.0
+
     def passes(self, model: Any, last: bool, step: int) -> AbstractContextManager[Any]:
         """Gradients are exchanged in the last pass of the first part's updates."""
         return nullcontext() if last and step < self.first_local else model.no_sync()

@@ -34,6 +34,6 @@ UPDATE = Registry(
         Method("hogwild", "one model in shared memory, no locks", "labkit.gradients.hogwild:Hogwild"),
         Method("gossip", "average with a neighbour (AD-PSGD)", "labkit.gradients.gossip:Gossip"),
         Method("delayed", "gradients one step late", "labkit.gradients.delayed:Delayed"),
-        Method("pipedream", "asynchronous pipeline with weight stashing"),
+        Method("pipedream", "asynchronous pipeline with weight stashing", "labkit.gradients.pipedream:PipeDream"),
     ],
 )

@@ -6,6 +6,7 @@ itself. Answers leave without waiting for their arrival.
 
 from __future__ import annotations
 
+import heapq
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -73,9 +74,9 @@ class Server:
 
     def open(self, first: int, last: int) -> None:
         """Hand out tickets [first, last)."""
-        self._tickets = list(range(last - 1, first - 1, -1))
-        """Still to be handed out, the next one last."""
-        self._last = last
+        self._next, self._last = first, last
+        self._returned: list[int] = []
+        """Handed out and given back, the lowest first."""
         # Whoever has not come yet counts as computing, so that nobody is used without it where all have to wait.
         self._computing = dict.fromkeys(range(self.wire.size), self.version)
         self._thread = threading.Thread(target=self._listen, name="labkit-server", daemon=True)
@@ -89,7 +90,7 @@ class Server:
         for pending in self._on_the_way:
             pending.wait()
         self._on_the_way.clear()
-        return min(self._tickets, default=self._last)
+        return min([*self._returned, self._next])
 
     def _listen(self) -> None:
         head = torch.zeros(3, dtype=torch.int64)
@@ -125,8 +126,16 @@ class Server:
             self._proceed()
 
     def _give_back(self, ticket: int) -> None:
-        self._tickets.append(ticket)
-        self._tickets.sort(reverse=True)
+        heapq.heappush(self._returned, ticket)
+
+    def _draw(self) -> int:
+        """The lowest ticket that nobody has."""
+        if self._returned:
+            return heapq.heappop(self._returned)
+        if self._next == self._last:
+            return NONE_LEFT
+        self._next += 1
+        return self._next - 1
 
     @property
     def _bound(self) -> int | None:
@@ -175,7 +184,7 @@ class Server:
 
     def _answer(self, rank: int, staleness: int = 0, dropped: bool = False) -> None:
         """Send the weights as they are now, and the next ticket."""
-        ticket = self._tickets.pop() if self._tickets else NONE_LEFT
+        ticket = self._draw()
         answer = Answer(flat(trained_of(self._model)).cpu(), self.version, ticket, staleness, dropped)
         if ticket != NONE_LEFT:
             self._computing[rank] = self.version

@@ -53,6 +53,9 @@ class Setting:
     """A private local folder of the run."""
     timeout_s: float
     """How long a rank waits for another one."""
+    until: Callable[[int], int]
+    """After how many updates, as known when update t begins, the ranks stand still: for an evaluation, a checkpoint, a
+    stop or the end."""
 
 
 class Rounds:
@@ -62,6 +65,8 @@ class Rounds:
     """Do gradients travel through DistributedDataParallel?"""
     draws: ClassVar[bool] = False
     """Do ranks draw tickets?"""
+    apart: int = 0
+    """By how many updates ranks may be apart."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.options, self.wire = setting, setting.options, setting.wire
@@ -72,9 +77,17 @@ class Rounds:
         """Why this rule cannot run here."""
         return replicas_only(experiment)
 
+    def rate_factor(self, step: int) -> float:
+        """Factor on this rank's learning rate in update `step`."""
+        return 1.0
+
     def works_on(self) -> nn.Module:
         """The module that computes gradients on this rank."""
         return self.model
+
+    def supply(self, model: Any, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches of this rank, one a pass, in order; a rule may look ahead in them. `model`: the rank's own."""
+        return batches
 
     def passes(self, model: Any, last: bool, step: int) -> AbstractContextManager[Any]:
         """Around one pass forward and backward of update `step`; `last`: of this update. `model`: the rank's own."""

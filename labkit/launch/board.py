@@ -6,6 +6,10 @@ How all ranks stop at the same step without a collective of their own: rank 0 lo
 step s and writes "stop at s + 1" before it contributes to the all-reduce of step s. No rank can begin step s + 1 before
 that all-reduce is done, so each of them sees the mark when it looks at the beginning of step s + 1. The same holds in
 a pipeline: rank 0 holds its first stage, whose activations reach every later stage within the step.
+
+In an asynchronous pipeline of p stages ranks are apart: rank 0 begins minibatch s + p - 1 in step s, and who has got it
+sees the mark at the beginning of its next step. A rank waits for minibatch m in a step that it begins with m - 2, so
+with "stop at s + p + 1" nobody waits for minibatch s + p + 1, of which there is none.
 """
 
 from __future__ import annotations
@@ -65,14 +69,23 @@ class Board:
         self._whole[row + _MEMORY] = memory_bytes
         self._real[row + _LIFE] = time.monotonic()
 
-    def should_stop(self, rank: int, step: int) -> bool:
-        """Called by every rank at the beginning of step `step`; the same answer on all ranks."""
+    def should_stop(self, rank: int, step: int, apart: int = 0) -> bool:
+        """Called by every rank at the beginning of step `step`; the same answer on all ranks.
+
+        `apart`: by how many steps ranks may be apart.
+        """
         stop_at = self._whole[_STOP_AT]
         if rank == 0 and stop_at < 0 and self._whole[_REQUESTED]:
             # A rank that is alone has nobody to agree with.
-            stop_at = step if self.world_size == 1 else step + 1
+            stop_at = step if self.world_size == 1 else step + 1 + apart
             self._whole[_STOP_AT] = stop_at
         return 0 <= stop_at <= step
+
+    @property
+    def stops_at(self) -> int | None:
+        """The step at which all will stop, once that is known."""
+        stop_at = self._whole[_STOP_AT]
+        return None if stop_at < 0 else stop_at
 
     def asked_to_stop(self) -> bool:
         """Has the supervisor asked? Ranks that see it must agree in a way of their own when to end."""

@@ -83,6 +83,7 @@ VALUES: dict[str, Sequence[Any]] = {
     "gradients.accumulation": [1, 2],
     "gradients.bucket_mb": [25.0, 0.01],
     "gradients.overlap": [True, False],
+    "training.shares": ["equal", "speed"],
     "optimizer.name": ["adamw", "sgd"],
     "optimizer.clip_norm": [None, 0.5],
     "launch.transport": ["auto", "shared_memory", "network"],

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from labkit.experiment import Experiment
 from labkit.experiment.run_directory import EXIT_STOPPED, RunDirectory
+from labkit.launch.network import Hosts
 from labkit.runs.processes import die_with_parent
 
 # Accelerate takes settings from these, e.g. accumulation, and would change the training behind the experiment's back.
@@ -75,9 +76,17 @@ class Child:
 
 
 def fork_rank(
-    rank: int, directory: RunDirectory, experiment: Experiment, run: Callable[[], None], inherited: list[int]
+    rank: int,
+    directory: RunDirectory,
+    experiment: Experiment,
+    run: Callable[[], None],
+    inherited: list[int],
+    hosts: Hosts | None = None,
 ) -> Child:
-    """Fork; the child calls `run` and never returns. `inherited` are pipes of other ranks, closed in the child."""
+    """Fork; the child calls `run` and never returns. `inherited` are pipes of other ranks, closed in the child.
+
+    `hosts`: the emulated network, if there is one; the child moves to its host.
+    """
     parent = os.getpid()
     reader, writer = os.pipe()
     sys.stdout.flush()
@@ -89,11 +98,17 @@ def fork_rank(
         return Child(rank, pid, reader)
     for descriptor in (reader, *inherited):
         os.close(descriptor)
-    _become_rank(rank, parent, writer, directory, experiment, run)
+    _become_rank(rank, parent, writer, directory, experiment, run, hosts)
 
 
 def _become_rank(
-    rank: int, parent: int, pipe: int, directory: RunDirectory, experiment: Experiment, run: Callable[[], None]
+    rank: int,
+    parent: int,
+    pipe: int,
+    directory: RunDirectory,
+    experiment: Experiment,
+    run: Callable[[], None],
+    hosts: Hosts | None,
 ) -> NoReturn:
     code = 1
     try:
@@ -104,6 +119,8 @@ def _become_rank(
         log = os.open(directory.log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        if hosts is not None:
+            hosts.join(rank)
         for name in list(os.environ):
             if name in _FROM_OTHER_LAUNCHERS or name.startswith(_OF_ACCELERATE):
                 del os.environ[name]
@@ -125,8 +142,12 @@ def _become_rank(
 
 
 def environment(rank: int, experiment: Experiment) -> dict[str, str]:
-    """What the distributed libraries read. Everything is bound to loopback; the rendezvous is a file, not a port."""
+    """What the distributed libraries read. Everything is bound to loopback, or to the interface of an emulated host,
+    from which nothing leads out; the rendezvous is a file, not a port.
+    """
     interface = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+    if experiment.launch.network is not None:
+        interface = experiment.launch.network.interface
     variables: dict[str, Any] = {
         "OMP_NUM_THREADS": experiment.launch.threads_per_rank,
         "GLOO_SOCKET_IFNAME": interface,

@@ -9,10 +9,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from labkit.experiment import Machine
+from labkit.experiment import Machine, slow_link
 from labkit.experiment.registry import registries
 from labkit.experiment.run_directory import home
 from labkit.launch.client import uses_standby
@@ -106,27 +105,21 @@ def _launching() -> list[Finding]:
     writable = os.access(existing, os.W_OK)
     free = shutil.disk_usage(existing).free
     standby = "on" if uses_standby() else "off (LABKIT_STANDBY=0): every run starts cold"
-    allowed, why = namespaces()
     return [
         Finding("runs", f"{root} ({free / 2**30:.1f} GiB free)" + ("" if writable else ", not writable"), writable),
         Finding("standby", standby),
-        Finding(
-            "namespaces", "allowed: links can be slowed down" if allowed else f"not allowed: {why}", allowed or None
-        ),
+        _slow_link(),
     ]
 
 
-def namespaces() -> tuple[bool, str]:
-    """May this user make a private user and network namespace? (allowed, reason if not)"""
-    unshare = shutil.which("unshare")
-    if unshare is None or not Path("/proc/self/ns/user").exists():
-        return False, "this system has no unshare(1)"
-    try:
-        command = [unshare, "--user", "--map-root-user", "--net", "true"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError) as error:
-        return False, type(error).__name__
-    return answer.returncode == 0, answer.stderr.strip().splitlines()[-1] if answer.stderr.strip() else "refused"
+def _slow_link() -> Finding:
+    """What of `launch.network` can be had here."""
+    links = slow_link.possible()
+    if links.bucket:
+        return Finding("namespaces", f"links cannot be slowed down (launch.network): {links.bucket}")
+    missing = {"delay_ms": links.delay, "hosts": links.hosts}
+    without = "".join(f"; no {name}: {why}" for name, why in missing.items() if why)
+    return Finding("namespaces", f"allowed: links can be slowed down (launch.network){without}", True)
 
 
 def _greyed_out() -> list[Finding]:

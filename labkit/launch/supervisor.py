@@ -23,6 +23,7 @@ from labkit.experiment.run_directory import RunDirectory, read_json, write_json
 from labkit.launch import rendezvous
 from labkit.launch.board import Board
 from labkit.launch.child import Child, fork_rank
+from labkit.launch.network import Hosts
 from labkit.runs import environment, logs, summary
 from labkit.runs import status as run_status
 from labkit.runs.processes import identity
@@ -66,6 +67,8 @@ class Supervisor:
         """Fork the ranks. Called in the only thread of this process: the parent-death signal is tied to it."""
         module, _, name = self.order.get("entry", RANK_ENTRY).partition(":")
         entry = getattr(import_module(module), name)
+        network = self.experiment.launch.network
+        hosts = None if network is None else Hosts(network, self.board.world_size)
         for rank in range(self.board.world_size):
             run = partial(
                 entry,
@@ -78,7 +81,9 @@ class Supervisor:
                 resume=self.order.get("resume"),
             )
             pipes = [child.pipe for child in self.children]
-            self.children.append(fork_rank(rank, self.directory, self.experiment, run, pipes))
+            self.children.append(fork_rank(rank, self.directory, self.experiment, run, pipes, hosts))
+        if hosts is not None:
+            hosts.close()
 
     def watch(self) -> dict[str, Any]:
         """Until all ranks have ended; returns the terminal changes of the status."""

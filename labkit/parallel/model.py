@@ -9,6 +9,7 @@ Losses are weighed so that gradients have to be *added up* over ranks, microbatc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from labkit.experiment import Experiment, Layout
 from labkit.gradients.exchange import Counters, Exchanges
 from labkit.parallel import balance, context, expert, loss, recompute, stages, tensor
+from labkit.parallel.asynchronous import AsynchronousPipeline
 from labkit.parallel.communication import Axes, Communication
 from labkit.parallel.cut import holding
 from labkit.parallel.mesh import Mesh
@@ -49,6 +51,11 @@ def _something_to_train(whole: dict[int, nn.Module], layout: Layout) -> None:
 def offloads(experiment: Experiment) -> bool:
     """Does what this rank owns lie in the host's memory instead of on its GPU?"""
     return experiment.layout.cpu_offload and experiment.launch.device == "cuda"
+
+
+def _is_asynchronous(experiment: Experiment) -> bool:
+    """Does the pipeline run without waiting for updates?"""
+    return experiment.gradients.update.method == "pipedream"
 
 
 class ParallelModel:
@@ -98,7 +105,7 @@ class ParallelModel:
             expert.weigh_samples(module, self.averaged_over / experiment.training.global_batch)
         self.traffic: Axes | None = None
         """What the traced update has sent; None before it."""
-        self._pipeline = Pipeline(self.stages, layout, mesh, device, self._stage_loss) if layout.pp > 1 else None
+        self._pipeline = self._make_pipeline(experiment) if layout.pp > 1 else None
         self._part = 1 / layout.cp
         """Of every sample, this rank computes such a part."""
         knows = self._pipeline is None or self._pipeline.last
@@ -116,7 +123,8 @@ class ParallelModel:
 
         def microbatch() -> Batch:
             samples = experiment.training.global_batch // layout.data_parallel // experiment.gradients.accumulation
-            batch = self.task.train.__getitems__(list(range(max(1, samples // layout.microbatches))))
+            pieces = 1 if _is_asynchronous(experiment) else layout.microbatches
+            batch = self.task.train.__getitems__(list(range(max(1, samples // pieces))))
             return {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in batch.items()}
 
         lengths = balance.lengths(layout, self.task, device, microbatch)
@@ -126,8 +134,20 @@ class ParallelModel:
         }
         _something_to_train(whole, layout)
         self._ties = Ties(whole, stages.places(layout), self.mesh)
+        if self._ties.names and _is_asynchronous(experiment):
+            raise ValueError(
+                f"{self._ties.names[0]} stands on two stages, which would have to wait for each other in every update: "
+                "an asynchronous pipeline has no tied weights"
+            )
         model.blocks.clear()  # what other ranks hold takes no memory here
         return {number: whole[number] for number in stages.held_by(layout, self.mesh.index("pp"))}
+
+    def _make_pipeline(self, experiment: Experiment) -> Pipeline:
+        made = (self.stages, self.layout, self.mesh, self._device, self._stage_loss)
+        if _is_asynchronous(experiment):
+            options = experiment.gradients.update.options
+            return AsynchronousPipeline(*made, stash=options["stash"], horizon=options["predict"])
+        return Pipeline(*made)
 
     @property
     def sharded(self) -> Sequence[ShardedBucket]:
@@ -180,22 +200,37 @@ class ParallelModel:
 
     def grad_norm(self) -> Tensor:
         """The norm of the update's whole gradient, equal on all ranks."""
-        parts = [gradient.detach().double().square().sum() * share for gradient, share in self._gradients.terms()]
-        total = torch.stack(parts).sum().to(self._device)
+        total = self._own_square()
         dist.all_reduce(total)
         return total.sqrt()
 
-    def clip(self, limit: float) -> Tensor:
-        """Scale all gradients so that their global norm is at most `limit`; returns the norm before."""
-        norm = self.grad_norm()
-        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    def _own_square(self) -> Tensor:
+        """What this rank adds to the square of the norm."""
+        parts = [gradient.detach().double().square().sum() * share for gradient, share in self._gradients.terms()]
+        return torch.stack(parts).sum().to(self._device)
+
+    def clip(self, limit: float) -> Tensor | None:
+        """Scale all gradients so that their global norm is at most `limit`; returns the norm before.
+
+        Stages of an asynchronous pipeline do not wait for each other: each scales its own part to a norm of at most
+        `limit`/√stages, which keeps the bound, and nobody knows the norm of the whole.
+        """
+        apart = isinstance(self._pipeline, AsynchronousPipeline)
+        norm = self._own_square().sqrt() if apart else self.grad_norm()
+        most = limit / math.sqrt(self.layout.pp) if apart else limit
+        factor = (most / (norm + 1e-6)).clamp(max=1.0)
         for gradient, _ in self._gradients.terms():
             gradient.mul_(factor.to(gradient.device, gradient.dtype))
-        return norm
+        return None if apart else norm
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer has stepped."""
         self._gradients.after_update()
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """The part of this rank; None without stages."""
+        return self._pipeline
 
     @property
     def timeline(self) -> Timeline | None:

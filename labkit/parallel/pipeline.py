@@ -78,10 +78,6 @@ class Pipeline:
         self._where = places(layout)
         self._ranks = dist.get_process_group_ranks(group)
         self.timeline = Timeline(device, self.microbatches)
-        self._stages = [
-            TimedStage(_Held(module), number, count, device, group=group, timeline=self.timeline)
-            for number, module in modules.items()
-        ]
         self._schedule: Any = None
 
     @property
@@ -93,7 +89,11 @@ class Pipeline:
         if self._schedule is None:
             made = getattr(torch_schedules, SCHEDULES[self.layout.schedule])
             single = issubclass(made, torch_schedules.PipelineScheduleSingle)
-            stages: Any = self._stages[0] if single else self._stages
+            held = [
+                TimedStage(_Held(module), number, self._count, self._device, group=self.group, timeline=self.timeline)
+                for number, module in self.modules.items()
+            ]
+            stages: Any = held[0] if single else held
             loss = self.timeline.with_loss(self._loss)
             self._schedule = made(stages, self.microbatches, loss_fn=loss, scale_grads=False)
         inputs = (x,) if self.first else ()
@@ -124,9 +124,9 @@ class Pipeline:
     def share(self, output: Tensor | None) -> Tensor:
         """The output that the last stage has made, on every rank of the pipeline."""
         holder = self._ranks[self._where[self._count - 1]]
-        head = torch.zeros(HEAD, dtype=torch.int64, device=self._device) if output is None else _head(output)
-        dist.broadcast(head, holder, self.group)
-        shared = _empty(head) if output is None else output.contiguous()
+        described = torch.zeros(HEAD, dtype=torch.int64, device=self._device) if output is None else head(output)
+        dist.broadcast(described, holder, self.group)
+        shared = empty(described) if output is None else output.contiguous()
         dist.broadcast(shared, holder, self.group)
         return shared
 
@@ -136,24 +136,26 @@ HEAD = 8
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
 
 
-def _head(x: Tensor) -> Tensor:
+def head(x: Tensor) -> Tensor:
+    """What goes ahead of `x`."""
     shape = [_DTYPES.index(x.dtype), x.dim(), *x.shape]
     return torch.tensor(shape + [0] * (HEAD - len(shape)), device=x.device)
 
 
-def _empty(head: Tensor) -> Tensor:
-    kind, dims, *shape = head.tolist()
-    return torch.empty(shape[:dims], dtype=_DTYPES[kind], device=head.device)
+def empty(described: Tensor) -> Tensor:
+    """Room for what this head has been ahead of."""
+    kind, dims, *shape = described.tolist()
+    return torch.empty(shape[:dims], dtype=_DTYPES[kind], device=described.device)
 
 
 def _send(x: Tensor, to: int, group: dist.ProcessGroup) -> None:
-    dist.send(_head(x), to, group)
+    dist.send(head(x), to, group)
     dist.send(x.contiguous(), to, group)
 
 
 def _receive(source: int, group: dist.ProcessGroup, device: torch.device) -> Tensor:
-    head = torch.zeros(HEAD, dtype=torch.int64, device=device)
-    dist.recv(head, source, group)
-    x = _empty(head)
+    described = torch.zeros(HEAD, dtype=torch.int64, device=device)
+    dist.recv(described, source, group)
+    x = empty(described)
     dist.recv(x, source, group)
     return x

@@ -170,7 +170,9 @@ class PipelineAxis:
             yield Problem("layout.pp", f"labkit cannot take {what} apart into blocks", 1)
             return
         blocks = num_blocks(experiment)
-        yield from schedule_problems(layout)
+        scheduled = experiment.gradients.update.method != "pipedream"  # which has a pipeline of its own
+        if scheduled:
+            yield from schedule_problems(layout)
         count = layout.pp * layout.stages_per_rank
         by_hand = layout.stage_blocks
         if by_hand is not None and (
@@ -189,7 +191,7 @@ class PipelineAxis:
             )
         share = layout.data_parallel * experiment.gradients.accumulation
         pieces = share * (1 if layout.schedule == "naive" else layout.microbatches)
-        if experiment.training.global_batch % pieces:
+        if scheduled and experiment.training.global_batch % pieces:
             yield Problem(
                 "training.global_batch",
                 f"{pieces} microbatches of one size (data-parallel ranks × passes × microbatches) do not divide "

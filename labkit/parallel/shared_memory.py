@@ -52,6 +52,8 @@ class SharedMemory:
         self.timeout_s = timeout_s
         self.seconds = 0.0
         """Spent in exchanges so far."""
+        self.spun = 0.0
+        """Of these, asking again and again for a rank that had not come yet."""
         self.updates = 0
         """Updates whose gradients went through here."""
         self._incoming, self._outgoing = self._connect(folder)
@@ -137,10 +139,11 @@ class SharedMemory:
         except BrokenPipeError:
             raise RuntimeError("connection closed by peer: a rank has ended") from None
         for rank, pipe in self._incoming.items():
-            said, patience = self._read(pipe), time.monotonic() + SPIN_S
-            while said is None and time.monotonic() < patience:
+            said, begun = self._read(pipe), time.monotonic()
+            while said is None and time.monotonic() < begun + SPIN_S:
                 os.sched_yield()
                 said = self._read(pipe)
+            self.spun += time.monotonic() - begun
             while said is None:
                 poll = select.poll()
                 poll.register(pipe, select.POLLIN)

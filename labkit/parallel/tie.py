@@ -40,6 +40,11 @@ class Ties:
                 if (name, number) in copies:
                     setattr(stages[number].get_submodule(path), attribute, copies[name, number])
 
+    @property
+    def names(self) -> list[str]:
+        """First names of these weights."""
+        return list(self._groups)
+
     def add_up(self, gradients: Iterable[tuple[str, Tensor]]) -> None:
         """Add up the gradients of all copies, in place: (name of the tie, gradient of a copy that is here)."""
         here: dict[str, list[Tensor]] = {}

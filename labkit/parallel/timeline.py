@@ -28,8 +28,9 @@ class Timeline:
         self._cuda, self._microbatches, self._passes = device.type == "cuda", microbatches, 0
 
     def start(self) -> None:
-        """Keep what is computed from now on."""
-        self.actions, self._passes = [], 0
+        """Keep what is computed from now on, if that is not so already."""
+        if self.actions is None:
+            self.actions, self._passes = [], 0
 
     def stop(self) -> list[Action]:
         """What has been kept, in the order in which it was computed."""
@@ -50,6 +51,15 @@ class Timeline:
         if self.actions is not None:
             number = self._passes * self._microbatches + microbatch
             self.actions.append((kind, stage, number, begin, self.now()))
+
+    def timed(self, kind: str, stage: int, microbatch: int, compute: Callable[[], Any]) -> Any:
+        """Compute, and keep when that was."""
+        if self.actions is None:
+            return compute()
+        begin = self.now()
+        result = compute()
+        self.keep(kind, stage, microbatch, begin)
+        return result
 
     def with_loss(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The loss follows the last stage's forward pass and counts as a part of it."""
@@ -72,12 +82,7 @@ class TimedStage(PipelineStage):
         self._timeline = timeline
 
     def _timed(self, kind: str, microbatch: int, compute: Callable[[], Any]) -> Any:
-        if self._timeline.actions is None:
-            return compute()
-        begin = self._timeline.now()
-        result = compute()
-        self._timeline.keep(kind, self.stage_index, microbatch, begin)
-        return result
+        return self._timeline.timed(kind, self.stage_index, microbatch, compute)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *given: Any, **named: Any) -> Any:
         run = super().forward_one_chunk

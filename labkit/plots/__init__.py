@@ -1,5 +1,6 @@
 """Run data in, plotly figures out: pure functions. Every figure has a summary in a sentence and a table twin."""
 
+from labkit.plots.break_even import break_even as plot_break_even
 from labkit.plots.curves import loss as plot_loss
 from labkit.plots.curves import metric as plot_metric
 from labkit.plots.curves import throughputs as plot_throughput
@@ -11,11 +12,15 @@ from labkit.plots.picture import Picture, rows_of, summary_of
 from labkit.plots.ranks import ranks as plot_ranks
 from labkit.plots.schedules import schedules as plot_schedules
 from labkit.plots.speedup import speedup as plot_speedup
+from labkit.plots.split import split as plot_split
+from labkit.plots.staleness import staleness as plot_staleness
 from labkit.plots.timeline import timeline as plot_timeline
+from labkit.plots.tradeoff import tradeoff as plot_tradeoff
 from labkit.plots.traffic import communication as plot_communication
 
 __all__ = [
     "Picture",
+    "plot_break_even",
     "plot_communication",
     "plot_experts",
     "plot_grid",
@@ -26,8 +31,11 @@ __all__ = [
     "plot_ranks",
     "plot_schedules",
     "plot_speedup",
+    "plot_split",
+    "plot_staleness",
     "plot_throughput",
     "plot_timeline",
+    "plot_tradeoff",
     "rows_of",
     "summary_of",
 ]

@@ -1,22 +1,28 @@
-"""All pictures that the traced updates of some runs give, in the order in which one would look at them."""
+"""All pictures that runs give beside their curves, in the order in which one would look at them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from labkit.plots import traced
+from labkit.plots import break_even, traced
 from labkit.plots.experts import experts
 from labkit.plots.memory import memory
 from labkit.plots.picture import Picture
 from labkit.plots.schedules import schedules
-from labkit.plots.shown import shown
+from labkit.plots.shown import Shown, shown
+from labkit.plots.split import split
+from labkit.plots.staleness import staleness
 from labkit.plots.timeline import timeline
+from labkit.plots.tradeoff import tradeoff
 from labkit.plots.traffic import communication
+from labkit.runs.methods import is_plain
 
 
 def closeups(runs: Iterable[Any] | Any) -> list[Picture]:
-    """Memory always; traffic where ranks talk; schedules where two can be compared; each pipeline, each mixture."""
+    """Of traced updates: memory always; traffic where ranks talk; schedules where two can be compared; each pipeline,
+    each mixture.
+    """
     many = [one for one in shown(runs) if one.data.memory and not one.is_ceiling]
     pipelines = [one for one in many if traced.bubble_of(one) is not None]
     talking = [one for one in many if one.data.traffic]
@@ -27,3 +33,27 @@ def closeups(runs: Iterable[Any] | Any) -> list[Picture]:
         found.append(schedules(pipelines))
     found += [timeline(one) for one in pipelines]
     return found + [experts(one) for one in many if any(load.sum() for load in one.data.experts.values())]
+
+
+def combining(runs: Iterable[Any] | Any) -> list[Picture]:
+    """How ranks combined what they learned, where a run did it in another way than averaging gradients over the
+    machine's own link: loss against samples, time and bytes; where a step's time goes; break-even; staleness.
+    """
+    many = [one for one in shown(runs) if one.data.steps and not one.is_ceiling]
+    if not any(combines(one) for one in many):
+        return []
+    found = [tradeoff(many)] if len(many) > 1 else []
+    steps = split(many)
+    if steps.rows:
+        found.append(steps)
+    if break_even.applies(many):
+        found.append(break_even.break_even(many))
+    return found + ([staleness(many)] if any(one.data.staleness.sum() for one in many) else [])
+
+
+def combines(one: Shown) -> bool:
+    """Has this run a method, or a link, about which `combining` has something to show?"""
+    experiment = one.experiment
+    if experiment is None or one.world_size < 2:
+        return False
+    return not is_plain(experiment) or experiment.launch.network is not None

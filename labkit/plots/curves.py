@@ -8,17 +8,19 @@ from typing import Any
 import numpy as np
 
 from labkit.plots import theme
-from labkit.plots.downsample import Floats, extremes, means, smooth
+from labkit.plots.against import HOVER, TITLES, along, at_steps
+from labkit.plots.downsample import Floats, extremes, means
 from labkit.plots.picture import Picture, Row
 from labkit.plots.shown import Shown, shown
 from labkit.runs.data import RunData
-from labkit.runs.steady import warmup
+from labkit.runs.methods import period
+from labkit.runs.smooth import smooth
+from labkit.runs.steady import rolling, warmup
 
 SMOOTHED_FROM = 60
 """From this many steps on, the loss is drawn as a running mean over a faint line of the single steps."""
 WIDTHS = (4, 2.5, 2)
 """Equal runs lie on each other: the first one is the widest, so that it can be seen below the others."""
-_TITLE = "Step (updates done)"
 
 Line = tuple[Floats, Floats]
 
@@ -26,33 +28,33 @@ Line = tuple[Floats, Floats]
 # -- points ---------------------------------------------------------------------------------------------------------
 
 
-def loss_lines(data: RunData) -> tuple[Line, Line]:
+def loss_lines(data: RunData, against: str = "steps") -> tuple[Line, Line]:
     """The global loss of every step, and its running mean (empty for a short run)."""
-    step, loss = data.step, data.loss
-    raw = extremes(step.astype(np.float64), loss)
+    x, loss = along(data, against), data.loss
+    raw = extremes(x, loss)
     if len(loss) < SMOOTHED_FROM:
         return raw, (np.zeros(0), np.zeros(0))
-    at, mean = means(step, loss)
+    at, mean = means(x, loss)
     return raw, (at, smooth(mean, max(5, len(mean) // 50)))
 
 
-def metric_line(data: RunData) -> Line:
+def metric_line(data: RunData, against: str = "steps") -> Line:
     """The metric of the workload on held-out data; a fraction in per cent where its unit says so."""
     key = data.metric.get("key", "")
     pairs = [(step, metrics[key]) for step, _, metrics in data.evaluations if key in metrics]
     if not pairs:
         return np.zeros(0), np.zeros(0)
     x, y = (np.array(column, dtype=np.float64) for column in zip(*pairs, strict=True))
-    return extremes(x, y * (100 if data.metric.get("unit") == "%" else 1))
+    return extremes(at_steps(data, x, against), y * (100 if data.metric.get("unit") == "%" else 1))
 
 
-def throughput_line(data: RunData) -> Line:
+def throughput_line(data: RunData, against: str = "steps") -> Line:
     """Samples per second while stepping (all ranks together); bins weigh every step by its duration."""
     count = data.steps
     seconds = _step_seconds(data, count)
     with np.errstate(invalid="ignore", divide="ignore"):
         rate = data.samples / seconds
-    x, y = means(data.step, rate, weight=seconds, most=400)
+    x, y = means(along(data, against), rate, weight=seconds, most=400)
     return (x, smooth(y, max(1, len(y) // 20))) if count >= SMOOTHED_FROM else (x, y)
 
 
@@ -64,8 +66,11 @@ def _step_seconds(data: RunData, count: int) -> Floats:
     return np.full(count, np.nan)
 
 
-def throughput(data: RunData) -> float | None:
-    """Samples per second at the median step time after the warm-up; None before there is a step after it."""
+def throughput(data: RunData, every: int = 1) -> float | None:
+    """Samples per second at the median step time after the warm-up; None before there is a step after it.
+
+    `every`: over means of so many steps, where ranks meet once in so many only (labkit.runs.methods.period).
+    """
     count = data.steps
     skipped = warmup(count)
     if count <= skipped:
@@ -77,7 +82,10 @@ def throughput(data: RunData) -> float | None:
         return None
     if not known.all():
         seconds, samples = seconds[known], samples[known]
-    middle, batch = float(np.median(seconds)), samples[0] if samples.min() == samples.max() else np.median(samples)
+    middle, batch = (
+        float(np.median(rolling(seconds, every))),
+        samples[0] if samples.min() == samples.max() else np.median(samples),
+    )
     return float(batch) / middle if middle > 0 else None
 
 
@@ -116,7 +124,7 @@ def throughput_finding(runs: Sequence[Shown]) -> str:
     """`5,400 samples/s with 2 ranks (median after 20 warm-up steps)`, of the latest run that has one."""
     latest_first = list(runs)[::-1]
     for one in sorted(latest_first, key=lambda one: one.is_ceiling):  # the ceiling speaks only when alone
-        rate = throughput(one.data)
+        rate = throughput(one.data, period(one.experiment))
         if rate is not None:
             what = "independent copies" if one.is_ceiling else "ranks"
             many = theme.ranks(one.world_size) if one.world_size == 1 else f"{one.world_size} {what}"
@@ -136,7 +144,7 @@ def metric_title(runs: Sequence[Shown]) -> str:
 # -- traces and figures -----------------------------------------------------------------------------------------------
 
 
-def line(index: int, name: str, points: Line, unit: str, **more: Any) -> dict[str, Any]:
+def line(index: int, name: str, points: Line, unit: str, against: str = "steps", **more: Any) -> dict[str, Any]:
     """One line: colour, dash and marker of the run at `index`."""
     colour, dash, marker = theme.style(index)
     few = len(points[0]) <= 25
@@ -150,7 +158,7 @@ def line(index: int, name: str, points: Line, unit: str, **more: Any) -> dict[st
         "y": points[1],
         "line": {"color": colour, "dash": dash, "width": WIDTHS[min(index, len(WIDTHS) - 1)]},
         "marker": {"symbol": marker, "size": 7, "color": colour},
-        "hovertemplate": f"step %{{x:,.0f}}: %{{y:.4~g}}{theme.safe(unit)}<extra>%{{fullData.name}}</extra>",
+        "hovertemplate": f"{HOVER[against]}: %{{y:.4~g}}{theme.safe(unit)}<extra>%{{fullData.name}}</extra>",
     } | more
 
 
@@ -166,14 +174,14 @@ def faint(index: int, name: str, points: Line, **more: Any) -> dict[str, Any]:
     }
 
 
-def loss_traces(index: int, one: Shown, **more: Any) -> list[dict[str, Any]]:
+def loss_traces(index: int, one: Shown, against: str = "steps", **more: Any) -> list[dict[str, Any]]:
     """Always two traces, the single steps and what the legend names, so that a live figure keeps its places."""
-    raw, mean = loss_lines(one.data)
+    raw, mean = loss_lines(one.data, against)
     few = not len(mean[0])
     nothing = (np.zeros(0), np.zeros(0))
     return [
         faint(index, one.label, nothing if few else raw, **more),
-        line(index, one.label, raw if few else mean, "", **more),
+        line(index, one.label, raw if few else mean, "", against, **more),
     ]
 
 
@@ -202,7 +210,7 @@ def throughputs(runs: Iterable[Any] | Any) -> Picture:
             "Run": one.label,
             "Ranks": one.world_size,
             "Steps": one.data.steps,
-            "Samples/s": theme.number(throughput(one.data)),
+            "Samples/s": theme.number(throughput(one.data, period(one.experiment))),
         }
         for one in many
     ]
@@ -212,7 +220,7 @@ def throughputs(runs: Iterable[Any] | Any) -> Picture:
 def _picture(traces: list[dict[str, Any]], finding: str, title: str, rows: list[Row], **axis: Any) -> Picture:
     layout = theme.layout(
         finding,
-        xaxis=theme.axis(_TITLE),
+        xaxis=theme.axis(TITLES["steps"]),
         yaxis=theme.axis(theme.safe(title), **axis),
         legend=theme.LAYOUT["legend"] | {"y": -0.22, "yanchor": "top"},
         margin=theme.LAYOUT["margin"] | {"b": 84},

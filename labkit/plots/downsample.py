@@ -49,17 +49,6 @@ def means(x: NDArray[Any], y: Floats, weight: Floats | None = None, most: int = 
     return at, mean
 
 
-def smooth(y: Floats, window: int) -> Floats:
-    """Trailing mean over the last `window` finite values, NaN where there is none; same length."""
-    known = np.isfinite(y)
-    total = np.concatenate([[0.0], np.cumsum(np.where(known, y, 0.0))])
-    count = np.concatenate([[0], np.cumsum(known)])
-    stop = np.arange(1, len(y) + 1)
-    start = np.maximum(0, stop - window)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (total[stop] - total[start]) / (count[stop] - count[start])
-
-
 def _edges(length: int, bins: int) -> list[int]:
     edges: list[int] = np.linspace(0, length, bins + 1).astype(int).tolist()
     return edges

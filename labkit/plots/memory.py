@@ -14,6 +14,7 @@ TITLES = {
     "parameters": "Parameters",
     "gradients": "Gradients",
     "optimizer": "Optimizer state",
+    "stash": "Stashed weights (peak)",
     "activations": "Activations (peak)",
 }
 
@@ -60,7 +61,8 @@ def memory(runs: Iterable[Any] | Any) -> Picture:
     sentence = finding(list(zip(names, measured, formula, strict=True)))
     traces = []
     below = [0.0] * len(many)
-    for index, kind in enumerate(KINDS):
+    kinds = [kind for kind in KINDS if kind != "stash" or any(kind in sizes for sizes in measured)]
+    for index, kind in enumerate(kinds):
         values = [sizes.get(kind, 0) / per for sizes in measured]
         traces.append(
             traced.bars(
@@ -104,7 +106,7 @@ def memory(runs: Iterable[Any] | Any) -> Picture:
     )
     rows = [
         {"Run": name, "Rank": rank}
-        | {TITLES[kind]: traced.size(sizes.get(kind, 0)) for kind in KINDS}
+        | {TITLES[kind]: traced.size(sizes.get(kind, 0)) for kind in kinds}
         | {"Model state": traced.size(sum(sizes.get(kind, 0) for kind in STATES))}
         | {"Formula": traced.size(sum(said.get(kind, 0) for kind in STATES))}
         for name, rank, sizes, said in zip(names, ranks, measured, formula, strict=True)

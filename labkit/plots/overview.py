@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 
 from labkit.plots import curves, speedup, theme
+from labkit.plots.against import TITLES, checked
 from labkit.plots.picture import Picture
 from labkit.plots.shown import Shown, shown
 from labkit.plots.table import runs_rows
+from labkit.runs.methods import period
 
 SLOTS = 4
+AGAINST = ("steps", "time", "bytes")
+"""What its curves can be drawn against."""
 AXES = ("xaxis", "yaxis", "xaxis2", "yaxis2", "xaxis3", "yaxis3", "xaxis4", "yaxis4")
 HEIGHT = 640
 _NOTHING = (np.zeros(0), np.zeros(0))
@@ -37,31 +41,31 @@ def findings(runs: Sequence[Shown], rows: Rows) -> list[str]:
     ]
 
 
-def traces(runs: Sequence[Shown], rows: Rows) -> list[dict[str, Any]]:
+def traces(runs: Sequence[Shown], rows: Rows, against: str = "steps") -> list[dict[str, Any]]:
     """4 × SLOTS lines, then the three traces of the speed-up; a free slot holds empty lines."""
     found: list[dict[str, Any]] = []
     for slot in range(SLOTS):
         one = runs[slot] if slot < len(runs) else None
         if one is None:
             found += [
-                *_no_loss(slot),
-                *(curves.line(slot, "", _NOTHING, "", showlegend=False, **_at(at)) for at in (2, 3)),
+                *_no_loss(slot, against),
+                *(curves.line(slot, "", _NOTHING, "", against, showlegend=False, **_at(at)) for at in (2, 3)),
             ]
             continue
-        losses = _no_loss(slot) if one.is_ceiling else curves.loss_traces(slot, one, **_at(1))
+        losses = _no_loss(slot, against) if one.is_ceiling else curves.loss_traces(slot, one, against, **_at(1))
         found += losses
-        held_out = _NOTHING if one.is_ceiling else curves.metric_line(one.data)
-        found.append(curves.line(slot, one.label, held_out, "", **_at(2), showlegend=False))
-        rate = curves.throughput_line(one.data)
-        found.append(curves.line(slot, one.label, rate, " samples/s", **_at(3), showlegend=one.is_ceiling))
+        held_out = _NOTHING if one.is_ceiling else curves.metric_line(one.data, against)
+        found.append(curves.line(slot, one.label, held_out, "", against, **_at(2), showlegend=False))
+        rate = curves.throughput_line(one.data, against)
+        found.append(curves.line(slot, one.label, rate, " samples/s", against, **_at(3), showlegend=one.is_ceiling))
     return found + speedup.traces(rows, **_at(4))
 
 
-def _no_loss(slot: int) -> list[dict[str, Any]]:
+def _no_loss(slot: int, against: str) -> list[dict[str, Any]]:
     """The two traces of a loss, empty."""
     return [
         curves.faint(slot, "", _NOTHING, **_at(1)),
-        curves.line(slot, "", _NOTHING, "", showlegend=False, **_at(1)),
+        curves.line(slot, "", _NOTHING, "", against, showlegend=False, **_at(1)),
     ]
 
 
@@ -89,10 +93,10 @@ def titles(sentences: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
-def layout(runs: Sequence[Shown], rows: Rows, height: int = HEIGHT) -> dict[str, Any]:
+def layout(runs: Sequence[Shown], rows: Rows, height: int = HEIGHT, against: str = "steps") -> dict[str, Any]:
     """Axes, titles and legends of the four panels."""
     base = {key: value for key, value in theme.LAYOUT.items() if key != "title"}
-    step = "Step (updates done)"
+    step = TITLES[against]
     from_zero = {"autorangeoptions": {"clipmin": 0}}
     found = base | {
         "height": height,
@@ -116,16 +120,20 @@ def layout(runs: Sequence[Shown], rows: Rows, height: int = HEIGHT) -> dict[str,
     return found
 
 
-def overview(runs: Iterable[Any] | Any, comparison: Any = (), height: int = HEIGHT) -> Picture:
+def overview(runs: Iterable[Any] | Any, comparison: Any = (), height: int = HEIGHT, against: str = "steps") -> Picture:
     """Loss, held-out metric, throughput and speed-up of the last `SLOTS` of `runs` in one figure.
 
     `comparison` is what `labkit.runs.compare.compare` returns, or its rows; without it the speed-up stays empty.
+    `against` is what the curves are drawn against: steps, time or bytes.
     """
+    checked(against, *AGAINST)
     many = shown(runs)[-SLOTS:]
     rows = list(getattr(comparison, "rows", comparison))
     sentences = findings(many, rows)
     summary = ". ".join(sentences) + "."
-    return Picture(traces(many, rows), layout(many, rows, height), summary=summary, rows=twin(many, rows))
+    return Picture(
+        traces(many, rows, against), layout(many, rows, height, against), summary=summary, rows=twin(many, rows)
+    )
 
 
 def twin(runs: Sequence[Shown], rows: Rows) -> list[dict[str, Any]]:
@@ -142,7 +150,7 @@ def twin(runs: Sequence[Shown], rows: Rows) -> list[dict[str, Any]]:
                 "Steps": one.data.steps,
                 "Last loss": theme.number(float(loss[-1]) if len(loss) else None),
                 curves.metric_title([one]): theme.number(float(held_out[-1]) if len(held_out) else None),
-                "Samples/s": theme.number(curves.throughput(one.data)),
+                "Samples/s": theme.number(curves.throughput(one.data, period(one.experiment))),
             }
         )
     return found

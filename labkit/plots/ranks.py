@@ -10,6 +10,7 @@ import numpy as np
 from labkit.plots import theme
 from labkit.plots.picture import Picture
 from labkit.runs.data import RunData
+from labkit.runs.straggler import straggler
 
 RECENT = 50
 """Steps over which the strip takes the median."""
@@ -18,7 +19,9 @@ SILENT_S = 5.0
 
 
 def rank_rows(data: RunData) -> list[dict[str, Any]]:
-    """One dict a rank: rank, state (words), steps, step_ms (median of the last RECENT), memory_mb, silent_s."""
+    """One dict a rank: rank, state (words), steps, step_ms and compute_ms (medians of the last RECENT), memory_mb,
+    silent_s, and straggler (the finding, in the row of that rank).
+    """
     entries = data.progress.get("ranks")
     now = {
         entry["rank"]: entry
@@ -27,6 +30,7 @@ def rank_rows(data: RunData) -> list[dict[str, Any]]:
     }
     failed = {error["rank"] for error in data.errors}
     steps, middles = data.rank_steps, _medians([seconds[-RECENT:] for seconds in data.seconds])
+    busy, behind = _medians([seconds[-RECENT:] for seconds in data.compute]), straggler(data, RECENT)
     rows = []
     for rank, middle in enumerate(middles):
         entry = now.get(rank, {})
@@ -38,8 +42,10 @@ def rank_rows(data: RunData) -> list[dict[str, Any]]:
                 "state": _state(data, rank, entry, rank in failed, silent),
                 "steps": data.first + steps[rank],
                 "step_ms": 1000 * middle if math.isfinite(middle) else None,
+                "compute_ms": 1000 * busy[rank] if math.isfinite(busy[rank]) else None,
                 "memory_mb": memory / 2**20 if memory else None,
                 "silent_s": silent,
+                "straggler": str(behind) if behind is not None and behind.rank == rank else None,
             }
         )
     return rows
@@ -78,6 +84,9 @@ def finding(rows: list[dict[str, Any]]) -> str:
         return f"Rank {failed[0]} failed"
     if not known:
         return "No rank has made a step yet"
+    for row in rows:
+        if row["straggler"]:
+            return str(row["straggler"]).capitalize()
     middle = float(np.median([row["step_ms"] for row in known]))
     slowest = max(known, key=lambda row: row["step_ms"])
     if len(known) > 1 and slowest["step_ms"] > STRAGGLES * middle:
@@ -97,6 +106,7 @@ def twin(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "State": row["state"],
             "Step": f"{row['steps']:,}",
             "Step time (ms)": theme.number(row["step_ms"]),
+            "Computing (ms)": theme.number(row["compute_ms"]),
             "Memory (MB)": theme.number(row["memory_mb"]),
             "Silent (s)": "–" if row["silent_s"] is None else f"{row['silent_s']:.1f}",
         }
@@ -108,7 +118,7 @@ def ranks(data: RunData) -> Picture:
     """Median step time of every rank over its last steps, with the states in words."""
     rows = rank_rows(data)
     sentence = finding(rows)
-    colours = [theme.PALETTE[1] if row["state"] == "failed" else theme.PALETTE[0] for row in rows]
+    colours = [theme.PALETTE[1 if row["state"] == "failed" or row["straggler"] else 0] for row in rows]
     labels = [f"rank {row['rank']}" for row in rows]
     bar = {
         "type": "bar",

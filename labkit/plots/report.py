@@ -18,7 +18,7 @@ from typing import Any
 from labkit.experiment import ExperimentError
 from labkit.experiment.run_directory import read_json
 from labkit.plots import curves, ranks, speedup, static, theme
-from labkit.plots.closeup import closeups
+from labkit.plots.closeup import closeups, combining
 from labkit.plots.picture import Picture
 from labkit.plots.shown import Shown, shown
 from labkit.plots.table import html_table, runs_rows
@@ -92,11 +92,14 @@ def page(many: Sequence[Shown], comparison: Any) -> str:
     scripts = [_library()]
     for number, figure in enumerate(figures):
         body.append(_figure(number, figure))
-    close = closeups(trained)
-    if close:
-        body.append("<h2>One update, looked at closely</h2>")
-        body += [_figure(len(figures) + number, figure) for number, figure in enumerate(close)]
-        figures += close
+    for heading, close in (
+        ("How ranks combined what they learned", combining(trained)),
+        ("One update, looked at closely", closeups(trained)),
+    ):
+        if close:
+            body.append(f"<h2>{heading}</h2>")
+            body += [_figure(len(figures) + number, figure) for number, figure in enumerate(close)]
+            figures += close
     scripts.append(_drawing(figures))
     for one in many:
         body += _run(one)

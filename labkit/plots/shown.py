@@ -8,7 +8,7 @@ from typing import Any
 
 from labkit.experiment import Experiment, ExperimentError
 from labkit.experiment.run_directory import RunDirectory
-from labkit.plots import theme
+from labkit.plots import theme, wording
 from labkit.runs.data import RunData
 
 
@@ -50,8 +50,10 @@ class Shown:
 
     @classmethod
     def named(cls, data: RunData, experiment: Experiment | None) -> Shown:
-        """With the title that the run gives itself."""
+        """With the title that the run gives itself, and its method and link where they are not the usual ones."""
         title = data.status.get("title") or (experiment.title if experiment else "") or data.directory.id
+        if experiment is not None and not experiment.name:
+            title = ", ".join([str(title), *wording.method(experiment), *wording.link(experiment)])
         isolated = bool(experiment and experiment.launch.isolated)
         return cls(label(theme.plain(title, 60), data.world_size, isolated), data, experiment)
 

@@ -14,11 +14,15 @@ MAX_ROWS = 200
 def runs_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows of a comparison with titles, units and readable numbers."""
     named = any(_named(row) for row in rows)
+    several = any(row.get("method", "plain") != "plain" for row in rows)
     return [
         {"Run": row["run_id"]}
         | ({"Title": row["title"]} if named else {})
         | {
             "Layout": row["layout"],
+        }
+        | ({"Method": row.get("method", "plain")} if several else {})
+        | {
             "Ranks": row["world_size"],
             "State": row["state"],
             "Batch": row["global_batch"],

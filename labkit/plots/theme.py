@@ -55,15 +55,25 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
     return AXIS | more | {"title": AXIS["title"] | {"text": title}}
 
 
+def decades(low: float, high: float) -> dict[str, Any]:
+    """A logarithmic axis from `low` to `high` (both above 0) with ticks that are written out: 0.1, 0.2, 0.5, 1, …"""
+    low, high = math.log10(low), math.log10(high)
+    digits = (1,) if high - low > 3 else (1, 2, 5)
+    ticks = [digit * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for digit in digits]
+    named = {"tickvals": ticks, "ticktext": [f"{tick:,g}" if tick < 1e6 else f"{tick:.0e}" for tick in ticks]}
+    return {"type": "log", "range": [low, high], "autorange": False, "tickmode": "array"} | named
+
+
 def layout(title: str, **more: Any) -> dict[str, Any]:
     """A layout whose title states the finding."""
     return LAYOUT | more | {"title": LAYOUT["title"] | {"text": wrapped(title, 88)}}
 
 
 def style(index: int) -> tuple[str, str, str]:
-    """Colour, dash and marker of the run at `index`; they repeat after six."""
+    """Colour, dash and marker of the run at `index`; after six, colours come again with other dashes and markers."""
     at = index % len(PALETTE)
-    return PALETTE[at], DASHES[at], MARKERS[at]
+    other = (at + index // len(PALETTE)) % len(PALETTE)
+    return PALETTE[at], DASHES[other], MARKERS[other]
 
 
 def plain(text: Any, limit: int = 200) -> str:

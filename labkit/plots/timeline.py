@@ -8,7 +8,7 @@ from typing import Any
 from labkit.plots import theme, traced
 from labkit.plots.picture import Picture
 from labkit.plots.shown import Shown
-from labkit.runs.pipeline import Action, Bubble, ideal, medians, of_one_pipeline, span
+from labkit.runs.pipeline import Action, Bubble, ideal, medians, of_one_pipeline, schedule, span
 
 KINDS = {"F": "Forward", "B": "Backward", "I": "Backward, inputs", "W": "Backward, weights"}
 MAX_ACTIONS = 4000
@@ -19,14 +19,17 @@ _UPPER, _LOWER = [0.56, 0.95], [0.04, 0.43]
 def finding(schedule: str, found: Bubble) -> str:
     """The bubbles, named: measured, the schedule's own, the textbook's."""
     book = f", {traced.percent(found.textbook)} with even stages (textbook)" if found.textbook is not None else ""
+    which = "these updates" if schedule == "pipedream" else "the update"
     return (
-        f"{schedule}: ranks stood still for {traced.percent(found.measured)} of the update; the schedule's own bubble "
+        f"{schedule}: ranks stood still for {traced.percent(found.measured)} of {which}; the schedule's own bubble "
         f"is {traced.percent(found.own)}{book}"
     )
 
 
 def timeline(run: Any) -> Picture:
     """One row a rank: above, what was measured; below, the ideal. Colour and pattern tell forward from backward.
+
+    Of an asynchronous pipeline (pipedream) the traced update and those right before it are shown, by minibatch.
 
     The ideal keeps each rank's order and gives each action the median time of its stage and kind, messages free.
     """
@@ -42,7 +45,7 @@ def timeline(run: Any) -> Picture:
         for rank, row in measured.items()
     }
     simulated = ideal(measured)
-    sentence = finding(layout.schedule, found)
+    sentence = finding(schedule(one.experiment), found)
     several = layout.stages_per_rank > 1
     traces = [
         *_boxes(shifted, several, {"xaxis": "x", "yaxis": "y"}),

@@ -8,42 +8,55 @@ from typing import Any
 import numpy as np
 
 from labkit.experiment.memory import zero_stage
-from labkit.plots import theme
+from labkit.plots import theme, wording
 from labkit.plots.picture import Picture
 from labkit.plots.shown import Shown
-from labkit.runs.pipeline import Bubble, bubble, of_one_pipeline
+from labkit.runs import pipeline
+from labkit.runs.methods import period
+from labkit.runs.pipeline import Bubble, of_one_pipeline
 from labkit.runs.steady import Steady
 
 PATTERNS = ("", "/", "x", ".", "-", "+")
 """Beside the colour of a bar, in the order of the palette."""
 
 
-def names(runs: Sequence[Shown]) -> list[str]:
-    """What tells the runs of a picture apart: their names, or their layouts in words without those that all share."""
-    every, seen = [_words(one) for one in runs], dict[str, int]()
+def names(runs: Sequence[Shown], links: bool = True) -> list[str]:
+    """What tells the runs of a picture apart: their names, or in words what not all of them share.
+
+    Where some ranks combined gradients in another way, the others are said to average them. Without `links` the names
+    of a method do not tell over what link it went.
+    """
+    every, seen = [_words(one, links) for one in runs], dict[str, int]()
+    if any(_method(one) for one in runs):
+        averages = [one.world_size > 1 and one.experiment is not None and not _method(one) for one in runs]
+        every = [[wording.PLAIN, *words] if plain else words for words, plain in zip(every, averages, strict=True)]
     shared = set.intersection(*map(set, every)) if len(every) > 1 else set()
     found = []
     for words in every:
         name = ", ".join(word for word in words if word not in shared) or ", ".join(words)
         count = seen[name] = seen.get(name, 0) + 1
-        found.append(name if count == 1 else f"{name} #{count}")
+        found.append(name if count == 1 or not links else f"{name} #{count}")
     return found
 
 
-def _words(one: Shown) -> list[str]:
-    """`1 rank`, `shard4, ZeRO 2`, `pp2, 1f1b, 8 microbatches`; the name that the run was given, if any."""
+def _method(one: Shown) -> list[str]:
+    return wording.method(one.experiment) if one.experiment is not None and not one.experiment.name else []
+
+
+def _words(one: Shown, links: bool) -> list[str]:
+    """`1 rank`, `PowerSGD`, `shard4, ZeRO 2`, `pp2, 1f1b, 8 microbatches`, …; or the name that the run was given."""
     experiment = one.experiment
     if experiment is None or experiment.name:
         return [experiment.name if experiment else one.label]
     layout = experiment.layout
-    words = [theme.ranks(1) if layout.world_size == 1 else str(layout)]
+    words = [*wording.method(experiment), theme.ranks(1) if layout.world_size == 1 else str(layout)]
     if zero_stage(experiment):
         words.append(f"ZeRO {layout.zero_stage}")
     if layout.tp > 1 and layout.sequence_parallel:
         words.append("sequence parallel")
     if layout.pp > 1:
-        words.append(layout.schedule)
-        if layout.schedule != "naive":
+        words.append(pipeline.schedule(experiment))
+        if words[-1] == layout.schedule != "naive":
             words.append(f"{layout.microbatches} microbatches")
         balance = getattr(layout, "balance", "blocks")
         if getattr(layout, "stage_blocks", None):
@@ -53,7 +66,7 @@ def _words(one: Shown) -> list[str]:
     again = getattr(layout, "activation_checkpointing", "none")
     if again != "none":
         words.append(f"{again} checkpointing")
-    return words
+    return words + (wording.link(experiment) if links else [])
 
 
 def unit(largest: float) -> tuple[float, str]:
@@ -84,14 +97,15 @@ def bubble_of(one: Shown) -> Bubble | None:
         return None
     timeline = of_one_pipeline(one.data.timeline, experiment.layout)
     try:
-        return bubble(timeline, experiment.layout) if len(timeline) == experiment.layout.pp else None
+        return pipeline.bubble_of(timeline, experiment) if len(timeline) == experiment.layout.pp else None
     except ValueError:
         return None
 
 
 def step_ms(one: Shown) -> float | None:
     """Median step of the slowest rank after the warm-up, in ms."""
-    medians = [Steady.of(seconds.astype(np.float64)).median for seconds in one.data.seconds]
+    every = period(one.experiment)
+    medians = [Steady.of(seconds.astype(np.float64), every).median for seconds in one.data.seconds]
     known = [median for median in medians if median is not None and np.isfinite(median)]
     return 1000 * max(known) if known else None
 
@@ -122,6 +136,13 @@ def layout(title: str, **more: Any) -> dict[str, Any]:
     place = {"yref": "container", "y": 1, "yanchor": "top", "pad": {"t": 38}}  # below plotly's buttons
     legend = theme.LAYOUT["legend"] | {"traceorder": "normal"} | more.get("legend", {})
     return base | {"title": base["title"] | place, "legend": legend}
+
+
+def switch(buttons: Sequence[dict[str, Any]], active: int = 0) -> dict[str, Any]:
+    """Buttons in a row above the panels, at their left (plotly's `updatemenus`: they work without a kernel)."""
+    place = {"x": 0, "xanchor": "left", "y": 1.03, "yanchor": "bottom", "pad": {"t": 0, "b": 4}}
+    look = {"bgcolor": theme.PAPER, "bordercolor": "#9aa5b1", "font": {"size": 12, "color": theme.INK}}
+    return {"type": "buttons", "direction": "right", "active": active, "buttons": list(buttons)} | place | look
 
 
 def heading(text: str, x: float, y: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 from labkit.experiment import Experiment, ExperimentError, Problem
 from labkit.experiment.one_process import is_one_process
 from labkit.experiment.run_directory import RunDirectory, read_json
-from labkit.runs import steady
+from labkit.runs import methods, steady
 from labkit.runs.data import RunData
 from labkit.runs.status import reconcile
 
@@ -44,7 +44,10 @@ class Measured:
         data = RunData(directory)
         data.refresh()
         experiment = Experiment.load(directory.experiment)
-        return cls(directory, experiment, reconcile(directory), data, steady.Steady.of(_step_seconds(data)))
+        seconds = _step_seconds(data, experiment.launch.isolated)
+        return cls(
+            directory, experiment, reconcile(directory), data, steady.Steady.of(seconds, methods.period(experiment))
+        )
 
     @property
     def ranks(self) -> int:
@@ -69,13 +72,19 @@ class Measured:
         return float(self.status.get("created") or 0.0)
 
 
-def _step_seconds(data: RunData) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Seconds per step of the run, shape [steps]: the mean over its ranks, which wait for each other."""
+def _step_seconds(data: RunData, isolated: bool) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Seconds per step of the run, shape [steps]: the mean over its ranks, which wait for each other.
+
+    Isolated ranks do not, so it is their rates that add up: the harmonic mean.
+    """
     columns = [seconds for seconds in data.seconds if len(seconds)]
     if not columns:
         return np.empty(0)
     length = min(len(seconds) for seconds in columns)
-    return np.mean([seconds[:length] for seconds in columns], axis=0, dtype=np.float64)
+    table = np.stack([seconds[:length] for seconds in columns]).astype(np.float64)
+    if isolated and (table > 0).all():
+        return np.asarray(1 / np.mean(1 / table, axis=0))
+    return np.asarray(np.mean(table, axis=0))
 
 
 def differences(one: Experiment, other: Experiment) -> list[str]:
@@ -168,6 +177,7 @@ class Comparison:
         head = [
             "run",
             "layout",
+            "method",
             "state",
             "steps",
             "samples/s",
@@ -186,6 +196,7 @@ class Comparison:
                 [
                     row["run_id"] + mark,
                     row["layout"],
+                    row["method"],
                     row["state"],
                     str(row["steps"]),
                     _number(row["samples_per_second"], ".0f"),
@@ -273,6 +284,7 @@ def _row(
         "title": one.status.get("title") or one.directory.id,
         "workload": experiment.workload.name,
         "layout": str(experiment.layout),
+        "method": methods.key(experiment),
         "world_size": ranks,
         "device": experiment.launch.device,
         "state": one.status["state"],
@@ -305,6 +317,7 @@ def _ceiling(one: Measured, base: Measured | None, all_runs: Sequence[Measured])
         for other in all_runs
         if other.is_ceiling
         and other.experiment.layout.world_size == one.experiment.layout.world_size
+        and other.experiment.launch.slowdown == one.experiment.launch.slowdown
         and not differences(other.experiment, one.experiment)
     ]
     ceiling = _nearest(one, candidates)

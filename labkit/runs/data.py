@@ -45,6 +45,7 @@ _EXCHANGES = (
     "compression_seconds",
 )
 TRAFFIC = ("calls", "bytes", "wire_bytes", "exposed_seconds")
+LINK = ("bytes", "loopback_bytes", "seconds", "updates")
 _AXIS = re.compile(r"[a-z_]{1,20}(\+[a-z_]{1,20}){0,7}")
 _FILE = re.compile(r"rank-(0|[1-9][0-9]{0,3})\.jsonl")
 
@@ -93,16 +94,23 @@ class _Rank:
         self.read_all = False
         self.steps = 0
         self.seconds = GrowingArray(np.float32)
+        self.compute = GrowingArray(np.float32)
         self.start: dict[str, Any] = {}
         self.end: str | None = None
+
+    def note_compute(self, event: dict[str, Any], at: int, drop: int, count: int) -> None:
+        """The column `compute` of an event with `count` steps, of which the first `drop` are known already."""
+        compute = _column(event.get("compute"), count)
+        if compute is not None:
+            self.compute.write(at, _narrow(compute[drop:]), np.nan)
 
 
 class RunData:
     """The events of a run as arrays. `refresh()` reads what is new; nothing else touches the disk.
 
     A step counts (`steps`) when every rank has reported it; a run that has ended counts every step that all ranks
-    with any step have reported. Memory is bounded by 4 bytes a rank and step, about 100 bytes a
-    step, and one trace a rank.
+    with any step have reported. Memory is bounded by 8 bytes a rank and step, about 100 bytes a
+    step (of drawn work about 60 bytes a piece), and one trace a rank.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -141,6 +149,8 @@ class RunData:
         """By block, how many choices fell on each of its experts, over all ranks that see different tokens."""
         self.staleness: NDArray[np.int64] = np.zeros(0, np.int64)
         """How many gradients, of all ranks, were 0, 1, 2, … updates old when they were used; empty if not measured."""
+        self.links: dict[int, dict[str, float]] = {}
+        """By rank that read its host's counters: bytes, loopback_bytes, seconds and updates (training/link.py)."""
         self.peak_memory: dict[int, int] = {}
         """Peak memory in bytes, by rank."""
         self.errors: list[dict[str, Any]] = []
@@ -150,12 +160,14 @@ class RunData:
         self._ranks: list[_Rank] = []
         self._first_known = False
         self._weighted = GrowingArray(np.float64)
-        self._sent = GrowingArray(np.float64)
         self._samples = GrowingArray(np.float64)  # a rank may hold a part of each sample
         self._elapsed = GrowingArray(np.float64)
         self._origin: float | None = None
         self._spans = {name: GrowingArray(np.float32) for name in _SPANS}
         self._exchanged = {name: GrowingArray(np.float64) for name in _EXCHANGED}
+        self._sent = GrowingArray(np.float64)
+        self._pauses: list[tuple[float, float]] = []
+        """When rank 0 went on after what was no update, and how long that had taken."""
         self._grad_norm = GrowingArray(np.float64)  # the parity proof compares it to 1e-9
         self._lr = GrowingArray(np.float32)
         self._stamps: dict[str, tuple[int, int, int]] = {}
@@ -164,7 +176,8 @@ class RunData:
         """Ranks draw their work instead of taking a share of every update."""
         self._ended = GrowingArray(np.float64)
         """When each piece of drawn work was done, in the order of reading."""
-        self._in_order: Floats = np.zeros(0)
+        self._order: NDArray[np.int64] = np.zeros(0, np.int64)
+        """The same pieces in the order of time."""
         self._loss: Floats | None = None
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -317,6 +330,7 @@ class RunData:
             return False
         at = begin + drop
         rank.seconds.write(at, _narrow(seconds[drop:]), np.nan)
+        rank.note_compute(event, at, drop, count)
         rank.steps = at + count - drop
         loss, samples = _column(event.get("loss"), count), _column(event.get("samples"), count)
         if loss is not None and samples is not None:
@@ -328,15 +342,19 @@ class RunData:
             self._samples.add(at, weight)
             self._note_sent(event, at, drop, count)
         if number == 0:
-            for name, span in self._spans.items():
-                values = _column(event.get(name), count)
-                span.write(at, _narrow(values[drop:] if values is not None else np.full(count - drop, np.nan)), np.nan)
-            columns = {"grad_norm": self._grad_norm, "lr": self._lr} | self._exchanged
-            for name, column in columns.items():
+            self._note_parts(at, drop, count, event)
+            for name, column in (("grad_norm", self._grad_norm), ("lr", self._lr)):
                 values = _column(event.get(name), count)
                 column.write(at, values[drop:] if values is not None else np.full(count - drop, np.nan), np.nan)
             self._note_elapsed(at, seconds[drop:], _number(event.get("monotonic")))
         return True
+
+    def _note_parts(self, at: int, drop: int, count: int, event: dict[str, Any]) -> None:
+        """Where the time of rank 0's steps went; of drawn work, where that of each rank's pieces did."""
+        for name, column in (self._spans | self._exchanged).items():
+            values = _column(event.get(name), count)
+            known = values[drop:] if values is not None else np.full(count - drop, np.nan)
+            column.write(at, _narrow(known) if name in self._spans else known, np.nan)
 
     def _pieces(self, number: int, event: dict[str, Any], seconds: Floats) -> bool:
         """Steps of ranks that draw their work: each is a share of some update, and a rank makes as many as it can."""
@@ -355,32 +373,35 @@ class RunData:
         if update.min() < 0 or update.max() > known + MAX_GAP:
             return False
         self._drawn, self._loss = True, None
+        self._note_parts(self._ended.length, 0, count, event)
         rank.seconds.write(rank.steps, _narrow(seconds), np.nan)
+        rank.note_compute(event, rank.steps, 0, count)
         rank.steps += count
         self._ended.write(self._ended.length, ended, 0.0)
         weight = np.nan_to_num(np.clip(samples, 0, 1e12), nan=0.0)
         with np.errstate(all="ignore"):
             part = np.where(weight > 0, loss * weight, 0.0)
         sent = _column(event.get("bytes"), count)
-        size = np.zeros(count) if sent is None else np.nan_to_num(np.clip(sent, 0, 1e15), nan=0.0)
-        for at, *values in zip(update, np.where(np.isfinite(part), part, np.inf), weight, size, strict=True):
-            for column, value in zip((self._weighted, self._samples, self._sent), values, strict=True):
+        added = [(self._weighted, np.where(np.isfinite(part), part, np.inf)), (self._samples, weight)]
+        if sent is not None:
+            added.append((self._sent, _counts(sent)))
+        for column, values in added:
+            for at, value in zip(update, values, strict=True):
                 column.add(int(at), np.array([value]))
         if self._origin is None or float(ended[0] - seconds[0]) < self._origin:
             self._origin = float(ended[0] - np.nan_to_num(seconds[0]))
         return True
 
-    @property
-    def _done_in_order(self) -> Floats:
-        """Moments at which drawn work was done, in the order of time."""
-        if len(self._in_order) != self._ended.length:
-            self._in_order = np.sort(self._ended.values)
-        return self._in_order
+    def _by_time(self, pieces: NDArray[Any]) -> NDArray[Any]:
+        """Figures of drawn work, which stand in the order of reading, in the order of time."""
+        if len(self._order) != self._ended.length:
+            self._order = np.argsort(self._ended.values, kind="stable")
+        return pieces[self._order]
 
     def _note_sent(self, event: dict[str, Any], at: int, drop: int, count: int) -> None:
-        values = _column(event.get("bytes"), count)
-        if values is not None:
-            self._sent.add(at, np.nan_to_num(np.clip(values[drop:], 0, 1e15), nan=0.0))
+        sent = _column(event.get("bytes"), count)
+        if sent is not None:
+            self._sent.add(at, _counts(sent[drop:]))
 
     def _note_staleness(self, values: Any) -> None:
         found = _column(values)
@@ -410,6 +431,7 @@ class RunData:
             return False
         numbers = {str(key)[:100]: value for key, item in metrics.items() if (value := _number(item)) is not None}
         now = _number(event.get("monotonic"))
+        self._note_pause(number, event)
         elapsed = 0.0 if now is None or self._origin is None else min(max(0.0, now - self._origin), 1e10)
         self.evaluations.append((step, elapsed, numbers))
         return True
@@ -459,6 +481,13 @@ class RunData:
         load = np.array(whole, dtype=np.int64)
         self.experts[block] = load if known is None else known + load
 
+    def _link(self, number: int, event: dict[str, Any]) -> bool:
+        found = {key: _number(event.get(key)) for key in LINK}
+        known = {key: value for key, value in found.items() if value is not None and 0 <= value < 1e18}
+        if len(known) == len(LINK):
+            self.links[number] = known
+        return number in self.links
+
     def _memory(self, number: int, event: dict[str, Any]) -> bool:
         peak = _integer(event.get("peak_bytes"), 0, 2**62)
         if peak is not None:
@@ -478,7 +507,14 @@ class RunData:
         return True
 
     def _checkpoint(self, number: int, event: dict[str, Any]) -> bool:
+        self._note_pause(number, event)
         return True
+
+    def _note_pause(self, number: int, event: dict[str, Any]) -> None:
+        """An evaluation or a checkpoint is over: its event tells how long it took."""
+        now, took = _number(event.get("monotonic")), _number(event.get("seconds"))
+        if number == 0 and now is not None and took is not None and 0 <= took < 1e9 and len(self._pauses) < MAX_EVENTS:
+            self._pauses.append((now, took))
 
     # -- what is known ------------------------------------------------------------------------------------------------
 
@@ -492,6 +528,11 @@ class RunData:
     def done(self) -> bool:
         """The run has a terminal state."""
         return self.state in TERMINAL
+
+    @property
+    def draws(self) -> bool:
+        """Ranks draw one piece of work after the other (asynchronous updates) instead of taking a share of each."""
+        return self._drawn
 
     @property
     def world_size(self) -> int:
@@ -564,7 +605,7 @@ class RunData:
         count = self.steps
         if self._drawn:  # update t is done when as much work is done as t updates have
             shares = len(self._ranks)
-            ends = self._done_in_order[shares - 1 : count * shares : shares] - (self._origin or 0.0)
+            ends = self._by_time(self._ended.values)[shares - 1 : count * shares : shares] - (self._origin or 0.0)
             return np.maximum.accumulate(np.clip(ends, 0.0, 1e10))
         if self._elapsed.length >= count:
             return self._elapsed.values[:count]
@@ -573,10 +614,26 @@ class RunData:
         return np.cumsum(np.nan_to_num(np.clip(seconds, 0, 1e9), nan=0.0), dtype=np.float64)
 
     @property
+    def training_seconds(self) -> Floats:
+        """Seconds of training up to the end of each step: evaluations and checkpoints are left out (steps,)."""
+        count = self.steps
+        if self._drawn:
+            shares, origin = len(self._ranks), self._origin or 0.0
+            ends = self._by_time(self._ended.values)[shares - 1 : count * shares : shares]
+            pauses = sorted(pause for pause in self._pauses if pause[0] >= origin)
+            before = np.searchsorted([end for end, _ in pauses], ends, side="right")
+            paused = np.concatenate([[0.0], np.cumsum([took for _, took in pauses])])[before]
+            return np.maximum.accumulate(np.clip(ends - origin - paused, 0.0, 1e10))
+        known = [rank.seconds.values[:count] for rank in self._ranks if rank.steps >= count]
+        clean = [np.nan_to_num(np.clip(seconds, 0, 1e9), nan=0.0).astype(np.float64) for seconds in known]
+        # A step is done when the last rank has done it; ranks of a local method run ahead of each other.
+        return np.max([np.cumsum(seconds) for seconds in clean], axis=0) if clean else np.zeros(count)
+
+    @property
     def seconds(self) -> list[NDArray[np.float32]]:
         """Per rank, the duration of its steps in seconds; NaN where lost. Of drawn work, that of all ranks together."""
         if self._drawn:
-            together = np.diff(self.elapsed, prepend=0.0).astype(np.float32)
+            together = np.diff(self.training_seconds, prepend=0.0).astype(np.float32)
             return [together] * len(self._ranks)
         return [rank.seconds.values for rank in self._ranks]
 
@@ -586,8 +643,20 @@ class RunData:
         return [rank.seconds.values for rank in self._ranks]
 
     @property
+    def compute(self) -> list[NDArray[np.float32]]:
+        """Per rank, the seconds of each step (or piece that it drew) in which it computed; NaN where not known.
+
+        Waiting for others is left out.
+        """
+        return [rank.compute.values for rank in self._ranks]
+
+    @property
     def spans(self) -> dict[str, NDArray[np.float32]]:
-        """Rank 0's data, forward, backward and optimizer time of each step in seconds; NaN where unknown."""
+        """Rank 0's data, forward, backward and optimizer time of each step in seconds; NaN where unknown. Of drawn
+        work: those of every piece of all ranks, in the order of time.
+        """
+        if self._drawn:
+            return {name: self._by_time(span.values) for name, span in self._spans.items()}
         return {name: span.values for name, span in self._spans.items()}
 
     @property
@@ -601,18 +670,21 @@ class RunData:
         return self._padded(self._lr)
 
     @property
-    def sent(self) -> Floats:
-        """Bytes that all ranks together have sent to combine what they learned in each step (steps,)."""
-        count = self.steps
-        values = self._sent.values[:count]
-        return np.concatenate([values, np.zeros(count - len(values))])
-
-    @property
     def exchanged(self) -> dict[str, Floats]:
         """What combining the gradients of each step has cost rank 0 (steps,): bytes that it sent, seconds in which
-        nothing was computed meanwhile (exposed) and seconds of compression; NaN where it was not written down.
+        nothing was computed meanwhile (exposed) and seconds of compression; NaN where it was not written down. Of
+        drawn work: those of every piece of all ranks, in the order of time.
         """
+        if self._drawn:
+            return {name: self._by_time(column.values) for name, column in self._exchanged.items()}
         return {name: self._padded(column) for name, column in self._exchanged.items()}
+
+    @property
+    def sent(self) -> Floats:
+        """Bytes that all ranks together sent to combine what they learned in each step (steps,); NaN where nobody
+        counted. One rank sends nothing.
+        """
+        return np.zeros(self.steps) if len(self._ranks) == 1 else self._padded(self._sent)
 
     def _padded(self, column: GrowingArray) -> Floats:
         count = self.steps
@@ -628,6 +700,7 @@ _HANDLERS = {
     "checkpoint": RunData._checkpoint,
     "trace": RunData._trace,
     "communication": RunData._communication,
+    "link": RunData._link,
     "memory": RunData._memory,
     "error": RunData._error,
     "end": RunData._end,
@@ -705,6 +778,11 @@ def _column(values: Any, count: int | None = None) -> Floats | None:
 def _loose(value: Any) -> float:
     number = _number(value)
     return math.nan if number is None else number
+
+
+def _counts(values: Floats) -> Floats:
+    """As counts: what is no number between 0 and 1e18 is 0."""
+    return np.nan_to_num(np.clip(values, 0, 1e18), nan=0.0)
 
 
 def _narrow(values: Floats) -> NDArray[np.float32]:

@@ -107,6 +107,9 @@ def _summary_text(summary: dict[str, Any]) -> str:
         p10, p90 = 1e3 * step["p10"], 1e3 * step["p90"]
         line("step", f"{1e3 * step['median']:.1f} ms (p10 {p10:.1f}, p90 {p90:.1f}; {left_out})")
     line("first step after", summary.get("time_to_first_step_seconds"), "{:.2f} s")
+    network = summary.get("network") or {}
+    if network.get("bytes_per_step"):
+        line("slow link", f"{network['bytes_per_step'] / 1e6:.3g} MB per step at {network['rate_mbit']:g} Mbit/s")
     peaks = [peak for peak in summary.get("peak_memory_bytes") or [] if peak]
     line("peak memory per rank", max(peaks) / 2**20 if peaks else None, "{:.0f} MiB")
     if summary.get("speedup"):

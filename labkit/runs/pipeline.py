@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from labkit.experiment import Layout
+from labkit.experiment import Experiment, Layout
 
 
 class Action(NamedTuple):
@@ -52,6 +52,18 @@ class Bubble:
     own_seconds: float
 
 
+def schedule(experiment: Experiment) -> str:
+    """What drives the pipeline: the layout's schedule, or an update rule that has a pipeline of its own."""
+    method = experiment.gradients.update.method
+    return method if method == "pipedream" else experiment.layout.schedule
+
+
+def bubble_of(timeline: Timeline, experiment: Experiment) -> Bubble:
+    """That of the run's pipeline; an asynchronous one, of which some updates are seen, has no formula."""
+    scheduled = schedule(experiment) == experiment.layout.schedule
+    return bubble(timeline, experiment.layout if scheduled else None)
+
+
 def bubble(timeline: Timeline, layout: Layout | None = None) -> Bubble:
     """The bubble of one pipeline; ValueError if its order cannot have been computed (a damaged file)."""
     simulated = ideal(timeline)
@@ -86,9 +98,11 @@ def ideal(timeline: Timeline) -> dict[int, list[Action]]:
     """The same order with median durations, from second 0 on.
 
     F of stage s waits for F of s-1; B and I of s wait for B or I of s+1 and for F of s; W waits for I; and each rank
-    does one thing at a time, in its order. ValueError where that leads nowhere.
+    does one thing at a time, in its order. What began before the timeline (in an asynchronous pipeline) is there
+    already. ValueError where that leads nowhere.
     """
     durations = medians(timeline)
+    seen = {_key(action) for row in timeline.values() for action in row}
     rows: dict[int, list[Action]] = {rank: [] for rank in timeline}
     ended: dict[tuple[str, int, int], float] = {}
     last = max((action.stage for row in timeline.values() for action in row), default=0)
@@ -99,7 +113,7 @@ def ideal(timeline: Timeline) -> dict[int, list[Action]]:
         for rank, row in waiting.items():
             while row:
                 action = row[-1]
-                needs = [ended.get(one) for one in _needed(action, last)]
+                needs = [ended.get(one) for one in _needed(action, last) if one in seen]
                 known = [moment for moment in needs if moment is not None]
                 if len(known) < len(needs):
                     break

@@ -32,9 +32,10 @@ class Steady:
     warmup_steps: int
 
     @classmethod
-    def of(cls, seconds: Floats) -> Steady:
+    def of(cls, seconds: Floats, period: int = 1) -> Steady:
+        """Of all steps; where ranks meet once in `period` steps only, of means over so many (see methods.period)."""
         skipped = warmup(len(seconds))
-        return cls(np.asarray(seconds[skipped:], dtype=np.float64), skipped)
+        return cls(rolling(np.asarray(seconds[skipped:], dtype=np.float64), period), skipped)
 
     @property
     def median(self) -> float | None:
@@ -68,3 +69,15 @@ def ratio(numerator: Steady, denominator: Steady) -> tuple[float, float, float]:
     spread = numerator.medians(seed=1) / denominator.medians(seed=2)
     tail = (1 - CONFIDENCE) / 2
     return numerator.median / denominator.median, float(np.quantile(spread, tail)), float(np.quantile(spread, 1 - tail))
+
+
+def rolling(values: Floats, period: int) -> Floats:
+    """Mean over each `period` consecutive values, so that what comes once in a period counts: (n - period + 1,).
+
+    Fewer values than a period make one mean.
+    """
+    if period <= 1 or not len(values):
+        return np.asarray(values, dtype=np.float64)
+    period = min(period, len(values))
+    total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    return np.asarray((total[period:] - total[:-period]) / period)

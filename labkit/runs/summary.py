@@ -12,7 +12,8 @@ from labkit.experiment import Experiment
 from labkit.experiment.run_directory import RunDirectory, write_json
 from labkit.runs.compare import Measured, compare, find_baseline
 from labkit.runs.data import RunData
-from labkit.runs.pipeline import bubble, of_one_pipeline
+from labkit.runs.pipeline import bubble_of, of_one_pipeline
+from labkit.runs.straggler import straggler
 
 LOSS_POINTS = 200
 
@@ -37,6 +38,9 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
     final = data.evaluations[-1][2] if data.evaluations else {}
     start = data.rank_starts[0] if data.rank_starts else {}
     notes = [*row["notes"], *start.get("warnings", [])]
+    behind = straggler(data)
+    if behind is not None:
+        notes = [*notes, str(behind)]
     diverged = np.flatnonzero(~np.isfinite(data.loss))
     if len(diverged):
         notes = [*notes, f"the loss is no finite number from step {data.first + int(diverged[0]) + 1} on"]
@@ -66,6 +70,8 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
         "seconds": float(data.elapsed[-1]) if len(data.elapsed) else 0.0,
         "time_to_first_step_seconds": start.get("time_to_first_step_seconds"),
         "communication": _communication(data),
+        "network": _network(data, experiment),
+        "straggler": asdict(behind) if behind is not None else None,
         "memory": _memory(data, ranks),
         "bubble": _bubble(data, experiment),
         "staleness": _staleness(data),
@@ -97,6 +103,30 @@ def _communication(data: RunData) -> dict[str, Any] | None:
     return {**data.communication, **method, "axes": axes} if data.communication else None
 
 
+def _network(data: RunData, experiment: Experiment) -> dict[str, Any] | None:
+    """The emulated network and what the kernel counted on it during the updates; None without one.
+
+    bytes: what left over slow links, of all ranks together, with headers and acknowledgements; loopback_bytes: what
+    stayed within hosts, where there are several; per_host: the same for each of them.
+    """
+    network = experiment.launch.network
+    if network is None:
+        return None
+    found: dict[str, Any] = network.model_dump()
+    if len(data.links) != network.hosts:
+        return found  # it has not ended, or there was nobody to talk to
+    hosts = [data.links[rank] for rank in sorted(data.links)]
+    sent, updates = sum(int(host["bytes"]) for host in hosts), int(hosts[0]["updates"])
+    return found | {
+        "bytes": sent,
+        "loopback_bytes": sum(int(host["loopback_bytes"]) for host in hosts),
+        "per_host": [{key: int(host[key]) for key in ("bytes", "loopback_bytes")} for host in hosts],
+        "updates": updates,
+        "bytes_per_step": sent / updates if updates else None,
+        "seconds": hosts[0]["seconds"],
+    }
+
+
 def _memory(data: RunData, ranks: int) -> dict[str, Any] | None:
     """Per rank, the bytes of the traced update beside those of the formula; None where nothing was traced."""
     if not data.memory:
@@ -115,7 +145,7 @@ def _bubble(data: RunData, experiment: Experiment) -> dict[str, Any] | None:
     if len(timeline) < 2 or len(timeline) != experiment.layout.pp:
         return None
     try:
-        return asdict(bubble(timeline, experiment.layout))
+        return asdict(bubble_of(timeline, experiment))
     except ValueError:
         return None
 

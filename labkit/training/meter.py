@@ -12,6 +12,7 @@ import os
 import resource
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from labkit.experiment.run_directory import PHASES
 from labkit.gradients.exchange import Counters
-from labkit.training.clock import clock
+from labkit.training.clock import PassClock, clock
 from labkit.training.events import EventWriter
 
 FLUSH_S = 0.25
@@ -34,7 +35,10 @@ class Board(Protocol):
 
     def life(self, rank: int, memory_bytes: int) -> None: ...
 
-    def should_stop(self, rank: int, step: int) -> bool: ...
+    def should_stop(self, rank: int, step: int, apart: int = 0) -> bool: ...
+
+    @property
+    def stops_at(self) -> int | None: ...
 
     def asked_to_stop(self) -> bool: ...
 
@@ -43,6 +47,7 @@ class _Step:
     """The marks of one step, until they are turned into seconds."""
 
     __slots__ = (
+        "busy",
         "ended",
         "exchanged",
         "grad_norm",
@@ -60,6 +65,7 @@ class _Step:
         self.marks: list[tuple[str, Any]] = []
         self.losses: list[tuple[Tensor, float]] = []
         self.samples = 0.0
+        self.busy = 0.0
         self.grad_norm: Any = None
         self.exchanged: Counters | None = None
         self.lr = 0.0
@@ -75,6 +81,13 @@ class Meter:
         self.events, self.rank, self.board, self.requested = events, rank, board, requested
         self._clock = clock(torch.device("cpu"))
         self._device = torch.device("cpu")
+        self._pass = PassClock()
+        self._in_pass = False
+        self.spun: Callable[[], float] = float
+        """Seconds of processor time so far that went into waiting for others."""
+        self._spun = 0.0
+        self.busy = self.samples = 0.0
+        """Seconds that the last step computed, waiting left out (on a GPU not known), and its samples."""
         self._step: _Step | None = None
         self._waiting: list[_Step] = []
         self._lock = threading.Lock()
@@ -114,8 +127,29 @@ class Meter:
     def phase(self, name: str) -> None:
         """From here on it is `name`: a span of the step, or something outside of steps."""
         self.board.progress(self.rank, self._number, _PHASE_NUMBERS[name])
-        if self._step is not None:
-            self._step.marks.append((name, self._clock.now()))
+        step = self._step
+        if step is None:
+            return
+        step.marks.append((name, self._clock.now()))
+        if self._device.type == "cuda":
+            return
+        if name == "forward":
+            self._in_pass, self._spun = True, self.spun()
+            self._pass.forward()
+        elif name == "backward":
+            self._pass.backward()
+        elif self._in_pass:
+            step.busy += self.computing()
+            self._in_pass = False
+
+    def computing(self) -> float:
+        """Seconds that the pass has computed so far, without waiting for others (on a CPU)."""
+        return self._pass.seconds(self.spun() - self._spun)
+
+    def computed(self, seconds: float) -> None:
+        """Count so much as computing of this step that the clocks do not see (a rank made slow on purpose)."""
+        assert self._step is not None
+        self._step.busy += seconds
 
     def loss(self, loss: Tensor, samples: float) -> None:
         """Mean loss over `samples` samples of this rank in this step (one call per pass).
@@ -149,6 +183,7 @@ class Meter:
         step = self._step
         assert step is not None
         step.ended = time.monotonic()
+        self.busy, self.samples = step.busy, step.samples
         step.marks.append(("", self._clock.now()))
         self._step = None
         with self._lock:
@@ -192,7 +227,8 @@ class Meter:
                 ready.append(self._waiting.pop(0))
         if not ready:
             return
-        columns: dict[str, list[Any]] = {name: [] for name in ("loss", "samples", "seconds", *SPANS)}
+        columns: dict[str, list[Any]] = {name: [] for name in ("loss", "samples", "seconds", *SPANS, "compute")}
+        on_gpu = self._device.type == "cuda"
         for step in ready:
             spans = dict.fromkeys(SPANS, 0.0)
             for (name, begin), (_, end) in zip(step.marks, step.marks[1:], strict=False):
@@ -203,6 +239,9 @@ class Meter:
             columns["seconds"].append(round(self._clock.seconds(step.marks[0][1], step.marks[-1][1]), 7))
             for name in SPANS:
                 columns[name].append(round(spans[name], 7))
+            # Without waiting for others: a backward pass on a GPU does not tell it apart, so it is left out there.
+            compute = spans["data"] + step.busy + (spans["forward"] if on_gpu else 0.0)
+            columns["compute"].append(round(compute, 7))
         if ready[0].grad_norm is not None:
             columns["grad_norm"] = [None if step.grad_norm is None else float(step.grad_norm) for step in ready]
         exchanged = [step.exchanged for step in ready if step.exchanged is not None]

@@ -7,7 +7,7 @@ same update, and a resumed run goes on where it stopped without any saved state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -43,22 +43,49 @@ class Order:
             begin += len(part)
         return np.concatenate(parts)
 
-    def passes(self, step: int, rank: int, ranks: int, passes: int) -> list[Indices]:
-        """The accumulation passes of one rank's share of update `step`; sizes differ by at most one."""
-        return np.array_split(np.array_split(self.update(step), ranks)[rank], passes)
+    def passes(
+        self, step: int, rank: int, ranks: int, passes: int, weights: Sequence[float] | None = None
+    ) -> list[Indices]:
+        """The accumulation passes of one rank's share of update `step`; sizes differ by at most one.
+
+        `weights`: parts of the batch by rank, which sum up to 1; each rank gets at least one sample a pass.
+        """
+        whole = self.update(step)
+        if weights is None:
+            return np.array_split(np.array_split(whole, ranks)[rank], passes)
+        return np.array_split(np.split(whole, borders(len(whole), weights, passes))[rank], passes)
+
+
+def borders(samples: int, weights: Sequence[float], least: int) -> NDArray[np.int64]:
+    """Where a batch is cut into parts as large as `weights` say, none below `least`: ends of all but the last."""
+    free = samples - least * len(weights)
+    ends = np.rint(np.cumsum(np.asarray(weights) * free)).astype(np.int64) + least * np.arange(1, len(weights) + 1)
+    return np.asarray(ends[:-1])
 
 
 class PassSampler:
-    """For a DataLoader: the index lists of all passes of one rank from update `first` to `last`, in order."""
+    """For a DataLoader: the index lists of all passes of one rank from update `first` to `last`, in order.
 
-    def __init__(self, order: Order, first: int, last: int, rank: int, ranks: int, passes: int) -> None:
+    `weights` tells the ranks' parts of the batch when they are needed; None for equal ones.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        first: int,
+        last: int,
+        rank: int,
+        ranks: int,
+        passes: int,
+        weights: Callable[[], Sequence[float] | None] = lambda: None,
+    ) -> None:
         self.order, self.first, self.last = order, first, last
-        self.rank, self.ranks, self.passes = rank, ranks, passes
+        self.rank, self.ranks, self.passes, self.weights = rank, ranks, passes, weights
 
     def __len__(self) -> int:
         return (self.last - self.first) * self.passes
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first, self.last):
-            for indices in self.order.passes(step, self.rank, self.ranks, self.passes):
+            for indices in self.order.passes(step, self.rank, self.ranks, self.passes, self.weights()):
                 yield indices.tolist()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from labkit.experiment import Experiment
-from labkit.experiment.memory import model_state
+from labkit.experiment.memory import model_state, stash
+from labkit.parallel.asynchronous import AsynchronousPipeline
 from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel
 from labkit.parallel.shard import local
@@ -21,7 +22,11 @@ from labkit.training.clock import clock
 
 
 class Trace:
-    """Around the one traced update, as a context manager; `found()` is what the rank writes down afterwards."""
+    """Around the one traced update, as a context manager; `found()` is what the rank writes down afterwards.
+
+    Where minibatches under way in that update have begun before it, `watch()` comes earlier: from there on activations
+    and stashed weights are counted and the timeline is kept.
+    """
 
     def __init__(
         self,
@@ -34,9 +39,17 @@ class Trace:
         self._parts = list(model.stages.values())
         self._activations = Activations(self._parts)
         self._spread = model if isinstance(model, ParallelModel) else None
+        pipeline = self._spread.pipeline if self._spread is not None else None
+        self._stashes = pipeline if isinstance(pipeline, AsynchronousPipeline) else None
         self._memory: dict[str, int] = {}
         self._timeline: list[Any] = []
         self._open = ExitStack()
+
+    def watch(self) -> None:
+        """Count what is kept for backward passes, and keep the timeline, from here on."""
+        if self._spread is not None and self._spread.timeline is not None:
+            self._spread.timeline.start()
+        self._open.enter_context(self._activations)
 
     def __enter__(self) -> Trace:
         self._experts = dict(_mixtures(self._parts))
@@ -44,9 +57,6 @@ class Trace:
             module.load = torch.zeros(module.router.out_features, dtype=torch.int64, device=self._device)
         if self._spread is not None:
             self._traffic = self._open.enter_context(Traffic(self._spread.mesh, clock(self._device)))
-            if self._spread.timeline is not None:
-                self._spread.timeline.start()
-        self._open.enter_context(self._activations)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -76,9 +86,13 @@ class Trace:
         sizes = [(one.numel() * one.element_size(), one.requires_grad) for p in self._parts for one in p.parameters()]
         held = sum(size for size, _ in sizes)
         trained = sum(size for size, is_trained in sizes if is_trained)
+        formula = model_state(self._experiment, held, trained)
+        if self._stashes is not None:
+            self._memory["stash"] = self._stashes.most_stashed
+            formula["stash"] = stash(self._experiment, self._stashes.ahead, trained)
         found: dict[str, Any] = {
             "memory": self._memory | {"activations": self._activations.peak},
-            "formula": model_state(self._experiment, held, trained),
+            "formula": formula,
         }
         if self._spread is not None:
             self._spread.traffic = found["traffic"] = self._traffic.axes()

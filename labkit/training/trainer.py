@@ -21,14 +21,16 @@ from labkit.gradients.wire import Wire
 from labkit.parallel import shared_memory, state
 from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel, share_weight
-from labkit.training import checkpoint, evaluation
+from labkit.training import checkpoint, evaluation, slow
 from labkit.training.clock import clock
 from labkit.training.events import EventWriter
 from labkit.training.exactness import inexact_parts
+from labkit.training.link import Link
 from labkit.training.meter import Board, Meter, peak_bytes
 from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
 from labkit.training.runtime import Runtime
 from labkit.training.sampling import Order, PassSampler
+from labkit.training.shares import Shares
 from labkit.training.trace import Trace
 from labkit.workloads.base import Batch, Task
 
@@ -76,6 +78,11 @@ class Trainer:
             if through_ddp:
                 folder = runtime.folder if shared_memory.offered(experiment) else None
                 self.model.exchange_through(folder, runtime.timeout_s)
+                if (memory := self.model.memory) is not None:
+                    meter.spun = lambda: memory.spun
+        factor = experiment.launch.slowdown.get(runtime.rank, 1.0)
+        self.run_pass = slow.stretched(self.model.run_pass, factor, runtime.device, meter)
+        self.link = Link(experiment, runtime)
         settings = self.exchanges.settings()
         self.optimizer = make_optimizer(settings, self.model.optimized(), self.exchanges.optimizer())
         self.exchanges.bind(self.optimizer)
@@ -90,6 +97,7 @@ class Trainer:
                 self._rate,
                 runtime.folder,
                 runtime.timeout_s,
+                self._until,
             )
         )
         self.first = self._load(Path(resume)) if resume else self._begin_anew()
@@ -100,16 +108,21 @@ class Trainer:
         """What all updates of this run have cost."""
         if isinstance(self.model, ReplicatedModel):
             self.model.use(self.update.works_on())
+        follow = experiment.training.shares == "speed" and runtime.ranks > 1 and not runtime.isolated
+        self.shares = Shares(runtime.ranks, follow, runtime.device)
         self.done = self._saved_at = self.first
         """Updates done so far."""
         wanted = training.trace_step
         self.traced = min(self.first + wanted, self.steps) - 1 if wanted else None
+        self.trace = Trace(experiment, self.model, self.optimizer, runtime.device)
 
     def run(self) -> bool:
         """Train to the end or until asked to stop; True if it was stopped before its end."""
         self._write_start()
         self.model.train()
+        self.link.resume()
         stopped = self._draw_tickets() if self.update.draws else self._go_through_rounds()
+        self.link.pause()
         if stopped and self.done > self._saved_at and self.experiment.training.checkpoint_every != 0:
             self._save(self.done)
         if not self.update.draws:
@@ -119,12 +132,15 @@ class Trainer:
 
     def _go_through_rounds(self) -> bool:
         """Every rank does every update; True if they were stopped."""
-        batches = self._batches()
+        apart = self.update.apart
+        batches = self.update.supply(self.model, map(self.runtime.place, self._batches()))
         stopped = False
         while self.done < self.steps:
-            stopped = self.board.should_stop(self.runtime.rank, self.done)
+            stopped = self.board.should_stop(self.runtime.rank, self.done, apart)
             if stopped:
                 break
+            if self.traced is not None and self.done == max(self.first, self.traced - apart):
+                self.trace.watch()  # what the traced update finds under way begins before it
             if self.done == self.traced:
                 self._traced_step(self.done, batches)
             else:
@@ -137,7 +153,7 @@ class Trainer:
         """Ranks draw work and meet where something is due; True if they were stopped."""
         rule, shares = self.update, self.runtime.mesh.samples[1]
         while self.done < self.steps:
-            due = next(step for step in range(self.done + 1, self.steps + 1) if self._is_due(step))
+            due = self._next_due(self.done)
             self._before = self._counters() or self._before  # what an evaluation sends belongs to no update
             rule.open(self.done * shares, due * shares)
             asked = False
@@ -158,7 +174,7 @@ class Trainer:
     def _work_on(self, ticket: int, step: int, share: int) -> None:
         """One piece of work: the gradient over a share of update `step`, and what the rule makes of it."""
         meter, runtime, rule = self.meter, self.runtime, self.update
-        rate = self._rate(step)
+        rate = self._rate(step) * self.update.rate_factor(step)
         meter.begin(step, rate, ticket)
         set_learning_rate(self.optimizer, rate)
         runtime.seed(self._random_state(step, share))
@@ -168,7 +184,7 @@ class Trainer:
             if number:
                 meter.phase("data")
             batch = runtime.place(self.task.train.__getitems__(indices.tolist()))
-            loss = self.model.run_pass(batch, self._weight(len(indices)), number == self.passes - 1, meter.phase)
+            loss = self.run_pass(batch, self._weight(len(indices)), number == self.passes - 1, meter.phase)
             assert loss is not None
             meter.loss(loss, len(indices))
         meter.phase("optimizer")
@@ -186,15 +202,14 @@ class Trainer:
 
     def _traced_step(self, step: int, batches: Iterator[Batch]) -> None:
         """One update, and what it looked like on this rank."""
-        trace = Trace(self.experiment, self.model, self.optimizer, self.runtime.device)
-        with trace:
+        with self.trace as trace:
             self._step(step, batches, trace)
         self.events.write("trace", step=step + 1, **trace.found())
 
     def _step(self, step: int, batches: Iterator[Batch], trace: Trace | None = None) -> None:
         """One update: the passes over this rank's share, the exchange of gradients in the last, the optimizer."""
         meter, runtime = self.meter, self.runtime
-        rate = self._rate(step)
+        rate = self._rate(step) * self.update.rate_factor(step)
         meter.begin(step, rate)
         self._before = self._counters() or self._before  # what an evaluation sends belongs to no update
         set_learning_rate(self.optimizer, rate)
@@ -202,11 +217,11 @@ class Trainer:
         for number in range(self.passes):
             if number:
                 meter.phase("data")
-            batch = runtime.place(next(batches))
+            batch = next(batches)
             samples = len(next(iter(batch.values())))
             last = number == self.passes - 1
             with self.update.passes(self.model, last, step):
-                loss = self.model.run_pass(batch, self._weight(samples), last, meter.phase)
+                loss = self.run_pass(batch, self._weight(samples), last, meter.phase)
             if loss is not None:
                 meter.loss(loss, samples * self.model.counted)
         meter.phase("optimizer")
@@ -221,12 +236,15 @@ class Trainer:
         self.model.after_update(self.optimizer)
         meter.exchanged(self._exchanged())
         meter.end()
+        self.shares.computed(step, meter.busy, meter.samples)
 
     def _measure_gradient(self) -> None:
         """Clip the gradient, or write its norm down, if that was asked for."""
         limit = self.experiment.optimizer.clip_norm
         if limit is not None:
-            self.meter.grad_norm(self.model.clip(limit))
+            norm = self.model.clip(limit)
+            if norm is not None:
+                self.meter.grad_norm(norm)
         elif self.experiment.training.gradient_norm:
             self.meter.grad_norm(self.model.grad_norm())
 
@@ -262,7 +280,16 @@ class Trainer:
         more than fetching a batch of small images does.
         """
         share, shares = self.runtime.mesh.samples
-        sampler = PassSampler(self.order, self.first, self.steps, share, shares, self.passes)
+        follow = self.shares.follow
+        sampler = PassSampler(
+            self.order,
+            self.first,
+            self.steps,
+            share,
+            shares,
+            self.passes,
+            lambda: self.shares.weights if follow else None,
+        )
         workers, cuda = self.experiment.training.loader_workers, self.runtime.device.type == "cuda"
         if not workers and not cuda:
             return map(self.task.train.__getitems__, sampler)
@@ -282,10 +309,14 @@ class Trainer:
         """What is due after `step` updates: evaluation, checkpoint; always at the end unless switched off (0)."""
         if self.runtime.isolated:
             return  # copies that do not train together have nothing to show or to keep
-        if self._due(step, self._evaluate_every):
-            self._evaluate(step, last=step == self.steps)
-        if self._due(step, self._checkpoint_every):
-            self._save(step)
+        evaluates, saves = self._due(step, self._evaluate_every), self._due(step, self._checkpoint_every)
+        if not (evaluates or saves):
+            return
+        with self.link.paused():
+            if evaluates:
+                self._evaluate(step, last=step == self.steps)
+            if saves:
+                self._save(step)
 
     @property
     def _evaluate_every(self) -> int:
@@ -297,10 +328,15 @@ class Trainer:
         wanted = self.experiment.training.checkpoint_every
         return self.steps if wanted is None else wanted
 
-    def _is_due(self, step: int) -> bool:
-        """Is there anything to do after `step` updates? At the end in any case."""
-        every = (self._evaluate_every, self._checkpoint_every)
-        return step == self.steps or any(self._due(step, one) for one in every)
+    def _next_due(self, step: int) -> int:
+        """After how many updates, more than `step`, there is something to do; at the end in any case."""
+        every = [one for one in (self._evaluate_every, self._checkpoint_every) if one > 0]
+        return min([self.steps, *((step // one + 1) * one for one in every)])
+
+    def _until(self, step: int) -> int:
+        """After how many updates the ranks stand still next, as far as is known when update `step` begins."""
+        due, stop = self._next_due(step), self.board.stops_at
+        return due if stop is None else min(due, stop)
 
     def _due(self, step: int, every: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.steps)
@@ -396,6 +432,9 @@ class Trainer:
             } | about
         if about:
             self.events.write("communication", **about)
+        link = self.link.found()
+        if link is not None:
+            self.events.write("link", updates=self.done - self.first, **link)
         self.events.write("memory", peak_bytes=peak_bytes(self.runtime.device))
         self.meter.phase("done")
 

@@ -1,4 +1,4 @@
-"""A fold under the live picture: memory, traffic, pipeline and experts of the runs that have ended.
+"""A fold under the live picture: methods, memory, traffic, pipeline and experts of the runs that have ended.
 
 It costs nothing while a run goes on: pictures are made when somebody opens it, or when a run ends while it is open.
 They are static outputs, not FigureWidgets, because each of those sends plotly's five megabytes to the browser.
@@ -12,18 +12,20 @@ from typing import Any
 import ipywidgets as widgets
 
 from labkit.plots import static
-from labkit.plots.closeup import closeups
+from labkit.plots.closeup import closeups, combines, combining
 from labkit.plots.picture import Picture
 from labkit.plots.shown import Shown
 
-TITLE = "One update, looked at closely: memory, traffic, pipeline, experts"
+TITLE = "Looked at closely: methods by time and bytes, memory, traffic, pipeline, experts"
 
 
 class Closeup:
-    """The fold. `offer()` tells that runs have ended; `shown` gives the runs when pictures are made."""
+    """The fold. `offer()` tells that runs have ended; when pictures are made, `every` gives all runs, for those that
+    compare methods, and `latest` those of the live picture, for the update that each of them traced.
+    """
 
-    def __init__(self, shown: Callable[[], Sequence[Shown]]) -> None:
-        self._shown = shown
+    def __init__(self, every: Callable[[], Sequence[Shown]], latest: Callable[[], Sequence[Shown]]) -> None:
+        self._every, self._latest = every, latest
         self._stale = True
         self.output = widgets.Output()
         self.widget = widgets.Accordion([self.output], titles=[TITLE], selected_index=None, layout={"display": "none"})
@@ -32,7 +34,7 @@ class Closeup:
     def offer(self) -> None:
         """A run has ended: show the fold, and draw anew if it is open."""
         self._stale = True
-        if any(one.data.memory for one in self._shown()):
+        if any(one.data.memory or combines(one) for one in self._every()):
             self.widget.layout.display = None
         if self.widget.selected_index == 0:
             self.draw()
@@ -44,7 +46,8 @@ class Closeup:
     def draw(self) -> None:
         """Make the pictures of the runs that have ended."""
         self._stale = False
-        pictures = closeups([one for one in self._shown() if one.data.done])
+        pictures = combining([one for one in self._every() if one.data.done])
+        pictures += closeups([one for one in self._latest() if one.data.done])
         self.output.outputs = tuple(output for picture in pictures for output in _outputs(picture))
 
 

@@ -20,9 +20,11 @@ import numpy as np
 from labkit.experiment import Experiment, ExperimentError
 from labkit.experiment.run_directory import RunDirectory
 from labkit.plots import overview, ranks, static, theme
+from labkit.plots.against import TITLES
 from labkit.plots.shown import Shown, shown
 from labkit.plots.table import html_table, runs_rows
 from labkit.runs.data import RunData
+from labkit.runs.methods import key, period
 from labkit.runs.steady import Steady
 from labkit.ui.closeup import Closeup
 from labkit.ui.live_figure import LiveFigure
@@ -67,8 +69,18 @@ class Dashboard:
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._sent = self._synced = self._tabled = 0.0
-        self.closeup = Closeup(self.shown)
-        self.widget = widgets.VBox([self.figure, self.strip, self.table, self.closeup.widget])
+        self.closeup = Closeup(self.every, self.shown)
+        self.against = widgets.ToggleButtons(
+            options=list(overview.AGAINST),
+            value=overview.AGAINST[0],
+            description="Curves against",
+            tooltip="What the curves are drawn against: updates, training time or bytes sent",
+            tooltips=[TITLES[name] for name in overview.AGAINST],
+            style={"button_width": "auto", "description_width": "initial"},
+            layout={"width": "auto"},
+        )
+        self.against.observe(self._turned, "value")
+        self.widget = widgets.VBox([self.against, self.figure, self.strip, self.table, self.closeup.widget])
 
     # -- what is shown ----------------------------------------------------------------------------------------------
 
@@ -168,8 +180,8 @@ class Dashboard:
 
     def _draw(self) -> None:
         many = self.shown()
-        traces = overview.traces(many, self.rows)
-        layout = overview.layout(many, self.rows)
+        traces = overview.traces(many, self.rows, self.against.value)
+        layout = overview.layout(many, self.rows, against=self.against.value)
         before, shape = self._drawn
         changed = [_differences(old, new) for old, new in zip(before, traces, strict=True)]
         with self.figure.batch_update():
@@ -193,6 +205,18 @@ class Dashboard:
         """Renew the state that a reloaded page reads."""
         self._synced = time.monotonic()
         self.figure.renew()
+
+    def _turned(self, _change: Any) -> None:
+        """The curves are to be drawn against something else."""
+        with self.figure.batch_update():
+            for name in ("xaxis", "xaxis2", "xaxis3"):  # what was zoomed to means nothing there
+                self.figure.layout[name].autorange = True
+        self.redraw(force=True)
+        self.sync()
+
+    def every(self) -> list[Shown]:
+        """All runs."""
+        return shown([Shown.named(self._data[run.id], self._experiment(run)) for run in self.runs])
 
     def shown(self) -> list[Shown]:
         """The runs of the figure: the latest ones, with the baseline if there is one."""
@@ -275,7 +299,7 @@ def live_row(experiment: Experiment, data: RunData, rows: Sequence[dict[str, Any
     """The run that goes on, with its speed-up so far over the latest baseline in `rows`; None before its first step."""
     if not data.steps or not len(data.seconds[0]):
         return None
-    steady = Steady.of(data.seconds[0].astype(np.float64))
+    steady = Steady.of(data.seconds[0].astype(np.float64), period(experiment))
     median = steady.median
     median = median if median is not None and np.isfinite(median) else None
     base = next((row for row in reversed(rows) if row["is_baseline"] and row["step_seconds"]), None)
@@ -287,6 +311,7 @@ def live_row(experiment: Experiment, data: RunData, rows: Sequence[dict[str, Any
         "title": data.status.get("title") or experiment.title,
         "workload": experiment.workload.name,
         "layout": str(experiment.layout),
+        "method": key(experiment),
         "world_size": size,
         "device": experiment.launch.device,
         "state": data.state,
@@ -342,7 +367,7 @@ def _left(data: RunData, total: int | None) -> str:
 def _differences(old: Any, new: dict[str, Any]) -> dict[str, Any]:
     """What a redraw has to replace in a trace: arrays that changed, and the words."""
     found: dict[str, Any] = {}
-    for name in ("x", "y", "text", "name", "showlegend", "mode"):
+    for name in ("x", "y", "text", "name", "showlegend", "mode", "hovertemplate"):
         if name in new and not _same(old[name], new[name]):
             found[name] = new[name]
     if new["type"] == "bar" and found:

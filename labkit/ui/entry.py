@@ -30,6 +30,8 @@ _WORDS = {
     "clip_norm": "Clip gradient norm",
     "threads_per_rank": "Threads per rank",
     "isolated": "Independent copies",
+    "slowdown": "Slowed ranks",
+    "hosts": "Emulated hosts",
 }
 _BY_FIELD = {
     "workload.name": "Workload",
@@ -41,6 +43,7 @@ _BY_FIELD = {
 }
 _UNITS = {"_mb": "MB", "_s": "s", "_ms": "ms", "_mbit": "Mbit/s"}
 NOT_YET = "(not in this version yet)"
+NOT_HERE = "(not here)"
 
 
 def label(field: str) -> str:

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from labkit.experiment import Experiment, ExperimentError, Problem
 from labkit.experiment.choice import Choice
 from labkit.experiment.registry import ROOMS, Options, registry
-from labkit.experiment.rules import CHOICES
+from labkit.experiment.rules import CHOICES, UNAVAILABLE
 from labkit.ui import entry as entries
 from labkit.ui.entry import Entry
 
@@ -210,6 +210,8 @@ class ExperimentForm:
         if field.startswith("layout.") and axis in axes and not axes[axis].available and value == 1:
             one.widget.disabled = True
             one.widget.description = f"{axis} {entries.NOT_YET}"
+        if value == info.get_default():
+            _grey(field, one.widget)
         self._add(one)
         return one.widget
 
@@ -225,6 +227,9 @@ class ExperimentForm:
         switch = widgets.Checkbox(
             value=part is not None, description=entries.label(field), tooltip=entries.tooltip(field, info), indent=True
         )
+
+        if part is None:
+            _grey(field, switch)
 
         def fill(part: Any) -> None:
             for known in [name for name in self.entries if name.startswith(f"{field}.")]:
@@ -288,6 +293,15 @@ def fold(title: str, rows: Sequence[Any]) -> list[Any]:
 
     button.on_click(turn)
     return [button, box]
+
+
+def _grey(field: str, widget: Any) -> None:
+    """Switch off what this machine cannot offer; the tooltip tells why."""
+    reason = UNAVAILABLE[field]() if field in UNAVAILABLE else ""
+    if reason:
+        widget.disabled = True
+        widget.description = f"{widget.description} {entries.NOT_HERE}"
+        widget.tooltip = f"{widget.tooltip} Not on this machine: {reason}."
 
 
 def _default_knobs(experiment: Experiment) -> list[str]:

@@ -144,15 +144,18 @@ class Lab:
 
         return compare(self.runs)
 
-    def picture(self) -> Picture:
-        """Loss, metric, throughput and speed-up as they are now."""
-        return overview.overview(self.runs, self.comparison if self.runs else (), self._height)
+    def picture(self, against: str = "steps") -> Picture:
+        """Loss, metric, throughput and speed-up as they are now, drawn against steps, time or bytes."""
+        return overview.overview(self.runs, self.comparison if self.runs else (), self._height, against)
 
     def closeups(self) -> list[Picture]:
-        """Memory, traffic, pipelines and experts of the runs that have ended, from the update that each traced."""
-        from labkit.plots.closeup import closeups
+        """Of the runs that have ended: how their methods compare, where ranks combined what they learned in several
+        ways; memory, traffic, pipelines and experts of the update that each of the latest runs traced.
+        """
+        from labkit.plots.closeup import closeups, combining
 
-        return closeups([run for run in self.runs if run.done][-overview.SLOTS :])
+        ended = [run for run in self.runs if run.done]
+        return combining(ended) + closeups(ended[-overview.SLOTS :])
 
     def show(self) -> None:
         """Display the picture statically, with its summary and its table, and the close-ups as tables in a fold.
@@ -160,7 +163,7 @@ class Lab:
         `for picture in lab.closeups(): picture.show()` draws those too.
         """
         static.show(self.picture())
-        static.fold("One update, looked at closely", self.closeups())
+        static.fold("Looked at closely", self.closeups())
 
     # -- display ----------------------------------------------------------------------------------------------------
 

@@ -54,7 +54,6 @@ def problems(changes: str, machine: Machine = CPU) -> list[str]:
         ("quantization.training=fp8 quantization.qat=int4", CPU, ["quantization.training", "quantization.qat"]),
         ("quantization.after_training=int8_dynamic", CPU, ["quantization.after_training"]),
         ("quantization.training=fp64", CPU, []),
-        ("launch.network.rate_mbit=10", CPU, ["launch.network"]),
         ("layout=dp-1·tp3", SERVER, ["layout"]),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import threading
 import time
 
@@ -53,6 +54,46 @@ def test_all_ranks_stop_at_the_same_step(ranks: int, requested_at: int, pauses: 
         thread.join()
     assert len(set(done)) == 1, "a rank that went on alone would wait for ever"
     assert requested_at < done[0] <= requested_at + 3
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(2, 5),
+    st.integers(0, 20),
+    st.lists(st.floats(0, 0.002), min_size=1, max_size=7),
+)
+def test_stages_that_are_apart_stop_at_the_same_step(ranks: int, requested_at: int, pauses: list[float]) -> None:
+    """An asynchronous pipeline: each stage waits for its neighbours only, and for nothing that will not come."""
+    board, done, awaited = Board(ranks), [-1] * ranks, [-1] * ranks
+    forth, back = ([queue.Queue[int]() for _ in range(ranks + 1)] for _ in range(2))
+
+    def train(rank: int) -> None:
+        step = begun = 0
+        while step < 60 and not board.should_stop(rank, step, apart=ranks):
+            until = 60 if board.stops_at is None else board.stops_at
+            while begun < min(step + ranks - rank, until):
+                if rank:
+                    assert forth[rank].get(timeout=20) == begun
+                time.sleep(pauses[(rank + begun) % len(pauses)])
+                forth[rank + 1].put(begun)
+                begun += 1
+            awaited[rank] = max(awaited[rank], min(begun, until - 1))  # the next message is received meanwhile
+            if step == requested_at and rank == ranks - 1:
+                board.request_stop()
+            if rank < ranks - 1:
+                assert back[rank].get(timeout=20) == step
+            back[rank - 1].put(step)
+            step += 1
+        done[rank] = step
+
+    threads = [threading.Thread(target=train, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(done)) == 1, "one that went on alone would wait for ever"
+    assert requested_at < done[0] <= requested_at + ranks + 3
+    assert max(awaited) < done[0], "nobody waits for a minibatch that is not begun any more"
 
 
 def test_without_a_request_nobody_stops() -> None:

@@ -28,6 +28,8 @@ class FakeRun:
         path.mkdir(parents=True)
         self.directory = RunDirectory(path)
         self.ranks, self.steps, self.clock = ranks, 0, 1000.0
+        self.pace = 1.0
+        """So many times as many steps does it take to learn the same."""
         self.status: dict[str, Any] = {}
         self.asked_to_stop = False
         self._random = np.random.default_rng(0)
@@ -79,13 +81,18 @@ class FakeRun:
         with open(self.directory.events(rank), "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def advance(self, count: int, step_s: float = 0.02, evaluate: bool = True) -> FakeRun:
-        """Write `count` more steps of a plausible training."""
-        at = np.arange(self.steps, self.steps + count)
+    def advance(self, count: int, step_s: Any = 0.02, evaluate: bool = True, **columns: Any) -> FakeRun:
+        """Write `count` more steps of a plausible training; `columns`: more of each step, a number or a list."""
+        number = np.arange(self.steps, self.steps + count)
+        at = number / self.pace
         for rank in range(self.ranks):
-            seconds = step_s * (1 + 0.05 * np.abs(self._random.standard_normal(count)))
+            seconds = np.asarray(step_s) * (1 + 0.05 * np.abs(self._random.standard_normal(count)))
             loss = 2.3 * np.exp(-at / 60) + 0.08 + 0.12 * np.abs(self._random.standard_normal(count)) * np.exp(-at / 90)
             self.clock = self.clock + float(seconds.sum()) if rank == 0 else self.clock
+            usual = {"data": 0.001, "forward": 0.005, "backward": 0.01, "optimizer": 0.001, "grad_norm": 1.0}
+            each = {
+                name: value if isinstance(value, list) else [value] * count for name, value in (usual | columns).items()
+            }
             self.event(
                 rank,
                 "steps",
@@ -93,15 +100,11 @@ class FakeRun:
                 loss=loss.round(5).tolist(),
                 samples=[128 // self.ranks] * count,
                 seconds=seconds.round(6).tolist(),
-                data=[0.001] * count,
-                forward=[0.005] * count,
-                backward=[0.01] * count,
-                optimizer=[0.001] * count,
-                grad_norm=[1.0] * count,
+                **each,
             )
         self.steps += count
         if evaluate:
-            accuracy = 0.985 - 0.88 * float(np.exp(-self.steps / 40))
+            accuracy = 0.985 - 0.88 * float(np.exp(-self.steps / self.pace / 40))
             self.event(0, "evaluation", step=self.steps, metrics={"loss": 0.3, "accuracy": accuracy}, seconds=0.1)
         entries = [
             {"rank": rank, "step": self.steps, "phase": "backward", "silent_s": 0.1, "memory_bytes": 300 * 2**20}
@@ -118,10 +121,10 @@ class FakeRun:
             self.event(rank, "trace", step=4, memory=sizes, formula=sizes, traffic={"dp_replicate": counts})
         return self
 
-    def train(self, steps: int = 200, step_s: float = 0.02, every: int = 20) -> FakeRun:
+    def train(self, steps: int = 200, step_s: float = 0.02, every: int = 20, **columns: Any) -> FakeRun:
         """Run to the end."""
         for _ in range(steps // every):
-            self.advance(every, step_s)
+            self.advance(every, step_s, **columns)
         return self.end("finished")
 
     def end(self, state: str, **more: Any) -> FakeRun:
@@ -140,3 +143,65 @@ class FakeRun:
 
     def logs(self, rank: int, lines: int = 50) -> str:
         return f"log of rank {rank}"
+
+
+def combined(
+    root: Path,
+    name: str,
+    *changes: str,
+    sent: float = 10 * 2**20,
+    compression_s: float = 0.0,
+    pace: float = 1.0,
+    mbit: float | None = 200.0,
+    every: int = 1,
+    steps: int = 200,
+    ranks: int = 2,
+) -> FakeRun:
+    """A finished run whose ranks combine what they learned, each sending `sent` bytes once in `every` steps over a
+    link that they share.
+
+    A step computes 20 ms (without a limit the link takes 10 ms); `changes` as after --set.
+    """
+    experiment = EXPERIMENT.replace(f"training.steps={steps}", f"layout.dp_replicate={ranks}", *changes)
+    if mbit is not None:
+        experiment = experiment.set({"launch.network": {"rate_mbit": mbit}})
+    run = FakeRun(root, name, experiment, ranks)
+    run.pace = pace
+    travels = 0.01 * sent / 10 / 2**20 if mbit is None else ranks * sent * 8 / (mbit * 1e6)
+    meets = [(step + 1) % every == 0 for step in range(steps)]
+    exposed = [travels if meet else 0.0 for meet in meets]
+    for first in range(0, steps, 20):
+        part = slice(first, first + 20)
+        run.advance(
+            20,
+            [0.02 + compression_s + seconds for seconds in exposed[part]],
+            bytes=[sent if meet else 0 for meet in meets[part]],
+            exposed=exposed[part],
+            compression=compression_s,
+            forward=0.006,
+            backward=[0.012 + compression_s + (seconds if every == 1 else 0.0) for seconds in exposed[part]],
+            optimizer=[0.001 + (seconds if every > 1 else 0.0) for seconds in exposed[part]],
+        )
+    mean = sent * sum(meets) / steps
+    for rank in range(ranks):
+        run.event(rank, "communication", bytes_per_step=mean, counted_bytes_per_step=mean, formula_bytes_per_step=mean)
+    return run.end("finished")
+
+
+def drawn(root: Path, name: str, *changes: str, stale: list[int], steps: int = 200, ranks: int = 2) -> FakeRun:
+    """A finished run in which ranks drew their work; gradients were so old as `stale` says, again and again."""
+    experiment = EXPERIMENT.replace(f"training.steps={steps}", f"layout.dp_replicate={ranks}", *changes)
+    run = FakeRun(root, name, experiment, ranks)
+    for number in range(steps):
+        run.clock += 0.02
+        loss = 2.3 * float(np.exp(-number / 60)) + 0.08
+        for rank in range(ranks):
+            ticket = number * ranks + rank
+            columns = {"ticket": ticket, "ended": run.clock, "staleness": stale[ticket % len(stale)], "loss": loss}
+            columns |= {"samples": 128 // ranks, "seconds": 0.02, "data": 0.001, "forward": 0.006, "backward": 0.011}
+            columns |= {"optimizer": 0.002, "bytes": 1000, "exposed": 0.001, "compression": 0.0}
+            run.event(rank, "steps", first=number, **{key: [value] for key, value in columns.items()})
+        if (number + 1) % 20 == 0:
+            run.clock += 5.0
+            run.event(0, "evaluation", step=number + 1, metrics={"loss": 0.3, "accuracy": 0.9}, seconds=5.0)
+    return run.end("finished")

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from labkit.plots.downsample import MAX_POINTS, extremes, means, smooth
+from labkit.plots.downsample import MAX_POINTS, extremes, means
+from labkit.runs.smooth import smooth
 
 values = arrays.arrays(
     np.float64,

@@ -239,6 +239,17 @@ def test_a_straggler_and_a_failed_rank_are_named(tmp_path: Path) -> None:
     assert [line["State"] for line in figure.rows] == ["ended", "failed", "ended"]
 
 
+def test_the_one_that_computes_longest_is_named_though_all_wait(tmp_path: Path) -> None:
+    fake = FakeRun(tmp_path, "slow", ranks=2).advance(20)
+    for rank, busy in ((0, 0.01), (1, 0.04)):
+        steps = {"loss": [1.0] * 60, "samples": [1] * 60, "seconds": [0.05] * 60}
+        fake.event(rank, "steps", first=20, compute=[busy] * 60, **steps)
+    picture = plot_ranks(read(fake))
+    said = "Rank 1 is the straggler: it computes 4.0 times as long as the others (median)"
+    assert picture.summary == f"{said}."
+    assert [row["Computing (ms)"] for row in picture.rows] == ["10.00", "40.0"]
+
+
 def test_untrusted_progress_does_not_break_the_strip(tmp_path: Path) -> None:
     run = FakeRun(tmp_path, "odd")
     for content in (

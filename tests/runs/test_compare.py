@@ -150,6 +150,17 @@ def test_the_ceiling_is_what_independent_copies_reach(home: Path) -> None:
     assert row(found, "copies")["final"] is None, "copies that do not train together have no accuracy"
     assert "where the machine allows" in found.text()
     assert row(found, "one")["ceiling"] is None
+    slowed = record(home, "slowed", noisy(0.2), 'layout=dp2 launch.isolated=true launch.slowdown={"1":4}')
+    again = compare([base, two, copies, other, slowed])
+    assert row(again, "two")["ceiling"] == row(found, "two")["ceiling"], "a slowed machine is another one"
+
+
+def test_rates_of_copies_that_never_wait_add_up(home: Path) -> None:
+    """A rank that takes four times as long gives a quarter of its rate: 1 + 1/4 of two ranks' rates."""
+    copies = record(home, "copies", [0.1] * 40, 'layout=dp2 launch.isolated=true launch.slowdown={"1":4}')
+    path = copies.events(1)
+    path.write_text(path.read_text().replace("0.1", "0.4"))
+    assert row(compare([copies]), "copies")["samples_per_second"] == pytest.approx(64 / 0.1 * 1.25 / 2)
 
 
 def test_the_table_for_people(home: Path) -> None:

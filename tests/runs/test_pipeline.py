@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labkit.experiment import Layout
-from labkit.runs.pipeline import Action, bubble, ideal, idle, span, textbook
+from labkit.experiment import Experiment, Layout
+from labkit.runs import pipeline
+from labkit.runs.pipeline import Action, bubble, bubble_of, ideal, idle, span, textbook
 
 
 def chunks(*order: tuple[str, int, int], seconds: dict[str, float] | None = None) -> list[Action]:
@@ -126,6 +127,21 @@ def test_one_slow_moment_does_not_change_the_schedule() -> None:
     disturbed = {**rows, 1: [*rows[1][:-1], last._replace(end=last.end + 50)]}
     assert bubble(disturbed).own == pytest.approx(bubble(rows).own)
     assert bubble(disturbed).measured > bubble(rows).measured
+
+
+def test_what_began_before_the_timeline_is_there_already() -> None:
+    # Three updates of an asynchronous pipeline of two stages, and the first message of each rank lies before them.
+    rows = {
+        0: chunks(*((kind, 0, number + (kind == "F")) for number in (4, 5, 6) for kind in "FB")),
+        1: chunks(*((kind, 1, number) for number in (4, 5, 6) for kind in "FB")),
+    }
+    simulated = ideal(rows)
+    assert [action.begin for action in simulated[1]] == [0, 1, 3, 4, 6, 7], "nothing to wait for: F 1 s, B 2 s"
+    assert simulated[0][1].begin == simulated[1][1].end, "the gradient of minibatch 4 comes from the last stage"
+    asynchronous = Experiment().set({"layout.pp": 2, "gradients.update.method": "pipedream"})
+    assert pipeline.schedule(asynchronous) == "pipedream"
+    assert bubble_of(rows, asynchronous).textbook is None
+    assert bubble_of(gpipe(2, 4), Experiment().set({"layout": {"pp": 2, "microbatches": 4}})).textbook == 1 / 5
 
 
 def test_what_cannot_have_been_computed_is_refused() -> None:

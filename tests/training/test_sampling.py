@@ -94,3 +94,19 @@ def test_epochs_become_steps(epochs: float, length: int, batch: int, found: int)
 def test_no_data_is_refused() -> None:
     with pytest.raises(ValueError, match="empty"):
         Order(0, 4, 0)
+
+
+@settings(deadline=None)
+@given(orders, steps, st.lists(st.floats(0.01, 1.0), min_size=1, max_size=8), st.integers(1, 3))
+def test_weighted_shares_partition_the_batch_too(order: Order, step: int, parts: list[float], passes: int) -> None:
+    ranks = len(parts)
+    if order.batch < ranks * passes:
+        return
+    weights = [part / sum(parts) for part in parts]
+    shares = [order.passes(step, rank, ranks, passes, weights) for rank in range(ranks)]
+    flat = np.concatenate([indices for share in shares for indices in share])
+    np.testing.assert_array_equal(flat, order.update(step))
+    for share, weight in zip(shares, weights, strict=True):
+        size = sum(map(len, share))
+        assert size >= passes
+        assert abs(size - passes - weight * (order.batch - ranks * passes)) <= 1

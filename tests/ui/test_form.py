@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labkit.experiment import Experiment, ExperimentError
+from labkit.experiment import Experiment, ExperimentError, slow_link
 from labkit.experiment.recipes import RECIPES, recipe
 from labkit.experiment.registry import registries
 from labkit.ui.form import ExperimentForm
@@ -42,7 +42,10 @@ changes = st.fixed_dictionaries(
         "launch.device": st.sampled_from(["auto", "cpu", "cuda"]),
         "launch.isolated": st.booleans(),
         "launch.network": st.none()
-        | st.fixed_dictionaries({"rate_mbit": st.floats(1, 1e6), "delay_ms": st.floats(0, 100)}),
+        | st.fixed_dictionaries(
+            {"rate_mbit": st.floats(1, 1e6), "delay_ms": st.floats(0, 100), "hosts": st.integers(1, 4)}
+        ),
+        "launch.slowdown": st.dictionaries(st.integers(0, 7).map(str), st.floats(1, 100), max_size=3),
         "workload.width": st.none() | st.integers(8, 64),
     },
 )
@@ -147,6 +150,98 @@ def test_steps_and_epochs_exclude_each_other(form: ExperimentForm) -> None:
     assert (form.value.training.steps, form.value.training.epochs) == (7, None)
 
 
+METHODS = [
+    (registry.field, method.key)
+    for _, registry in registries()
+    for method in registry
+    if registry.field.startswith("gradients.") and method.available
+]
+
+
+@pytest.mark.parametrize(("field", "key"), METHODS)
+def test_every_way_to_combine_gradients_shows_its_options(form: ExperimentForm, field: str, key: str) -> None:
+    form.set("layout.dp_replicate", 4)
+    form.set(field, key)
+    section = field.rpartition(".")[0]
+    methods = next(registry for _, registry in registries() if registry.field == field)
+    fields = methods.options(key).model_fields
+    assert {name.rpartition(".")[2] for name in form.entries if name.startswith(f"{section}.")} == {"method", *fields}
+    for name, info in fields.items():
+        entry = form.entries[f"{section}.{name}"]
+        assert entry.read() == info.get_default(call_default_factory=True)
+        assert info.description in entry.widget.tooltip
+    assert form.value.get(field) == key
+    known = (form.problems, form.value.problems())
+    assert known[0] == known[1], "what the rules say is what the form shows"
+    for problem in form.problems:
+        assert problem.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "words"),
+    [
+        (
+            {"layout.dp_replicate": 1, "gradients.update.method": "local_sgd"},
+            "gradients.update.method",
+            "more than one rank",
+        ),
+        (
+            {
+                "layout.dp_replicate": 2,
+                "gradients.update.method": "gossip",
+                "gradients.compression.method": "int8",
+            },
+            "gradients.compression.method",
+            "no gradients",
+        ),
+        (
+            {
+                "layout.dp_replicate": 2,
+                "gradients.update.method": "streaming_diloco",
+                "gradients.update.every": 3,
+            },
+            "gradients.update.fragments",
+            "cannot take turns",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_said_and_mended(
+    form: ExperimentForm, changes: dict[str, Any], field: str, words: str
+) -> None:
+    for name, value in changes.items():
+        form.set(name, value)
+    problem = next(problem for problem in form.problems if problem.field == field)
+    assert words in problem.reason
+    assert problem.nearest is not None
+    form.use(problem)
+    assert problem.reason not in [other.reason for other in form.problems]
+
+
+def test_an_option_that_may_be_empty_takes_a_number_and_nothing(form: ExperimentForm) -> None:
+    form.set("layout.dp_replicate", 2)
+    form.set("gradients.compression.method", "powersgd")
+    start = form.entries["gradients.compression.start_step"]
+    for text, value in (("7", 7), ("", None)):
+        start.widget.value = text
+        assert form.value.get("gradients.compression.start_step") == value
+    start.widget.value = "soon"
+    assert [problem.field for problem in form.problems] == ["gradients.compression.start_step"]
+
+
+def test_slowed_ranks_are_written_as_a_table(form: ExperimentForm) -> None:
+    form.set("layout.dp_replicate", 4)
+    entry = form.entries["launch.slowdown"]
+    assert entry.widget.value == "{}"
+    entry.widget.value = '{"3": 4}'
+    assert form.value.launch.slowdown == {3: 4.0}
+    assert form.problems == []
+    assert ExperimentForm(form.value).value == form.value
+    for text, words in (('{"3": 0.5}', "1 to 1000 times slower"), ("{3: 4}", "cannot read"), ('{"7": 2}', "7")):
+        entry.widget.value = text
+        assert words in form.problems[0].reason
+        assert form.problems[0].field.startswith("launch.slowdown")
+
+
 def test_options_change_with_the_workload(form: ExperimentForm) -> None:
     assert "workload.image_size" in form.entries
     form.set("workload.name", "language")
@@ -164,6 +259,28 @@ def test_a_section_that_may_be_absent_has_a_switch(form: ExperimentForm) -> None
     assert form.value.launch.network.rate_mbit == 50.0
     form.set("launch.network", None)
     assert form.value.launch.network is None
+
+
+def test_what_this_machine_cannot_do_is_grey_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slow_link, "possible", lambda: slow_link.Links("containers forbid it", "no", "no"))
+    switch = ExperimentForm(recipe("vision-ddp")).entries["launch.network"].widget
+    assert switch.disabled
+    assert "containers forbid it" in switch.tooltip
+    monkeypatch.setattr(slow_link, "possible", lambda: slow_link.Links(delay="no netem"))
+    form = ExperimentForm(recipe("vision-ddp").replace("launch.network.rate_mbit=10"))
+    grey = {name: form.entries[f"launch.network.{name}"].widget.disabled for name in ("rate_mbit", "delay_ms", "hosts")}
+    assert grey == {"rate_mbit": False, "delay_ms": True, "hosts": False}
+    assert "no netem" in form.entries["launch.network.delay_ms"].widget.tooltip
+    assert not form.entries["launch.network"].widget.disabled
+
+
+def test_slowed_ranks_are_typed_as_json() -> None:
+    form = ExperimentForm(recipe("vision-ddp"))
+    form.set("launch.slowdown", {"1": 4})
+    assert form.value.launch.slowdown == {1: 4.0}
+    assert form.problems == []
+    form.entries["launch.slowdown"].widget.value = '{"7": 4}'
+    assert [problem.field for problem in form.problems] == ["launch.slowdown"]
 
 
 def test_knobs_come_first_and_in_the_order_of_the_lesson() -> None:

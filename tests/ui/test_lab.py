@@ -16,6 +16,7 @@ import labkit.launch
 from labkit.experiment import Experiment, ExperimentError
 from labkit.experiment.recipes import RECIPES, recipe
 from labkit.plots import static
+from labkit.plots.against import HOVER, TITLES
 from labkit.runs.data import RunData
 from labkit.ui import Lab, closeup
 from labkit.ui.dashboard import describe
@@ -132,6 +133,37 @@ def test_close_ups_are_made_when_they_are_opened(lab: Lab, launcher: Launcher, m
     launcher.runs[1].trace().train()
     eventually(lambda: not lab._panel.dashboard.running)
     assert made[-1] == 2, "open, it follows the next run"
+
+
+def test_the_fold_compares_methods_of_all_runs(lab: Lab, launcher: Launcher) -> None:
+    fold = lab._panel.dashboard.closeup
+    for method in ("none", "powersgd", "none", "none", "topk", "int8"):
+        lab.experiment = lab.experiment.replace(f"gradients.compression.method={method}")
+        lab.run()
+        launcher.runs[-1].train(60, bytes=1000, exposed=0.002, compression=0.0)
+        eventually(lambda: not lab._panel.dashboard.running)
+    assert fold.widget.layout.display is None, "nothing was traced, but methods can be compared"
+    fold.widget.selected_index = 0
+    words = [output["data"]["text/plain"] for output in fold.output.outputs if static.PLOTLY_MIME in output["data"]]
+    assert [sentence.split()[0] for sentence in words] == ["Plain", "Communication", "Plain"]
+    assert [len(picture.rows) for picture in lab.closeups()] == [6, 6, 4]
+
+
+def test_curves_can_be_turned_to_time_and_bytes(lab: Lab, launcher: Launcher) -> None:
+    dashboard = lab._panel.dashboard
+    lab.run()
+    launcher.runs[0].advance(100, bytes=2**20)
+    eventually(lambda: "step 100 of 200" in words(lab))
+    for against, end in (("time", 2.08), ("bytes", 200), ("steps", 100)):
+        dashboard.against.value = against
+        assert dashboard.figure.data[1].x[-1] == pytest.approx(end, rel=0.02)
+        assert dashboard.figure.layout.xaxis3.title.text == TITLES[against]
+        assert dashboard.figure.data[1].hovertemplate.startswith(HOVER[against])
+    dashboard.against.value = "time"
+    launcher.runs[0].train(100, bytes=2**20)
+    eventually(lambda: not dashboard.running)
+    assert dashboard.figure.data[1].x[-1] == pytest.approx(4.16, rel=0.02), "and stay so while the run goes on"
+    assert dashboard.figure._widget_layout["xaxis"]["title"]["text"] == TITLES["time"]
 
 
 def test_what_the_browser_reports_does_not_change_the_figure(lab: Lab) -> None:
@@ -281,7 +313,9 @@ def test_show_code_prints_a_cell_that_makes_the_same_run(lab: Lab, launcher: Lau
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("change", ['name="it\'s"', 'launch.network={"rate_mbit": 5}', "optimizer.clip_norm=2"])
+@pytest.mark.parametrize(
+    "change", ['name="it\'s"', 'launch.network={"rate_mbit": 5}', 'launch.slowdown={"1": 4}', "optimizer.clip_norm=2"]
+)
 def test_the_code_builds_the_same_experiment(name: str, change: str) -> None:
     experiment = recipe(name).replace(change)
     tree = ast.parse(code(experiment))
