@@ -42,12 +42,11 @@ class PowerSGD(LateCompressor):
     """PowerSGD with warm start and error feedback."""
 
     name = "powersgd"
-    momentum = True
 
     class Options(LateOptions):
         """How thin the factors are."""
 
-        rank: int = Field(default=4, ge=1, le=4096)
+        rank: int = Field(default=16, ge=1, le=4096)
         """Rank of what is sent of a matrix."""
         min_saving: float = Field(default=2.0, ge=0, le=1e6)
         """A matrix is factored if that makes it so many times smaller."""

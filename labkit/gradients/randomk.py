@@ -34,10 +34,10 @@ class RandomK(LateCompressor):
     class Options(LateOptions):
         """How much is sent, and what becomes of the rest."""
 
-        ratio: float = Field(default=0.1, gt=0, le=1)
+        ratio: float = Field(default=0.5, gt=0, le=1)
         """Which part of the entries of a bucket is sent."""
-        error_feedback: bool = True
-        """What was not sent is added to the next gradient."""
+        error_feedback: bool = False
+        """What was not sent is added to the next gradient; otherwise it is forgotten, and what is sent is made larger."""
 
     def __init__(self, *arguments: Any) -> None:
         from labkit.gradients.memory import Memory

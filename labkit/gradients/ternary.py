@@ -15,23 +15,23 @@ from typing import Any
 
 from pydantic import Field
 
-from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compressor import Bundle, Compressor, Moment, Shape, UnderWay, numel
+from labkit.gradients.compressor import Bundle, Moment, Shape, UnderWay, numel
 from labkit.gradients.cost import all_gather_bytes
+from labkit.gradients.late import LateCompressor, LateOptions
 
 
-class Ternary(Compressor):
+class Ternary(LateCompressor):
     """TernGrad."""
 
     name = "ternary"
 
-    class Options(BaseOptions):
+    class Options(LateOptions):
         """What is done about large numbers."""
 
         clip_sigma: float = Field(default=2.5, ge=0, le=100)
         """Gradients are limited to so many standard deviations of their parameter; 0 for no limit (unbiased)."""
 
-    def exchange(self, bundle: Bundle) -> UnderWay:
+    def compress(self, bundle: Bundle) -> UnderWay:
         """The mean of the ternary gradients."""
         import torch
 
@@ -60,6 +60,6 @@ class Ternary(Compressor):
         return out
 
     @classmethod
-    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
         """(N-1) · (n/4 + 4 · parameters)."""
         return all_gather_bytes(-(-numel(shapes) // 4) + 4 * len(shapes), moment.ranks)
