@@ -37,7 +37,7 @@ class RandomK(LateCompressor):
         ratio: float = Field(default=0.5, gt=0, le=1)
         """Which part of the entries of a bucket is sent."""
         error_feedback: bool = False
-        """What was not sent is added to the next gradient; otherwise it is forgotten, and what is sent is made larger."""
+        """What was not sent is added to the next gradient; otherwise it is forgotten and what is sent made larger."""
 
     def __init__(self, *arguments: Any) -> None:
         from labkit.gradients.memory import Memory
