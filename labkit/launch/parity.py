@@ -121,6 +121,12 @@ def claims_nothing(experiment: Experiment) -> Problem | None:
     if registry("gradients.compression")[method].load().lossy:
         reason = f"{method} changes gradients and claims no parity: compare its loss with that of a run without it"
         return Problem("gradients.compression.method", reason, "none")
+    rule = experiment.gradients.update.method
+    if rule != "synchronous":
+        reason = (
+            f"{rule} lets ranks go apart or comes late and claims no parity: compare its loss with synchronous training"
+        )
+        return Problem("gradients.update.method", reason, "synchronous")
     return None
 
 
