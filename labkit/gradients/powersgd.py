@@ -46,7 +46,7 @@ class PowerSGD(LateCompressor):
     class Options(LateOptions):
         """How thin the factors are."""
 
-        rank: int = Field(default=16, ge=1, le=4096)
+        rank: int = Field(default=12, ge=1, le=4096)
         """Rank of what is sent of a matrix."""
         min_saving: float = Field(default=2.0, ge=0, le=1e6)
         """A matrix is factored if that makes it so many times smaller."""

@@ -9,6 +9,9 @@ gradient, and is forgotten where it was sent; the optimizer then adds no momentu
 gathers the same momentum as one that does not. Over the first updates more is sent: the ratio falls from 1/4 to its
 value, exponentially.
 
+At a ratio of 1 % an entry waits about a hundred updates. A training of many thousands does not mind, and that is what
+the paper is about; one of a few hundred does, hence the default.
+
 Bytes that one of N ranks sends for n numbers: (N-1) · k · (4 + bytes of a value), k = ⌈ratio · n⌉.
 """
 
