@@ -50,7 +50,7 @@ class OneBitAdam(LateCompressor):
         """When it begins."""
 
         warmup_steps: int | None = Field(default=None, ge=1)
-        """Updates of plain AdamW before the mean squares are frozen; empty for a quarter of the training."""
+        """Updates of plain AdamW before the mean squares are frozen; empty for a tenth of the training."""
 
         @property
         def freeze(self) -> bool:
@@ -107,7 +107,7 @@ class OneBitAdam(LateCompressor):
     @classmethod
     def begins(cls, options: Any, steps: int) -> int:
         """The first update with compression."""
-        return beginning(options.warmup_steps, steps, 0.25)
+        return beginning(options.warmup_steps, steps, 0.1)
 
 
 def _part(count: int, ranks: int) -> int:
