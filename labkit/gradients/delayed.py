@@ -5,7 +5,8 @@ Zinkevich, Langford and Smola, "Slow Learners are Fast", NIPS 2009; Zhu et al., 
 sends what synchronous training sends. The first d updates have nothing to apply; the last d gradients are not used.
 
 With `predict`, gradients are computed where the weights will be when they are applied, as far as one can tell: d times
-the last update ahead (Chen, Yang and Cheng, SpecTrain, 2018). Without it the loss pays more the larger the steps are.
+the last update ahead (Chen, Yang and Cheng, SpecTrain, 2018), or further, which damps what the delay excites (Kosson et
+al., "Pipelined Backpropagation at Scale", 2021). Without it the loss pays more the larger the steps are.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Delayed(Rounds):
     class Options(BaseOptions):
         delay: int = Field(default=1, ge=0, le=100)
         """By how many updates gradients come late; 0 is synchronous training without overlap."""
-        predict: bool = True
-        """Compute gradients at the weights that are expected when they will be applied."""
+        predict: float = Field(default=2.0, ge=0, le=10)
+        """How far ahead of the weights gradients are computed, in units of the move that is expected; 0 for not."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -69,7 +70,8 @@ class Delayed(Rounds):
         """Every gradient is as old as it is late."""
         if self._old:
             trained = [parameter.detach() for parameter in self.model.parameters() if parameter.requires_grad]
-            self._ahead = [(new - old) * self.options.delay for new, old in zip(trained, self._old, strict=True)]
+            reach = self.options.predict * self.options.delay
+            self._ahead = [(new - old) * reach for new, old in zip(trained, self._old, strict=True)]
         return self.options.delay if self._applied else None
 
     def judged(self) -> AbstractContextManager[None]:

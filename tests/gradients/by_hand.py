@@ -103,7 +103,7 @@ def local_sgd(every: int) -> Callable[[list[Rank], int], None]:
 class Late:
     """Gradients that are applied `delay` updates later; `ahead`: computed where the weights will be by then."""
 
-    def __init__(self, delay: int, ahead: bool) -> None:
+    def __init__(self, delay: int, ahead: float) -> None:
         self.delay, self.under_way, self.way, self.ahead = delay, list[Flat](), 0.0, ahead
 
     def before(self, ranks: list[Rank]) -> None:
@@ -121,10 +121,10 @@ class Late:
                 rank.slope = old
                 rank.step(step)
         if self.ahead:
-            self.way = self.delay * (ranks[0].weights - self.here)
+            self.way = self.ahead * self.delay * (ranks[0].weights - self.here)
 
 
-def delayed(delay: int, ahead: bool = False) -> Late:
+def delayed(delay: int, ahead: float = 0.0) -> Late:
     return Late(delay, ahead)
 
 

@@ -49,8 +49,8 @@ PLAIN = {"average_optimizer": False}
 ONE = {"rate_factor": 1.0}
 BY_HAND = {
     "local_sgd": ({"every": 4, "rate_factor": 1.0, **PLAIN}, lambda: by_hand.local_sgd(4)),
-    "delayed": ({"delay": 2, "predict": False}, lambda: by_hand.delayed(2)),
-    "delayed, ahead": ({"delay": 2}, lambda: by_hand.delayed(2, ahead=True)),
+    "delayed": ({"delay": 2, "predict": 0}, lambda: by_hand.delayed(2)),
+    "delayed, ahead": ({"delay": 2}, lambda: by_hand.delayed(2, ahead=2.0)),
     "diloco": ({"every": 3, **OUTER}, lambda: by_hand.diloco(3, 0.7, 0.9)),
     "streaming_diloco": (
         {"every": 3, "fragments": 2, "delay": 1, "alpha": 0.25, "bits": 32, **OUTER},
