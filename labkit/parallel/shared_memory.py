@@ -53,7 +53,7 @@ class SharedMemory:
         self.seconds = 0.0
         """Spent in exchanges so far."""
         self.spun = 0.0
-        """Of these, asking again and again for a rank that had not come yet."""
+        """Processor time of the thread that went into asking again and again for a rank that had not come yet."""
         self.updates = 0
         """Updates whose gradients went through here."""
         self._incoming, self._outgoing = self._connect(folder)
@@ -140,10 +140,11 @@ class SharedMemory:
             raise RuntimeError("connection closed by peer: a rank has ended") from None
         for rank, pipe in self._incoming.items():
             said, begun = self._read(pipe), time.monotonic()
+            ran = time.thread_time()  # where cores are short, another process runs in most of the time
             while said is None and time.monotonic() < begun + SPIN_S:
                 os.sched_yield()
                 said = self._read(pipe)
-            self.spun += time.monotonic() - begun
+            self.spun += time.thread_time() - ran
             while said is None:
                 poll = select.poll()
                 poll.register(pipe, select.POLLIN)
