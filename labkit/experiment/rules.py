@@ -125,8 +125,6 @@ def hosts_to_add_up_in(experiment: Experiment, machine: Machine) -> Iterator[Pro
         yield Problem(
             "layout", f"{hosts} hosts do not divide {layout.world_size} ranks", layout.world_size // hosts * hosts
         )
-    if experiment.launch.transport == "shared_memory":
-        yield Problem("launch.transport", "sums in two storeys go through the process group", "auto")
 
 
 def _exchanges_gradients(experiment: Experiment) -> bool:

@@ -90,6 +90,8 @@ class Compressor:
     name: ClassVar[str] = ""
     lossy: ClassVar[bool] = True
     """Does the mean that comes out differ from the mean of what goes in?"""
+    momentum = False
+    """Is what is averaged the momentum of AdamW (late.py)? Set to false for a run in which it must not be."""
 
     class Options(BaseOptions):
         pass

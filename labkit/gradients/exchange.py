@@ -169,7 +169,7 @@ class Exchanges:
         self._clock = clock
         self._gradients, self._seed, self._steps = experiment.gradients, experiment.training.seed, steps
         self._hosts = getattr(experiment.launch.network, "hosts", 1)
-        self._optimizer = experiment.optimizer
+        self._optimizer, self._pipeline = experiment.optimizer, experiment.layout.pp > 1
         self._method: type[Compressor] = registry("gradients.compression")[self._gradients.compression.method].load()
         self._options = self._method.Options(**self._gradients.compression.options)
         self._made: dict[int, Exchange] = {}
@@ -190,7 +190,10 @@ class Exchanges:
     def _compressor(self, group: dist.ProcessGroup) -> Compressor:
         if self._gradients.hierarchical:
             return Hierarchical(self._method, self._options, self._hosts, self._steps, self._seed, self._clock)
-        return self._method(self._options, Wire(group, self._clock), self._steps, self._seed)
+        made = self._method(self._options, Wire(group, self._clock), self._steps, self._seed)
+        if self._pipeline:  # stages add up the gradients of weights that they share, and momenta do not add up
+            made.momentum = False
+        return made
 
     @property
     def installed(self) -> str:

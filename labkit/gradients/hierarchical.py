@@ -38,6 +38,7 @@ class Hierarchical(Compressor):
         between = [list(range(place, world, local)) for place in range(local)]
         self._inside = Wire(_own_group(inside, rank), clock)
         self._method = method(options, Wire(_own_group(between, rank), clock), steps, seed)
+        self._method.momentum = False  # it is known by parameter, and a part crosses their borders
         super().__init__(options, self._method.wire, steps, seed)
         self.name = method.name  # type: ignore[misc]
 

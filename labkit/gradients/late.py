@@ -6,6 +6,15 @@ hundred times too large, so AdamW moves its weight ten times too slowly. So thes
 does it (Tang et al., ICML 2021), v stays from there on as whole gradients have left it (`freeze`). Then an update is
 linear in what arrives, nothing that error feedback brings late is lost, and gradients are compressed in units of √v,
 that is by what they do to the weights. SGD needs none of it.
+
+A method may also ask for the momentum (`momentum`): then what ranks average is the momentum with the gradient of each
+in it, and AdamW takes the mean as it is. What is left out of a momentum that changes slowly is left out only once; but
+a method that sends little of it (top-k, low rank) would send the same part over and over.
+
+Measured on the language recipe (400 updates, two ranks, held-out loss; 1.666 without compression, 1.639 with frozen v
+alone): sign 1.84 from the first update on, 1.80 late and frozen, 1.66 so with momentum; ternary 1.76 and 1.66; top-k of
+20 % 1.67; PowerSGD of rank 4 1.79 and 1.78, of rank 12 1.68. A tenth of the training, a twentieth and a quarter before
+the beginning make no difference beyond that of seeds.
 """
 
 from __future__ import annotations
@@ -29,18 +38,16 @@ class LateOptions(BaseOptions):
     """When compression begins, and what AdamW makes of it."""
 
     start_step: int | None = Field(default=None, ge=0)
-    """Updates with whole gradients before it begins; empty for a tenth of the training."""
+    """Updates with whole gradients before it begins; empty for a twentieth of the training."""
     freeze: bool = True
-    """With AdamW: its mean squares stay as they are when compression begins."""
+    """With AdamW: its mean squares stay as they are when compression begins (not if that is at once)."""
 
 
 class LateCompressor(Compressor):
     """Base of methods that begin late. A subclass has `compress` and `compressed_bytes`."""
 
-    part: ClassVar[float] = 0.1
+    part: ClassVar[float] = 0.05
     """Of the training, before which it does not begin unless told to."""
-    momentum: ClassVar[bool] = False
-    """Is what comes out the momentum of AdamW?"""
 
     class Options(LateOptions):
         pass

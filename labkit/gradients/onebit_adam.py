@@ -11,8 +11,8 @@ averages, and sends signs of the mean to all (all-gather), with error feedback o
 with the number of ranks as those of gathered signs do.
 
 Here signs are taken of m / (√v + ε), which is linear in m, so that the scale is that of the update, and a weight whose
-gradients are small is not pushed about by the scale of the others. Denominators far below those of their parameter
-(what was hardly touched in the warm-up) are raised to `FLOOR` of their root mean square, as no later gradient will.
+gradients are small is not pushed about by the scale of the others. What was hardly touched in the warm-up has hardly
+a denominator: those far below the root mean square of their parameter's are raised (`frozen_adamw.FLOOR`).
 
 What `optimizer.clip_norm` limits after the warm-up is the norm of the averaged momentum.
 
@@ -50,7 +50,7 @@ class OneBitAdam(LateCompressor):
         """When it begins."""
 
         warmup_steps: int | None = Field(default=None, ge=1)
-        """Updates of plain AdamW before the mean squares are frozen; empty for a quarter of the training."""
+        """Updates of plain AdamW before the mean squares are frozen; empty for a tenth of the training."""
 
         @property
         def freeze(self) -> bool:
@@ -107,7 +107,7 @@ class OneBitAdam(LateCompressor):
     @classmethod
     def begins(cls, options: Any, steps: int) -> int:
         """The first update with compression."""
-        return beginning(options.warmup_steps, steps, 0.25)
+        return beginning(options.warmup_steps, steps, 0.1)
 
 
 def _part(count: int, ranks: int) -> int:

@@ -11,6 +11,9 @@ Means of products with the same factor are products with the mean, so both round
 of ranks. All matrices of a bucket travel in one message a round, in the first one together with what is not worth
 factoring: vectors, and matrices whose factors are not `min_saving` times smaller.
 
+The paper trains for many thousands of updates with rank 4 and less; a training of a few hundred has no time to wait for
+what a low rank leaves out, hence the default.
+
 torch's own hook starts the second round in the callback of the first, in another order on another rank if there are
 several buckets, and gloo then ends the process; here a bucket goes on only when all are under way.
 
@@ -46,7 +49,7 @@ class PowerSGD(LateCompressor):
     class Options(LateOptions):
         """How thin the factors are."""
 
-        rank: int = Field(default=16, ge=1, le=4096)
+        rank: int = Field(default=12, ge=1, le=4096)
         """Rank of what is sent of a matrix."""
         min_saving: float = Field(default=2.0, ge=0, le=1e6)
         """A matrix is factored if that makes it so many times smaller."""

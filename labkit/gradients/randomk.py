@@ -1,8 +1,10 @@
-"""Random entries, the same on all ranks, with error feedback (Stich et al., "Sparsified SGD with Memory", 2018).
+"""Random entries, the same on all ranks (Stich et al., "Sparsified SGD with Memory", NeurIPS 2018).
 
 All ranks draw the same places from a common seed, so that only values travel and can be added up on the way, by an
-all-reduce, whatever the number of ranks. What was not sent is kept for later; without error feedback values are made
-n/k times larger instead, which is unbiased but noisy.
+all-reduce, whatever the number of ranks. Either what was not sent is forgotten and what is sent is made n/k times
+larger, which is right on average but noisy; or it is kept for later (error feedback). The paper has the latter; but an
+entry then waits for n/k updates whatever its size, and short trainings at high learning rates bear noise better than
+so much delay: the language recipe ends 6 % above the loss without compression at a ratio of 1/4 and 19 % with feedback.
 
 The places are every s-th of the bucket, round and round from a random one, s random without a common divisor with n: k
 different places, each as likely as any other, without shuffling all n.
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class RandomK(LateCompressor):
-    """Sparsified SGD with memory, at random places."""
+    """Random-k."""
 
     name = "randomk"
 
@@ -37,7 +39,7 @@ class RandomK(LateCompressor):
         ratio: float = Field(default=0.5, gt=0, le=1)
         """Which part of the entries of a bucket is sent."""
         error_feedback: bool = False
-        """What was not sent is added to the next gradient; otherwise it is forgotten and what is sent made larger."""
+        """Keep what was not sent for later, instead of making what is sent larger."""
 
     def __init__(self, *arguments: Any) -> None:
         from labkit.gradients.memory import Memory

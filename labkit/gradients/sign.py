@@ -5,9 +5,10 @@ each parameter as its scale; the receivers read scale · sign(c), and what that 
 
     e ← c - mean|c| · sign(c)
 
-The scale makes this the nearest of all vectors of one size and these signs. Without error feedback (signSGD, Bernstein
-et al., ICML 2018, here still with the scale) the result is biased: small gradients count as much as large ones, and
-what is always small is never heard.
+Under AdamW c is the momentum with this rank's gradient in it instead of the gradient (late.py, and `freeze`), as in
+1-bit Adam: it changes slowly, so its signs say more. The scale makes this the nearest of all vectors of one size and
+these signs. Without error feedback (signSGD, Bernstein et al., ICML 2018, here still with the scale) the result is
+biased: small gradients count as much as large ones, and what is always small is never heard.
 
 Bytes that one of N ranks sends for n numbers: (N-1) · (n/8 + 4 · scales).
 """

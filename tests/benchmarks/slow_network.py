@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "int8": {"gradients.compression.method": "int8"},
     "ternary": {"gradients.compression.method": "ternary"},
     "sign": {"gradients.compression.method": "sign"},
-    "topk 1 %": {"gradients.compression.method": "topk"},
+    "topk 1 %": {"gradients.compression.method": "topk", "gradients.compression.ratio": 0.01},
     "randomk": {"gradients.compression.method": "randomk"},
     "powersgd r=4": {"gradients.compression.method": "powersgd", "gradients.compression.rank": 4},
     "onebit_adam": {"gradients.compression.method": "onebit_adam"},

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit.experiment.registry import registry
@@ -110,6 +110,7 @@ def test_two_storeys_give_the_mean_and_send_one_part_between_hosts(by_four: Show
 # -- choosing entries -------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30_000), st.floats(0, 1), st.integers(0, 99), st.sampled_from([1.0, 8.0]))
 def test_a_sampled_threshold_finds_exactly_the_largest(size: int, part: float, seed: int, power: float) -> None:
     random = torch.Generator().manual_seed(seed)

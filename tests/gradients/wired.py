@@ -26,9 +26,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "bf16": {"sum_in": "fp32"},
     "int8": {"chunk": 10},
     "sign": AT_ONCE,
-    "ternary": {},
-    "topk": {"ratio": 0.1, "warmup_steps": 0},
-    "randomk": {"ratio": 0.1} | AT_ONCE,
+    "ternary": AT_ONCE,
+    "topk": {"ratio": 0.1, "warmup_steps": 0} | AT_ONCE,
+    "randomk": {"ratio": 0.1, "error_feedback": True} | AT_ONCE,
     "powersgd": {"rank": 1, "min_saving": 1.0} | AT_ONCE,
 }
 """All but 1-bit Adam, which needs an optimizer."""
@@ -82,10 +82,10 @@ def limits() -> dict[str, float]:
     whole_rank = {"rank": 99, "min_saving": 0.0} | AT_ONCE
     return {
         "none": _spread("none"),
-        "topk": _spread("topk", ratio=1.0),
-        "topk without feedback": _spread("topk", ratio=1.0, error_feedback=False),
+        "topk": _spread("topk", ratio=1.0, **AT_ONCE),
+        "topk without feedback": _spread("topk", ratio=1.0, error_feedback=False, **AT_ONCE),
         "randomk": _spread("randomk", ratio=1.0, **AT_ONCE),
-        "randomk without feedback": _spread("randomk", ratio=1.0, error_feedback=False, **AT_ONCE),
+        "randomk with feedback": _spread("randomk", ratio=1.0, error_feedback=True, **AT_ONCE),
         "powersgd": _spread("powersgd", **whole_rank),
         "fp16 of small whole numbers": _spread("fp16", whole=True),
         "fp16 summed in fp32": _spread("fp16", whole=True, sum_in="fp32"),
@@ -150,7 +150,7 @@ def kept() -> dict[str, float]:
 
 def summed() -> float:
     """An exchange that adds up: how far it misses the sum."""
-    exchange, gradients = Exchange(make("topk", ratio=1.0), summed=True), Gradients()
+    exchange, gradients = Exchange(make("topk", ratio=1.0, **AT_ONCE), summed=True), Gradients()
     return float((gradients.exchange(exchange, 0) - dist.get_world_size() * gradients.mean(0)).abs().max())
 
 
@@ -161,8 +161,13 @@ def unbiased() -> dict[str, list[float]]:
     """Mean of many exchanges of the same gradients: its largest distance to the true mean, in standard errors, and the
     standard deviation of one exchange (that it is not zero).
     """
-    found, draws = {}, 400
-    for key, options in (("int8", {"levels": 2}), ("ternary", {"clip_sigma": 0.0})):
+    found: dict[str, list[float]] = {}
+    draws = 400
+    for key, options in (
+        ("int8", {"levels": 2}),
+        ("ternary", {"clip_sigma": 0.0} | AT_ONCE),
+        ("randomk", {"ratio": 0.5} | AT_ONCE),
+    ):
         compressor, gradients, results = make(key, **options), Gradients(), []
         for step in range(draws):
             flat = gradients.own(0, dist.get_rank())
@@ -188,7 +193,7 @@ def feedback() -> dict[str, list[float]]:
         sign = make("sign", scale="bucket", error_feedback=feeds, **AT_ONCE)
         x = _descend(sign, _ridge, torch.tensor([1.0, 1.0]), 400, 0.02)
         found.setdefault("sign", []).append(float(0.5 * (x[0] + x[1]).abs() + (x[0] - x[1]).abs()))
-        top = make("topk", ratio=0.5, warmup_steps=0, error_feedback=feeds)
+        top = make("topk", ratio=0.5, warmup_steps=0, error_feedback=feeds, **AT_ONCE)
         x = _descend(top, _tug_of_war, torch.zeros(2), 400, 0.02)
         found.setdefault("topk", []).append(float((x[1] - 1).abs()))
     return found
@@ -236,7 +241,7 @@ def many_buckets() -> list[float]:
 def storeys() -> dict[str, Any]:
     """Sums in two storeys, two hosts of two ranks: distance to the mean; bytes counted, by the formula, by storey."""
     found: dict[str, Any] = {}
-    for name, method, options in (("none", Uncompressed, {}), ("topk", TopK, {"ratio": 1.0})):
+    for name, method, options in (("none", Uncompressed, {}), ("topk", TopK, {"ratio": 1.0} | AT_ONCE)):
         compressor = Hierarchical(method, method.Options(**options), 2, STEPS, 0)
         exchange, gradients = Exchange(compressor), Gradients()
         distance = max(

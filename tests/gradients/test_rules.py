@@ -1,0 +1,137 @@
+"""What compressed gradients do not go with is refused with a sentence, what has no effect says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from labkit.experiment import Experiment, ExperimentError
+from labkit.experiment.registry import registry
+from labkit.launch.parity import check
+from labkit.runs import Run
+from tests.launch.helpers import start, tiny
+
+KEYS = [key for key in registry("gradients.compression").names(available_only=True) if key != "none"]
+HOSTS = {"launch__network": {"rate_mbit": 1000, "hosts": 2}}
+
+
+def problems(experiment: Experiment) -> dict[str, str]:
+    return {problem.field: problem.reason for problem in experiment.problems()}
+
+
+def warnings(experiment: Experiment) -> dict[str, str]:
+    return {warning.field: warning.reason for warning in experiment.warnings()}
+
+
+def compressed(key: str = "sign", options: dict[str, Any] | None = None, **changes: Any) -> Experiment:
+    return tiny(gradients__compression={"method": key} | (options or {}), **changes)
+
+
+METHOD = "gradients.compression.method"
+REFUSED = {
+    "ZeRO 3": ("sign", {"layout": {"dp_replicate": 2, "dp_shard": 2, "zero_stage": 3}}, METHOD, "fully_shard"),
+    "shared memory": ("sign", {"launch__transport": "shared_memory"}, "launch.transport", "process group"),
+    "low rank of a part": (
+        "powersgd",
+        {"layout": {"dp_replicate": 2, "dp_shard": 2, "zero_stage": 1}},
+        METHOD,
+        "needs matrices",
+    ),
+    "low rank between hosts": ("powersgd", {"gradients__hierarchical": True} | HOSTS, METHOD, "needs matrices"),
+    "1-bit Adam between hosts": ("onebit_adam", {"gradients__hierarchical": True} | HOSTS, METHOD, "without their"),
+    "1-bit Adam by SGD": ("onebit_adam", {"optimizer__name": "sgd"}, "optimizer.name", "momentum of AdamW"),
+    "1-bit Adam in stages": (
+        "onebit_adam",
+        {"layout": {"dp_replicate": 2, "pp": 2, "microbatches": 2}},
+        METHOD,
+        "do not add up",
+    ),
+    "another update rule": ("sign", {"gradients__update": {"method": "local_sgd"}}, METHOD, "no gradients"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused(case: str) -> None:
+    key, changes, field, words = REFUSED[case]
+    assert words in problems(compressed(key, **changes))[field]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_the_nearest_legal_value_is_legal(key: str) -> None:
+    layout = {"dp_replicate": 2, "dp_shard": 2, "zero_stage": 3}
+    experiment = compressed(key, layout=layout, launch__transport="shared_memory", training__global_batch=16)
+    for problem in experiment.problems():
+        experiment = experiment.replace(f"{problem.field}={problem.nearest}")
+    assert not experiment.problems()
+
+
+def test_momentum_correction_is_for_sgd_with_momentum() -> None:
+    options, field = {"momentum_correction": True}, "gradients.compression.momentum_correction"
+    assert "moments of another kind" in problems(compressed("topk", options))[field]
+    assert (
+        "no momentum here"
+        in problems(compressed("topk", options, optimizer__name="sgd", optimizer__momentum=0.0))[field]
+    )
+    assert not problems(compressed("topk", options, optimizer__name="sgd"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layout": {"dp_replicate": 1}}, "no two ranks"),
+        ({"layout": {"tp": 2}}, "no two ranks"),
+        ({"layout": {"dp_shard": 2, "zero_stage": 1}}, "no two ranks"),
+        ({"launch__isolated": True}, "never talk"),
+    ],
+)
+def test_where_it_has_no_effect_it_says_so(changes: dict[str, Any], words: str) -> None:
+    assert words in warnings(compressed(**changes))[METHOD]
+
+
+def test_a_compressor_without_effect_is_not_installed() -> None:
+    run: Run = start(compressed("onebit_adam", layout={"dp_replicate": 1}, training__steps=3))
+    run.result(timeout=120)
+    assert run.summary()["effective"]["compressor"] == "none"
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_what_changes_gradients_claims_no_parity(key: str) -> None:
+    with pytest.raises(ExperimentError, match="claims no parity"):
+        check(compressed(key), steps=2)
+
+
+# -- two storeys ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "words"),
+    [
+        ({}, "gradients.hierarchical", "one host only"),
+        (HOSTS | {"ranks": 3}, "layout", "2 hosts do not divide 3 ranks"),
+        (HOSTS | {"layout": {"dp_replicate": 2, "tp": 2}}, "gradients.hierarchical", "plain data parallelism"),
+        (HOSTS | {"gradients__update": {"method": "diloco"}}, "gradients.hierarchical", "exchanges no gradients"),
+    ],
+)
+def test_sums_in_two_storeys_need_hosts(changes: dict[str, Any], field: str, words: str) -> None:
+    ranks = changes.pop("ranks", 4)
+    assert words in problems(tiny(ranks, gradients__hierarchical=True, **changes))[field]
+
+
+def test_one_rank_a_host_has_one_storey() -> None:
+    assert "one rank" in warnings(tiny(2, gradients__hierarchical=True, **HOSTS))["gradients.hierarchical"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "shared memory"),
+        ({"layout": {"dp_replicate": 1}}, "no gradient travels"),
+        ({"layout": {"dp_replicate": 2, "pp": 2, "microbatches": 2}}, "when its schedule is over"),
+        ({"layout": {"dp_shard": 2, "zero_stage": 3}}, "fully_shard"),
+        ({"gradients__update": {"method": "local_sgd"}}, "no gradient travels"),
+    ],
+)
+def test_overlap_that_never_is_says_so(changes: dict[str, Any], words: str) -> None:
+    assert words in warnings(tiny(gradients__overlap=False, **changes))["gradients.overlap"]
+    assert "gradients.overlap" not in warnings(tiny(gradients__overlap=False, launch__transport="network"))
