@@ -73,7 +73,7 @@ def step_seconds(method: str, rate: float | None) -> float:
 
 def main() -> int:
     options = arguments(__doc__ or "", repeats=1)
-    short = {}
+    short: dict[float | None, dict[str, float]] = {}
     for rate in RATES:
         print(f"link: {rate or 'native'}", file=sys.stderr, flush=True)
         cases = {method: lambda method=method, rate=rate: step_seconds(method, rate) for method in METHODS}
