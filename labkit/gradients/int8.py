@@ -43,6 +43,7 @@ class Int8(Compressor):
         """The mean of the rounded gradients."""
         import torch
 
+        from labkit.gradients.noise import greatest, uniform
         from labkit.gradients.packing import join, take
 
         flat, levels, dtype = bundle.flat, self.options.levels, self._dtype()
@@ -50,9 +51,9 @@ class Int8(Compressor):
         width = -(-flat.numel() // rows)
         table = flat.new_zeros(rows, width)
         table.view(-1)[: flat.numel()] = flat
-        scales = torch.linalg.vector_norm(table, torch.inf, dim=1).float()
-        steps = table.mul_((levels / torch.where(scales > 0, scales, 1)).to(flat.dtype)[:, None])
-        noise = torch.rand(steps.shape, dtype=flat.dtype, device=flat.device, generator=self.generator(bundle))
+        scales = greatest(table).float()
+        steps = table.mul_((levels / torch.where(scales > 0, scales, 1)).to(flat.dtype))
+        noise = uniform(steps, self.generator(bundle))
         # Close to the greatest level the sum may be rounded up to the next whole number.
         whole = steps.add_(noise).floor_().clamp_(-levels, levels).to(dtype)
         pending = self.wire.all_gather(join(scales, whole.view(-1)[: flat.numel()]))

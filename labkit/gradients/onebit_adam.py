@@ -16,8 +16,8 @@ a denominator: those far below the root mean square of their parameter's are rai
 
 What `optimizer.clip_norm` limits after the warm-up is the norm of the averaged momentum.
 
-Bytes that one of N ranks sends for n numbers after the warm-up: 2·(N-1) · (n/8N + 4), n/N rounded up to a multiple of
-8.
+Bytes that one of N ranks sends for n numbers after the warm-up: 2·(N-1) · (n/8N + 4·c), with c = ⌈n/1024N⌉ chunks that
+have a scale each, and n/N rounded up so that chunks are alike and their signs fill bytes.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
+
+
+CHUNK = 1024
+"""Most numbers that share a scale."""
 
 
 class OneBitAdam(LateCompressor):
@@ -70,26 +74,28 @@ class OneBitAdam(LateCompressor):
         from labkit.gradients.packing import pack_signs, read_signs
 
         flat, ranks, count = bundle.flat, self.wire.size, bundle.flat.numel()
-        error, part = self._own_errors.of(bundle), _part(count, ranks)
-        parts = flat.new_zeros(ranks, part)
+        error, (chunks, width) = self._own_errors.of(bundle), _chunks(count, ranks)
+        parts = flat.new_zeros(ranks * chunks, width)
         parts.view(-1)[:count] = flat.add_(error)
         message = pack_signs(parts)
-        dealt = self.wire.all_to_all(message)
-        torch.sub(flat, read_signs(message, part, flat.dtype).view(-1)[:count], out=error)
+        dealt = self.wire.all_to_all(message.view(ranks, -1))
+        torch.sub(flat, read_signs(message, width, flat.dtype).view(-1)[:count], out=error)
         yield
-        mean = read_signs(dealt.wait(), part, flat.dtype).mean(0)
-        error = self._sum_errors.of(_place(bundle, mean))
-        message = pack_signs(mean.add_(error)[None])
-        gathered = self.wire.all_gather(message[0])
-        torch.sub(mean, read_signs(message, part, flat.dtype)[0], out=error)
+        arrived = read_signs(dealt.wait().view(len(message), -1), width, flat.dtype)
+        mean = arrived.view(ranks, chunks, width).mean(0)
+        error = self._sum_errors.of(_place(bundle, mean.view(-1))).view_as(mean)
+        message = pack_signs(mean.add_(error))
+        gathered = self.wire.all_gather(message)
+        torch.sub(mean, read_signs(message, width, flat.dtype), out=error)
         yield
-        return read_signs(gathered.wait(), part, flat.dtype).view(-1)[:count]
+        return read_signs(gathered.wait().flatten(0, 1), width, flat.dtype).view(-1)[:count]
 
     @classmethod
     def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
-        """2·(N-1) · (n/8N + 4)."""
-        message = 4 + _part(numel(shapes), moment.ranks) // 8
-        return all_to_all_bytes(message * moment.ranks, moment.ranks) + all_gather_bytes(message, moment.ranks)
+        """2·(N-1) · (n/8N + 4·n/1024N)."""
+        chunks, width = _chunks(numel(shapes), moment.ranks)
+        part = chunks * (4 + width // 8)
+        return all_to_all_bytes(part * moment.ranks, moment.ranks) + all_gather_bytes(part, moment.ranks)
 
     @classmethod
     def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
@@ -110,9 +116,11 @@ class OneBitAdam(LateCompressor):
         return beginning(options.warmup_steps, steps, 0.1)
 
 
-def _part(count: int, ranks: int) -> int:
-    """Numbers that each rank averages: an even share, in whole bytes of signs."""
-    return -(-count // (8 * ranks)) * 8
+def _chunks(count: int, ranks: int) -> tuple[int, int]:
+    """How many chunks with a scale each rank averages, and how many numbers are in one: signs in whole bytes."""
+    part = -(-count // ranks)
+    chunks = -(-part // CHUNK)
+    return chunks, -(-part // (8 * chunks)) * 8
 
 
 def _place(bundle: Bundle, mean: Tensor) -> Bundle:

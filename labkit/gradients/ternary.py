@@ -35,6 +35,7 @@ class Ternary(LateCompressor):
         """The mean of the ternary gradients."""
         import torch
 
+        from labkit.gradients.noise import greatest, uniform
         from labkit.gradients.packing import join, pack, packed_bytes, take, unpack
 
         flat, sizes = bundle.flat, bundle.sizes
@@ -43,8 +44,8 @@ class Ternary(LateCompressor):
             for part in parts:
                 limit = part.square().mean().sqrt_().mul_(self.options.clip_sigma)
                 part.clamp_(-limit, limit)
-        scales = torch.stack([torch.linalg.vector_norm(part, torch.inf) for part in parts]).float()
-        noise = torch.rand(flat.shape, dtype=flat.dtype, device=flat.device, generator=self.generator(bundle))
+        scales = torch.cat([greatest(part[None])[0] for part in parts]).float()
+        noise = uniform(flat, self.generator(bundle))
         for part, scale in zip(noise.split(sizes), scales, strict=True):
             part.mul_(scale)
         digits = (flat > noise).byte() + 2 * (flat < -noise).byte()

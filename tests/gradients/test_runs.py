@@ -89,7 +89,7 @@ def test_one_bucket_sends_the_closed_formula() -> None:
         "topk": 8 * -(-n // 100),
         "randomk": 4 * -(-n // 10),
         "powersgd": 4 * (vectors + sum(min(4, m, k) * (m + k) for m, k in factored)),
-        "onebit_adam": 2 * (4 + -(-n // 16)),
+        "onebit_adam": 2 * (chunks := -(-n // 2048)) * (4 + -(-n // (16 * chunks))),
     }
     assert set(expected) == set(KEYS)
     for key, size in expected.items():
