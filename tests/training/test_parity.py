@@ -83,12 +83,12 @@ MISTAKES = {
         "import labkit.training.trainer as trainer\n"
         "from labkit.training.sampling import Order\n"
         "whole = Order.passes\n"
-        "Order.passes = lambda self, step, rank, ranks, passes: [whole(self, step, rank, ranks, passes)[-1]] * passes\n"
+        "Order.passes = lambda self, step, rank, ranks, passes, weights: [whole(self, step, rank, ranks, passes)[-1]] * passes\n"
     ),
     "every rank sees the same samples": (
         "from labkit.training.sampling import Order\n"
         "right = Order.passes\n"
-        "Order.passes = lambda self, step, rank, ranks, passes: right(self, step, 0, ranks, passes)\n"
+        "Order.passes = lambda self, step, rank, ranks, passes, weights: right(self, step, 0, ranks, passes)\n"
     ),
     "a rank is a millionth off": (
         "import labkit.training.trainer as broken\n"
