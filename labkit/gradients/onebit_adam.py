@@ -54,7 +54,7 @@ class OneBitAdam(LateCompressor):
         """When it begins."""
 
         warmup_steps: int | None = Field(default=None, ge=1)
-        """Updates of plain AdamW before the mean squares are frozen; empty for a tenth of the training."""
+        """Updates of plain AdamW before the mean squares are frozen; empty for a twentieth of the training."""
 
         @property
         def freeze(self) -> bool:
@@ -113,7 +113,7 @@ class OneBitAdam(LateCompressor):
     @classmethod
     def begins(cls, options: Any, steps: int) -> int:
         """The first update with compression."""
-        return beginning(options.warmup_steps, steps, 0.1)
+        return beginning(options.warmup_steps, steps, 0.05)
 
 
 def _chunks(count: int, ranks: int) -> tuple[int, int]:

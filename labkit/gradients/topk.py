@@ -51,7 +51,7 @@ class TopK(LateCompressor):
     class Options(LateOptions):
         """How much is sent, and what becomes of the rest."""
 
-        ratio: float = Field(default=0.2, gt=0, le=1)
+        ratio: float = Field(default=0.15, gt=0, le=1)
         """Which part of the entries of a bucket is sent."""
         warmup_steps: int | None = Field(default=None, ge=0)
         """Updates, from the first, over which the ratio falls from 0.25 to its value; empty for a fifth of all."""
