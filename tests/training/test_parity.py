@@ -83,7 +83,7 @@ MISTAKES = {
         "import labkit.training.trainer as trainer\n"
         "from labkit.training.sampling import Order\n"
         "whole = Order.passes\n"
-        "Order.passes = lambda self, step, rank, ranks, passes, weights: [whole(self, step, rank, ranks, passes)[-1]] * passes\n"
+        "Order.passes = lambda self, step, rank, ranks, n, weights: [whole(self, step, rank, ranks, n)[-1]] * n\n"
     ),
     "every rank sees the same samples": (
         "from labkit.training.sampling import Order\n"
