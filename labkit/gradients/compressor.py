@@ -14,6 +14,7 @@ fail on gloo.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -111,14 +112,14 @@ class Compressor:
 
     # -- the method ---------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def exchange(self, bundle: Bundle) -> UnderWay:
         """Begin to average `bundle.flat` over the ranks; see `UnderWay`. May work in place."""
-        raise NotImplementedError
 
     @classmethod
     def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
         """What one rank sends for one bundle, by the formula."""
-        raise NotImplementedError
+        raise TypeError(f"{cls.__name__} has no formula for a bundle by itself")
 
     def whole(self, bundle: Bundle) -> UnderWay:
         """Average without compression, e.g. before the method begins."""

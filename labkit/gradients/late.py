@@ -18,6 +18,7 @@ alone): sign 1.84 late, 1.80 late and frozen, 1.66 so with momentum; ternary 1.7
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -56,14 +57,14 @@ class LateCompressor(Compressor):
         self.adam: FrozenAdamW | None = None
         """The optimizer, if its mean squares freeze."""
 
+    @abstractmethod
     def compress(self, bundle: Bundle) -> UnderWay:
         """Average `bundle.flat`, smaller."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
         """Of one bundle, once it has begun."""
-        raise NotImplementedError
 
     def exchange(self, bundle: Bundle) -> UnderWay:
         """The mean: whole at first, then compressed."""

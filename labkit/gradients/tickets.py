@@ -7,6 +7,7 @@ stretches all ranks meet, and the model may be judged or saved.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -61,12 +62,12 @@ class Tickets(Rounds):
     def pull(self) -> None:
         """A pass begins: make the working module hold the weights that its gradient will belong to."""
 
+    @abstractmethod
     def push(self, ticket: int) -> int | None:
         """The gradient of the ticket is there: combine it. Returns its staleness in updates of the weights.
 
         None if the gradient came too late and was dropped; the ticket is drawn again then.
         """
-        raise NotImplementedError
 
     def close(self) -> None:
         """No rank takes another ticket of the stretch (collective): finish what is under way."""
