@@ -189,6 +189,27 @@ def _print_json(data: Any) -> None:
     print(json.dumps(data, ensure_ascii=False), flush=True)
 
 
+def _check_output(options: argparse.Namespace) -> None:
+    """Before anything is launched: can the table be written where it is wanted?"""
+    if options.output and not options.output.absolute().parent.is_dir():
+        raise UsageError(f"there is no folder {options.output.parent} to write to")
+
+
+def _as_typed(options: argparse.Namespace) -> str:
+    """The command by which a table can be made again."""
+    return "labkit " + shlex.join(word for word in options.words if word != "--json")
+
+
+def _deliver(options: argparse.Namespace, table: str, data: Any) -> None:
+    """A table in Markdown, to its file or the terminal, and the JSON if it was asked for."""
+    if options.output:
+        options.output.write_text(table, encoding="utf-8")
+    else:
+        _print_lines(table)
+    if options.json:
+        _print_json(data)
+
+
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -269,8 +290,7 @@ def _check_matrix(options: argparse.Namespace, precisions: Sequence[str]) -> int
     families = options.workload or list(FAMILIES)
     if unknown := [name for name in families if name not in FAMILIES]:
         raise UsageError(f"the matrix has no workload {unknown[0]!r}; known: {', '.join(FAMILIES)}")
-    if options.output and not options.output.absolute().parent.is_dir():
-        raise UsageError(f"there is no folder {options.output.parent} to write to")
+    _check_output(options)
     changes = dict(parse_assignment(text) for text in options.set)
     cases = matrix.cases(families, options.ranks or 8, precisions, changes)
     if options.matrix == "sample":
@@ -281,14 +301,9 @@ def _check_matrix(options: argparse.Namespace, precisions: Sequence[str]) -> int
         follow(cases, results, quiet=options.json)
     finally:  # also what was known when it was interrupted
         counts = matrix.counts(results)
-        command = "labkit " + shlex.join(word for word in options.words if word != "--json")
-        table = matrix.markdown(results, len(cases), command, time.monotonic() - begun)
-        if options.output:
-            options.output.write_text(table, encoding="utf-8")
-        else:
-            _print_lines(table)
-        if options.json:
-            _print_json({"asked": len(cases)} | counts | {"cases": [result.to_dict() for result in results]})
+        table = matrix.markdown(results, len(cases), _as_typed(options), time.monotonic() - begun)
+        known = {"asked": len(cases)} | counts | {"cases": [result.to_dict() for result in results]}
+        _deliver(options, table, known)
     return 0 if counts["equal"] + counts["refused"] == len(cases) else 1
 
 
@@ -298,8 +313,7 @@ def _methods(options: argparse.Namespace) -> int:
     known = {case.method for case in methods.cases([("", Experiment())], [2])}
     if unknown := [name for name in options.method if name not in known]:
         raise UsageError(f"there is no method {unknown[0]!r} here; known: {', '.join(sorted(known))}")
-    if options.output and not options.output.absolute().parent.is_dir():
-        raise UsageError(f"there is no folder {options.output.parent} to write to")
+    _check_output(options)
     recipes = [(name, recipe(name).replace(*options.set)) for name in options.recipes or ["vision-ddp"]]
     cases = methods.cases(recipes, options.ranks, options.method)
     for case in cases:
@@ -310,20 +324,14 @@ def _methods(options: argparse.Namespace) -> int:
     try:
         for one in methods.run(cases):
             learned.append(one)
-            what = one.reason or f"loss {one.loss:.4f}" if one.loss is not None else one.reason
+            what = f"loss {one.loss:.4f}" if one.loss is not None else one.reason
             said = (
                 f"{len(learned)} of {len(cases)}: {one.case.recipe}, {one.case.ranks} ranks, {one.case.method}: {what}"
             )
             print(f"labkit: {_plain(said)}", file=sys.stderr, flush=True)
     finally:  # also what was known when it was interrupted
-        command = "labkit " + shlex.join(word for word in options.words if word != "--json")
-        table = methods.markdown(learned, len(cases), command, time.monotonic() - begun)
-        if options.output:
-            options.output.write_text(table, encoding="utf-8")
-        else:
-            _print_lines(table)
-        if options.json:
-            _print_json({"asked": len(cases), "methods": [one.to_dict() for one in learned]})
+        table = methods.markdown(learned, len(cases), _as_typed(options), time.monotonic() - begun)
+        _deliver(options, table, {"asked": len(cases), "methods": [one.to_dict() for one in learned]})
     return 1 if any(one.reason.startswith("failed") for one in learned) or len(learned) < len(cases) else 0
 
 

@@ -72,29 +72,31 @@ def average_bytes(tensors: list[Tensor], ranks: int) -> int:
 
 
 @contextmanager
-def moved(weights: list[Tensor], by: list[Tensor]) -> Iterator[None]:
-    """Meanwhile the weights stand somewhere else; afterwards where they were, to the bit."""
+def _kept(tensors: list[Tensor]) -> Iterator[None]:
+    """Whatever is done to the tensors meanwhile, afterwards they hold what they held, to the bit."""
     with torch.no_grad():
-        own = [tensor.clone() for tensor in weights]
-        for tensor, way in zip(weights, by, strict=True):
-            tensor.add_(way)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, kept in zip(weights, own, strict=True):
+        own = [tensor.clone() for tensor in tensors]
+        try:
+            yield
+        finally:
+            for tensor, kept in zip(tensors, own, strict=True):
                 tensor.copy_(kept)
 
 
 @contextmanager
+def moved(weights: list[Tensor], by: list[Tensor]) -> Iterator[None]:
+    """Meanwhile the weights stand somewhere else."""
+    with _kept(weights):
+        for tensor, way in zip(weights, by, strict=True):
+            tensor.add_(way)
+        with torch.enable_grad():
+            yield
+
+
+@contextmanager
 def held_aside(model: nn.Module, wire: Wire) -> Iterator[None]:
-    """Meanwhile the model holds the mean of all ranks' weights and buffers; afterwards its own again."""
+    """Meanwhile the model holds the mean of all ranks' weights and buffers."""
     tensors = state_of(model)
-    own = [tensor.clone() for tensor in tensors]
-    average(tensors, wire)
-    try:
+    with _kept(tensors):
+        average(tensors, wire)
         yield
-    finally:
-        with torch.no_grad():
-            for tensor, kept in zip(tensors, own, strict=True):
-                tensor.copy_(kept)

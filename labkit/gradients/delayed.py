@@ -37,6 +37,7 @@ class Delayed(Rounds):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
+        self.apart = self.options.delay
         self._under_way: deque[Any] = deque()
         self._applied = False
         self._old: list[Tensor] = []

@@ -19,6 +19,8 @@ from labkit.gradients.update import Rounds
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from labkit.gradients.update import Setting
+
 
 class DiLoCo(Rounds):
     """Local updates, then an outer optimizer."""
@@ -32,6 +34,10 @@ class DiLoCo(Rounds):
         """Nesterov momentum of the outer optimizer (0.9 in the paper: too much for a run of a dozen outer steps)."""
         bits: Literal[32, 16, 8, 4] = 32
         """Bits in which each number of the outer gradient travels."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.apart = self.options.every - 1
 
     def rate_factor(self, step: int) -> float:
         """Ranks step by themselves."""

@@ -213,8 +213,7 @@ class Exchanges:
 
     def counters(self) -> Counters:
         """What all of them have cost so far."""
-        found = [exchange.counters() for exchange in self._made.values()]
-        return Counters(*(sum(column) for column in zip(*map(_row, found), strict=True))) if found else Counters()
+        return sum((exchange.counters() for exchange in self._made.values()), Counters())
 
     # -- the optimizer ------------------------------------------------------------------------------------------------
 
@@ -230,7 +229,3 @@ class Exchanges:
         """Show the compressors what works on their results."""
         for exchange in self._made.values():
             exchange.compressor.bind(optimizer, self._optimizer)
-
-
-def _row(counters: Counters) -> tuple[Any, ...]:
-    return (counters.bytes, counters.exposed_seconds, counters.compression_seconds, counters.formula_bytes)

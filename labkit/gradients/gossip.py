@@ -54,7 +54,10 @@ class Gossip(Tickets):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.draws = self.options.graph == "pairs"  # type: ignore[misc]
+        self.draws = self.options.graph == "pairs"
+        # On a ring the far side hears of a meeting through those between.
+        distance = self.wire.size // 2 if self.options.graph == "ring" else 1
+        self.apart = max(1, distance) * self.options.every - 1
         self._random = random.Random(setting.experiment.training.seed * 1009 + self.wire.rank)
         self._lock = threading.Lock()
         """Held while weights change."""

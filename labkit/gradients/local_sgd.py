@@ -32,8 +32,7 @@ class LocalSGD(Rounds):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.averages = 0
-        """How often the ranks have met."""
+        self.apart = self.options.every - 1
 
     def rate_factor(self, step: int) -> float:
         """Ranks step by themselves."""
@@ -52,5 +51,4 @@ class LocalSGD(Rounds):
         if self.options.average_optimizer:
             tensors += moments_of(self.optimizer)
         average(tensors, self.wire)
-        self.averages += 1
         self.formula_bytes += average_bytes(tensors, self.wire.size)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from labkit.gradients.cost import all_gather_bytes, all_reduce_bytes
+from labkit.gradients.packing import join, pack, take, unpack
 from labkit.gradients.wire import Wire
 
 Bits = Literal[32, 16, 8, 4]
@@ -52,25 +53,18 @@ def mean_bytes(count: int, ranks: int, bits: Bits, width: int = 4) -> int:
 
 
 def encode(values: Tensor, bits: Bits) -> Tensor:
-    """Bytes: whole numbers of `bits` bits, blocks filled up with zeros, then the scales of the blocks."""
+    """Bytes: the scales of the blocks, then whole numbers of `bits` bits, blocks filled up with zeros."""
     top = 2 ** (bits - 1) - 1
     blocks = torch.nn.functional.pad(values.float(), (0, -len(values) % BLOCK)).view(-1, BLOCK)
     scale = blocks.abs().amax(1, keepdim=True) / top
     scaled = torch.where(scale > 0, blocks / scale, torch.zeros_like(blocks))
-    whole = torch.floor(scaled + torch.rand_like(scaled)).clamp_(-top, top).to(torch.int8)
-    if bits == 4:
-        pairs = (whole.view(-1, 2) + 8).to(torch.uint8)
-        whole = pairs[:, 0] | (pairs[:, 1] << 4)
-    return torch.cat([whole.reshape(-1).view(torch.uint8), scale.reshape(-1).view(torch.uint8)])
+    whole = torch.floor(scaled + torch.rand_like(scaled)).clamp_(-top, top).to(torch.int8).view(-1)
+    return join(scale, pack((whole + 8).view(torch.uint8), 4) if bits == 4 else whole)
 
 
 def decode(payload: Tensor, count: int, bits: Bits) -> Tensor:
     """The `count` numbers again, float32."""
     blocks = -(-count // BLOCK)
-    size = blocks * BLOCK * bits // 8
-    body, scale = payload[:size], payload[size:].clone().view(torch.float32)
-    if bits == 4:
-        whole = torch.stack([body & 15, body >> 4], 1).to(torch.int8).reshape(-1) - 8
-    else:
-        whole = body.view(torch.int8)
+    scale, body = take(payload, [(blocks, torch.float32), (blocks * BLOCK * bits // 8, torch.int8)])
+    whole = unpack(body.view(torch.uint8), blocks * BLOCK, range(-8, 8), torch.float32) if bits == 4 else body
     return (whole.view(-1, BLOCK) * scale[:, None]).reshape(-1)[:count]

@@ -100,7 +100,6 @@ class ParameterServer(Tickets):
         """The server begins to listen, every rank asks for its first ticket."""
         from labkit.gradients.server import Local, Remote
 
-        self._stretch = (first, last)
         if self._server is not None:
             self._server.open(first, last)
             self._line: Any = Local(self._server)

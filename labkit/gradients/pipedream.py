@@ -45,7 +45,7 @@ class PipeDream(Rounds):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.apart = setting.experiment.layout.pp
+        self.apart = self.under_way = setting.experiment.layout.pp
         self._pipeline: Any = None
 
     @staticmethod

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
+    from labkit.gradients.update import Setting
 
 
 @dataclass
@@ -54,6 +55,10 @@ class StreamingDiLoCo(DiLoCo):
         """Updates that an exchange has to arrive."""
         alpha: float = Field(default=0.5, ge=0, lt=1)
         """Part of its own weights that a rank keeps when a fragment arrives."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.apart += self.options.delay  # a fragment that has left is waited for so much later
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:

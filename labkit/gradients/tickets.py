@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from labkit.gradients.update import Rounds, replicas_only
 
@@ -28,7 +28,7 @@ class Tickets(Rounds):
     open → (take → pull → passes → push)* → close
     """
 
-    draws: ClassVar[bool] = True
+    draws = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)

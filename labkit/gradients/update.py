@@ -63,10 +63,15 @@ class Rounds:
 
     exchanges: ClassVar[bool] = False
     """Do gradients travel through DistributedDataParallel?"""
-    draws: ClassVar[bool] = False
+    draws: bool = False
     """Do ranks draw tickets?"""
     apart: int = 0
-    """By how many updates ranks may be apart."""
+    """By how many updates another rank may be ahead of rank 0 when it must hear of a stop: `Board.should_stop`.
+
+    Whatever makes ranks wait for each other bounds it; a stop comes so many updates later.
+    """
+    under_way: int = 0
+    """Updates that have begun before the one that ends next, on which a trace has to look back."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.options, self.wire = setting, setting.options, setting.wire

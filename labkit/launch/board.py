@@ -7,6 +7,10 @@ step s and writes "stop at s + 1" before it contributes to the all-reduce of ste
 that all-reduce is done, so each of them sees the mark when it looks at the beginning of step s + 1. The same holds in
 a pipeline: rank 0 holds its first stage, whose activations reach every later stage within the step.
 
+Ranks that do not wait for each other in every step may be ahead of rank 0. With "stop at s + 1 + a" the same holds if
+no rank can begin that step before rank 0 has taken part, after step s began, in something that it waits for: a = H - 1
+where all meet after every H-th step, a = d where step s + d waits for what rank 0 sends in step s.
+
 In an asynchronous pipeline of p stages ranks are apart: rank 0 begins minibatch s + p - 1 in step s, and who has got it
 sees the mark at the beginning of its next step. A rank waits for minibatch m in a step that it begins with m - 2, so
 with "stop at s + p + 1" nobody waits for minibatch s + p + 1, of which there is none.
@@ -72,7 +76,7 @@ class Board:
     def should_stop(self, rank: int, step: int, apart: int = 0) -> bool:
         """Called by every rank at the beginning of step `step`; the same answer on all ranks.
 
-        `apart`: by how many steps ranks may be apart.
+        `apart`: by how many steps another rank may be ahead of rank 0 (a above).
         """
         stop_at = self._whole[_STOP_AT]
         if rank == 0 and stop_at < 0 and self._whole[_REQUESTED]:

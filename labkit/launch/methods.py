@@ -15,7 +15,7 @@ from labkit.experiment import Experiment
 from labkit.experiment.machine import Machine
 from labkit.experiment.registry import registry
 from labkit.experiment.rules import CHOICES
-from labkit.launch.client import launch
+from labkit.launch.finish import finished
 from labkit.runs.environment import versions
 from labkit.runs.run import RunFailed
 
@@ -86,7 +86,7 @@ def run(found: Iterable[Case]) -> Iterator[Learned]:
             yield Learned(case, " ".join(map(str, problems)))
             continue
         try:
-            one = _finished(case.experiment)
+            one = finished(case.experiment)
         except RunFailed as error:
             yield Learned(case, f"failed: {error}")
             continue
@@ -108,16 +108,6 @@ def run(found: Iterable[Case]) -> Iterator[Learned]:
             staleness=(summary["staleness"] or {}).get("mean"),
             samples_per_second=summary["samples_per_second"],
         )
-
-
-def _finished(experiment: Experiment) -> Any:
-    one = launch(experiment, baseline=None)
-    try:
-        one.result()
-    except BaseException:
-        one.stop(0.0)
-        raise
-    return one
 
 
 # -- the table --------------------------------------------------------------------------------------------------------

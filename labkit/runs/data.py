@@ -77,6 +77,11 @@ class GrowingArray:
         self.extend_to(first + len(values), 0)
         self._room[first : first + len(values)] += values
 
+    def add_at(self, places: NDArray[np.int64], values: NDArray[Any]) -> None:
+        """Add each value at its place, which may come twice (zero where nothing stood)."""
+        self.extend_to(int(places.max()) + 1, 0)
+        np.add.at(self._room, places, values)
+
     @property
     def values(self) -> NDArray[Any]:
         """A read-only view of what has been written."""
@@ -386,8 +391,7 @@ class RunData:
         if sent is not None:
             added.append((self._sent, _counts(sent)))
         for column, values in added:
-            for at, value in zip(update, values, strict=True):
-                column.add(int(at), np.array([value]))
+            column.add_at(update, values)
         if self._origin is None or float(ended[0] - seconds[0]) < self._origin:
             self._origin = float(ended[0] - np.nan_to_num(seconds[0]))
         return True

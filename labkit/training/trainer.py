@@ -132,14 +132,13 @@ class Trainer:
 
     def _go_through_rounds(self) -> bool:
         """Every rank does every update; True if they were stopped."""
-        apart = self.update.apart
         batches = self.update.supply(self.model, map(self.runtime.place, self._batches()))
         stopped = False
         while self.done < self.steps:
-            stopped = self.board.should_stop(self.runtime.rank, self.done, apart)
+            stopped = self.board.should_stop(self.runtime.rank, self.done, self.update.apart)
             if stopped:
                 break
-            if self.traced is not None and self.done == max(self.first, self.traced - apart):
+            if self.traced is not None and self.done == max(self.first, self.traced - self.update.under_way):
                 self.trace.watch()  # what the traced update finds under way begins before it
             if self.done == self.traced:
                 self._traced_step(self.done, batches)
@@ -165,7 +164,7 @@ class Trainer:
             # Not all have seen the request at the same ticket.
             stopped = bool(self.runtime.add_up({"asked": float(asked)})["asked"])
             self.done = rule.drawn // shares
-            if self.done == due or not stopped:
+            if self.done == due:
                 self._after(self.done)
             if stopped:
                 return self.done < self.steps

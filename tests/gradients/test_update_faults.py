@@ -10,8 +10,18 @@ import numpy as np
 import pytest
 
 from labkit.launch import launch
-from tests.launch.helpers import ENDLESS, Watched, start, tiny
+from tests.launch.helpers import ENDLESS, Watched, start, steps_written, tiny
 
+APART: list[dict[str, Any]] = [
+    {"method": "local_sgd", "every": 40},
+    {"method": "post_local_sgd", "every": 30, "switch": 0.0},
+    {"method": "diloco", "every": 30},
+    {"method": "streaming_diloco", "every": 30, "delay": 5},
+    {"method": "delayed", "delay": 10},
+    {"method": "gossip", "graph": "complete", "every": 30},
+    {"method": "gossip", "graph": "ring", "every": 15},
+]
+"""Rules under which ranks may be far ahead of the first one."""
 RULES: list[dict[str, Any]] = [
     {"method": "local_sgd", "every": 4},
     {"method": "streaming_diloco"},
@@ -49,3 +59,25 @@ def test_stop_saves_what_all_have_done_and_a_resumed_run_goes_on_from_there(rule
     assert again.result(timeout=60)["steps"] == done + 4
     assert np.isfinite(again.data().loss).all()
     assert again.data().first == done
+
+
+@pytest.mark.parametrize("rule", APART, ids=named)
+def test_stop_reaches_ranks_that_are_ahead_in_time(rule: dict[str, Any]) -> None:
+    """Rank 0 hears of it first, and is the slowest; all have to end after the same update."""
+    wanted = tiny(4, ENDLESS, gradients__update=rule, training__checkpoint_every=None, launch__slowdown={"0": 10})
+    with Watched(start(wanted)) as watch:
+        watch.begun()
+        assert watch.run.stop(grace=30).state == "stopped"
+        assert watch.run.cause is not None
+        assert watch.run.cause["message"] == "stopped on request", "nobody was ended by force"
+    (done,) = watch.run.checkpoints()
+    assert [steps_written(watch.run, rank) for rank in range(4)] == [done] * 4
+
+
+def test_a_killed_stage_ends_an_asynchronous_pipeline_by_name() -> None:
+    layout = {"layout": {"pp": 3}, "gradients__update": {"method": "pipedream"}}
+    workload = {"workload": {"name": "vision", "image_size": 8, "width": 4, "depth": 1, "shift": 0}}
+    with Watched(start(tiny(steps=ENDLESS, **layout, **workload))) as watch:
+        ranks = watch.begun()
+        os.kill(ranks["rank 1"]["pid"], signal.SIGKILL)
+        assert watch.ends("failed", within=10, kind="signal")["rank"] == 1

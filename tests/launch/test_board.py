@@ -6,6 +6,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -23,6 +24,15 @@ class Collective:
 
     def __call__(self) -> None:
         self.barrier.wait()
+
+
+def at_once(train: Callable[[int], None], ranks: int) -> None:
+    """Every rank in a thread, to its end."""
+    threads = [threading.Thread(target=train, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 @settings(deadline=None, max_examples=40)
@@ -47,11 +57,7 @@ def test_all_ranks_stop_at_the_same_step(ranks: int, requested_at: int, pauses: 
             step += 1
         done[rank] = step
 
-    threads = [threading.Thread(target=train, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(train, ranks)
     assert len(set(done)) == 1, "a rank that went on alone would wait for ever"
     assert requested_at < done[0] <= requested_at + 3
 
@@ -86,11 +92,7 @@ def test_stages_that_are_apart_stop_at_the_same_step(ranks: int, requested_at: i
             step += 1
         done[rank] = step
 
-    threads = [threading.Thread(target=train, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(train, ranks)
     assert len(set(done)) == 1, "one that went on alone would wait for ever"
     assert requested_at < done[0] <= requested_at + ranks + 3
     assert max(awaited) < done[0], "nobody waits for a minibatch that is not begun any more"
