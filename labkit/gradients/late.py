@@ -11,9 +11,10 @@ A method may also ask for the momentum (`momentum`): then what ranks average is 
 in it, and AdamW takes the mean as it is. What is left out of a momentum that changes slowly is left out only once; but
 a method that sends little of it (top-k, low rank) would send the same part over and over.
 
-Seen in single runs of the language recipe (400 updates, two ranks, seed 0, held-out loss; 1.666 without compression, 1.639 with frozen v
-alone): sign 1.84 late, 1.80 late and frozen, 1.66 so with momentum; ternary 1.76 and 1.66; PowerSGD of rank 4 1.79 and
-1.78, of rank 12 1.67. A twentieth, a tenth or a quarter of the training before it begins makes no clear difference.
+Seen in single runs of the language recipe (400 updates, two ranks, seed 0, held-out loss; 1.666 without compression,
+1.639 with frozen v alone): sign 1.84 late, 1.80 late and frozen, 1.66 so with momentum; ternary 1.76 and 1.66; PowerSGD
+of rank 4 1.79 and 1.78, of rank 12 1.67. A twentieth, a tenth or a quarter of the training before it begins makes no
+clear difference.
 """
 
 from __future__ import annotations
