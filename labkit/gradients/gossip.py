@@ -10,8 +10,8 @@ Pairs are asynchronous: ranks draw tickets, and nobody waits for a slow one. Eve
 thread of their own while they compute; so there is no circle of ranks that wait for each other. Both sides take the
 mean of the same two sets of weights, so the mean over all ranks stays what it was.
 
-A meeting sends n bytes each way; on the ring, n bytes to each of the neighbours. The run is judged by the mean of all
-ranks, which is also what a checkpoint holds; moments stay local.
+A meeting sends n bytes each way, and a head of 8 before those that ask; on the ring, n bytes to each of the neighbours.
+The run is judged by the mean of all ranks, which is also what a checkpoint holds; moments stay local.
 """
 
 from __future__ import annotations
@@ -36,11 +36,14 @@ if TYPE_CHECKING:
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
     from labkit.experiment.problem import Problem
+    from labkit.gradients.exchange import Counters
     from labkit.gradients.update import Setting
     from labkit.gradients.wire import Wire
 
-_ASK, _ANSWER = 11, 12
+_ASK, _WEIGHTS, _ANSWER = 11, 12, 13
 """Tags of the messages."""
+_HEAD_BYTES = 8
+"""Before the weights of a rank that asks goes a number: 1, or 0 if it takes its leave."""
 
 
 class Gossip(Tickets):
@@ -155,47 +158,58 @@ class Gossip(Tickets):
             self._ask(self._random.randrange(1, self.wire.size, 2))
         return stale
 
+    def counters(self) -> Counters | None:
+        """Not while an answer is under way."""
+        with self._lock:
+            return super().counters()
+
     def _ask(self, neighbour: int) -> None:
         from labkit.gradients.average import fill, state_of
 
-        tensors = state_of(self.model)
-        own = self._message(1.0)
-        asked = self._pairs.send(own, neighbour, _ASK)
+        own = self._weights()
+        self._head(1, neighbour)
+        asked = self._pairs.send(own, neighbour, _WEIGHTS)
         theirs = self._pairs.receive(own.new_empty(own.shape), neighbour, _ANSWER).wait()
         asked.wait()
-        fill(tensors, ((own + theirs) / 2)[1:].to(self._device))
+        fill(state_of(self.model), ((own + theirs) / 2).to(self._device))
         self.formula_bytes += own.numel() * own.element_size()
 
     def _answer(self) -> None:
         """Odd ranks: mix with whoever comes, until all even ranks have taken their leave."""
+        import torch
+
         from labkit.gradients.average import fill, state_of
 
         try:
             guests = -(-self.wire.size // 2)
-            tensors = state_of(self.model)
-            theirs = self._message(0.0)
+            head, theirs = torch.zeros(1, dtype=torch.int64), self._weights()
             while guests:
-                guest = self._pairs.receive_from_anyone(theirs, _ASK)
-                if not theirs[0]:
+                guest = self._pairs.receive_from_anyone(head, _ASK)
+                if not head[0]:
                     guests -= 1
                     continue
+                self._pairs.receive(theirs, guest, _WEIGHTS).wait()
                 with self._lock:
-                    own = self._message(1.0)
-                    fill(tensors, ((own + theirs) / 2)[1:].to(self._device))
+                    own = self._weights()
+                    fill(state_of(self.model), ((own + theirs) / 2).to(self._device))
                     self._merged += 1
-                self._pairs.send(own, guest, _ANSWER).wait()
-                self.formula_bytes += own.numel() * own.element_size()
+                    leaving = self._pairs.send(own, guest, _ANSWER)
+                    self.formula_bytes += own.numel() * own.element_size()
+                leaving.wait()
         except BaseException as error:
             self._failure = error
 
-    def _message(self, asks: float) -> Tensor:
-        """On the host: whether the sender asks (or takes its leave), then weights and buffers."""
+    def _head(self, asks: int, neighbour: int) -> None:
         import torch
 
+        self._pairs.send(torch.tensor([asks]), neighbour, _ASK).wait()
+        self.formula_bytes += _HEAD_BYTES
+
+    def _weights(self) -> Tensor:
+        """Weights and buffers, on the host."""
         from labkit.gradients.average import flat, state_of
 
-        values = flat(state_of(self.model)).cpu()
-        return torch.cat([values.new_full((1,), asks), values])
+        return flat(state_of(self.model)).cpu()
 
     @property
     def _device(self) -> torch.device:
@@ -203,17 +217,13 @@ class Gossip(Tickets):
 
     def close(self) -> None:
         """Even ranks take their leave of all odd ones (collective)."""
-        import torch
-
         if not self.draws:
             return
         if not self._answers:
-            leave = self._message(0.0)
             for neighbour in range(1, self.wire.size, 2):
-                self._pairs.send(leave, neighbour, _ASK).wait()
+                self._head(0, neighbour)
         if self._thread is not None:
             self._thread.join()
             self._thread = None
             if self._failure is not None:
                 raise self._failure
-        self.wire.all_reduce(torch.zeros(1)).wait()

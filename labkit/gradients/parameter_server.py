@@ -74,9 +74,9 @@ class ParameterServer(Tickets):
 
     def counters(self) -> Counters | None:
         """Rank 0 sends the answers to all others, the others their gradients."""
-        if self._server is not None:
-            self.formula_bytes = self._server.answers * self._server.answer_bytes
-        return super().counters()
+        with self._line.counting():
+            self.formula_bytes = self._line.formula_bytes
+            return super().counters()
 
     def works_on(self) -> nn.Module:
         """Rank 0 computes with a copy: the model itself is the server's."""
@@ -89,22 +89,18 @@ class ParameterServer(Tickets):
         """Make the group in which ranks talk to the server (collective)."""
         import torch.distributed as dist
 
-        from labkit.gradients.server import Server
+        from labkit.gradients.server import Local, Remote, Server
         from labkit.gradients.wire import Wire
 
         wire = Wire(dist.new_group(backend="gloo"))
         self._server = Server(self.setting, wire) if wire.rank == 0 else None
+        self._line: Local | Remote = Local(self._server) if self._server else Remote(wire, self.model)
         self._to_server = wire
 
     def open(self, first: int, last: int) -> None:
         """The server begins to listen, every rank asks for its first ticket."""
-        from labkit.gradients.server import Local, Remote
-
         if self._server is not None:
             self._server.open(first, last)
-            self._line: Any = Local(self._server)
-        else:
-            self._line = Remote(self._to_server, self._working)
         self._next = self._line.ask()
 
     def take(self, stop: bool) -> int | None:
@@ -123,23 +119,24 @@ class ParameterServer(Tickets):
     def push(self, ticket: int) -> int | None:
         """Bring the gradient, wait until it has been used or dropped; the answer holds the next ticket."""
         from labkit.gradients.average import flat
-        from labkit.gradients.server import HEAD_BYTES
 
         trained = [parameter for parameter in self._working.parameters() if parameter.requires_grad]
         gradient = flat(p.new_zeros(p.shape) if p.grad is None else p.grad for p in trained).cpu()
-        if self._server is None:
-            self.formula_bytes += HEAD_BYTES + gradient.numel() * gradient.element_size()
         self._next = self._line.push(self._next, gradient)
         return None if self._next.dropped else self._next.staleness
 
     def close(self) -> None:
-        """All get the server's weights, and the mean of the ranks' buffers (collective)."""
+        """The server answers until all have left (collective)."""
+        if self._server is not None:
+            self._drawn = self._server.close()
+
+    def unite(self) -> None:
+        """All learn how far the server has come and get its weights, and the mean of buffers (collective)."""
         import torch
 
         from labkit.gradients.average import average, buffers_of, fill, flat, trained_of
 
-        drawn = torch.tensor([self._server.close() if self._server else 0])
-        self._drawn = int(self._to_server.broadcast(drawn).wait())
+        self._drawn = int(self._to_server.broadcast(torch.tensor([self._drawn])).wait())
         weights = flat(trained_of(self.model)).cpu()
         fill(trained_of(self.model), self._to_server.broadcast(weights).wait())
         fill(buffers_of(self.model), flat(buffers_of(self._working)))

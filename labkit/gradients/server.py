@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,11 @@ _HEAD, _GRADIENT, _ANSWER, _WEIGHTS = 1, 2, 3, 4
 """Tags of the messages."""
 HEAD_BYTES, ANSWER_BYTES = 24, 32
 """What stands before a gradient, and before weights."""
+
+
+def size_of(model: nn.Module) -> int:
+    """Bytes of its trained weights, and of a gradient."""
+    return sum(one.numel() * one.element_size() for one in model.parameters() if one.requires_grad)
 
 
 @dataclass
@@ -57,7 +63,8 @@ class Server:
         """Updates of the weights so far."""
         self._model, self._optimizer = setting.model, setting.optimizer
         self._trained = [parameter for parameter in setting.model.parameters() if parameter.requires_grad]
-        self._changed = threading.Condition()
+        self.changed = threading.Condition()
+        """Held while anything changes, the counters too."""
         self._computing: dict[int, int] = {}
         """Rank to the version of the weights that it computes with."""
         self._waiting: list[Brought] = []
@@ -68,9 +75,9 @@ class Server:
         self._failure: BaseException | None = None
 
     @property
-    def answer_bytes(self) -> int:
-        """Of one answer to another rank."""
-        return ANSWER_BYTES + sum(one.numel() * one.element_size() for one in self._trained)
+    def formula_bytes(self) -> int:
+        """Of all answers to other ranks so far."""
+        return self.answers * (ANSWER_BYTES + size_of(self._model))
 
     def open(self, first: int, last: int) -> None:
         """Hand out tickets [first, last)."""
@@ -105,13 +112,13 @@ class Server:
                 self.handle(rank, kind, ticket, version, gradient.clone() if kind == _PUSH else None)
                 present -= kind == _LEAVE
         except BaseException as error:
-            with self._changed:
+            with self.changed:
                 self._failure = error
-                self._changed.notify_all()
+                self.changed.notify_all()
 
     def handle(self, rank: int, kind: int, ticket: int = 0, version: int = 0, gradient: Tensor | None = None) -> None:
         """A rank asks for its first ticket, brings a gradient, or leaves and gives back the ticket that it has."""
-        with self._changed:
+        with self.changed:
             self._computing.pop(rank, None)
             if kind == _ASK:
                 self._answer(rank)
@@ -190,7 +197,7 @@ class Server:
             self._computing[rank] = self.version
         if rank == self.wire.rank:
             self._for_own_rank = answer
-            self._changed.notify_all()
+            self.changed.notify_all()
             return
         head = torch.tensor([ticket, self.version, staleness, int(dropped)])
         self._on_the_way = [one for one in self._on_the_way if not one.done()]
@@ -199,9 +206,9 @@ class Server:
 
     def own_answer(self) -> Answer:
         """Wait for the answer to the rank that the server lives in."""
-        with self._changed:
+        with self.changed:
             while self._for_own_rank is None and self._failure is None:
-                self._changed.wait()
+                self.changed.wait()
             if self._failure is not None:
                 raise self._failure
             answer, self._for_own_rank = self._for_own_rank, None
@@ -214,6 +221,15 @@ class Local:
 
     def __init__(self, server: Server) -> None:
         self._server = server
+
+    @property
+    def formula_bytes(self) -> int:
+        """What answers to others come to."""
+        return self._server.formula_bytes
+
+    def counting(self) -> AbstractContextManager[Any]:
+        """Meanwhile no answer leaves, which goes in two pieces."""
+        return self._server.changed
 
     def ask(self) -> Answer:
         """For weights and a first ticket."""
@@ -236,6 +252,13 @@ class Remote:
     def __init__(self, wire: Wire, model: nn.Module) -> None:
         self._wire = wire
         self._weights = torch.empty_like(flat(trained_of(model)), device="cpu")
+        self._gradient_bytes = size_of(model)
+        self.formula_bytes = 0
+        """What it has said and brought so far."""
+
+    def counting(self) -> AbstractContextManager[Any]:
+        """Nobody else sends from here."""
+        return nullcontext()
 
     def ask(self) -> Answer:
         """For weights and a first ticket."""
@@ -245,6 +268,7 @@ class Remote:
     def push(self, held: Answer, gradient: Tensor) -> Answer:
         """Bring the gradient for the ticket that is held."""
         self._head(_PUSH, held.ticket, held.version)
+        self.formula_bytes += self._gradient_bytes
         self._wire.send(gradient, 0, _GRADIENT).wait()
         return self._receive()
 
@@ -255,6 +279,7 @@ class Remote:
     def _head(self, *numbers: int) -> None:
         message: Any = torch.zeros(3, dtype=torch.int64)
         message[: len(numbers)] = torch.tensor(numbers)
+        self.formula_bytes += HEAD_BYTES
         self._wire.send(message, 0, _HEAD).wait()
 
     def _receive(self) -> Answer:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Tickets(Rounds):
     """Base of these rules. The trainer asks in this order:
 
-    open → (take → pull → passes → push)* → close
+    open → (take → pull → passes → push)* → close → unite
     """
 
     draws = True
@@ -71,6 +71,9 @@ class Tickets(Rounds):
 
     def close(self) -> None:
         """No rank takes another ticket of the stretch (collective): finish what is under way."""
+
+    def unite(self) -> None:
+        """Let all ranks hold one set of weights where they are to be judged (collective); no part of an update."""
 
     @property
     def drawn(self) -> int:

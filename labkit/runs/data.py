@@ -138,6 +138,8 @@ class RunData:
         """As last reported, the largest over the ranks: bytes_per_step, exposed_seconds_per_step; of combining
         gradients counted_bytes_per_step, formula_bytes_per_step and compression_seconds, per update too.
         """
+        self.counted: dict[int, float] = {}
+        """By rank, bytes sent for combining gradients or weights, per update."""
         self.compressor = ""
         """The compressor that was at work, by its name."""
         self.traced: int | None = None
@@ -447,6 +449,9 @@ class RunData:
             if value is not None:
                 known[key] = max(value, known.get(key, 0.0))
         self.communication = known or None
+        counted = found["counted_bytes_per_step"]
+        if counted is not None:
+            self.counted[number] = counted
         if isinstance(event.get("method"), str):
             self.compressor = event["method"][:100]
         axes = _axes(event.get("axes"))

@@ -90,8 +90,8 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
 
 
 def _communication(data: RunData) -> dict[str, Any] | None:
-    """Totals per update, the method, and per axis the largest over the ranks: calls, bytes, wire_bytes,
-    exposed_seconds.
+    """Per update, the largest over the ranks; what all ranks together sent (counted_bytes_of_all_ranks); the method;
+    and per axis, the largest again: calls, bytes, wire_bytes, exposed_seconds.
     """
     axes: dict[str, dict[str, float]] = {}
     for traffic in data.traffic.values():
@@ -99,8 +99,11 @@ def _communication(data: RunData) -> dict[str, Any] | None:
             known = axes.setdefault(axis, dict(counts))
             axes[axis] = {key: max(value, known[key]) for key, value in counts.items()}
             axes[axis] |= {key: int(axes[axis][key]) for key in ("calls", "bytes")}
+    if not data.communication:
+        return None
+    together = {"counted_bytes_of_all_ranks": sum(data.counted.values())} if data.counted else {}
     method = {"method": data.compressor} if data.compressor else {}
-    return {**data.communication, **method, "axes": axes} if data.communication else None
+    return {**data.communication, **together, **method, "axes": axes}
 
 
 def _network(data: RunData, experiment: Experiment) -> dict[str, Any] | None:

@@ -65,9 +65,11 @@ class Link:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Around what is no update."""
+        counted = self._at is not None
         self.pause()
         yield
-        self.resume()
+        if counted:
+            self.resume()
 
     def found(self) -> dict[str, Any] | None:
         """The fields of the event `link`; None on ranks that do not read.

@@ -120,9 +120,7 @@ class Trainer:
         """Train to the end or until asked to stop; True if it was stopped before its end."""
         self._write_start()
         self.model.train()
-        self.link.resume()
         stopped = self._draw_tickets() if self.update.draws else self._go_through_rounds()
-        self.link.pause()
         if stopped and self.done > self._saved_at and self.experiment.training.checkpoint_every != 0:
             self._save(self.done)
         if not self.update.draws:
@@ -134,6 +132,7 @@ class Trainer:
         """Every rank does every update; True if they were stopped."""
         batches = self.update.supply(self.model, map(self.runtime.place, self._batches()))
         stopped = False
+        self.link.resume()
         while self.done < self.steps:
             stopped = self.board.should_stop(self.runtime.rank, self.done, self.update.apart)
             if stopped:
@@ -146,6 +145,7 @@ class Trainer:
                 self._step(self.done, batches)
             self.done += 1
             self._after(self.done)
+        self.link.pause()
         return stopped
 
     def _draw_tickets(self) -> bool:
@@ -154,6 +154,7 @@ class Trainer:
         while self.done < self.steps:
             due = self._next_due(self.done)
             self._before = self._counters() or self._before  # what an evaluation sends belongs to no update
+            self.link.resume()
             rule.open(self.done * shares, due * shares)
             asked = False
             while (ticket := rule.take(stop=asked)) is not None:
@@ -161,6 +162,9 @@ class Trainer:
                 asked = self.board.asked_to_stop()
             self.meter.phase("optimizer")
             rule.close()
+            self._exchanged()  # what came after this rank's last piece
+            self.link.pause()
+            rule.unite()
             # Not all have seen the request at the same ticket.
             stopped = bool(self.runtime.add_up({"asked": float(asked)})["asked"])
             self.done = rule.drawn // shares

@@ -78,6 +78,29 @@ def test_the_counters_show_what_an_all_reduce_sends(shared_link: Run) -> None:
 
 
 @needs_namespaces
+@pytest.mark.parametrize(
+    "gradients",
+    [
+        {"compression": {"method": "fp16"}},
+        {"compression": {"method": "sign", "start_step": 0}},
+        {"compression": {"method": "topk", "start_step": 0}},
+        {"compression": {"method": "powersgd", "start_step": 0}},
+        {"update": {"method": "local_sgd", "every": 2}},
+        {"update": {"method": "streaming_diloco", "every": 4}},
+        {"update": {"method": "parameter_server"}},
+        {"update": {"method": "gossip"}},
+    ],
+    ids=lambda one: next(iter(one.values()))["method"],
+)
+def test_the_counters_show_what_methods_send(gradients: dict[str, Any]) -> None:
+    run = start(slow(4, gradients=gradients)).wait(120)
+    assert run.state == "finished", run.cause
+    summary = run.summary()
+    counted = summary["communication"]["counted_bytes_of_all_ranks"]
+    assert counted <= summary["network"]["bytes_per_step"] <= 1.05 * counted
+
+
+@needs_namespaces
 def test_a_step_takes_as_long_as_its_bytes_need(shared_link: Run) -> None:
     theory = 2 * shared_link.summary()["communication"]["bytes_per_step"] * 8 / (RATE * 1e6)
     assert 0.7 * theory < seconds_of_a_step(shared_link) < 3 * theory

@@ -28,6 +28,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from labkit.experiment import Experiment, Layout
 from labkit.experiment.layout import AXES
 from labkit.experiment.registry import registry
+from labkit.gradients.exchange import Exchanges
 from labkit.launch.cases import FAMILIES
 from labkit.parallel import context, expert, recompute, rules, tensor
 from labkit.parallel.context import Ring
@@ -149,7 +150,10 @@ def positions_would_be_lost() -> None:
 @protects_from("only what ZeRO stage 3 shards can wait in the host's memory")
 def buckets_would_stay_where_they_are() -> None:
     parameter = nn.Parameter(torch.zeros(4, device="meta"))
-    sync = GradientSync([("one", parameter, holding(parameter))], Unconnected(), 0, 25.0)
+    own = Experiment()
+    sync = GradientSync(
+        [("one", parameter, holding(parameter))], Unconnected(), 0, own.gradients, Exchanges(own, own.training.steps)
+    )
     [bucket] = sync.buckets
     assert bucket.gradient.device == parameter.device, "nothing tells a bucket to lie elsewhere than its parameters"
     assert "offload" not in inspect.signature(GradientSync).parameters
