@@ -43,7 +43,7 @@ def interleave(cases: dict[str, Callable[[], float]], repeats: int) -> dict[str,
 def finished(experiment: Experiment) -> Run:
     """Launch, wait, and insist on a good end."""
     run = launch(experiment, baseline=None)
-    run.result(timeout=600)
+    run.result(timeout=1800)
     return run
 
 

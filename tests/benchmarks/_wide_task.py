@@ -1,4 +1,8 @@
-"""Handwritten digits through wide layers: 5.3 million weights, 21 MB of gradient, for little computing."""
+"""Handwritten digits through wide layers: 5.3 million weights, 21 MB of gradient, for little computing.
+
+Labels are smoothed, so that the loss falls towards about 0.5 and a gap of a few per cent means something: without it,
+training ends near 0, where 2 % is nothing.
+"""
 
 from __future__ import annotations
 
@@ -35,4 +39,10 @@ def make(seed: int) -> dict[str, Any]:
         nn.GELU(),
         nn.Linear(256, 10),
     )
-    return {"model": model, "train": train, "test": test, "loss_fn": nn.CrossEntropyLoss(), "metric": "accuracy"}
+    return {
+        "model": model,
+        "train": train,
+        "test": test,
+        "loss_fn": nn.CrossEntropyLoss(label_smoothing=0.1),
+        "metric": "accuracy",
+    }
