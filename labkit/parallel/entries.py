@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from labkit.parallel.cut import Holding
+from labkit.parallel.cut import Holding, Pattern
 from labkit.parallel.shard import local
 from labkit.parallel.state import Spread, parameters_of, part_of, whole_of
 
@@ -69,6 +69,22 @@ class Entries:
     def held(self) -> Mapping[str, nn.Parameter]:
         """The parameters that the passes of this rank compute with, by name."""
         return self._parameters
+
+    def patterns(self) -> dict[str, tuple[nn.Parameter, Pattern]]:
+        """The parameters that hold the values of a sparse matrix."""
+        found = {}
+        for name, parameter in self._parameters.items():
+            pattern = self._holding(name).pattern
+            if pattern is not None:
+                found[name] = parameter, pattern
+        return found
+
+    def averaged(self, tensor: Tensor) -> Tensor:
+        """The mean over the replicas, in place (collective; for data parallelism alone)."""
+        if dist.is_initialized():
+            dist.all_reduce(tensor)
+            tensor /= dist.get_world_size()
+        return tensor
 
     def stages_together(self, values: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         """The values of all stages of the pipeline in one row, and where this rank's begin (collective along pp)."""

@@ -148,6 +148,8 @@ def _original(model: Spread, name: str) -> str:
 def whole_of(local: Tensor, holding: Holding, mesh: Mesh) -> Tensor:
     """The uncut tensor from this rank's part (collective)."""
     tensor = (local.full_tensor() if isinstance(local, DTensor) else local).detach()
+    if holding.pattern is not None:
+        return holding.pattern.spread(tensor)
     for axis, dim in reversed(holding.cuts.items()):
         group = mesh.group(axis)
         assert group is not None
@@ -157,8 +159,10 @@ def whole_of(local: Tensor, holding: Holding, mesh: Mesh) -> Tensor:
 
 def part_of(tensor: Tensor, model: Spread, name: str, like: Tensor | None = None) -> Tensor:
     """What this rank holds of an uncut tensor; if sharded `like` a DTensor, the rows that `fully_shard` gives it."""
-    mesh = model.mesh
-    for axis, dim in _holding(model, name).cuts.items():
+    mesh, held = model.mesh, _holding(model, name)
+    if held.pattern is not None:
+        return held.pattern.taken(tensor)
+    for axis, dim in held.cuts.items():
         tensor = tensor.chunk(mesh.size(axis), dim)[mesh.index(axis)]
     if isinstance(like, DTensor):
         rows, index = tensor.chunk(mesh.size("dp_shard"), 0), mesh.index("dp_shard")

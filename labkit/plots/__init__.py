@@ -11,6 +11,8 @@ from labkit.plots.overview import overview as plot_overview
 from labkit.plots.picture import Picture, rows_of, summary_of
 from labkit.plots.ranks import ranks as plot_ranks
 from labkit.plots.schedules import schedules as plot_schedules
+from labkit.plots.sparsity import sparse_layers as plot_sparse_layers
+from labkit.plots.sparsity import sparsity as plot_sparsity
 from labkit.plots.speedup import speedup as plot_speedup
 from labkit.plots.split import split as plot_split
 from labkit.plots.staleness import staleness as plot_staleness
@@ -30,6 +32,8 @@ __all__ = [
     "plot_overview",
     "plot_ranks",
     "plot_schedules",
+    "plot_sparse_layers",
+    "plot_sparsity",
     "plot_speedup",
     "plot_split",
     "plot_staleness",

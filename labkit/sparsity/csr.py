@@ -13,10 +13,20 @@ Sources: Nikdan et al., "SparseProp", ICML 2023, arXiv:2302.04852; issue 5.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import statistics
+import time
+import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from labkit.experiment import Experiment
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 
 class Pattern:
@@ -99,12 +109,22 @@ class CsrLinear(nn.Module):
         self.weight.labkit_decays = True  # type: ignore[attr-defined]
         self.bias = layer.bias
         self.dense_gradient: Tensor | None = None
-        """While it is a tensor [outputs, inputs], backward passes add the gradient of all weights to it."""
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = _Product.apply(x.reshape(-1, self.in_features), self.weight, self)  # type: ignore[no-untyped-call]
         out = out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out
         return out if self.bias is None else out + self.bias
+
+    def watch(self) -> None:
+        """Backward passes add up the gradient of all weights from here on, too."""
+        if self.dense_gradient is None:
+            self.dense_gradient = self.weight.detach().new_zeros(self.pattern.shape)
+
+    def watched(self) -> Tensor:
+        """That gradient [outputs, inputs]; it is not added up any more."""
+        gradient, self.dense_gradient = self.dense_gradient, None
+        assert gradient is not None
+        return gradient
 
     def extra_repr(self) -> str:
         kept = len(self.weight) / (self.in_features * self.out_features)
@@ -122,3 +142,59 @@ def replace(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, CsrLinear]:
             made[name] = CsrLinear(layer, mask)
             setattr(model.get_submodule(parent), own, made[name])
     return made
+
+
+def faster(model: nn.Module, masks: dict[str, Tensor], sample: Tensor, experiment: Experiment) -> set[str]:
+    """Names of the weights whose layers train faster with CSR than dense, as measured here (collective).
+
+    The first rank measures for all, because all must decide alike: a pass forward and backward over as many rows as a
+    rank's share of the batch has.
+    """
+    found: list[set[str]] = [set()]
+    together = dist.is_initialized()
+    if not together or dist.get_rank() == 0:
+        share = experiment.training.global_batch / experiment.layout.dp_replicate / experiment.gradients.accumulation
+        rows = {name: math.ceil(count * share) for name, count in _rows(model, masks, sample).items()}
+        known: dict[tuple[int, ...], bool] = {}
+        for name, mask in masks.items():
+            layer = model.get_submodule(name.rpartition(".")[0])
+            if name in rows and isinstance(layer, nn.Linear):
+                kind = (*mask.shape, int(mask.sum()), rows[name])
+                if kind not in known:
+                    known[kind] = _seconds(CsrLinear(layer, mask), rows[name]) < _seconds(layer, rows[name])
+                found[0] |= {name} if known[kind] else set()
+    if together:
+        dist.broadcast_object_list(found, 0)
+    return found[0]
+
+
+@torch.no_grad()
+def _rows(model: nn.Module, masks: dict[str, Tensor], sample: Tensor) -> dict[str, int]:
+    """How many rows each of these layers sees of one sample."""
+    rows: dict[str, int] = {}
+    hooks = []
+    for name in masks:
+        module = model.get_submodule(name.rpartition(".")[0])
+
+        def see(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+            rows[name] = inputs[0].numel() // inputs[0].shape[-1]
+
+        if isinstance(module, nn.Linear):
+            hooks.append(module.register_forward_pre_hook(see))
+    model(sample)
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
+def _seconds(layer: nn.Module, rows: int, repeats: int = 5) -> float:
+    """Median of a pass forward and backward; leaves no gradient behind."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    x = torch.zeros(rows, layer.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)  # type: ignore[arg-type]
+    seconds = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        out = layer(x)
+        torch.autograd.grad(out, [x, weight], torch.ones_like(out))
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from labkit.sparsity.method import Sparsifier, one_topology
-from labkit.sparsity.static import Static
+from labkit.sparsity.static import Static, kernel_problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +42,7 @@ class Dynamic(Static):
         """Why it cannot run here."""
         yield from Sparsifier.problems(experiment, machine)
         yield from one_topology(experiment)
+        yield from kernel_problems(experiment)
 
     @property
     def _every(self) -> int:

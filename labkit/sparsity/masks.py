@@ -28,6 +28,10 @@ class Entries(Protocol):
 
     def held(self) -> Mapping[str, nn.Parameter]: ...
 
+    def patterns(self) -> Mapping[str, tuple[nn.Parameter, Any]]: ...
+
+    def averaged(self, tensor: Tensor) -> Tensor: ...
+
     def stages_together(self, values: Mapping[str, Tensor]) -> tuple[Tensor, int]: ...
 
     def named_together(self, values: dict[str, Any]) -> dict[str, Any]: ...
@@ -48,6 +52,8 @@ class Masks:
         """Use masks of a checkpoint, which may be those of all stages."""
         devices = {name: weight.device for name, weight in self.weights().items()}
         self.whole = {name: masks[name].to(device) for name, device in devices.items()}
+        for name, (_, pattern) in self._entries.patterns().items():
+            pattern.set(self.whole[name])
         self._spread()
 
     def set(self, masks: dict[str, Tensor]) -> dict[str, float]:
@@ -63,16 +69,29 @@ class Masks:
             come_or_gone[name] = (mask & ~new).to(torch.float32)
             self._new[name] = int(new.sum())
             churn[name] = self._new[name] / max(1, int(mask.sum()))
+        self._move(masks)
         self.whole = dict(masks)
         self._spread()
         # Weights where passes compute with them: with ZeRO, a rank optimizes a part, which lies in the same memory.
         for parameter, keeps in self._entries.held_parts(come_or_gone):
             _multiply(parameter, keeps)
         for parameter, keeps in self._entries.parts(come_or_gone, 1.0):
-            for value in self._optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.dim():
-                    _multiply(value, keeps)
+            for value in self._moments(parameter):
+                _multiply(value, keeps)
         return churn
+
+    def _move(self, masks: dict[str, Tensor]) -> None:
+        """Where values alone are kept, those that stay go to their new places."""
+        for name, (parameter, pattern) in self._entries.patterns().items():
+            moments = self._moments(parameter)
+            dense = [pattern.spread(tensor.detach()) for tensor in (parameter, *moments)]
+            pattern.set(masks[name])
+            for tensor, whole in zip((parameter, *moments), dense, strict=True):
+                tensor.detach().copy_(pattern.taken(whole))
+
+    def _moments(self, parameter: nn.Parameter) -> list[Tensor]:
+        values = self._optimizer.state.get(parameter, {}).values()
+        return [value for value in values if isinstance(value, Tensor) and value.dim()]
 
     def _spread(self) -> None:
         self._parts = list(self._entries.parts({n: m.to(torch.float32) for n, m in self.whole.items()}, 1.0))
@@ -104,6 +123,10 @@ class Masks:
             return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
 
         return self._entries.whole(read)
+
+    def averaged(self, tensor: Tensor) -> Tensor:
+        """The mean over replicas, in place (collective)."""
+        return self._entries.averaged(tensor)
 
     def together(self, values: dict[str, Any]) -> dict[str, Any]:
         """What all stages of a pipeline know, by name (collective along pp)."""

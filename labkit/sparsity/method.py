@@ -17,12 +17,13 @@ from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options as BaseOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor, nn
 
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
+    from labkit.sparsity.csr import CsrLinear
     from labkit.sparsity.masks import Masks
 
 MASK = "mask."
@@ -48,6 +49,8 @@ class Setting:
     """Of all weights that may become zero, in all stages, by name."""
     steps: int
     """Updates of the whole run."""
+    layers: dict[str, CsrLinear]
+    """Those that compute with their values only, by the name of the weight."""
 
 
 class Sparsifier:
@@ -77,6 +80,20 @@ class Sparsifier:
 
         return prunable(model, options.ends)
 
+    @staticmethod
+    def prepare(
+        model: nn.Module,
+        experiment: Experiment,
+        options: Any,
+        shapes: dict[str, tuple[int, ...]],
+        sample: Callable[[], Tensor],
+    ) -> dict[str, CsrLinear]:
+        """Put layers with other kernels into the whole network, before a layout is applied (collective).
+
+        `sample` gives an input of one sample. Returns these layers by the names of their weights.
+        """
+        return {}
+
     def begin(self) -> None:
         """Before the first update of a new run."""
 
@@ -88,14 +105,19 @@ class Sparsifier:
         """The masks from here on, of this rank's stages, from the whole weights (and their gradients)."""
         raise NotImplementedError
 
-    def passes(self) -> AbstractContextManager[None]:
-        """Around the passes of an update, and around an evaluation: the weights are those that the network uses."""
+    def passes(self, step: int | None = None) -> AbstractContextManager[None]:
+        """Around each pass of update `step`, and around an evaluation: the weights are those that the network uses."""
+        if step is not None and self.uses_gradients and self.chooses(step):
+            for layer in self.setting.layers.values():
+                layer.watch()
         return nullcontext()
 
     def before_update(self, step: int) -> None:
         """The gradients are there; the optimizer comes next."""
         if self.uses_gradients and self.chooses(step):
             self._gradients = self.masks.gradients()
+            for name, layer in self.setting.layers.items():
+                self._gradients[name] = self.masks.averaged(layer.watched())
         self.masks.hold_gradients()
 
     def after_update(self, step: int) -> None:

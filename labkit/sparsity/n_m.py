@@ -72,7 +72,7 @@ class NM(Sparsifier):
         yield from one_topology(experiment)
 
     @contextmanager
-    def passes(self) -> Iterator[None]:
+    def passes(self, step: int | None = None) -> Iterator[None]:
         """The weights that are not used are zero meanwhile."""
         import torch
 

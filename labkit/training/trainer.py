@@ -19,6 +19,7 @@ from labkit.gradients.exchange import Counters, Exchanges
 from labkit.gradients.update import Setting
 from labkit.gradients.wire import Wire
 from labkit.parallel import shared_memory, state
+from labkit.parallel.cut import Holding
 from labkit.parallel.entries import Entries
 from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel, share_weight
@@ -61,6 +62,9 @@ class Trainer:
         sparsity = registry("sparsity")[experiment.sparsity.method].load()
         sparsity_options = sparsity.Options(**experiment.sparsity.options)
         shapes = sparsity.shapes(whole, sparsity_options)
+        sparse_layers = sparsity.prepare(
+            whole, experiment, sparsity_options, shapes, lambda: runtime.place(task.train.__getitems__([0]))["x"]
+        )
         self.about_model = {
             "parameters": sum(parameter.numel() for parameter in whole.parameters()),
             "warnings": inexact_parts(whole, runtime.ranks),
@@ -106,8 +110,10 @@ class Trainer:
                 self._until,
             )
         )
+        self.model.holdings |= {name: Holding(pattern=layer.pattern) for name, layer in sparse_layers.items()}
         masks = Masks(Entries(self.model, shapes), self.optimizer)
-        self.sparsity = sparsity(SparsitySetting(experiment, sparsity_options, masks, shapes, self.steps))
+        setting = SparsitySetting(experiment, sparsity_options, masks, shapes, self.steps, sparse_layers)
+        self.sparsity = sparsity(setting)
         self.first = self._load(Path(resume)) if resume else self._begin_anew()
         self.exchanges.resume(self.first)
         self._before = Counters()
@@ -232,7 +238,7 @@ class Trainer:
             batch = next(batches)
             samples = len(next(iter(batch.values())))
             last = number == self.passes - 1
-            with self.update.passes(self.model, last, step), self.sparsity.passes():
+            with self.update.passes(self.model, last, step), self.sparsity.passes(step):
                 loss = self.run_pass(batch, self._weight(samples), last, meter.phase)
             if loss is not None:
                 meter.loss(loss, samples * self.model.counted)
@@ -413,9 +419,9 @@ class Trainer:
         """Restore what another run left, whatever its layout was; returns the number of updates done."""
         stored = checkpoint.read(folder)
         with checkpoint.fitting(folder):
+            self.sparsity.load(stored.more)  # which weights there are to restore
             state.restore(self.model, self.optimizer, stored.weights, stored.moments)
             self.update.load(stored.more)
-            self.sparsity.load(stored.more)
         return stored.step
 
     def _begin_anew(self) -> int:
@@ -446,6 +452,7 @@ class Trainer:
                 "dtype": str(runtime.dtype).removeprefix("torch."),
                 "products": str(runtime.product_type()).removeprefix("torch."),
                 "compressor": self.exchanges.installed,
+                "sparse_kernel": f"csr in {len(layers)} layers" if (layers := self.sparsity.setting.layers) else "none",
                 "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else "none",
                 "exchange": self.model.exchange,
             },

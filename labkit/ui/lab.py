@@ -152,10 +152,10 @@ class Lab:
         """Of the runs that have ended: how their methods compare, where ranks combined what they learned in several
         ways; memory, traffic, pipelines and experts of the update that each of the latest runs traced.
         """
-        from labkit.plots.closeup import closeups, combining
+        from labkit.plots.closeup import closeups, combining, sparse
 
         ended = [run for run in self.runs if run.done]
-        return combining(ended) + closeups(ended[-overview.SLOTS :])
+        return combining(ended) + sparse(ended) + closeups(ended[-overview.SLOTS :])
 
     def show(self) -> None:
         """Display the picture statically, with its summary and its table, and the close-ups as tables in a fold.
