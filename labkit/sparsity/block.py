@@ -24,11 +24,14 @@ class Block(Gradual):
         size: int = Field(default=16, ge=1, le=1024)
         """Rows and columns of a block."""
 
-    def keep(self, sparsity: float, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    def choose(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Whole blocks, by the mean size of their weights."""
+        from labkit.sparsity.magnitude import keep_largest
+
         size = self.options.size
-        chosen = super().keep(sparsity, {name: means(score, size) for name, score in scores.items()})
-        return {name: spread(chosen[name], score, size) for name, score in scores.items()}
+        scores = {name: means(weight, size) for name, weight in weights.items()}
+        chosen = keep_largest(scores, self.sparsity(step + 1), self.options.scope, self.masks)
+        return {name: spread(chosen[name], weight, size) for name, weight in weights.items()}
 
 
 def as_matrix(weight: Tensor) -> Tensor:

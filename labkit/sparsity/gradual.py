@@ -1,59 +1,24 @@
-"""Gradual magnitude pruning along a cubic (Zhu & Gupta 2017, arXiv:1710.01878).
-
-After a part t of the time between `begin` and `end`, the part s·(1 - (1 - t)³) of the weights is zero: many go early,
-while the network can still make up for them, few at the end. What is gone does not come back.
-"""
+"""Gradual magnitude pruning: the smallest weights go, a few at a time (Zhu & Gupta 2017, arXiv:1710.01878)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
-
-from labkit.experiment.problem import OptionError
-from labkit.sparsity.magnitude import Magnitude
+from labkit.sparsity.cubic import Cubic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from labkit.sparsity.method import Setting
 
-
-class Gradual(Magnitude):
+class Gradual(Cubic):
     """Many small cuts."""
 
-    class Options(Magnitude.Options):
-        at: float = Field(default=0.1, ge=0, lt=1)
-        """Part of the training after which cutting begins."""
-        end: float = Field(default=0.7, gt=0, le=1)
-        """Part of the training after which the network is as sparse as it gets."""
-        every: int | None = Field(default=None, ge=1, le=1_000_000)
-        """Updates between two cuts; empty: a hundredth of the training."""
-
-        @model_validator(mode="after")
-        def _in_order(self) -> Gradual.Options:
-            if self.at >= self.end:
-                raise OptionError(
-                    "end", f"cutting begins at {self.at} of the training and cannot end at {self.end}", 1.0
-                )
-            return self
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self._first = max(1, round(self.options.at * setting.steps))
-        self._last = max(self._first, round(self.options.end * setting.steps))
-        self._every = self.options.every or max(1, setting.steps // 100)
-
-    def sparsity(self, step: int) -> float:
-        """Part of the weights that is to be zero after `step` updates."""
-        done = min(1.0, (step - self._first) / max(1, self._last - self._first))
-        return float(self.target * (1 - (1 - done) ** 3)) if step >= self._first else 0.0
-
-    def chooses(self, step: int) -> bool:
-        """Every so often between begin and end, and at the end."""
-        done = step + 1
-        return self._first <= done <= self._last and ((done - self._first) % self._every == 0 or done == self._last)
+    class Options(Cubic.Options):
+        scope: Literal["global", "layer"] = "global"
+        """Compare all weights of the network, or those of a layer only."""
 
     def choose(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Keep the largest, fewer each time."""
-        return self.keep(self.sparsity(step + 1), weights)
+        from labkit.sparsity.magnitude import keep_largest
+
+        return keep_largest(weights, self.sparsity(step + 1), self.options.scope, self.masks)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
     from labkit.experiment.problem import Problem
+    from labkit.sparsity.masks import Masks
 
 
 class Magnitude(Sparsifier):
@@ -40,16 +41,17 @@ class Magnitude(Sparsifier):
 
     def choose(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Keep the largest."""
-        return self.keep(self.target, weights)
+        return keep_largest(weights, self.target, self.options.scope, self.masks)
 
-    def keep(self, sparsity: float, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Masks that leave out the part `sparsity` of the smallest scores, in the scope of the options."""
-        from labkit.sparsity.choose import largest
 
-        if self.options.scope == "layer":
-            return {n: largest(s.abs(), round((1 - sparsity) * s.numel())) for n, s in scores.items()}
-        row, begin = self.masks.in_a_row({name: value.abs() for name, value in scores.items()})
-        mask = largest(row, round((1 - sparsity) * len(row)))
-        sizes = [score.numel() for score in scores.values()]
-        parts = mask[begin : begin + sum(sizes)].split(sizes)
-        return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
+def keep_largest(scores: dict[str, Tensor], sparsity: float, scope: str, masks: Masks) -> dict[str, Tensor]:
+    """Masks that leave out the part `sparsity` of the smallest scores, of all layers (of all stages) or of each."""
+    from labkit.sparsity.choose import largest
+
+    sizes = {name: score.numel() for name, score in scores.items()}
+    if scope == "layer":
+        return {name: largest(score.abs(), round((1 - sparsity) * sizes[name])) for name, score in scores.items()}
+    row, begin = masks.in_a_row({name: value.abs() for name, value in scores.items()})
+    mask = largest(row, round((1 - sparsity) * len(row)))
+    parts = mask[begin : begin + sum(sizes.values())].split(list(sizes.values()))
+    return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}

@@ -51,6 +51,8 @@ class Setting:
     """Updates of the whole run."""
     layers: dict[str, CsrLinear]
     """Those that compute with their values only, by the name of the weight."""
+    units: list[Any]
+    """Groups of weights that come or go together."""
 
 
 class Sparsifier:
@@ -62,6 +64,8 @@ class Sparsifier:
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.options, self.masks = setting, setting.options, setting.masks
+        if not setting.shapes and setting.experiment.sparsity.method != "none":
+            raise ValueError("this model has no weights that could become zero (sparsity.method)")
         self.target = setting.experiment.sparsity.target
         self.seed = setting.experiment.training.seed
         self.churn: dict[str, float] | None = None
@@ -79,6 +83,11 @@ class Sparsifier:
         from labkit.sparsity.layers import prunable
 
         return prunable(model, options.ends)
+
+    @staticmethod
+    def units(model: nn.Module) -> list[Any]:
+        """Groups of weights that come or go together, of the whole network before a layout is applied."""
+        return []
 
     @staticmethod
     def prepare(

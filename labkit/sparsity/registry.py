@@ -14,6 +14,6 @@ SPARSITY = Registry(
         Method("rigl", "drop the smallest, regrow by gradient (RigL)", "labkit.sparsity.rigl:RigL"),
         Method("n_m", "N of every M weights (2:4)", "labkit.sparsity.n_m:NM"),
         Method("block", "whole blocks", "labkit.sparsity.block:Block"),
-        Method("structured", "whole channels or heads"),
+        Method("structured", "whole hidden units and heads", "labkit.sparsity.structured:Structured"),
     ],
 )

@@ -62,6 +62,7 @@ class Trainer:
         sparsity = registry("sparsity")[experiment.sparsity.method].load()
         sparsity_options = sparsity.Options(**experiment.sparsity.options)
         shapes = sparsity.shapes(whole, sparsity_options)
+        sparse_units = sparsity.units(whole)
         sparse_layers = sparsity.prepare(
             whole, experiment, sparsity_options, shapes, lambda: runtime.place(task.train.__getitems__([0]))["x"]
         )
@@ -112,7 +113,7 @@ class Trainer:
         )
         self.model.holdings |= {name: Holding(pattern=layer.pattern) for name, layer in sparse_layers.items()}
         masks = Masks(Entries(self.model, shapes), self.optimizer)
-        setting = SparsitySetting(experiment, sparsity_options, masks, shapes, self.steps, sparse_layers)
+        setting = SparsitySetting(experiment, sparsity_options, masks, shapes, self.steps, sparse_layers, sparse_units)
         self.sparsity = sparsity(setting)
         self.first = self._load(Path(resume)) if resume else self._begin_anew()
         self.exchanges.resume(self.first)

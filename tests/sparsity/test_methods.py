@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rigl": {"method": "rigl", "target": 0.8, "every": 3},
     "n_m": {"method": "n_m"},
     "block": {"method": "block", "target": 0.5, "size": 8, "every": 4},
+    "structured": {"method": "structured", "target": 0.5, "every": 4},
 }
 SPARSE = {name: options.get("target", 0.5) for name, options in METHODS.items()}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -107,7 +108,16 @@ def test_every_layout_trains_the_same_sparse_network(method: str, layout: str) -
 
 
 @pytest.mark.parametrize(
-    ("method", "layout"), [("set", "dp2"), ("static", "pp2"), ("magnitude", "pp2"), ("n_m", "zero1"), ("block", "tp2")]
+    ("method", "layout"),
+    [
+        ("set", "dp2"),
+        ("static", "pp2"),
+        ("magnitude", "pp2"),
+        ("n_m", "zero1"),
+        ("block", "tp2"),
+        ("structured", "tp2"),
+        ("structured", "pp2"),
+    ],
 )
 def test_so_do_the_other_methods(method: str, layout: str) -> None:
     one, other = alone(method), finished(experiment(method, LAYOUTS[layout]))
@@ -214,6 +224,7 @@ def test_what_grows_has_no_moments() -> None:
         ("n_m", {"sparsity__target": 0.9}, "sparsity.target"),
         ("n_m", {"layout": {"dp_shard": 2}}, "layout.zero_stage"),
         ("n_m", {"layout": {"tp": 2}}, "layout.tp"),
+        ("structured", {"workload": {"name": "vision"}}, "workload.model"),
     ],
 )
 def test_what_cannot_work_is_refused(method: str, changes: dict[str, Any], field: str) -> None:
