@@ -8,6 +8,7 @@ from labkit.plots.experts import experts as plot_experts
 from labkit.plots.grid import grid as plot_grid
 from labkit.plots.memory import memory as plot_memory
 from labkit.plots.overview import overview as plot_overview
+from labkit.plots.pareto import pareto as plot_pareto
 from labkit.plots.picture import Picture, rows_of, summary_of
 from labkit.plots.ranks import ranks as plot_ranks
 from labkit.plots.schedules import schedules as plot_schedules
@@ -30,6 +31,7 @@ __all__ = [
     "plot_memory",
     "plot_metric",
     "plot_overview",
+    "plot_pareto",
     "plot_ranks",
     "plot_schedules",
     "plot_sparse_layers",
