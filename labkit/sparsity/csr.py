@@ -13,6 +13,7 @@ Sources: Nikdan et al., "SparseProp", ICML 2023, arXiv:2302.04852; issue 5.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -26,13 +27,12 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from labkit.experiment import Experiment
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-
 
 class Pattern:
     """Which places of a weight matrix are kept, and how its transpose is ordered."""
 
     def __init__(self, mask: Tensor) -> None:
+        _hear_out_torch()
         self.shape = tuple(mask.shape)
         self.set(mask)
 
@@ -63,6 +63,14 @@ class Pattern:
     def transpose(self, values: Tensor) -> Tensor:
         """Wᵀ."""
         return _csr(self._column_ends, self._rows, values[self._order], self.shape[::-1])
+
+
+@functools.cache
+def _hear_out_torch() -> None:
+    """It says once in a process that CSR tensors are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.eye(2).to_sparse_csr()
 
 
 def _ends(sorted_or_not: Tensor, size: int) -> Tensor:

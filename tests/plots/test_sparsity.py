@@ -9,13 +9,13 @@ import pytest
 
 from labkit.plots import plot_sparse_layers, plot_sparsity, static
 from labkit.plots.closeup import sparse
-from tests.plots.fake_run import FakeRun
+from tests.plots.fake_run import EXPERIMENT, FakeRun
 
 Counts = dict[str, list[float]]
 
 
 def sparse_run(root: Path, name: str, changes: list[tuple[int, Counts]]) -> FakeRun:
-    run = FakeRun(root, name)
+    run = FakeRun(root, str(abs(hash(name))), EXPERIMENT.set({"name": name}))
     run.train(30)
     for step, layers in changes:
         run.event(0, "sparsity", step=step, layers=layers)
