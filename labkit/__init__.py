@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from labkit.launch.client import launch as run
     from labkit.launch.client import warm
     from labkit.launch.parity import check
+    from labkit.launch.sweep import sweep
     from labkit.plots.report import report
     from labkit.runs import Comparison, Run, RunFailed, compare
     from labkit.ui import Lab, show
@@ -42,6 +43,7 @@ _HOMES = {
     "report": "labkit.plots.report",
     "run": "labkit.launch.client:launch",
     "show": "labkit.ui",
+    "sweep": "labkit.launch.sweep",
     "warm": "labkit.launch.client",
 }
 
@@ -62,6 +64,7 @@ __all__ = [
     "report",
     "run",
     "show",
+    "sweep",
     "warm",
 ]
 

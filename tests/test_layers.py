@@ -25,7 +25,7 @@ FLOORS: dict[str, set[str]] = {
     # It also hands its buckets to what combines gradients.
     "parallel": {"experiment", "workloads", "gradients"},
     "gradients": {"experiment"},
-    "sparsity": {"experiment"},
+    "sparsity": {"experiment", "workloads"},
     "quantization": {"experiment"},
     "training": {"experiment", *METHODS},
     "runs": {"experiment"},

@@ -2,6 +2,7 @@
 
 `cut`: the axis along whose ranks the parameter is cut, and the dimension that is cut.
 `tied`: see labkit.parallel.tie.
+`pattern`: the parameter holds some places of a matrix only.
 `partial`: axes along which every rank has only a part of the gradient although it holds the same values; the parts are
 added after the backward pass.
 """
@@ -9,11 +10,22 @@ added after the backward pass.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from labkit.parallel.mesh import Mesh
+
+
+class Pattern(Protocol):
+    """Which places of a matrix a vector of values belongs to."""
+
+    def spread(self, values: Tensor) -> Tensor: ...
+
+    def taken(self, dense: Tensor) -> Tensor: ...
+
+    def set(self, mask: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,8 @@ class Holding:
     """Name of a weight that several stages of a pipeline hold; each has a copy of its own."""
     copy: bool = False
     """One of the copies beyond the first."""
+    pattern: Pattern | None = None
+    """Of a sparse matrix, whose values alone are the parameter."""
 
 
 def holding(parameter: Tensor) -> Holding:

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 
 def decays(parameter: Tensor) -> bool:
-    """Is it a weight?"""
-    return parameter.dim() >= 2
+    """Is it a weight? The values of a sparse matrix are, and say so themselves."""
+    return parameter.dim() >= 2 or getattr(parameter, "labkit_decays", False)
 
 
 def by_shape(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, bool]]:

@@ -50,11 +50,11 @@ def gather(model: Spread, optimizer: torch.optim.Optimizer) -> tuple[State, Stat
     weights, moments = State(), State()
 
     def keep(found: State, key: str, name: str, value: Tensor) -> None:
-        value = _whole(value, _holding(model, name), model.mesh) if value.dim() else value
+        value = whole_of(value, _holding(model, name), model.mesh) if value.dim() else value
         if keeps:
             found[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
-    for name, parameter in _parameters(model):
+    for name, parameter in parameters_of(model):
         if not _holding(model, name).copy:
             keep(weights, name, name, parameter)
     for name, buffer in _buffers(model):
@@ -69,11 +69,11 @@ def gather(model: Spread, optimizer: torch.optim.Optimizer) -> tuple[State, Stat
 @torch.no_grad()
 def restore(model: Spread, optimizer: torch.optim.Optimizer, weights: State, moments: State) -> None:
     """Set what this rank holds from the whole state; KeyError or ValueError if it does not fit."""
-    known = {name for name, _ in (*_parameters(model), *_buffers(model))}
+    known = {name for name, _ in (*parameters_of(model), *_buffers(model))}
     if model.mesh.size("pp") == 1 and set(weights) != known:
         raise ValueError(f"it holds {', '.join(sorted(set(weights) ^ known)[:3])} or lacks it")
-    for name, parameter in _parameters(model):
-        _copy(_part(weights[_original(model, name)], model, name, like=parameter), local(parameter))
+    for name, parameter in parameters_of(model):
+        _copy(part_of(weights[_original(model, name)], model, name, like=parameter), local(parameter))
     for name, buffer in _buffers(model):
         _copy(weights[name], buffer)
     if not moments:  # an optimizer without memory (SGD without momentum) has nothing to restore
@@ -87,13 +87,13 @@ def restore(model: Spread, optimizer: torch.optim.Optimizer, weights: State, mom
             stored = {name: by_name[_original(model, name)] for name in bucket.names}
             for key, value in stored[bucket.names[0]].items():
                 if value.dim():
-                    value = bucket.taken({name: _part(found[key], model, name) for name, found in stored.items()})
+                    value = bucket.taken({name: part_of(found[key], model, name) for name, found in stored.items()})
                 optimizer.state[bucket.own][key] = value.to(bucket.own.device, copy=True)
         return
-    for name, parameter in _parameters(model):
+    for name, parameter in parameters_of(model):
         for key, value in by_name[_original(model, name)].items() if parameter.requires_grad else ():
             if value.dim():
-                value = _part(value, model, name, like=parameter)
+                value = part_of(value, model, name, like=parameter)
             value = value.to(parameter.device, copy=True)
             if value.dim() and isinstance(parameter, DTensor):
                 value = DTensor.from_local(
@@ -107,7 +107,7 @@ def restore(model: Spread, optimizer: torch.optim.Optimizer, weights: State, mom
             optimizer.state[parameter][key] = value
 
 
-def _parameters(model: Spread) -> Iterator[tuple[str, nn.Parameter]]:
+def parameters_of(model: Spread) -> Iterator[tuple[str, nn.Parameter]]:
     """Each parameter once: a tied one under its first name."""
     for module in model.stages.values():
         yield from module.named_parameters()
@@ -130,7 +130,7 @@ def _moments(model: Spread, optimizer: torch.optim.Optimizer) -> Iterator[tuple[
                 values = bucket.gathered(value) if value.dim() else dict.fromkeys(bucket.names, value)
                 yield from ((name, key, one) for name, one in values.items())
         return
-    for name, parameter in _parameters(model):
+    for name, parameter in parameters_of(model):
         for key, value in optimizer.state.get(parameter, {}).items():
             if value is not None:  # SGD without momentum
                 yield name, key, value
@@ -145,9 +145,11 @@ def _original(model: Spread, name: str) -> str:
     return _holding(model, name).tied or name
 
 
-def _whole(local: Tensor, holding: Holding, mesh: Mesh) -> Tensor:
+def whole_of(local: Tensor, holding: Holding, mesh: Mesh) -> Tensor:
     """The uncut tensor from this rank's part (collective)."""
     tensor = (local.full_tensor() if isinstance(local, DTensor) else local).detach()
+    if holding.pattern is not None:
+        return holding.pattern.spread(tensor)
     for axis, dim in reversed(holding.cuts.items()):
         group = mesh.group(axis)
         assert group is not None
@@ -155,10 +157,12 @@ def _whole(local: Tensor, holding: Holding, mesh: Mesh) -> Tensor:
     return tensor
 
 
-def _part(tensor: Tensor, model: Spread, name: str, like: Tensor | None = None) -> Tensor:
+def part_of(tensor: Tensor, model: Spread, name: str, like: Tensor | None = None) -> Tensor:
     """What this rank holds of an uncut tensor; if sharded `like` a DTensor, the rows that `fully_shard` gives it."""
-    mesh = model.mesh
-    for axis, dim in _holding(model, name).cuts.items():
+    mesh, held = model.mesh, _holding(model, name)
+    if held.pattern is not None:
+        return held.pattern.taken(tensor)
+    for axis, dim in held.cuts.items():
         tensor = tensor.chunk(mesh.size(axis), dim)[mesh.index(axis)]
     if isinstance(like, DTensor):
         rows, index = tensor.chunk(mesh.size("dp_shard"), 0), mesh.index("dp_shard")

@@ -204,9 +204,9 @@ class ShardedBucket(Bucket):
         dist.all_gather_into_tensor(flat, own.contiguous(), group=self._group)
         return dict(zip(self.names, self._views(flat), strict=True))
 
-    def taken(self, whole: dict[str, Tensor]) -> Tensor:
+    def taken(self, whole: dict[str, Tensor], padding: float = 0.0) -> Tensor:
         """The own part of such tensors: the inverse of `gathered`."""
-        flat = torch.zeros_like(self.values)
+        flat = torch.full_like(self.values, padding)
         for name, view in zip(self.names, self._views(flat), strict=True):
             view.copy_(whole[name])
         return self._own_part(flat).clone()

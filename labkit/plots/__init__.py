@@ -8,9 +8,12 @@ from labkit.plots.experts import experts as plot_experts
 from labkit.plots.grid import grid as plot_grid
 from labkit.plots.memory import memory as plot_memory
 from labkit.plots.overview import overview as plot_overview
+from labkit.plots.pareto import pareto as plot_pareto
 from labkit.plots.picture import Picture, rows_of, summary_of
 from labkit.plots.ranks import ranks as plot_ranks
 from labkit.plots.schedules import schedules as plot_schedules
+from labkit.plots.sparsity import sparse_layers as plot_sparse_layers
+from labkit.plots.sparsity import sparsity as plot_sparsity
 from labkit.plots.speedup import speedup as plot_speedup
 from labkit.plots.split import split as plot_split
 from labkit.plots.staleness import staleness as plot_staleness
@@ -28,8 +31,11 @@ __all__ = [
     "plot_memory",
     "plot_metric",
     "plot_overview",
+    "plot_pareto",
     "plot_ranks",
     "plot_schedules",
+    "plot_sparse_layers",
+    "plot_sparsity",
     "plot_speedup",
     "plot_split",
     "plot_staleness",

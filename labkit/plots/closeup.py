@@ -11,6 +11,7 @@ from labkit.plots.memory import memory
 from labkit.plots.picture import Picture
 from labkit.plots.schedules import schedules
 from labkit.plots.shown import Shown, shown
+from labkit.plots.sparsity import sparse_layers, sparsity
 from labkit.plots.split import split
 from labkit.plots.staleness import staleness
 from labkit.plots.timeline import timeline
@@ -33,6 +34,12 @@ def closeups(runs: Iterable[Any] | Any) -> list[Picture]:
         found.append(schedules(pipelines))
     found += [timeline(one) for one in pipelines]
     return found + [experts(one) for one in many if any(load.sum() for load in one.data.experts.values())]
+
+
+def sparse(runs: Iterable[Any] | Any) -> list[Picture]:
+    """What became zero: all such runs over time, and the layers of each."""
+    many = [one for one in shown(runs) if one.data.sparsity and not one.is_ceiling]
+    return [sparsity(many), *map(sparse_layers, many)] if many else []
 
 
 def combining(runs: Iterable[Any] | Any) -> list[Picture]:

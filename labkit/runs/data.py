@@ -156,6 +156,10 @@ class RunData:
         """By block, how many choices fell on each of its experts, over all ranks that see different tokens."""
         self.staleness: NDArray[np.int64] = np.zeros(0, np.int64)
         """How many gradients, of all ranks, were 0, 1, 2, … updates old when they were used; empty if not measured."""
+        self.sparsity: list[tuple[int, dict[str, tuple[int, int, float]]]] = []
+        """(updates done, by weight: zeros as counted, weights, and what part of those kept came new), one entry for
+        every change of what is zero.
+        """
         self.links: dict[int, dict[str, float]] = {}
         """By rank that read its host's counters: bytes, loopback_bytes, seconds and updates (training/link.py)."""
         self.peak_memory: dict[int, int] = {}
@@ -442,6 +446,23 @@ class RunData:
         self.evaluations.append((step, elapsed, numbers))
         return True
 
+    def _sparsity(self, number: int, event: dict[str, Any]) -> bool:
+        step, layers = _integer(event.get("step"), 0, MAX_STEPS), event.get("layers")
+        if number or step is None or not isinstance(layers, dict) or len(self.sparsity) >= MAX_EVENTS:
+            return False
+        found: dict[str, tuple[int, int, float]] = {}
+        for name, counts in list(layers.items())[:MAX_BLOCKS]:
+            if not isinstance(counts, list) or len(counts) != 3:
+                return False
+            size, churn = _integer(counts[1], 1, 2**62), _number(counts[2])
+            zeros = _integer(counts[0], 0, size or 0)
+            if size is None or zeros is None or churn is None:
+                return False
+            found[str(name)[:200]] = (zeros, size, min(max(churn, 0.0), 1.0))
+        if found:
+            self.sparsity.append((step, found))
+        return bool(found)
+
     def _communication(self, number: int, event: dict[str, Any]) -> bool:
         found = {key: _number(event.get(key)) for key in _EXCHANGES}
         known = self.communication or {}
@@ -709,6 +730,7 @@ _HANDLERS = {
     "checkpoint": RunData._checkpoint,
     "trace": RunData._trace,
     "communication": RunData._communication,
+    "sparsity": RunData._sparsity,
     "link": RunData._link,
     "memory": RunData._memory,
     "error": RunData._error,

@@ -78,7 +78,7 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
         "experts": {name: _shares(load) for name, load in data.experts.items()},
         "peak_memory_bytes": [data.peak_memory.get(rank) for rank in range(ranks)],
         "parameters": start.get("parameters"),
-        "effective": start.get("effective", {}),
+        "effective": start.get("effective", {}) | _sparsity(data),
         "baseline_run_id": row["baseline_run_id"] if ranks > 1 else None,
         "speedup": row["speedup"] if ranks > 1 else None,
         "speedup_interval": [row["speedup_low"], row["speedup_high"]] if ranks > 1 and row["speedup"] else None,
@@ -87,6 +87,14 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
         "notes": notes,
         "warnings": one.status.get("warnings", []),
     }
+
+
+def _sparsity(data: RunData) -> dict[str, Any]:
+    """What part of the weights that a method may make zero is zero, as counted after its last change."""
+    if not data.sparsity:
+        return {"sparsity": 0.0}
+    layers = data.sparsity[-1][1].values()
+    return {"sparsity": sum(zeros for zeros, _, _ in layers) / sum(size for _, size, _ in layers)}
 
 
 def _communication(data: RunData) -> dict[str, Any] | None:

@@ -19,8 +19,12 @@ from labkit.gradients.exchange import Counters, Exchanges
 from labkit.gradients.update import Setting
 from labkit.gradients.wire import Wire
 from labkit.parallel import shared_memory, state
+from labkit.parallel.cut import Holding
+from labkit.parallel.entries import Entries
 from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel, share_weight
+from labkit.sparsity.masks import Masks
+from labkit.sparsity.method import Setting as SparsitySetting
 from labkit.training import checkpoint, evaluation, slow
 from labkit.training.clock import clock
 from labkit.training.events import EventWriter
@@ -55,6 +59,13 @@ class Trainer:
         self.events: EventWriter = meter.events
         training = experiment.training
         whole = task.model.to(runtime.device, runtime.dtype)
+        sparsity = registry("sparsity")[experiment.sparsity.method].load()
+        sparsity_options = sparsity.Options(**experiment.sparsity.options)
+        shapes = sparsity.shapes(whole, sparsity_options)
+        sparse_units = sparsity.units(whole)
+        sparse_layers = sparsity.prepare(
+            whole, experiment, sparsity_options, shapes, lambda: runtime.place(task.train.__getitems__([0]))["x"]
+        )
         self.about_model = {
             "parameters": sum(parameter.numel() for parameter in whole.parameters()),
             "warnings": inexact_parts(whole, runtime.ranks),
@@ -100,6 +111,10 @@ class Trainer:
                 self._until,
             )
         )
+        self.model.holdings |= {name: Holding(pattern=layer.pattern) for name, layer in sparse_layers.items()}
+        masks = Masks(Entries(self.model, shapes), self.optimizer)
+        setting = SparsitySetting(experiment, sparsity_options, masks, shapes, self.steps, sparse_layers, sparse_units)
+        self.sparsity = sparsity(setting)
         self.first = self._load(Path(resume)) if resume else self._begin_anew()
         self.exchanges.resume(self.first)
         self._before = Counters()
@@ -119,6 +134,7 @@ class Trainer:
     def run(self) -> bool:
         """Train to the end or until asked to stop; True if it was stopped before its end."""
         self._write_start()
+        self._write_sparsity(self.first)
         self.model.train()
         stopped = self._draw_tickets() if self.update.draws else self._go_through_rounds()
         if stopped and self.done > self._saved_at and self.experiment.training.checkpoint_every != 0:
@@ -223,16 +239,18 @@ class Trainer:
             batch = next(batches)
             samples = len(next(iter(batch.values())))
             last = number == self.passes - 1
-            with self.update.passes(self.model, last, step):
+            with self.update.passes(self.model, last, step), self.sparsity.passes(step):
                 loss = self.run_pass(batch, self._weight(samples), last, meter.phase)
             if loss is not None:
                 meter.loss(loss, samples * self.model.counted)
         meter.phase("optimizer")
         self.update.before_update(step)
+        self.sparsity.before_update(step)
         self._measure_gradient()
         self.optimizer.step()
         if trace is not None:
             trace.measure()
+        self.sparsity.after_update(step)
         stale = self.update.after_update(step)
         if stale is not None:
             meter.staleness(stale)
@@ -240,6 +258,20 @@ class Trainer:
         meter.exchanged(self._exchanged())
         meter.end()
         self.shares.computed(step, meter.busy, meter.samples)
+        self._write_sparsity(step + 1)
+
+    def _write_sparsity(self, step: int) -> None:
+        """After a change of what is zero: by layer, zeros as counted, weights, and what part of those kept is new."""
+        churn = self.sparsity.take_churn()
+        if churn is None:
+            return
+        zeros, churn = self.sparsity.masks.zeros(changed=True), self.sparsity.masks.together(churn)
+        if self.runtime.rank == 0:
+            self._tell_zeros(step, zeros, churn)
+
+    def _tell_zeros(self, step: int, zeros: dict[str, tuple[int, int]], churn: dict[str, float]) -> None:
+        layers = {name: [*counts, churn.get(name, 0.0)] for name, counts in zeros.items()}
+        self.events.write("sparsity", step=step, layers=layers)
 
     def _measure_gradient(self) -> None:
         """Clip the gradient, or write its norm down, if that was asked for."""
@@ -351,7 +383,7 @@ class Trainer:
             self.meter.phase("evaluation")
 
         alive()
-        with self.update.judged():
+        with self.update.judged(), self.sparsity.passes():
             sums = evaluation.evaluate(self.task, self.model, self.runtime, alive)
             if last:
                 sums |= evaluation.drive(self.task, self.model, self.runtime, self.experiment.training.seed, alive)
@@ -372,7 +404,7 @@ class Trainer:
             part=mesh.place["pp"] if mesh.rank == mesh.writer else None,
             leads=leads,
             meet=self.runtime.meet if mesh.size("pp") > 1 else lambda: None,
-            more=self.update.state(),
+            more=self.update.state() | self.sparsity.state(),
         )
         self._saved_at = step
         if leads:
@@ -388,12 +420,14 @@ class Trainer:
         """Restore what another run left, whatever its layout was; returns the number of updates done."""
         stored = checkpoint.read(folder)
         with checkpoint.fitting(folder):
+            self.sparsity.load(stored.more)  # which weights there are to restore
             state.restore(self.model, self.optimizer, stored.weights, stored.moments)
             self.update.load(stored.more)
         return stored.step
 
     def _begin_anew(self) -> int:
         self.update.load({})
+        self.sparsity.begin()
         return 0
 
     # -- beginning and end --------------------------------------------------------------------------------------------
@@ -419,7 +453,7 @@ class Trainer:
                 "dtype": str(runtime.dtype).removeprefix("torch."),
                 "products": str(runtime.product_type()).removeprefix("torch."),
                 "compressor": self.exchanges.installed,
-                "sparsity": self.experiment.sparsity.method,
+                "sparse_kernel": f"csr in {len(layers)} layers" if (layers := self.sparsity.setting.layers) else "none",
                 "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else "none",
                 "exchange": self.model.exchange,
             },
@@ -435,6 +469,9 @@ class Trainer:
             } | about
         if about:
             self.events.write("communication", **about)
+        zeros = self.sparsity.masks.zeros()
+        if zeros and self.runtime.rank == 0:
+            self._tell_zeros(self.done, zeros, {})
         link = self.link.found()
         if link is not None:
             self.events.write("link", updates=self.done - self.first, **link)

@@ -12,7 +12,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from labkit.plots import static
-from labkit.plots.closeup import closeups, combines, combining
+from labkit.plots.closeup import closeups, combines, combining, sparse
 from labkit.plots.picture import Picture
 from labkit.plots.shown import Shown
 
@@ -34,7 +34,7 @@ class Closeup:
     def offer(self) -> None:
         """A run has ended: show the fold, and draw anew if it is open."""
         self._stale = True
-        if any(one.data.memory or combines(one) for one in self._every()):
+        if any(one.data.memory or one.data.sparsity or combines(one) for one in self._every()):
             self.widget.layout.display = None
         if self.widget.selected_index == 0:
             self.draw()
@@ -47,6 +47,7 @@ class Closeup:
         """Make the pictures of the runs that have ended."""
         self._stale = False
         pictures = combining([one for one in self._every() if one.data.done])
+        pictures += sparse([one for one in self._latest() if one.data.done])
         pictures += closeups([one for one in self._latest() if one.data.done])
         self.output.outputs = tuple(output for picture in pictures for output in _outputs(picture))
 

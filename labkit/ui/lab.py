@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import html
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from labkit.experiment import Experiment, ExperimentError, Problem
@@ -93,6 +93,26 @@ class Lab:
         """Launch independent copies on as many ranks: what the machine can give when nobody has to wait."""
         return self._launch(as_ceiling(self.experiment), wait, timeout)
 
+    def sweep(self, over: Mapping[str, Sequence[Any]], name: str = "sweep", wait: bool = True) -> Any:
+        """Run every combination of the values in `over`, by field, from the experiment of the form, in a queue.
+
+        An interrupt stops it in the middle; the same call goes on where it stopped. With `wait=False` it goes on in
+        the background: `sweep.stop()`, `sweep.wait()`. Its runs are shown here as they end.
+        """
+        from labkit.launch.sweep import sweep
+
+        queue, seen = sweep(self.experiment, over, name), set[str]()
+
+        def show(queue: Any) -> None:
+            for run in queue.runs:
+                if run.id not in seen:
+                    seen.add(run.id)
+                    self._add(run)
+
+        show(queue)  # what an earlier call has run
+        queue.listeners.append(show)
+        return queue.run() if wait else queue.start()
+
     def stop(self) -> None:
         """Ask every run of this lab that goes on to finish its step, write a checkpoint and end. Returns at once."""
         for run in self.runs:
@@ -152,10 +172,10 @@ class Lab:
         """Of the runs that have ended: how their methods compare, where ranks combined what they learned in several
         ways; memory, traffic, pipelines and experts of the update that each of the latest runs traced.
         """
-        from labkit.plots.closeup import closeups, combining
+        from labkit.plots.closeup import closeups, combining, sparse
 
         ended = [run for run in self.runs if run.done]
-        return combining(ended) + closeups(ended[-overview.SLOTS :])
+        return combining(ended) + sparse(ended) + closeups(ended[-overview.SLOTS :])
 
     def show(self) -> None:
         """Display the picture statically, with its summary and its table, and the close-ups as tables in a fold.

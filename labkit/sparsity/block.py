@@ -1,0 +1,58 @@
+"""Block sparsity: whole square blocks of a weight matrix go, the smallest first, on the cubic schedule.
+
+Kernels that compute with blocks need one index for many weights; accuracy pays for it, because a block keeps weights
+that alone would have gone (Gray et al., "GPU Kernels for Block-Sparse Weights", 2017). A convolution counts as the
+matrix [outputs, inputs x kernel].
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from labkit.sparsity.gradual import Gradual
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Block(Gradual):
+    """Gradual pruning of blocks."""
+
+    class Options(Gradual.Options):
+        size: int = Field(default=16, ge=1, le=1024)
+        """Rows and columns of a block."""
+
+    def choose(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole blocks, by the mean size of their weights."""
+        from labkit.sparsity.magnitude import keep_largest
+
+        size = self.options.size
+        scores = {name: means(weight, size) for name, weight in weights.items()}
+        chosen = keep_largest(scores, self.sparsity(step + 1), self.options.scope, self.masks)
+        return {name: spread(chosen[name], weight, size) for name, weight in weights.items()}
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """[rows, columns]: of experts one below the other, of convolutions with all of a filter in a row."""
+    return weight.flatten(1) if weight.dim() == 4 else weight.flatten(0, -2)
+
+
+def means(weight: Tensor, size: int) -> Tensor:
+    """Mean size of the weights in each block, [rows of blocks, columns of blocks]; those at the edge may be smaller."""
+    import torch
+
+    matrix = as_matrix(weight).abs()
+    below, right = -matrix.shape[0] % size, -matrix.shape[1] % size
+    padded = torch.nn.functional.pad(matrix, (0, right, 0, below))
+    there = torch.nn.functional.pad(torch.ones_like(matrix), (0, right, 0, below))
+    grid = (padded.shape[0] // size, size, padded.shape[1] // size, size)
+    return padded.view(grid).sum((1, 3)) / there.view(grid).sum((1, 3))
+
+
+def spread(blocks: Tensor, weight: Tensor, size: int) -> Tensor:
+    """The mask of single weights from that of blocks."""
+    rows, columns = as_matrix(weight).shape
+    mask = blocks.repeat_interleave(size, 0).repeat_interleave(size, 1)[:rows, :columns]
+    return mask.reshape(weight.shape)

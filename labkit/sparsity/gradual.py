@@ -1,0 +1,24 @@
+"""Gradual magnitude pruning: the smallest weights go, a few at a time (Zhu & Gupta 2017, arXiv:1710.01878)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from labkit.sparsity.cubic import Cubic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Gradual(Cubic):
+    """Many small cuts."""
+
+    class Options(Cubic.Options):
+        scope: Literal["global", "layer"] = "global"
+        """Compare all weights of the network, or those of a layer only."""
+
+    def choose(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Keep the largest, fewer each time."""
+        from labkit.sparsity.magnitude import keep_largest
+
+        return keep_largest(weights, self.sparsity(step + 1), self.options.scope, self.masks)
