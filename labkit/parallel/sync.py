@@ -206,7 +206,7 @@ class ShardedBucket(Bucket):
 
     def taken(self, whole: dict[str, Tensor]) -> Tensor:
         """The own part of such tensors: the inverse of `gathered`."""
-        flat = torch.zeros_like(self.values)
+        flat = torch.zeros_like(self.values, dtype=whole[self.names[0]].dtype)  # moments may be finer than weights
         for name, view in zip(self.names, self._views(flat), strict=True):
             view.copy_(whole[name])
         return self._own_part(flat).clone()
