@@ -13,6 +13,9 @@ with k numbers of memory per parameter (Adam 2, SGD with momentum 1) and N = dp_
 An asynchronous pipeline stashes versions of its trained parameters: one for each minibatch under way but the next one
 (PipeDream, Narayanan et al. 2019), and one more where weights are predicted. Activations have no formula here: they
 depend on the batch, not on the number of parameters.
+
+Moments are as wide as the weights, but float32 beside bfloat16 weights; of 8 bits (optimizer.state_bits) they take a
+byte each and 4 bytes for every 256 (tensors of fewer than 4096 numbers keep 32 bits, which the formula leaves out).
 """
 
 from __future__ import annotations
@@ -43,9 +46,19 @@ def model_state(experiment: Experiment, held: int, trained: int) -> dict[str, fl
     among them that are not frozen, the only ones with gradients and optimizer state.
     """
     stage, ranks = zero_stage(experiment), experiment.layout.dp_shard
-    whole = {"parameters": float(held), "gradients": float(trained), "optimizer": float(moments(experiment) * trained)}
+    whole = {
+        "parameters": float(held),
+        "gradients": float(trained),
+        "optimizer": moments(experiment) * trained * _moment_bytes(experiment),
+    }
     sharded = {"parameters": stage >= 3, "gradients": stage >= 2, "optimizer": stage >= 1}
     return {name: size / ranks if sharded[name] else size for name, size in whole.items()}
+
+
+def _moment_bytes(experiment: Experiment) -> float:
+    """Bytes of a moment beside those of a weight."""
+    wide = 2.0 if experiment.quantization.training == "pure_bf16" else 1.0
+    return wide if experiment.optimizer.state_bits == 32 else wide * (1 + 4 / 256) / 4
 
 
 def stash(experiment: Experiment, ahead: int, trained: int) -> float:

@@ -22,6 +22,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from labkit.experiment.machine import Machine
 from labkit.experiment.problem import closest
 
 
@@ -42,6 +43,11 @@ class Method:
     @property
     def available(self) -> bool:
         return self.target is not None
+
+    def missing(self, machine: Machine) -> str:
+        """Why `machine` cannot offer an available method, as its class says (`missing(machine)`); empty if it can."""
+        asked = getattr(self.load(), "missing", None) if self.available else None
+        return "" if asked is None else str(asked(machine))
 
     def load(self) -> Any:
         """Import and return the class that implements the method."""

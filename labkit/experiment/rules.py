@@ -67,8 +67,6 @@ def planned_methods(experiment: Experiment, machine: Machine) -> Iterator[Proble
     if experiment.layout.schedule not in registry("layout.schedule"):
         names = ", ".join(registry("layout.schedule").names())
         yield Problem("layout.schedule", f"unknown schedule {experiment.layout.schedule!r}; known: {names}")
-    if experiment.optimizer.state_bits != 32:
-        yield Problem("optimizer.state_bits", "8-bit optimizer state is not in this version of labkit yet", 32)
 
 
 def method_rules(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
@@ -173,8 +171,33 @@ def slowed_ranks_exist(experiment: Experiment, machine: Machine) -> Iterator[Pro
         yield Problem("launch.slowdown", f"there is no rank {rank}: the {ranks} ranks are numbered from 0 on")
 
 
+def narrow_state(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Moments of 8 bits are packed: nobody else can read them."""
+    if experiment.optimizer.state_bits == 32:
+        return
+    field, update, layout = "optimizer.state_bits", experiment.gradients.update.method, experiment.layout
+    if experiment.optimizer.name != "adamw":
+        yield Problem("optimizer.name", "only AdamW has a state of 8 bits", "adamw")
+    if experiment.quantization.training == "fp64":
+        yield Problem(field, "a proof in float64 does not keep moments of 8 bits", 32)
+    if experiment.quantization.training == "fp16":
+        yield Problem(field, "updates that overflow are left out by the fused AdamW only, which keeps 32 bits", 32)
+    if update != "synchronous":
+        yield Problem(field, f"{update} averages or moves the optimizer's moments, which 8 bits would not survive", 32)
+    if experiment.sparsity.method != "none":
+        yield Problem(field, "removing weights clears their moments, which lie packed in blocks of 256", 32)
+    compressor = registry("gradients.compression")[experiment.gradients.compression.method]
+    options = compressor.load().Options(**experiment.gradients.compression.options) if compressor.available else None
+    if getattr(options, "freeze", False):
+        yield Problem(field, f"{compressor.key} brings its own AdamW, which keeps 32 bits", 32)
+    if layout.pp > 1 and experiment.workload.options.get("tied"):
+        reason = "copies of the tied weight on two stages would be updated differently and drift apart (workload.tied)"
+        yield Problem(field, reason, 32)
+
+
 RULES: list[Rule] = [
     planned_methods,
+    narrow_state,
     method_rules,
     axis_rules,
     device_exists,
@@ -222,6 +245,16 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
         yield Problem("layout.cpu_offload", f"has no effect: {why}")
     if layout.sequence_parallel and layout.tp == 1:
         yield Problem("layout.sequence_parallel", "has no effect without tensor parallelism (layout.tp is 1)")
+    quantization = experiment.quantization
+    if quantization.training != "int8":
+        for name in ("rounding", "weight_gradient"):
+            if getattr(quantization, name) != type(quantization).model_fields[name].default:
+                yield Problem(f"quantization.{name}", "has no effect: only int8 training rounds gradients to 8 bits")
+    if quantization.qat_start and quantization.qat == "none":
+        yield Problem("quantization.qat_start", "has no effect without quantization.qat")
+    of_layers = quantization.training in ("int8", "int8_weights", "bitnet")
+    if quantization.head and not (of_layers or quantization.qat != "none" or quantization.after_training != "none"):
+        yield Problem("quantization.head", "has no effect: no format of linear layers is chosen")
     if experiment.sparsity.method == "none" and experiment.sparsity.target > 0:
         yield Problem("sparsity.target", "has no effect while sparsity.method is none")
     if experiment.training.shares == "speed" and (layout.world_size == 1 or experiment.launch.isolated):

@@ -93,6 +93,14 @@ class Quantization(Section):
     """Quantization-aware training: rounding is felt while training."""
     after_training: str = "none"
     """Quantization of the trained network."""
+    head: bool = False
+    """The last linear layer, which makes the scores, is narrowed too."""
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """How gradients are rounded in int8 training; to the nearest, what is small is lost again and again."""
+    weight_gradient: bool = True
+    """Int8 training makes the gradients of weights by int8 products too, otherwise in float32."""
+    qat_start: float = Field(default=0.0, ge=0, lt=1)
+    """Part of the training after which quantization-aware training begins."""
 
     @model_validator(mode="after")
     def _known(self) -> Quantization:

@@ -123,12 +123,15 @@ def _slow_link() -> Finding:
 
 
 def _greyed_out() -> list[Finding]:
-    """Choices of the form that this version does not have yet."""
+    """Choices of the form that this version does not have yet, or this machine does not permit."""
     findings = []
     for knob, methods in registries():
         planned = [method.key for method in methods if not method.available]
         if planned:
             findings.append(Finding(knob, f"not in this version yet: {', '.join(planned)}"))
+        for method in methods:
+            if reason := method.missing(Machine.here()):
+                findings.append(Finding(knob, f"{method.key} is not offered here: {reason}"))
     return findings
 
 

@@ -103,6 +103,8 @@ class ParallelModel:
         self.averaged_over = self._gradients.averaged_over
         for module in self.stages.values():
             expert.weigh_samples(module, self.averaged_over / experiment.training.global_batch)
+        self.then: Callable[[], None] = lambda: None
+        """Called after every update, once the weights are whole."""
         self.traffic: Axes | None = None
         """What the traced update has sent; None before it."""
         self._pipeline = self._make_pipeline(experiment) if layout.pp > 1 else None
@@ -226,6 +228,12 @@ class ParallelModel:
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer has stepped."""
         self._gradients.after_update()
+        self.then()
+
+    @property
+    def tied(self) -> tuple[str, ...]:
+        """Weights of which several stages have a copy."""
+        return tuple(self._ties.names) if self._ties is not None else ()
 
     @property
     def pipeline(self) -> Pipeline | None:

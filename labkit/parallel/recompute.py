@@ -21,6 +21,7 @@ _aten = torch.ops.aten
 KEPT = {
     _aten.mm.default,
     _aten.bmm.default,
+    _aten._int_mm.default,
     _aten.addmm.default,
     _aten.convolution.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,

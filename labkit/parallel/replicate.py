@@ -82,6 +82,7 @@ class ReplicatedModel:
 
     counted = 1.0
     sharded = ()
+    tied: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -110,6 +111,8 @@ class ReplicatedModel:
         weigh_samples(task.model, self.averaged_over / experiment.training.global_batch)
         self.memory: SharedMemory | None = None
         """Where gradients are exchanged, if not in the process group."""
+        self.then: Callable[[], None] = lambda: None
+        """Called after every update, once the weights are whole."""
         self._exchanges = exchanges
         self._exchange: Exchange | None = None
         self._updates = 0
@@ -178,6 +181,7 @@ class ReplicatedModel:
             optimizer.zero_grad(set_to_none=False)
         else:
             self.working.zero_grad()
+        self.then()
 
     def output(self, x: Tensor) -> Tensor:
         """Output of the model for evaluation."""

@@ -6,7 +6,7 @@ All ranks gather together; the rank that stands first along every axis but pp ke
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -126,14 +126,20 @@ def _moments(model: Spread, optimizer: torch.optim.Optimizer) -> Iterator[tuple[
     """Name of the parameter, key, and value: gathered along dp_shard where ZeRO shards it."""
     if model.sharded:
         for bucket in model.sharded:
-            for key, value in optimizer.state.get(bucket.own, {}).items():
+            for key, value in _remembered(optimizer, bucket.own).items():
                 values = bucket.gathered(value) if value.dim() else dict.fromkeys(bucket.names, value)
                 yield from ((name, key, one) for name, one in values.items())
         return
     for name, parameter in parameters_of(model):
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in _remembered(optimizer, parameter).items():
             if value is not None:  # SGD without momentum
                 yield name, key, value
+
+
+def _remembered(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    """The state of a parameter; one that is packed, without packing, in tensors that can be cut and joined."""
+    unpacked: Any = getattr(optimizer, "unpacked", None)
+    return optimizer.state.get(parameter, {}) if unpacked is None else unpacked(parameter)
 
 
 def _holding(model: Spread, name: str) -> Holding:

@@ -206,7 +206,8 @@ class ShardedBucket(Bucket):
 
     def taken(self, whole: dict[str, Tensor], padding: float = 0.0) -> Tensor:
         """The own part of such tensors: the inverse of `gathered`."""
-        flat = torch.full_like(self.values, padding)
+        kind = whole[self.names[0]].dtype  # moments may be finer than weights
+        flat = torch.full_like(self.values, padding, dtype=kind)
         for name, view in zip(self.names, self._views(flat), strict=True):
             view.copy_(whole[name])
         return self._own_part(flat).clone()

@@ -34,16 +34,16 @@ class Rows(nn.Module):
         assert group is not None
         self.weight = cut(layer.weight, mesh, "tp", 1)
         self.bias = layer.bias
-        self._run: Callable[[Tensor, Tensor], Tensor] = nn.functional.linear
+        self.arithmetic: Callable[[Tensor, Tensor], Tensor] = getattr(layer, "arithmetic", nn.functional.linear)
         if isinstance(layer, nn.Conv2d):
             stride, padding = layer.stride, layer.padding
-            self._run = lambda x, weight: nn.functional.conv2d(x, weight, None, stride, padding)
+            self.arithmetic = lambda x, weight: nn.functional.conv2d(x, weight, None, stride, padding)
         self._group, self._sequence = group, sequence
         if sequence and self.bias is not None:
             add_partial(self.bias, "tp")
 
     def forward(self, x: Tensor) -> Tensor:
-        part = self._run(x, self.weight)
+        part = self.arithmetic(x, self.weight)
         if self._sequence:
             whole = collectives.sum_scatter(part, self._group, SEQUENCE)
         else:

@@ -1,13 +1,18 @@
-"""Full precision: float32 as trained, float64 for proofs."""
+"""Full precision: float32 as trained, float64 for proofs. Also the base of all number formats."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from labkit.experiment.registry import Options as BaseOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
+
+    from labkit.experiment.schema import Quantization
+    from labkit.quantization.linear import Arithmetic
 
 
 class Single:
@@ -16,7 +21,10 @@ class Single:
     class Options(BaseOptions):
         pass
 
-    mixed_precision = "no"
+    mixed_precision: ClassVar[str] = "no"
+    """What Accelerate is told."""
+    own_optimizer: ClassVar[bool] = False
+    """Do weights need an optimizer that rounds them (labkit.quantization.optimizers)?"""
 
     @staticmethod
     def prepare() -> None:
@@ -33,6 +41,16 @@ class Single:
 
         return torch.float32
 
+    @staticmethod
+    def handlers() -> list[Any]:
+        """Keyword handlers for Accelerate."""
+        return []
+
+    @staticmethod
+    def arithmetic(settings: Quantization) -> Callable[[], Arithmetic] | None:
+        """What makes the arithmetic of a linear layer; None where torch's own is right."""
+        return None
+
 
 class Double(Single):
     """float64 throughout: rounding is so small that a wrong layout cannot hide behind it."""
@@ -44,8 +62,5 @@ class Double(Single):
         return torch.float64
 
 
-class Unquantized:
+class Unquantized(Single):
     """Numbers stay as they are."""
-
-    class Options(BaseOptions):
-        pass

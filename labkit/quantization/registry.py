@@ -9,12 +9,16 @@ TRAINING = Registry(
         Method("fp32", "single precision", "labkit.quantization.full:Single"),
         Method("fp64", "double precision, for proofs", "labkit.quantization.full:Double"),
         Method("bf16", "brain half precision under autocast", "labkit.quantization.autocast:BFloat16"),
-        Method("fp16", "half precision under autocast"),
-        Method("fp8", "eight-bit floating point"),
-        Method("pure_bf16", "brain half precision throughout, stochastic rounding"),
-        Method("int8", "eight-bit integer matrix products"),
-        Method("int8_weights", "eight-bit integer weights"),
-        Method("bitnet", "ternary weights (BitNet b1.58)"),
+        Method("fp16", "half precision under autocast, on GPUs", "labkit.quantization.autocast:Float16"),
+        Method("fp8", "eight-bit floating point, on GPUs", "labkit.quantization.fp8:Float8"),
+        Method(
+            "pure_bf16",
+            "brain half precision throughout, stochastic rounding",
+            "labkit.quantization.pure_bf16:PureBFloat16",
+        ),
+        Method("int8", "eight-bit integer matrix products", "labkit.quantization.int8:Int8"),
+        Method("int8_weights", "eight-bit integer weights (emulated)", "labkit.quantization.int8_weights:Int8Weights"),
+        Method("bitnet", "ternary weights (BitNet b1.58)", "labkit.quantization.bitnet:BitNet"),
     ],
 )
 
@@ -23,8 +27,8 @@ QAT = Registry(
     "quantization-aware training method",
     [
         Method("none", "off", "labkit.quantization.full:Unquantized"),
-        Method("int8", "eight bits"),
-        Method("int4", "four bits"),
+        Method("int8", "eight bits", "labkit.quantization.qat:Int8Aware"),
+        Method("int4", "four bits", "labkit.quantization.qat:Int4Aware"),
     ],
 )
 
@@ -33,8 +37,8 @@ AFTER_TRAINING = Registry(
     "post-training quantization",
     [
         Method("none", "off", "labkit.quantization.full:Unquantized"),
-        Method("int8_dynamic", "eight-bit weights and activations"),
-        Method("int8_weight_only", "eight-bit weights"),
-        Method("int4_weight_only", "four-bit weights"),
+        Method("int8_dynamic", "eight-bit weights and activations", "labkit.quantization.after:Int8Dynamic"),
+        Method("int8_weight_only", "eight-bit weights", "labkit.quantization.after:Int8WeightOnly"),
+        Method("int4_weight_only", "four-bit weights", "labkit.quantization.after:Int4WeightOnly"),
     ],
 )

@@ -93,7 +93,7 @@ def differences(one: Experiment, other: Experiment) -> list[str]:
         "workload": (one.workload, other.workload),
         "global batch": (one.training.global_batch, other.training.global_batch),
         "seed": (one.training.seed, other.training.seed),
-        "precision": (one.quantization.training, other.quantization.training),
+        "precision": tuple(each.quantization.model_copy(update={"after_training": ""}) for each in (one, other)),
         "optimizer": (one.optimizer, other.optimizer),
         "loader": (one.training.loader_workers, other.training.loader_workers),
         "threads per rank": (one.launch.threads_per_rank, other.launch.threads_per_rank),

@@ -44,6 +44,8 @@ _EXCHANGES = (
     "formula_bytes_per_step",
     "compression_seconds",
 )
+BESIDE = ("float", "quantized")
+MAX_EFFECTIVE, MAX_SIZES = 50, 16
 TRAFFIC = ("calls", "bytes", "wire_bytes", "exposed_seconds")
 LINK = ("bytes", "loopback_bytes", "seconds", "updates")
 _AXIS = re.compile(r"[a-z_]{1,20}(\+[a-z_]{1,20}){0,7}")
@@ -162,6 +164,11 @@ class RunData:
         """
         self.links: dict[int, dict[str, float]] = {}
         """By rank that read its host's counters: bytes, loopback_bytes, seconds and updates (training/link.py)."""
+        self.quantized: dict[str, Any] = {}
+        """The network after training beside its quantized copy (training/quantized.py): method, qat, layers, samples,
+        seconds, metrics, bytes, layer_bytes, latency_seconds (by batch size) and sensitivity [(layer, change of the
+        loss)]; each of the middle four by "float" and "quantized". Empty if nothing was quantized.
+        """
         self.peak_memory: dict[int, int] = {}
         """Peak memory in bytes, by rank."""
         self.errors: list[dict[str, Any]] = []
@@ -297,13 +304,11 @@ class RunData:
             "parameters": _integer(event.get("parameters"), 0, 2**62),
             "steps": _integer(event.get("steps"), 1, MAX_STEPS),
             "time_to_first_step_seconds": _number(event.get("time_to_first_step_seconds")),
-            "effective": event["effective"] if _is_small_dict(event.get("effective")) else {},
+            "effective": {},
         }
         said = event.get("warnings")
         rank.start["warnings"] = [str(text)[:400] for text in said[:20]] if isinstance(said, list) else []
-        effective = event.get("effective")
-        if isinstance(effective, dict):
-            rank.start["effective"] = {str(key)[:100]: str(value)[:200] for key, value in list(effective.items())[:50]}
+        rank.start["effective"] = _words(event.get("effective"))
         if number == 0:
             if isinstance(event.get("facts"), dict):
                 self.facts = event["facts"]
@@ -517,6 +522,32 @@ class RunData:
         if len(known) == len(LINK):
             self.links[number] = known
         return number in self.links
+
+    def _effective(self, number: int, event: dict[str, Any]) -> bool:
+        """What was found to be in force once the training was over."""
+        found, start = _words(event.get("found")), self._ranks[number].start
+        start["effective"] = dict(list((start.get("effective", {}) | found).items())[:MAX_EFFECTIVE])
+        return bool(found)
+
+    def _quantized(self, number: int, event: dict[str, Any]) -> bool:
+        found: dict[str, Any] = {name: str(event.get(name) or "")[:100] for name in ("method", "qat")}
+        found |= {name: _integer(event.get(name), 0, 2**40) for name in ("layers", "samples")}
+        found["seconds"] = _number(event.get("seconds"))
+        found |= {name: _pair(event.get(name)) for name in ("bytes", "layer_bytes")}
+        metrics, latency = event.get("metrics"), event.get("latency_seconds")
+        if number or self.quantized or not isinstance(metrics, dict) or not isinstance(latency, dict):
+            return False
+        found["metrics"] = {name: _numbers(metrics.get(name)) for name in BESIDE}
+        sizes = [(_size(size), _pair(both)) for size, both in list(latency.items())[:MAX_SIZES]]
+        found["latency_seconds"] = {size: both for size, both in sizes if size is not None and both}
+        rows = event.get("sensitivity")
+        found["sensitivity"] = [
+            (str(row[0])[:200], _number(row[1]))
+            for row in (rows[:MAX_BLOCKS] if isinstance(rows, list) else ())
+            if isinstance(row, list) and len(row) == 2
+        ]
+        self.quantized = found
+        return True
 
     def _memory(self, number: int, event: dict[str, Any]) -> bool:
         peak = _integer(event.get("peak_bytes"), 0, 2**62)
@@ -732,6 +763,8 @@ _HANDLERS = {
     "communication": RunData._communication,
     "sparsity": RunData._sparsity,
     "link": RunData._link,
+    "effective": RunData._effective,
+    "quantized": RunData._quantized,
     "memory": RunData._memory,
     "error": RunData._error,
     "end": RunData._end,
@@ -787,8 +820,27 @@ def _action(row: Any) -> Action | None:
     return Action(row[0], stage, microbatch, begin, end)
 
 
-def _is_small_dict(value: Any) -> bool:
-    return isinstance(value, dict) and len(json.dumps(value)) <= 10_000
+def _words(value: Any) -> dict[str, str]:
+    """A dict as short texts."""
+    items = list(value.items())[:MAX_EFFECTIVE] if isinstance(value, dict) else []
+    return {str(key)[:100]: str(item)[:200] for key, item in items}
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    """The numbers of a dict by name."""
+    items = list(value.items())[:MAX_EFFECTIVE] if isinstance(value, dict) else []
+    return {str(key)[:100]: number for key, item in items if (number := _number(item)) is not None}
+
+
+def _pair(value: Any) -> dict[str, float]:
+    """A positive number of the network as it is, and one of the quantized network; {} where one is missing."""
+    found = _numbers({name: value.get(name) for name in BESIDE} if isinstance(value, dict) else None)
+    return found if len(found) == len(BESIDE) and all(0 < number < 1e18 for number in found.values()) else {}
+
+
+def _size(text: str) -> int | None:
+    """A batch size; JSON's names are texts."""
+    return int(text) if re.fullmatch(r"[1-9][0-9]{0,6}", text) else None
 
 
 def _column(values: Any, count: int | None = None) -> Floats | None:

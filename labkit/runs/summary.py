@@ -79,6 +79,7 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
         "peak_memory_bytes": [data.peak_memory.get(rank) for rank in range(ranks)],
         "parameters": start.get("parameters"),
         "effective": start.get("effective", {}) | _sparsity(data),
+        "quantized": data.quantized or None,
         "baseline_run_id": row["baseline_run_id"] if ranks > 1 else None,
         "speedup": row["speedup"] if ranks > 1 else None,
         "speedup_interval": [row["speedup_low"], row["speedup_high"]] if ranks > 1 and row["speedup"] else None,

@@ -195,10 +195,10 @@ def _rows(model: nn.Module, masks: dict[str, Tensor], sample: Tensor) -> dict[st
     return rows
 
 
-def _seconds(layer: nn.Module, rows: int, repeats: int = 5) -> float:
+def _seconds(layer: nn.Linear | CsrLinear, rows: int, repeats: int = 5) -> float:
     """Median of a pass forward and backward; leaves no gradient behind."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    x = torch.zeros(rows, layer.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)  # type: ignore[arg-type]
+    weight = layer.weight
+    x = weight.detach().new_zeros(rows, layer.in_features).requires_grad_()
     seconds = []
     for _ in range(repeats):
         begun = time.perf_counter()

@@ -74,7 +74,7 @@ class Runtime:
             cpu=cpu,
             mixed_precision=precision.mixed_precision,
             gradient_accumulation_steps=1,  # the loop weighs its passes itself
-            kwargs_handlers=[Replicate.handler(experiment)],
+            kwargs_handlers=[Replicate.handler(experiment), *precision.handlers()],
             step_scheduler_with_optimizer=False,
         )
         # Silently training N separate models is the worst that can happen: several launchers do it.

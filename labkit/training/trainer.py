@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from labkit.parallel.cut import Holding
 from labkit.parallel.entries import Entries
 from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel, share_weight
+from labkit.quantization.narrowing import Narrowing
+from labkit.quantization.scaling import LossScaling
 from labkit.sparsity.masks import Masks
 from labkit.sparsity.method import Setting as SparsitySetting
-from labkit.training import checkpoint, evaluation, slow
+from labkit.training import checkpoint, evaluation, quantized, slow
 from labkit.training.clock import clock
 from labkit.training.events import EventWriter
 from labkit.training.exactness import inexact_parts
@@ -70,9 +73,14 @@ class Trainer:
             "parameters": sum(parameter.numel() for parameter in whole.parameters()),
             "warnings": inexact_parts(whole, runtime.ranks),
         }
-        del whole  # a layout may free the parts that other ranks hold
         self.order = Order(len(task.train), training.global_batch, training.seed)
         self.steps = training.steps or self.order.steps(training.epochs or 1)
+        place = runtime.mesh.index("dp_replicate", "dp_shard", "pp", "cp", "ep")
+        self.narrowing = Narrowing(experiment, place, self.steps, runtime.device)
+        self.narrowing.convert(whole)
+        del whole  # a layout may free the parts that other ranks hold
+        scaler = runtime.accelerator.scaler
+        self.scaling = LossScaling(scaler, runtime.device) if scaler is not None else None
         self.passes = experiment.gradients.accumulation
         rule = registry("gradients.update")[experiment.gradients.update.method].load()
         on_device = clock(runtime.device) if runtime.device.type == "cuda" else None
@@ -95,7 +103,13 @@ class Trainer:
         self.run_pass = slow.stretched(self.model.run_pass, factor, runtime.device, meter)
         self.link = Link(experiment, runtime)
         settings = self.exchanges.settings()
-        self.optimizer = make_optimizer(settings, self.model.optimized(), self.exchanges.optimizer())
+        own = self.narrowing.optimizer() or self.exchanges.optimizer()
+        self.optimizer = make_optimizer(settings, self.model.optimized(), own)
+        if self.narrowing.draws and self.model.tied:
+            raise ValueError(
+                f"{self.model.tied[0]} stands on two stages, whose copies would be rounded differently and drift "
+                "apart: choose another number format, or 32 bits for the optimizer's state"
+            )
         self.exchanges.bind(self.optimizer)
         self.update = rule(
             Setting(
@@ -117,6 +131,8 @@ class Trainer:
         self.sparsity = sparsity(setting)
         self.first = self._load(Path(resume)) if resume else self._begin_anew()
         self.exchanges.resume(self.first)
+        self.narrowing.start(self.model.stages.values(), self.optimizer, self.first)
+        self.model.then = self.narrowing.after_update
         self._before = Counters()
         """What combining had cost when the update began."""
         self._sum = Counters()
@@ -137,6 +153,8 @@ class Trainer:
         self._write_sparsity(self.first)
         self.model.train()
         stopped = self._draw_tickets() if self.update.draws else self._go_through_rounds()
+        if not stopped:
+            self._quantize()
         if stopped and self.done > self._saved_at and self.experiment.training.checkpoint_every != 0:
             self._save(self.done)
         if not self.update.draws:
@@ -197,6 +215,7 @@ class Trainer:
         meter.begin(step, rate, ticket)
         set_learning_rate(self.optimizer, rate)
         runtime.seed(self._random_state(step, share))
+        self.narrowing.begin(step)
         rule.pull()
         shares = self.runtime.mesh.samples[1]
         for number, indices in enumerate(self.order.passes(step, share, shares, self.passes)):
@@ -233,6 +252,7 @@ class Trainer:
         self._before = self._counters() or self._before  # what an evaluation sends belongs to no update
         set_learning_rate(self.optimizer, rate)
         runtime.seed(self._random_state(step, runtime.rank))
+        self.narrowing.begin(step)
         for number in range(self.passes):
             if number:
                 meter.phase("data")
@@ -275,6 +295,8 @@ class Trainer:
 
     def _measure_gradient(self) -> None:
         """Clip the gradient, or write its norm down, if that was asked for."""
+        if self.scaling is not None:
+            self.scaling.unscale(self.optimizer)
         limit = self.experiment.optimizer.clip_norm
         if limit is not None:
             norm = self.model.clip(limit)
@@ -304,9 +326,10 @@ class Trainer:
         self._sum += found
         return found
 
-    def _weight(self, samples: int) -> float:
+    def _weight(self, samples: int) -> Any:
         """Weight of the mean loss over `samples` so that the update is the mean over the global batch."""
-        return share_weight(samples, self.experiment.training.global_batch, self.model.averaged_over)
+        weight = share_weight(samples, self.experiment.training.global_batch, self.model.averaged_over)
+        return weight if self.scaling is None else self.scaling.scaled(weight)
 
     def _batches(self) -> Iterator[Batch]:
         """The passes of this rank, in order.
@@ -390,6 +413,18 @@ class Trainer:
         if self.runtime.rank == 0:
             seconds = time.perf_counter() - begun
             self.events.write("evaluation", step=step, metrics=self.task.metrics(sums), seconds=seconds)
+
+    def _quantize(self) -> None:
+        """The trained network beside a quantized copy, if that was asked for (collective; the first rank makes it)."""
+        wanted = self.experiment.quantization
+        if wanted.after_training == "none":
+            return
+        begun = time.perf_counter()
+        with self.update.judged():
+            if self.runtime.rank == 0:
+                alive = partial(self.meter.phase, "evaluation")
+                found = quantized.quantize(self.task, self.model.stages[0], wanted, alive)
+                self.events.write("quantized", seconds=time.perf_counter() - begun, **found)
 
     def _save(self, step: int) -> None:
         begun = time.perf_counter()
@@ -475,6 +510,9 @@ class Trainer:
         link = self.link.found()
         if link is not None:
             self.events.write("link", updates=self.done - self.first, **link)
+        effective = self.narrowing.found() | (self.scaling.found() if self.scaling is not None else {})
+        if effective:
+            self.events.write("effective", found=effective)
         self.events.write("memory", peak_bytes=peak_bytes(self.runtime.device))
         self.meter.phase("done")
 

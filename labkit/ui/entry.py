@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import ipywidgets as widgets
 from pydantic.fields import FieldInfo
 
+from labkit.experiment.machine import Machine
 from labkit.experiment.registry import Registry
 
 _WORDS = {
@@ -32,6 +33,8 @@ _WORDS = {
     "isolated": "Independent copies",
     "slowdown": "Slowed ranks",
     "hosts": "Emulated hosts",
+    "head": "Narrow the last layer",
+    "qat_start": "Begin rounding after",
 }
 _BY_FIELD = {
     "workload.name": "Workload",
@@ -89,9 +92,11 @@ def entry(field: str, info: FieldInfo, value: Any, methods: Registry | None = No
     kind, optional = _unwrap(info.annotation)
     common = {"description": label(field), "tooltip": tooltip(field, info)}
     if methods is not None:
-        shown = [(_method(method), method.key) for method in methods]
+        missing = {method.key: method.missing(Machine.here()) for method in methods}
+        shown = [(_method(method, missing[method.key]), method.key) for method in methods]
         known = "; ".join(f"{method.key}: {method.summary}" for method in methods if method.available)
-        common["tooltip"] = f"{common['tooltip']} {known}."
+        absent = "".join(f" Not on this machine: {reason}." for reason in missing.values() if reason)
+        common["tooltip"] = f"{common['tooltip']} {known}.{absent}"
         return _pick(field, shown, value, common)
     if get_origin(kind) is Literal:
         shown = [(str(item), item) for item in get_args(kind)]
@@ -120,8 +125,10 @@ def _unwrap(annotation: Any) -> tuple[Any, bool]:
     return annotation, False
 
 
-def _method(method: Any) -> str:
-    return method.key if method.available else f"{method.key} {NOT_YET}"
+def _method(method: Any, missing: str) -> str:
+    if not method.available:
+        return f"{method.key} {NOT_YET}"
+    return f"{method.key} {NOT_HERE}" if missing else method.key
 
 
 def _plain(field: str, widget: Any) -> Entry:

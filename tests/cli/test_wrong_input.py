@@ -114,7 +114,7 @@ CASES = [
     sets("update rule that cannot", "gradients.update.method=pipedream", "gradients.update.method: "),
     sets("shares without replicas", ["layout=tp2", "training.shares=speed"], "training.shares: "),
     sets("network without a rate", "launch.network.delay_ms=1", "launch.network.rate_mbit: is required"),
-    sets("planned number format", "quantization.training=fp8", "fp8 is not in this version"),
+    sets("layers that are not there", "quantization.training=int8", "a residual network has convolutions"),
     sets("unknown number format", "quantization.training=fp7", "unknown number format 'fp7'"),
     sets("unknown schedule", "layout.schedule=2f2b", "unknown schedule '2f2b'"),
     sets("unknown option of the workload", "workload.wdth=8", "unknown field 'wdth'"),

@@ -286,6 +286,49 @@ def test_a_line_without_end_does_not_fill_the_memory(writer: Writer) -> None:
     assert data.skipped_lines == 1
 
 
+def test_what_was_found_in_force_completes_what_was_said_at_the_start(writer: Writer) -> None:
+    writer.event(0, "start", effective={"dtype": "float32", "activations": "?"})
+    writer.event(0, "effective", found={"int8_products": 36.0, "activations": "float32", "x" * 300: ["y"]})
+    writer.event(0, "effective", found={f"more {number}": 1 for number in range(100)})
+    writer.event(0, "effective", found=[1])
+    data = RunData(writer.directory)
+    data.refresh()
+    effective = data.rank_starts[0]["effective"]
+    assert (effective["dtype"], effective["int8_products"], effective["activations"]) == ("float32", "36.0", "float32")
+    assert len(effective) == 50
+    assert all(len(name) <= 100 for name in effective)
+    assert data.skipped_lines == 1
+
+
+def test_a_quantized_network_is_read_once_and_only_as_numbers(writer: Writer) -> None:
+    both = {"float": 4.0, "quantized": 1.0}
+    good = {
+        "method": "int8_dynamic",
+        "qat": "none",
+        "layers": 3,
+        "samples": 10,
+        "seconds": 1.5,
+        "metrics": {"float": {"loss": 2.0}, "quantized": {"loss": 2.5, "accuracy": None, "text": "x"}},
+        "bytes": both,
+        "layer_bytes": {"float": -1, "quantized": 1},
+        "latency_seconds": {"1": both, "32": {"float": 1.0}, "-1": both, "many": both},
+        "sensitivity": [["head", 0.5], ["x" * 500, "y"], "z", [1]],
+    }
+    writer.event(1, "quantized", **good)
+    writer.event(0, "quantized", metrics=3)
+    writer.event(0, "quantized", **good)
+    writer.event(0, "quantized", **(good | {"method": "another"}))
+    data = RunData(writer.directory)
+    data.refresh()
+    assert data.skipped_lines == 3
+    assert data.quantized["method"] == "int8_dynamic"
+    assert data.quantized["metrics"] == {"float": {"loss": 2.0}, "quantized": {"loss": 2.5}}
+    assert data.quantized["bytes"] == both
+    assert data.quantized["layer_bytes"] == {}
+    assert data.quantized["latency_seconds"] == {1: both}
+    assert data.quantized["sensitivity"] == [("head", 0.5), ("x" * 200, None)]
+
+
 def test_nothing_there_at_all(tmp_path: Path) -> None:
     data = RunData(RunDirectory(tmp_path / "nowhere"))
     assert data.refresh(0.0)
@@ -332,7 +375,21 @@ def test_a_budget_spreads_the_reading_and_loses_nothing(tmp_path: Path) -> None:
                 lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
             ),
             st.fixed_dictionaries(
-                {"event": st.sampled_from(["start", "steps", "evaluation", "communication", "memory", "error", "end"])},
+                {
+                    "event": st.sampled_from(
+                        [
+                            "start",
+                            "steps",
+                            "evaluation",
+                            "communication",
+                            "memory",
+                            "error",
+                            "end",
+                            "effective",
+                            "quantized",
+                        ]
+                    )
+                },
                 optional={
                     key: st.none()
                     | st.integers()
@@ -349,6 +406,9 @@ def test_a_budget_spreads_the_reading_and_loses_nothing(tmp_path: Path) -> None:
                         "peak_bytes",
                         "monotonic",
                         "lr",
+                        "found",
+                        "latency_seconds",
+                        "sensitivity",
                     )
                 },
             ),

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labkit.experiment import Experiment, ExperimentError, slow_link
+from labkit.experiment import Experiment, ExperimentError, Machine, slow_link
 from labkit.experiment.recipes import RECIPES, recipe
-from labkit.experiment.registry import registries
+from labkit.experiment.registry import registries, registry
 from labkit.ui.form import ExperimentForm
 
 
@@ -107,6 +107,21 @@ def test_planned_methods_are_listed_as_unavailable_and_refused(form: ExperimentF
         assert "not in this version" in problem.reason
         form.use(problem)
         assert form.problems == []
+
+
+def test_what_this_machine_cannot_offer_is_marked_with_the_reason(form: ExperimentForm) -> None:
+    widget = form.entries["quantization.training"].widget
+    shown = {key: label for label, key in widget.options}
+    method = registry("quantization.training")["fp16"]
+    if Machine.here().gpus:
+        assert shown["fp16"] == "fp16"
+        return
+    assert shown["fp16"] == "fp16 (not here)"
+    assert method.missing(Machine.here()) in widget.tooltip
+    form.set("quantization.training", "fp16")
+    assert [problem.field for problem in form.problems] == ["quantization.training"]
+    form.use(form.problems[0])
+    assert form.problems == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,144 @@
+"""What multiplies inputs with weights in each of the narrow formats; see `linear.Arithmetic`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from labkit.quantization.codes import int4_codes, int8_codes, on_int4, on_int8, ternary_codes
+from labkit.quantization.linear import Arithmetic
+
+
+class Int8Arithmetic(Arithmetic):
+    """All three products of a layer as products of int8 matrices, each operand with its own scale per row or column.
+
+    out = x · wᵀ, dx = dout · w, dw = doutᵀ · x. Scales run along what is not summed over, so they can be taken out of
+    the sum: one per token and output forward, per token and input for dx, per output and input for dw. Gradients are
+    rounded stochastically unless told otherwise: nearest rounding loses what is small again and again.
+    """
+
+    def __init__(self, rounding: str, weight_gradient: bool) -> None:
+        super().__init__()
+        self._stochastic, self.weight_gradient = rounding == "stochastic", weight_gradient
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        out: Tensor = _Int8Product.apply(x.flatten(0, -2), weight, self)  # type: ignore[no-untyped-call]
+        return out.unflatten(0, x.shape[:-1])
+
+    def product(self, a: Tensor, b: Tensor, a_is_gradient: bool = False) -> Tensor:
+        """A [m, k] · b [k, n] in float: a scale for each row of a and each column of b."""
+        left, rows = int8_codes(a, 1, self.noise if a_is_gradient and self._stochastic else None)
+        right, columns = int8_codes(b, 0)
+        return self.multiply(left, right).to(a.dtype).mul_(rows).mul_(columns)
+
+
+class _Int8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, arithmetic: Int8Arithmetic) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.arithmetic = arithmetic
+        return arithmetic.product(x, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        arithmetic: Int8Arithmetic = ctx.arithmetic
+        of_x = arithmetic.product(grad, weight, True) if ctx.needs_input_grad[0] else None
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            turned = grad.t()
+            of_weight = arithmetic.product(turned, x, True) if arithmetic.weight_gradient else turned @ x
+        return of_x, of_weight, None
+
+
+class TernaryArithmetic(Arithmetic):
+    """BitNet b1.58: ternary weights times int8 inputs, one int8 product forward; backward straight through, in float32.
+
+    Inputs are normalised first (RMS, without a gain), then rounded per token. A gradient passes the rounding as if it
+    were not there, and reaches the float32 weight.
+    """
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        normalised = functional.rms_norm(x, x.shape[-1:]).flatten(0, -2)
+        out: Tensor = _TernaryProduct.apply(normalised, weight, self)  # type: ignore[no-untyped-call]
+        return out.unflatten(0, x.shape[:-1])
+
+
+class _TernaryProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, arithmetic: TernaryArithmetic) -> Tensor:
+        inputs, steps = int8_codes(x)
+        codes, scale = ternary_codes(weight)
+        arithmetic.note(codes)
+        ctx.save_for_backward(inputs, steps, codes, scale)
+        return arithmetic.multiply(inputs, codes.t()).to(x.dtype).mul_(steps).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        inputs, steps, codes, scale = ctx.saved_tensors
+        of_x = grad @ (codes.to(grad.dtype) * scale) if ctx.needs_input_grad[0] else None
+        of_weight = grad.t() @ (inputs.to(grad.dtype) * steps) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight, None
+
+
+class FakeArithmetic(Arithmetic):
+    """Quantization-aware training (Jacob et al. 2018, arXiv:1712.05877).
+
+    Inputs and weights are rounded to the grid that conversion will put them on, and multiplied in float; a gradient
+    passes the rounding as if it were not there.
+
+    Inputs: int8 per token. Weights: int8 per row, or int4 in groups of 32.
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.active = True
+        """Has it begun? Before that the product is an ordinary one."""
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        if not self.active:
+            return functional.linear(x, weight)
+        if self.watched:
+            self.note((int4_codes if self.bits == 4 else int8_codes)(weight.detach())[0])
+        on_grid = on_int4 if self.bits == 4 else on_int8
+        return functional.linear(_through(x, on_int8(x.detach())), _through(weight, on_grid(weight.detach())))
+
+
+def _through(x: Tensor, seen: Tensor) -> Tensor:
+    """The value `seen`, with the gradient of x (the straight-through estimator, Bengio et al. 2013)."""
+    out: Tensor = _Through.apply(x, seen)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seen: Tensor) -> Tensor:
+        return seen.view_as(seen)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
+class GridArithmetic(Arithmetic):
+    """An ordinary product with a weight that lies on the int8 grid: `round_weight` puts it there after every update."""
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.watched:
+            self.note(int8_codes(weight.detach())[0])
+        return functional.linear(x, weight)
+
+    @torch.no_grad()
+    def round_weight(self, weight: Tensor, generator: torch.Generator | None) -> None:
+        """In place: to a neighbour on the grid, whose scale follows the largest weight of a row."""
+        weight.copy_(on_int8(weight, -1, generator))
+
+
+def off_grid(weight: Tensor) -> float:
+    """How far the numbers of a weight lie from the int8 grid of their row at most, in steps of the grid (≤ 0.5)."""
+    codes, scale = int8_codes(weight.detach())
+    return float((weight.detach() / scale - codes).abs().amax()) if weight.numel() else 0.0

@@ -1,0 +1,97 @@
+"""Numbers as integers with a scale: the grids that training, quantization-aware training and conversion share.
+
+All grids are symmetric: zero is a code, and code c stands for c · scale, where the largest magnitude that shares the
+scale gets the highest code.
+
+| grid    | codes       | numbers that share a scale                    |
+|---------|-------------|-----------------------------------------------|
+| int8    | -127 … 127  | a row: the inputs of an output, or a token    |
+| int4    | -7 … 7      | 32 inputs of an output, one after the other   |
+| ternary | -1, 0, 1    | the whole weight, by its mean magnitude       |
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+INT8, INT4 = 127, 7
+"""The highest codes."""
+GROUP = 32
+"""Inputs that share a scale in int4."""
+TERNARY_EPS = 1e-5
+"""The least scale of a ternary weight, as in the paper."""
+
+
+def rounded(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """To whole numbers: the nearest, or with a generator up or down at random so that the mean stays x (stochastic)."""
+    if generator is None:
+        return x.round()
+    return torch.empty_like(x).uniform_(generator=generator).add_(x).floor_()
+
+
+def scale_of(x: Tensor, dim: int, highest: int) -> Tensor:
+    """The step of the grid along `dim`, which stays with size 1; where all is zero the smallest number."""
+    return x.abs().amax(dim, keepdim=True).div_(highest).clamp_min_(torch.finfo(x.dtype).tiny)
+
+
+def int8_codes(x: Tensor, dim: int = -1, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Codes (int8, shape of x) and scale (1 along `dim`): all numbers along `dim` share one."""
+    scale = scale_of(x, dim, INT8)
+    # Multiplied, because dividing takes several times as long; up to rounding the same grid.
+    codes = rounded(x * scale.reciprocal(), generator)
+    return codes.clamp_(-INT8, INT8).to(torch.int8), scale
+
+
+def on_int8(x: Tensor, dim: int = -1, generator: torch.Generator | None = None) -> Tensor:
+    """The nearest (or a random neighbouring) number of the grid in place of every number."""
+    codes, scale = int8_codes(x, dim, generator)
+    return codes.to(x.dtype) * scale
+
+
+def int4_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (int8) [out, groups, 32] and scales [out, groups, 1] of a weight [out, in]; padded with 0."""
+    groups = functional.pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    scale = scale_of(groups, -1, INT4)
+    return (groups / scale).round_().clamp_(-INT4, INT4).to(torch.int8), scale
+
+
+def from_int4(codes: Tensor, scale: Tensor, inputs: int) -> Tensor:
+    """The weight [out, in] that these stand for."""
+    return (codes.to(scale.dtype) * scale).flatten(1)[:, :inputs]
+
+
+def on_int4(weight: Tensor) -> Tensor:
+    """The nearest number of the grid in place of every number of a weight [out, in]."""
+    return from_int4(*int4_codes(weight), weight.shape[1])
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Two codes in a byte: int8 [out, groups, 32] to uint8 [out, groups, 16]."""
+    low, high = (codes + 8).to(torch.uint8).chunk(2, -1)
+    return low | high << 4
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The inverse of `pack_int4`."""
+    return torch.cat([packed & 15, packed >> 4], -1).to(torch.int8) - 8
+
+
+def ternary_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (int8) and scale (a scalar) of BitNet b1.58 (Ma et al. 2024, arXiv:2402.17764): round(w / mean |w|)."""
+    scale = weight.abs().mean().clamp_min(TERNARY_EPS)
+    return (weight / scale).round_().clamp_(-1, 1).to(torch.int8), scale
+
+
+def to_bfloat16(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """float32 to bfloat16: to the nearest, or with a generator to one of the two neighbours so that the mean stays x.
+
+    bfloat16 is float32 without its last 16 bits: a random number of 16 bits is added before they are cut off.
+    """
+    if generator is None:
+        return x.to(torch.bfloat16)
+    bits = x.contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+    cut = (bits + noise).bitwise_and_(-(1 << 16)).view(torch.float32)
+    return torch.where(x.isfinite(), cut, x).to(torch.bfloat16)

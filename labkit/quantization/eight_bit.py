@@ -1,0 +1,61 @@
+"""Moments of AdamW in 8 bits: blocks of 256 numbers that share a scale (Dettmers et al. 2022, arXiv:2110.02861).
+
+A code stands for a fraction of the largest number of its block. Codes lie evenly on a *logarithmic* axis, twelve an
+octave (6 % apart), because moments of one block differ by powers of ten and each counts for its own weight:
+
+    m: a sign and 127 codes, ten octaves; below that zero
+    v: 255 codes, twenty-one octaves; never zero unless v is, since AdamW divides by √v
+
+Rounding is stochastic between neighbouring codes, so that the mean is right: v changes by a thousandth an update, and
+to the nearest code it would never change at all. What the random walk adds stays small, as most updates leave a code as
+it is: about a sixth of v, a twelfth of √v.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+PER_OCTAVE = 12
+SMALLEST = 4096
+"""Tensors with fewer numbers keep float32 (as bitsandbytes does): they are few bytes, and often gains and biases."""
+
+
+@lru_cache(maxsize=8)
+def _values(top: int, device: torch.device) -> Tensor:
+    """What the codes 0 … top stand for: 0, then up to 1."""
+    exponents = (torch.arange(top + 1, dtype=torch.float64) - top) / PER_OCTAVE
+    values = exponents.exp2()
+    values[0] = 0
+    return values.to(device, torch.float32)
+
+
+def pack(x: Tensor, signed: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Codes (uint8) [blocks · 256] and scales (float32) [blocks, 1] of a float32 tensor."""
+    flat = x.reshape(-1)
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    scale = blocks.abs().amax(1, keepdim=True)
+    top = 127 if signed else 255
+    values = _values(top, x.device)
+    part = blocks.abs().div_(scale.clamp_min(torch.finfo(torch.float32).tiny))
+    low = part.log2().mul_(PER_OCTAVE).add_(top).floor_().clamp_(0, top).to(torch.int32)
+    below, above = values[low], values[(low + 1).clamp_max_(top)]
+    chance = (part - below) / (above - below).clamp_min_(torch.finfo(torch.float32).tiny)
+    codes = low + (torch.empty_like(part).uniform_(generator=generator) < chance)
+    if signed:
+        codes = codes + 128 * (blocks < 0)
+    else:
+        codes = codes.clamp_min_(1).mul_(blocks > 0)
+    return codes.to(torch.uint8).view(-1), scale
+
+
+def unpack(codes: Tensor, scale: Tensor, signed: bool, like: Tensor) -> Tensor:
+    """The float32 tensor, shaped `like` another, that they stand for."""
+    index = codes.int()
+    values = _values(127, codes.device)[index & 127] if signed else _values(255, codes.device)[index]
+    if signed:
+        values = torch.where(index < 128, values, -values)
+    return values.view(-1, BLOCK).mul(scale).view(-1)[: like.numel()].view(like.shape)

@@ -1,0 +1,75 @@
+"""Linear layers in 8-bit floating point (Micikevicius et al. 2022, arXiv:2209.05433), on GPUs that multiply them.
+
+Accelerate converts the layers with torchao (`AORecipeKwargs`); the first and the last stay in bfloat16. Weights and the
+optimizer stay in float32, everything else runs under autocast to bfloat16.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from labkit.experiment.problem import Problem
+from labkit.quantization import rules
+from labkit.quantization.full import Single
+
+if TYPE_CHECKING:
+    from labkit.experiment.machine import Machine
+    from labkit.experiment.schema import Experiment
+
+FIELD = "quantization.training"
+LEAST = (8, 9)
+"""Compute capability of the first GPUs with such products (Ada; Hopper is 9.0)."""
+
+
+class Float8(Single):
+    """8-bit floating point, by Accelerate and torchao."""
+
+    mixed_precision = "fp8"
+
+    @staticmethod
+    def handlers() -> list[Any]:
+        """The recipe of torchao."""
+        from accelerate.utils import AORecipeKwargs
+
+        return [AORecipeKwargs()]
+
+    @staticmethod
+    def missing(machine: Machine) -> str:
+        """Why this machine cannot offer it; empty if it can."""
+        if not machine.gpus:
+            return f"fp8 needs a GPU ({machine.gpu_reason})"
+        known = capability()
+        if known is None or known < LEAST:
+            found = "unknown" if known is None else ".".join(map(str, known))
+            return f"fp8 needs a GPU of compute capability 8.9 or more, the least one here is {found}"
+        return "" if find_spec("torchao") is not None else "fp8 needs the package torchao, which is not installed"
+
+    @classmethod
+    def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        """What it needs, and whole replicas, whose layers Accelerate converts."""
+        reason = cls.missing(machine)
+        if reason or experiment.launch.device == "cpu":
+            yield Problem(FIELD, reason or "fp8 needs a GPU (launch.device)", "bf16")
+        why = "Accelerate converts the layers of whole models only"
+        yield from rules.whole_replicas_only(experiment, FIELD, "bf16", why)
+        yield from rules.synchronous_only(experiment, FIELD, "bf16", "was not tried with converted layers")
+
+
+@lru_cache(maxsize=1)
+def capability() -> tuple[int, int] | None:
+    """The least compute capability of the GPUs, as the driver says; None if it does not."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return None
+    try:
+        command = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        found = [tuple(map(int, line.split("."))) for line in said.split()]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return min(((major, minor) for major, minor in found), default=None)

@@ -1,0 +1,112 @@
+"""Linear layers that compute in another number format, with the same weights under the same names.
+
+A layer gets another *arithmetic*: what multiplies its inputs with its weight. The weight stays the float32 parameter
+that it was, so layouts cut it, shard it, tie it and save it as always; where a layout puts a module of its own in the
+place of a layer (labkit.parallel.tensor.Rows), that module takes the arithmetic over.
+
+Only `torch.nn.Linear` itself is replaced. Convolutions and embeddings stay as they are, and so do the experts of a
+mixture, whose weights are parameters with three dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Arithmetic:
+    """How one layer computes x · wᵀ: x [..., in] and weight [out, in] to [..., out], without bias."""
+
+    products = 0
+    """Products of int8 matrices made so far."""
+
+    def __init__(self) -> None:
+        self.noise: torch.Generator | None = None
+        """What stochastic rounding draws from: seeded anew before every update."""
+        self.watched = False
+        """Note what is multiplied (which costs time) from here on."""
+        self.counts: dict[int, int] = {}
+        """While it was watched: how often each code stood in a weight."""
+
+    def __deepcopy__(self, memo: Any) -> Arithmetic:
+        """Copies of a layer count together and draw from one source."""
+        return self
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The product, to be followed backward."""
+        raise NotImplementedError
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        """The product of int8 matrices [m, k] and [k, n]: int32 [m, n], counted."""
+        self.products += 1
+        return int8_product(a, b)
+
+    def note(self, codes: Tensor) -> None:
+        """These codes are what is multiplied."""
+        if self.watched:
+            values, counts = codes.unique(return_counts=True)
+            for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+                self.counts[int(value)] = self.counts.get(int(value), 0) + count
+
+
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """torch._int_mm; on GPUs it wants more than 16 rows and multiples of 8, so zeros are added there and cut off."""
+    if a.is_cuda:
+        rows, inner, columns = a.shape[0], a.shape[1], b.shape[1]
+        a = nn.functional.pad(a, (0, -inner % 8, 0, max(-rows % 8, 24 - rows)))
+        b = nn.functional.pad(b, (0, -columns % 8, 0, -inner % 8))
+        return torch._int_mm(a, b)[:rows, :columns]
+    return torch._int_mm(a, b)
+
+
+class NarrowLinear(nn.Linear):
+    """A linear layer with an arithmetic of its own, on the parameters of another one."""
+
+    def __init__(self, layer: nn.Linear, arithmetic: Arithmetic) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+        self.arithmetic = arithmetic
+        self.training = layer.training
+
+    def forward(self, input: Tensor) -> Tensor:
+        out = self.arithmetic(input, self.weight)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+def chosen(model: nn.Module, head: bool) -> list[tuple[str, nn.Linear]]:
+    """The linear layers that are narrowed, by name: all, the last one (the scores) only with `head`."""
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    kinds = (nn.Linear, NarrowLinear)
+    found = found if head else found[:-1]
+    return [(name, module) for name, module in found if type(module) in kinds]
+
+
+def replace(model: nn.Module, layers: Iterable[nn.Linear], make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put `make(layer)` in the place of each layer, in all places where it stands."""
+    made = {layer: make(layer) for layer in layers}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children() leaves second places out
+            if isinstance(child, nn.Linear) and child in made:
+                setattr(parent, name, made[child])
+
+
+def narrow(model: nn.Module, make: Callable[[], Arithmetic], head: bool) -> list[str]:
+    """Give every chosen layer an arithmetic of its own, in place; their names. ValueError if there is none."""
+    layers = chosen(model, head)
+    if not layers:
+        raise ValueError("the model has no linear layer that could be narrowed beside its last one (quantization.head)")
+    replace(model, [layer for _, layer in layers], lambda layer: NarrowLinear(layer, make()))
+    return [name for name, _ in layers]
+
+
+def arithmetics(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Parameter, Arithmetic]]:
+    """The weights that are multiplied by an arithmetic of ours, as this rank holds them, each with its arithmetic."""
+    for module in modules:
+        for part in module.modules():
+            arithmetic = getattr(part, "arithmetic", None)
+            if isinstance(arithmetic, Arithmetic):
+                yield part.weight, arithmetic  # type: ignore[misc]

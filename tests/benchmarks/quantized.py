@@ -1,0 +1,153 @@
+"""Narrow numbers: what they save and what they cost.
+
+1. Steps of 5.3 million weights in wide layers, one rank with one thread, 512 samples: float32, autocast to bfloat16,
+   pure bfloat16, int8 products (three, and two).
+2. The recipes in bfloat16 and in float32 on the same seeds: the gap in accuracy.
+3. Three layers of 1024, trained or not, after conversion to int8 with dynamic inputs: latency beside float32 at
+   batches of 1, 32 and 512. One thread.
+4. The language recipe converted to int4: loss of conversion without and with quantization-aware training, on several
+   seeds; recovered is the part of the loss that training for the grid takes back.
+5. Moments of 8 bits: bytes beside those of 32 bits, and the held-out loss.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from _common import arguments, finished, interleave, ratios, report, spread
+
+from labkit.experiment import Experiment
+from labkit.experiment.recipes import recipe
+
+STEPS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"quantization.training": "bf16"},
+    "pure_bf16": {"quantization.training": "pure_bf16"},
+    "int8": {"quantization.training": "int8"},
+    "int8, two products": {"quantization.training": "int8", "quantization.weight_gradient": False},
+}
+SEEDS = (0, 1, 2)
+BATCHES = (1, 32, 512)
+RECIPES = ("vision-ddp", "language-ddp")
+
+
+def wide(change: dict[str, Any]) -> float:
+    """Median seconds of an update."""
+    base = Experiment().set(
+        {
+            "workload": {"name": "custom", "path": f"{Path(__file__).with_name('_wide_task.py')}:make"},
+            "training.steps": 14,
+            "training.global_batch": 512,
+            "training.evaluate_every": 0,
+            "training.checkpoint_every": 0,
+            "training.trace_step": 0,
+        }
+    )
+    return float(finished(base.set(change)).summary()["step_seconds"]["median"])
+
+
+def latency(kind: str, size: int) -> float:
+    """Median seconds of a forward pass."""
+    import torch
+    from torch import nn
+
+    from labkit.quantization.converted import convert
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = nn.Sequential(*(part for _ in range(3) for part in (nn.Linear(1024, 1024), nn.ReLU())))
+    if kind != "fp32":
+        convert(model, kind, head=True)
+    x, seconds = torch.randn(size, 1024), []
+    with torch.no_grad():
+        for _ in range(5 + 2000 // (10 + size)):
+            begun = time.perf_counter()
+            model(x)
+            seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[3:])
+
+
+def trained(name: str, seed: int, **change: Any) -> dict[str, Any]:
+    """The summary of a whole recipe."""
+    print(f"  {name}, seed {seed}, {change or 'fp32'}", file=sys.stderr, flush=True)
+    settings = {key.replace("__", "."): value for key, value in change.items()}
+    return finished(recipe(name).set({"training.seed": seed} | settings)).summary()
+
+
+def main() -> int:
+    options = arguments(__doc__ or "", repeats=5)
+    steps = interleave({name: lambda change=change: wide(change) for name, change in STEPS.items()}, options.repeats)
+    rows = [
+        (
+            f"step, {name}",
+            f"{1000 * statistics.median(seconds):.1f} ms, {spread(ratios(steps, 'fp32', name))} × fp32, "
+            f"{spread(ratios(steps, 'bf16', name))} × bf16",
+        )
+        for name, seconds in steps.items()
+    ]
+    claims = [("steps of bf16 over fp32", statistics.median(ratios(steps, "fp32", "bf16")), ">=", 1.5)]
+    claims.append(("steps of int8 over fp32", statistics.median(ratios(steps, "fp32", "int8")), ">=", 1.2))
+
+    gaps: dict[str, list[float]] = {}
+    plain: dict[tuple[str, int], dict[str, Any]] = {}
+    for name in RECIPES:
+        for seed in SEEDS:
+            plain[name, seed] = trained(name, seed)
+            half = trained(name, seed, quantization__training="bf16")
+            gaps.setdefault(name, []).append(half["metrics"]["accuracy"] - plain[name, seed]["metrics"]["accuracy"])
+        rows.append((f"accuracy of bf16 - fp32, {name}", spread(gaps[name])))
+        claims.append((f"accuracy lost in bf16, {name}", -statistics.mean(gaps[name]), "<=", 0.01))
+
+    faster: dict[str, list[float]] = {}
+    for size in BATCHES:
+        kinds = ("fp32", "int8_dynamic", "int8_weight_only", "int4_weight_only")
+        found = interleave({kind: lambda kind=kind, size=size: latency(kind, size) for kind in kinds}, options.repeats)
+        for kind in kinds[1:]:
+            faster[f"{kind} {size}"] = ratios(found, "fp32", kind)
+            rows.append((f"{kind}, batch {size}", f"{spread(faster[f'{kind} {size}'])} × fp32"))
+    claims.append(("int8 dynamic, batch 512, over fp32", statistics.median(faster["int8_dynamic 512"]), ">=", 2.5))
+
+    recovered = []
+    losses: list[dict[str, float]] = []
+    for seed in SEEDS:
+        four = {"quantization__after_training": "int4_weight_only"}
+        without = trained("language-ddp", seed, **four)["quantized"]["metrics"]
+        aware = trained("language-ddp", seed, quantization__qat="int4", quantization__qat_start=0.5, **four)
+        one = {
+            "float": without["float"]["loss"],
+            "converted": without["quantized"]["loss"],
+            "aware": aware["quantized"]["metrics"]["quantized"]["loss"],
+        }
+        losses.append(one)
+        recovered.append((one["converted"] - one["aware"]) / (one["converted"] - one["float"]))
+        rows.append((f"int4, seed {seed}", ", ".join(f"{name} {loss:.4f}" for name, loss in one.items())))
+    rows.append(("recovered by training for int4", spread(recovered)))
+    claims.append(("recovered by training for int4, mean", statistics.mean(recovered), ">=", 1 / 3))
+
+    sizes, lost = [], []
+    for seed in SEEDS:
+        eight, whole = trained("language-ddp", seed, optimizer__state_bits=8), plain["language-ddp", seed]
+        sizes.append(eight["memory"]["measured"][0]["optimizer"] / whole["memory"]["measured"][0]["optimizer"])
+        lost.append(eight["metrics"]["loss"] / whole["metrics"]["loss"] - 1)
+    rows.append(("state of 8 bits over 32", spread(sizes)))
+    rows.append(("held-out loss with it, relative", spread(lost)))
+    claims.append(("state of 8 bits over 32", max(sizes), "<=", 0.3))
+    claims.append(("held-out loss with it, relative, mean", statistics.mean(lost), "<=", 0.02))
+    data = {
+        "steps": steps,
+        "accuracy_gaps": gaps,
+        "faster": faster,
+        "int4": losses,
+        "recovered": recovered,
+        "state": sizes,
+        "state_loss": lost,
+    }
+    return report("Narrow numbers", rows, claims, options, data)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
