@@ -160,7 +160,7 @@ def without_target(experiment: Experiment) -> Iterator[Problem]:
 
 
 def one_topology(experiment: Experiment) -> Iterator[Problem]:
-    """Where masks cannot change. Those that follow from weights and gradients are equal on all ranks only where those are."""
+    """Where masks cannot change: those that follow from weights and gradients are equal where those are equal."""
     update = experiment.gradients.update.method
     if update != "synchronous":
         said = f"{update} lets ranks hold different weights, from which they would choose different masks"

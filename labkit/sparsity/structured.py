@@ -71,7 +71,7 @@ class Structured(Cubic):
             kept = largest(squares, max(1, round((1 - self.sparsity(step + 1)) * units.number)))
             for name in units.into:
                 masks[name] = _spread(kept, weights[name])
-            masks[units.out] = _spread(kept, weights[units.out].t()).t()
+            masks[units.out] = _spread(kept, weights[units.out].t()).t().contiguous()
         return masks
 
 

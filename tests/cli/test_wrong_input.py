@@ -104,13 +104,15 @@ CASES = [
     # methods
     sets("unknown workload", "workload.name=visoin", "unknown workload 'visoin'", "vision"),
     sets("unknown method", "gradients.compression.method=zip", "unknown compression method 'zip'"),
-    sets("planned method", "sparsity.method=rigl", "rigl is not in this version of labkit yet"),
+    sets(
+        "sparse without a target", "sparsity.method=rigl", "rigl needs to know which part of the weights shall be zero"
+    ),
     sets("option of another method", ['gradients.compression={"method": "sign", "ratio": 0.1}'], "ratio"),
     sets("stages as text", "layout.stage_blocks=1,5", "layout.stage_blocks: must be a list such as [1, 5]"),
     sets("axis without a sequence", "layout=cp2", "layout.cp: this network has no sequence to cut"),
     sets("axis without experts", "layout=ep2", "layout.ep: this network has no experts to deal out"),
     sets("slow link without packets", ["launch.network.rate_mbit=100", "launch.transport=shared_memory"], "launch."),
-    sets("planned sparsity", "sparsity.method=rigl", "rigl is not in this version"),
+    sets("masks of ranks apart", ["sparsity.method=rigl", "gradients.update.method=gossip"], "different masks"),
     sets("update rule that cannot", "gradients.update.method=pipedream", "gradients.update.method: "),
     sets("shares without replicas", ["layout=tp2", "training.shares=speed"], "training.shares: "),
     sets("network without a rate", "launch.network.delay_ms=1", "launch.network.rate_mbit: is required"),

@@ -50,7 +50,7 @@ def problems(changes: str, machine: Machine = CPU) -> list[str]:
         ),
         ("optimizer.state_bits=8", CPU, []),
         ("optimizer.state_bits=8 optimizer.name=sgd", CPU, ["optimizer.name"]),
-        ("sparsity.method=rigl", CPU, ["sparsity.method"]),
+        ("sparsity.method=rigl", CPU, ["sparsity.target"]),
         ("gradients.update.method=diloco", CPU, ["gradients.update.method"]),
         ("quantization.training=fp8", CPU, ["quantization.training"]),
         ("quantization.after_training=int8_dynamic", CPU, ["quantization.after_training"]),
