@@ -112,7 +112,11 @@ CASES = [
     sets("axis without a sequence", "layout=cp2", "layout.cp: this network has no sequence to cut"),
     sets("axis without experts", "layout=ep2", "layout.ep: this network has no experts to deal out"),
     sets("slow link without packets", ["launch.network.rate_mbit=100", "launch.transport=shared_memory"], "launch."),
-    sets("masks of ranks apart", ["sparsity.method=rigl", "gradients.update.method=gossip"], "different masks"),
+    sets(
+        "masks of ranks apart",
+        ["sparsity.method=rigl", "sparsity.target=0.9", "gradients.update.method=gossip"],
+        "different masks",
+    ),
     sets("update rule that cannot", "gradients.update.method=pipedream", "gradients.update.method: "),
     sets("shares without replicas", ["layout=tp2", "training.shares=speed"], "training.shares: "),
     sets("network without a rate", "launch.network.delay_ms=1", "launch.network.rate_mbit: is required"),
