@@ -59,7 +59,7 @@ def int4_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def from_int4(codes: Tensor, scale: Tensor, inputs: int) -> Tensor:
     """The weight [out, in] that these stand for."""
-    return (codes.to(scale.dtype) * scale).flatten(1)[:, :inputs]
+    return (codes * scale).flatten(1)[:, :inputs]
 
 
 def on_int4(weight: Tensor) -> Tensor:

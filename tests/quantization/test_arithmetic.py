@@ -124,6 +124,21 @@ def test_what_fake_quantization_computes_is_what_conversion_computes(bits: int) 
     torch.testing.assert_close(model(x), faked, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 8, 9, 300])
+@pytest.mark.parametrize(
+    ("method", "bound"), [("int8_dynamic", 0.02), ("int8_weight_only", 0.012), ("int4_weight_only", 0.2)]
+)
+def test_converted_layers_are_near_what_they_were_for_any_number_of_rows(method: str, bound: float, rows: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(70, 50))
+    x = torch.randn(rows, 70)
+    with torch.no_grad():
+        right = model(x)
+        convert(model, method, head=True)
+        assert error(model(x), right) < bound
+        assert model(x[None]).shape == (1, rows, 50)
+
+
 def test_fake_quantization_rounds_forward_and_lets_gradients_through() -> None:
     narrow_one, plain_one, arithmetic = layer(lambda: FakeArithmetic(4))
     assert isinstance(arithmetic, FakeArithmetic)
