@@ -121,6 +121,17 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--ranks", type=_counts, default=[2], metavar="N[,N…]", help="numbers of ranks (default: 2)")
     methods.add_argument("--method", action="append", default=[], metavar="NAME", help="only these methods")
     methods.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="write the table in Markdown")
+    sweep = add("sweep", _sweep, "Run every combination of some values; the same command goes on where it stopped.")
+    add_experiment(sweep)
+    sweep.add_argument(
+        "--over",
+        action="append",
+        required=True,
+        metavar="FIELD=[VALUE,…]",
+        help='values to combine, as JSON: \'quantization.training=["fp32","bf16"]\'',
+    )
+    sweep.add_argument("--name", required=True, metavar="NAME", help="under which it is kept and gone on with")
+    sweep.add_argument("-o", "--output", type=Path, metavar="FILE.html", help="write a report with the Pareto front")
     validate = add("validate", _validate, "Say whether an experiment can run here, and why not.")
     add_experiment(validate)
     add("recipes", _recipes, "List the ready-made experiments.")
@@ -333,6 +344,43 @@ def _methods(options: argparse.Namespace) -> int:
         table = methods.markdown(learned, len(cases), _as_typed(options), time.monotonic() - begun)
         _deliver(options, table, {"asked": len(cases), "methods": [one.to_dict() for one in learned]})
     return 1 if any(one.reason.startswith("failed") for one in learned) or len(learned) < len(cases) else 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from labkit.launch.sweep import sweep
+
+    over = {}
+    for field, values in map(parse_assignment, options.over):
+        if not isinstance(values, list) or not values:
+            raise UsageError(f"--over takes a list, as in --over '{field}=[1,2]'")
+        over[field] = values
+    _check_output(options)
+    try:
+        queue = sweep(_experiment(options), over, options.name)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    told: set[str] = set()
+
+    def tell(queue: Any) -> None:
+        for number, point in enumerate(queue.points, 1):
+            if point.done and point.label not in told:
+                told.add(point.label)
+                said = f"{number} of {len(queue.points)}: {point.label}: {point.state} {point.reason}"
+                print(f"labkit: {_plain(said.rstrip())}", file=sys.stderr, flush=True)
+
+    queue.run(tell)
+    rows, runs = queue.table(), queue.runs
+    if options.output and runs:
+        from labkit.plots.report import report
+
+        report(runs, options.output)
+    if options.json:
+        _print_json({"name": options.name, "points": rows})
+    else:
+        for row in rows:
+            figures = [f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float)]
+            _print_lines(f"{row['point']}: {row['state']} {row['run']} {', '.join(figures)} {row['reason']}".rstrip())
+    return 0 if all(point.state in ("finished", "refused") for point in queue.points) else 1
 
 
 def _validate(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from labkit.plots import break_even, traced
 from labkit.plots.experts import experts
 from labkit.plots.memory import memory
+from labkit.plots.pareto import pareto
 from labkit.plots.picture import Picture
 from labkit.plots.schedules import schedules
 from labkit.plots.shown import Shown, shown
@@ -18,6 +19,9 @@ from labkit.plots.timeline import timeline
 from labkit.plots.tradeoff import tradeoff
 from labkit.plots.traffic import communication
 from labkit.runs.methods import is_plain
+
+FEWEST = 4
+"""With fewer runs a front of the best is no picture."""
 
 
 def closeups(runs: Iterable[Any] | Any) -> list[Picture]:
@@ -40,6 +44,14 @@ def sparse(runs: Iterable[Any] | Any) -> list[Picture]:
     """What became zero: all such runs over time, and the layers of each."""
     many = [one for one in shown(runs) if one.data.sparsity and not one.is_ceiling]
     return [sparsity(many), *map(sparse_layers, many)] if many else []
+
+
+def worth(runs: Iterable[Any] | Any) -> list[Picture]:
+    """What accuracy costs, where there are enough runs to choose from: against time and against memory."""
+    many = [one for one in shown(runs) if not one.is_ceiling]
+    if len(many) < FEWEST:
+        return []
+    return [picture for cost in ("time", "memory") if (picture := pareto(many, cost)).rows]
 
 
 def combining(runs: Iterable[Any] | Any) -> list[Picture]:

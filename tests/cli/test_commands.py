@@ -224,3 +224,18 @@ def test_doctor(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["machine"]["cores"] >= 1
     assert found["versions"]["torch"]
     assert code == (0 if all(finding["fine"] is not False for finding in found["findings"]) else 1)
+
+
+def test_a_sweep_runs_every_combination_and_goes_on(file: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = home / "sweep.html"
+    command = ["sweep", file, "--set", "layout=dp1", "--name", "seeds", "--over", "training.seed=[0,1]"]
+    command += ["--over", 'sparsity=[{"method":"none"},{"method":"rigl"}]', "-o", str(report)]
+    code, found = run_json(capsys, *command)
+    assert code == 0, found
+    assert [point["state"] for point in found["points"]] == ["finished", "refused"] * 2
+    assert report.stat().st_size > 10_000
+    again_code, again = run_json(capsys, *command)
+    assert again_code == 0
+    assert [point["run"] for point in again["points"]] == [point["run"] for point in found["points"]], (
+        "nothing runs twice"
+    )
