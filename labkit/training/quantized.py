@@ -25,7 +25,7 @@ BATCHES = (1, 32, 512)
 """Batch sizes whose latency is measured."""
 PATIENCE_S = 0.3
 """For each of them; three repeats in any case."""
-MOST_LAYERS, MOST_SAMPLES = 12, 256
+MOST_LAYERS, MOST_SAMPLES = 12, 64
 """Of the sensitivity: so many layers, evenly chosen, on so many samples."""
 
 

@@ -5,8 +5,8 @@
 2. The recipes in bfloat16 and in float32 on the same seeds: the gap in accuracy.
 3. Three layers of 1024, trained or not, after conversion to int8 with dynamic inputs: latency beside float32 at
    batches of 1, 32 and 512. One thread.
-4. The language recipe converted to int4: loss of conversion without and with quantization-aware training, on several
-   seeds; recovered is the part of the loss that training for the grid takes back.
+4. The language recipe converted to int4, its last layer too: loss of conversion without and with quantization-aware
+   training, on several seeds; recovered is the part of the loss that training for the grid takes back.
 5. Moments of 8 bits: bytes beside those of 32 bits, and the held-out loss.
 """
 
@@ -114,7 +114,7 @@ def main() -> int:
     recovered = []
     losses: list[dict[str, float]] = []
     for seed in SEEDS:
-        four = {"quantization__after_training": "int4_weight_only"}
+        four = {"quantization__after_training": "int4_weight_only", "quantization__head": True}
         without = trained("language-ddp", seed, **four)["quantized"]["metrics"]
         aware = trained("language-ddp", seed, quantization__qat="int4", quantization__qat_start=0.5, **four)
         one = {
