@@ -165,9 +165,6 @@ def one_topology(experiment: Experiment) -> Iterator[Problem]:
     if update != "synchronous":
         said = f"{update} lets ranks hold different weights, from which they would choose different masks"
         yield Problem("sparsity.method", said, "static")
-    if experiment.optimizer.state_bits == 8:
-        said = "what comes or goes starts without moments, and those in 8 bits are kept in blocks"
-        yield Problem("optimizer.state_bits", said, 32)
 
 
 IN_ROUNDS = ("synchronous", "local_sgd", "post_local_sgd", "diloco", "streaming_diloco", "delayed")
