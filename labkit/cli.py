@@ -115,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--workload", action="append", metavar="NAME", help="only these models of the matrix")
     check.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="write the matrix as a table in Markdown")
+    check.add_argument(
+        "--go-on", type=Path, metavar="FILE.jsonl", help="keep what the matrix finds there, and run only what is left"
+    )
     methods = add("methods", _methods, "Measure what every way to combine gradients learns and sends, at its defaults.")
     methods.add_argument("recipes", nargs="*", metavar="RECIPE", help="what is trained (default: vision-ddp)")
     methods.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of all runs")
@@ -295,6 +298,7 @@ def _check_matrix(options: argparse.Namespace, precisions: Sequence[str]) -> int
     from labkit.launch import matrix
     from labkit.launch.cases import FAMILIES
     from labkit.launch.matrix_follow import follow
+    from labkit.launch.matrix_log import MatrixLog
 
     if options.what or options.steps:
         raise UsageError("--matrix makes its own experiments: it takes no recipe and no --steps")
@@ -306,13 +310,17 @@ def _check_matrix(options: argparse.Namespace, precisions: Sequence[str]) -> int
     cases = matrix.cases(families, options.ranks or 8, precisions, changes)
     if options.matrix == "sample":
         cases = matrix.sample(cases)
-    results: list[matrix.Result] = []
-    begun = time.monotonic()
     try:
-        follow(cases, results, quiet=options.json)
+        log = MatrixLog(options.go_on) if options.go_on else None
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from None
+    results: list[matrix.Result] = []
+    try:
+        follow(cases, results, quiet=options.json, log=log)
     finally:  # also what was known when it was interrupted
         counts = matrix.counts(results)
-        table = matrix.markdown(results, len(cases), _as_typed(options), time.monotonic() - begun)
+        seconds = sum(result.seconds for result in results)
+        table = matrix.markdown(results, len(cases), _as_typed(options), seconds)
         known = {"asked": len(cases)} | counts | {"cases": [result.to_dict() for result in results]}
         _deliver(options, table, known)
     return 0 if counts["equal"] + counts["refused"] == len(cases) else 1

@@ -26,8 +26,12 @@ class DiLoCo(Rounds):
     """Local updates, then an outer optimizer."""
 
     class Options(OwnSteps):
-        every: int = Field(default=10, ge=1, le=1_000_000)
-        """Updates between two steps of the outer optimizer (H)."""
+        every: int = Field(default=2, ge=1, le=1_000_000)
+        """Updates between two steps of the outer optimizer (H): a run needs some hundred outer steps.
+
+        The paper's runs of 88,000 updates take 500; 400 updates of the language recipe lose 0.4 % with 2, and 3 to 5 %
+        with 4 to 10.
+        """
         outer_lr: float = Field(default=1.0, gt=0, le=10)
         """Learning rate of the outer optimizer (0.7 in the paper, for hundreds of outer steps)."""
         outer_momentum: float = Field(default=0.2, ge=0, lt=1)

@@ -7,7 +7,10 @@ together as one mean. So
 - staleness 0 is synchronous training: all ranks bring their gradients, one update with their mean follows;
 - without a bound (-1) every gradient is used when it comes.
 
-A single gradient of N ranks makes 1/N of an update: the learning rate is divided by N. With `scaled`, a gradient that
+k gradients of N ranks make k/N of an update: the learning rate is that part of it. AdamW divides by the size of what it
+sees, and the mean of k gradients is noisier than that of N: there it is √(k/N) of it (own_steps.py). Updates from stale
+weights act like momentum by themselves, so the server's own is lower: 1 - N·(1 - m) of the optimizer's m (Mitliagkas et
+al., "Asynchrony begets Momentum", 2016; the rule is ours). With `scaled`, a gradient that
 is τ updates old counts 1/(1+τ) (Zhang et al., "Staleness-aware Async-SGD", IJCAI 2016). With `backup` = b and
 staleness 0, an update takes the first N - b gradients and those that come late are dropped, their samples drawn again
 (Chen et al., "Revisiting Distributed Synchronous SGD", 2016).
@@ -47,6 +50,8 @@ class ParameterServer(Tickets):
         """Most updates between the weights that a gradient saw and those it changes: 0 synchronous, -1 no bound."""
         scaled: bool = False
         """Count a gradient that is τ updates old as 1/(1+τ)."""
+        momentum: float | None = Field(default=None, ge=0, lt=1)
+        """Momentum of the server's optimizer (first beta of AdamW); empty: lower than usual, if not synchronous."""
         backup: int = Field(default=0, ge=0, le=1000)
         """Ranks that a synchronous update does not wait for."""
 

@@ -7,6 +7,7 @@ itself. Answers leave without waiting for their arrival.
 from __future__ import annotations
 
 import heapq
+import math
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ class Server:
         self.version = 0
         """Updates of the weights so far."""
         self._model, self._optimizer = setting.model, setting.optimizer
+        self._noisier = setting.experiment.optimizer.name == "adamw"
+        self._lower_momentum()
         self._trained = [parameter for parameter in setting.model.parameters() if parameter.requires_grad]
         self.changed = threading.Condition()
         """Held while anything changes, the counters too."""
@@ -78,6 +81,17 @@ class Server:
     def formula_bytes(self) -> int:
         """Of all answers to other ranks so far."""
         return self.answers * (ANSWER_BYTES + size_of(self._model))
+
+    def _lower_momentum(self) -> None:
+        """Stale updates are momentum enough."""
+        wanted, own = self.options.momentum, self.setting.experiment.optimizer.momentum
+        if wanted is None:
+            wanted = own if self.options.staleness == 0 else max(0.0, 1 - self.wire.size * (1 - own))
+        for group in self._optimizer.param_groups:
+            if "betas" in group:
+                group["betas"] = (wanted, group["betas"][1])
+            else:
+                group["momentum"] = wanted
 
     def open(self, first: int, last: int) -> None:
         """Hand out tickets [first, last)."""
@@ -176,6 +190,8 @@ class Server:
             mean.add_(one.gradient, alpha=weight / sum(weights))
         # With backup workers the gradients that came stand for all.
         part = 1.0 if self.options.backup else sum(weights) / self.wire.size
+        if self._noisier and not self.options.backup:
+            part *= math.sqrt(self.wire.size / len(used))
         rate = self.setting.rate(min(one.ticket for one in used) // self.wire.size)
         for parameter in self._trained:
             parameter.grad = torch.empty_like(parameter)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from labkit.cli import main
 from labkit.experiment.layout import AXES, Layout
 from labkit.experiment.registry import registry
 from labkit.launch import cases as made
-from labkit.launch import matrix, warm
-from labkit.launch.matrix import Case, Result
+from labkit.launch import matrix, matrix_follow, warm
+from labkit.launch.matrix import Case, Result, cases, run
+from labkit.launch.matrix_follow import follow
+from labkit.launch.matrix_log import MatrixLog
 from labkit.runs import Run
 from tests.launch.helpers import FAULTY, wait_until
 
@@ -184,3 +187,33 @@ def test_ctrl_c_prints_what_is_there(labkit_home: Path) -> None:
     assert process.returncode == 130
     assert "Interrupted:" in said
     assert all(run.done for run in Run.all())
+
+
+def test_a_matrix_goes_on_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    legal = [case for case in cases(["resnet"], 2, ("fp64",), {}) if not case.problems][:2]
+    path = tmp_path / "matrix.jsonl"
+    first: list[Result] = []
+    follow(legal[:1], first, quiet=True, log=MatrixLog(path))
+    path.write_text(path.read_text() + '{"case": "half a li')  # as a killed process leaves it
+    seen: list[str] = []
+
+    def only_what_is_left(found: Sequence[Case]) -> Iterator[Result]:
+        seen.extend(map(str, found))
+        yield from run(found)
+
+    monkeypatch.setattr(matrix_follow, "run", only_what_is_left)
+    again: list[Result] = []
+    follow(legal, again, quiet=True, log=MatrixLog(path))
+    assert seen == [str(legal[1])]
+    assert [result.outcome for result in again] == ["equal", "equal"]
+    assert again[0].parity is not None
+    assert first[0].parity is not None
+    assert again[0].parity.max_loss_difference == first[0].parity.max_loss_difference
+    assert len(MatrixLog(path).known(legal)) == 2, "a torn line costs that line only"
+
+
+def test_a_file_of_other_versions_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "matrix.jsonl"
+    path.write_text('{"labkit": "0.0.1", "torch": "1.0"}\n')
+    with pytest.raises(ValueError, match="was not made by labkit"):
+        MatrixLog(path)
