@@ -49,7 +49,7 @@ class StreamingDiLoCo(DiLoCo):
     class Options(DiLoCo.Options):
         bits: Literal[32, 16, 8, 4] = 4
         """Bits in which each number of the outer gradient travels."""
-        fragments: int = Field(default=4, ge=1, le=1000)
+        fragments: int = Field(default=2, ge=1, le=1000)
         """Into how many parts the weights fall (P)."""
         delay: int = Field(default=1, ge=0, le=1000)
         """Updates that an exchange has to arrive."""

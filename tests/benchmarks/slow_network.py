@@ -45,7 +45,7 @@ LOCALS: dict[str, dict[str, Any]] = {
     "local_sgd": {"method": "local_sgd", "every": PERIOD},
     "post_local_sgd": {"method": "post_local_sgd", "every": PERIOD},
     "diloco": {"method": "diloco", "every": PERIOD},
-    "streaming_diloco": {"method": "streaming_diloco", "every": PERIOD},
+    "streaming_diloco": {"method": "streaming_diloco", "every": PERIOD, "fragments": 4},
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "plain": {},
