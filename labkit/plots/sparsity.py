@@ -81,6 +81,8 @@ def sparsity(runs: Iterable[Any] | Any) -> Picture:
 def _finding(names: list[str], many: list[Shown]) -> str:
     ends = [zeros(one.data.sparsity[-1][1]) for one in many]
     at = int(np.argmax(ends))
+    if len(many) > 1 and max(ends) - min(ends) < 0.005:
+        return f"All {len(many)} runs end with {traced.percent(ends[at])} of their weights at zero"
     said = f"{names[at]} ends with {traced.percent(ends[at])} of its weights at zero"
     return said if len(many) == 1 else f"{said}, the most of {len(many)} runs"
 

@@ -47,6 +47,11 @@ def test_zeros_over_time_and_what_is_new(growing: FakeRun, tmp_path: Path) -> No
     assert "<b>" not in json.dumps(static.bundle(both)["application/vnd.plotly.v1+json"])
 
 
+def test_runs_that_end_alike_are_named_together(growing: FakeRun, tmp_path: Path) -> None:
+    other = sparse_run(tmp_path, "other", [(0, {"a.weight": [80, 100, 0.0]})])
+    assert plot_sparsity([growing, other]).summary == "All 2 runs end with 80 % of their weights at zero."
+
+
 def test_layer_by_layer(growing: FakeRun) -> None:
     figure = plot_sparse_layers(growing)
     assert figure.summary == "b.weight ends sparsest, with 90 % zeros; a.weight keeps most, with 50 %."
