@@ -188,8 +188,9 @@ class ExperimentForm:
                 row = self._switched(field, inner, info, getattr(part, name))
             else:
                 row = self._leaf(field, info, getattr(part, name))
-            if field in self._wanted:
-                knobs.append((field, row))
+            wanted = next((one for one in (field, prefix) if one in self._wanted), None)
+            if wanted is not None:
+                knobs.append((wanted, row))
             else:
                 yield row
         if issubclass(model, Choice):

@@ -25,7 +25,7 @@ from labkit.sparsity.csr import CsrLinear
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 WANTED = {0.9: 1.8, 0.95: 3.0, 0.98: 5.0}
 THREADS = (1, 2)
-STEPS = 200
+STEPS = 300
 
 
 class Masked(nn.Module):
@@ -97,7 +97,7 @@ def kernels(repeats: int) -> dict[str, dict[str, list[float]]]:
 def experiment(kernel: str | None) -> Experiment:
     sparsity: dict[str, Any] = {"method": "none"}
     if kernel is not None:
-        sparsity = {"method": "rigl", "target": 0.95, "kernel": kernel, "every": 10}
+        sparsity = {"method": "rigl", "target": 0.95, "kernel": kernel, "every": 100}
     return Experiment().set(
         {
             "workload": {"name": "custom", "path": f"{Path(__file__).with_name('_wide_task.py')}:make"},

@@ -267,6 +267,15 @@ def test_options_change_with_the_workload(form: ExperimentForm) -> None:
     assert form.problems == []
 
 
+def test_a_whole_section_as_a_knob_comes_with_the_method() -> None:
+    """Not only with the method's options, its own row left among the advanced ones."""
+    form = ExperimentForm(Experiment(), ["gradients.compression", "training.steps"])
+    first, *rest = form.widget.children
+    assert form.entries["gradients.compression.method"].widget in (first, *getattr(first, "children", ()))
+    assert form.entries["training.steps"].widget not in (first, *getattr(first, "children", ()))
+    assert rest
+
+
 def test_a_section_that_may_be_absent_has_a_switch(form: ExperimentForm) -> None:
     assert "launch.network.rate_mbit" not in form.entries
     form.set("launch.network", {})
