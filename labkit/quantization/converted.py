@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -25,9 +26,9 @@ class ConvertedLinear(nn.Module):
         out = self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return out if self.bias is None else out.add_(self.bias)
 
+    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """X [rows, in] to [rows, out], without bias."""
-        raise NotImplementedError
 
 
 class Int8WeightLinear(ConvertedLinear):

@@ -10,6 +10,7 @@ mixture, whose weights are parameters with three dimensions.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -35,9 +36,9 @@ class Arithmetic:
         """Copies of a layer count together and draw from one source."""
         return self
 
+    @abstractmethod
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         """The product, to be followed backward."""
-        raise NotImplementedError
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         """The product of int8 matrices [m, k] and [k, n]: int32 [m, n], counted."""

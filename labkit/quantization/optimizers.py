@@ -10,6 +10,7 @@ replicas draw alike, and a resumed run repeats what the first one did.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -67,11 +68,11 @@ class Narrow(torch.optim.Optimizer):
                 self.against_nearest += int((chosen != to_bfloat16(whole)).sum())
             weight.copy_(chosen)
 
+    @abstractmethod
     def change(
         self, weight: Tensor, gradient: Tensor, state: State, group: dict[str, Any], step: int, noise: torch.Generator
     ) -> None:
         """The update number `step` (from 1) of a float32 weight, in place."""
-        raise NotImplementedError
 
     def unpacked(self, parameter: Tensor) -> State:
         """The state of a parameter as other optimizers keep it: float32 tensors of its shape (sharded as it is)."""
