@@ -9,8 +9,8 @@ together as one mean. So
 
 k gradients of N ranks make k/N of an update: the learning rate is that part of it. AdamW divides by the size of what it
 sees, and the mean of k gradients is noisier than that of N: there it is √(k/N) of it (own_steps.py). Updates from stale
-weights act like momentum by themselves, so the server's own is lower: 1 - N·(1 - m) of the optimizer's m (Mitliagkas et
-al., "Asynchrony begets Momentum", 2016; the rule is ours). With `scaled`, a gradient that
+weights act like a momentum of 1 - 1/N by themselves (Mitliagkas et al., "Asynchrony begets Momentum", 2016), so the
+server's own is lower by as much. With `scaled`, a gradient that
 is τ updates old counts 1/(1+τ) (Zhang et al., "Staleness-aware Async-SGD", IJCAI 2016). With `backup` = b and
 staleness 0, an update takes the first N - b gradients and those that come late are dropped, their samples drawn again
 (Chen et al., "Revisiting Distributed Synchronous SGD", 2016).

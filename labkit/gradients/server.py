@@ -86,7 +86,7 @@ class Server:
         """Stale updates are momentum enough."""
         wanted, own = self.options.momentum, self.setting.experiment.optimizer.momentum
         if wanted is None:
-            wanted = own if self.options.staleness == 0 else max(0.0, 1 - self.wire.size * (1 - own))
+            wanted = own if self.options.staleness == 0 else max(0.0, own - (1 - 1 / self.wire.size))
         for group in self._optimizer.param_groups:
             if "betas" in group:
                 group["betas"] = (wanted, group["betas"][1])
