@@ -73,8 +73,9 @@ def _hear_out_torch() -> None:
         torch.eye(2).to_sparse_csr()
 
 
-def _ends(sorted_or_not: Tensor, size: int) -> Tensor:
-    counts = torch.bincount(sorted_or_not, minlength=size)
+def _ends(rows: Tensor, size: int) -> Tensor:
+    """Where each of `size` rows ends, from the rows of the values."""
+    counts = torch.bincount(rows, minlength=size)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
 
 

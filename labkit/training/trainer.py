@@ -285,7 +285,8 @@ class Trainer:
         churn = self.sparsity.take_churn()
         if churn is None:
             return
-        zeros, churn = self.sparsity.masks.zeros(changed=True), self.sparsity.masks.together(churn)
+        with self.sparsity.passes():  # the weights that the network uses
+            zeros, churn = self.sparsity.masks.zeros(changed=True), self.sparsity.masks.together(churn)
         if self.runtime.rank == 0:
             self._tell_zeros(step, zeros, churn)
 

@@ -155,6 +155,12 @@ def test_less_and_less_changes_and_then_nothing(method: str) -> None:
     assert max(churn) <= 0.3
 
 
+def test_of_two_in_four_half_are_zero_all_along() -> None:
+    """The weights that the network uses are counted, not those from which they are chosen."""
+    for _, layers in alone("n_m").data().sparsity:
+        assert sum(zeros for zeros, _, _ in layers.values()) == sum(size for _, size, _ in layers.values()) / 2
+
+
 def test_ranks_that_train_alone_share_a_random_mask() -> None:
     update = {"gradients__update": {"method": "local_sgd", "every": 3}, "quantization__training": "fp32"}
     run = finished(experiment("static", {"dp_replicate": 2}, **update))
