@@ -28,7 +28,7 @@ from labkit.quantization.narrowing import Narrowing
 from labkit.quantization.scaling import LossScaling
 from labkit.sparsity.masks import Masks
 from labkit.sparsity.method import Setting as SparsitySetting
-from labkit.training import checkpoint, evaluation, quantized, slow
+from labkit.training import afterwards, checkpoint, evaluation, slow
 from labkit.training.clock import clock
 from labkit.training.events import EventWriter
 from labkit.training.exactness import inexact_parts
@@ -154,7 +154,7 @@ class Trainer:
         self.model.train()
         stopped = self._draw_tickets() if self.update.draws else self._go_through_rounds()
         if not stopped:
-            self._quantize()
+            self._look_afterwards()
         if stopped and self.done > self._saved_at and self.experiment.training.checkpoint_every != 0:
             self._save(self.done)
         if not self.update.draws:
@@ -415,17 +415,16 @@ class Trainer:
             seconds = time.perf_counter() - begun
             self.events.write("evaluation", step=step, metrics=self.task.metrics(sums), seconds=seconds)
 
-    def _quantize(self) -> None:
-        """The trained network beside a quantized copy, if that was asked for (collective; the first rank makes it)."""
-        wanted = self.experiment.quantization
-        if wanted.after_training == "none":
+    def _look_afterwards(self) -> None:
+        """The trained network in other forms, if that was asked for (collective; the first rank makes them)."""
+        if not afterwards.wanted(self.experiment):
             return
-        begun = time.perf_counter()
-        with self.update.judged():
+        with self.update.judged(), self.sparsity.passes():
             if self.runtime.rank == 0:
                 alive = partial(self.meter.phase, "evaluation")
-                found = quantized.quantize(self.task, self.model.stages[0], wanted, alive)
-                self.events.write("quantized", seconds=time.perf_counter() - begun, **found)
+                trained = afterwards.Trained(self.experiment, self.task, self.model.stages[0], alive)
+                for event, found in afterwards.look(trained):
+                    self.events.write(event, **found)
 
     def _save(self, step: int) -> None:
         begun = time.perf_counter()
