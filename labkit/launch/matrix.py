@@ -12,9 +12,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from labkit.experiment import Experiment
+from labkit.experiment import Experiment, Problem
 from labkit.experiment.machine import Machine
 from labkit.experiment.one_process import one_process
 from labkit.launch.cases import DEADLINE_S, STEPS, Case, cases, sample
@@ -157,12 +157,12 @@ def markdown(results: Sequence[Result], asked: int, command: str, seconds: float
         lines += [
             "## Not equal",
             "",
-            *(f"- {result.case}: {result.outcome}: {_cell(result.reason)}" for result in bad),
+            *(f"- {result.case}: {result.outcome}: {cell(result.reason)}" for result in bad),
             "",
         ]
     lines += ["## Refused", "", "| reason | cases | for example |", "|---|---:|---|"]
-    for reason, cases_of in _reasons(results).items():
-        lines.append(f"| {_cell(reason)} | {len(cases_of)} | {_cell(str(cases_of[0]))} |")
+    for reason, cases_of in reasons(result.case for result in results).items():
+        lines.append(f"| {cell(reason)} | {len(cases_of)} | {cell(str(cases_of[0]))} |")
     lines += ["", "## Run", "", "| workload | layout | options | format | loss | gradient norm | metrics |"]
     lines.append("|---|---|---|---|---:|---:|---:|")
     for result in results:
@@ -175,20 +175,31 @@ def markdown(results: Sequence[Result], asked: int, command: str, seconds: float
             )
             case = result.case
             cells = [case.family, case.product, case.options, case.precision, *(f"{figure:.0e}" for figure in figures)]
-            lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+            lines.append("| " + " | ".join(map(cell, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _reasons(results: Iterable[Result]) -> dict[str, list[Case]]:
+class Refusable(Protocol):
+    """What may be refused; `problems` says why."""
+
+    @property
+    def problems(self) -> tuple[Problem, ...]: ...
+
+
+Some = TypeVar("Some", bound=Refusable)
+
+
+def reasons(cases: Iterable[Some]) -> dict[str, list[Some]]:
     """The refused cases by what the rule says, numbers and names of schedules apart; the most frequent first."""
-    groups: dict[str, list[tuple[str, Case]]] = {}
-    for result in results:
-        for problem in result.case.problems[:1]:
+    groups: dict[str, list[tuple[str, Some]]] = {}
+    for case in cases:
+        for problem in case.problems[:1]:
             key = problem.field + re.sub(r"\d+", "", problem.reason)
-            groups.setdefault(key, []).append((f"`{problem.field}`: {problem.reason}", result.case))
+            groups.setdefault(key, []).append((f"`{problem.field}`: {problem.reason}", case))
     ordered = sorted(groups.values(), key=len, reverse=True)
     return {group[0][0]: [case for _, case in group] for group in ordered}
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """Text as a cell of a table in Markdown."""
     return text.replace("|", "\\|").replace("\n", " ")

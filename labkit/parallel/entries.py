@@ -106,5 +106,19 @@ class Entries:
         dist.all_gather_object(parts, values, group=group)
         return {name: value for part in parts for name, value in part.items()}
 
+    def agreed(self, said: int) -> int:
+        """How many ranks that hold the same stages of the pipeline say the same as this one (collective).
+
+        RuntimeError if one of them says something else.
+        """
+        if self._mesh.device_mesh is None:
+            return 1
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, (self._mesh.index("pp"), said))
+        same = [other for stage, other in parts if stage == self._mesh.index("pp")]
+        if set(same) != {said}:
+            raise RuntimeError("ranks that hold the same weights have chosen different ones to be zero")
+        return len(same)
+
     def _holding(self, name: str) -> Holding:
         return self._model.holdings.get(name, Holding())

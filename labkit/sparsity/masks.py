@@ -7,6 +7,7 @@ multiplied like other numbers. (csr.py computes with the others only.)
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,6 +37,8 @@ class Entries(Protocol):
 
     def named_together(self, values: dict[str, Any]) -> dict[str, Any]: ...
 
+    def agreed(self, said: int) -> int: ...
+
 
 class Masks:
     """Which weights of this rank's layers are kept."""
@@ -47,6 +50,8 @@ class Masks:
         self._parts: list[tuple[nn.Parameter, Tensor]] = []
         self._new: dict[str, int] = {}
         """By name, how many weights have come in the last change."""
+        self.compared = 0
+        """How often masks were found equal to those of other ranks."""
 
     def restore(self, masks: dict[str, Tensor]) -> None:
         """Use masks of a checkpoint, which may be those of all stages."""
@@ -59,8 +64,10 @@ class Masks:
     def set(self, masks: dict[str, Tensor]) -> dict[str, float]:
         """Use these masks from now on. What comes or goes starts from zero, its moments too.
 
-        Returns what part of the kept weights is new, by name.
+        Returns what part of the kept weights is new, by name. RuntimeError if other ranks have chosen other masks
+        (collective): what they train would not be one network any more, and nothing else would show it.
         """
+        self.compared += self._entries.agreed(_fingerprint(masks)) > 1
         come_or_gone, churn, self._new = {}, {}, {}
         for name, mask in masks.items():
             before = self.whole.get(name)
@@ -145,6 +152,13 @@ class Masks:
             new = self._new.get(name, 0) if changed else 0
             found[name] = int((value == 0).sum()) - new, value.numel()
         return self.together(found)
+
+
+def _fingerprint(masks: Mapping[str, Tensor]) -> int:
+    found = 0
+    for name, mask in masks.items():
+        found = zlib.crc32(mask.contiguous().cpu().numpy().data, zlib.crc32(name.encode(), found))
+    return found
 
 
 def _multiply(tensor: Any, factor: Tensor) -> None:

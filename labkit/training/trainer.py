@@ -511,6 +511,8 @@ class Trainer:
         if link is not None:
             self.events.write("link", updates=self.done - self.first, **link)
         effective = self.narrowing.found() | (self.scaling.found() if self.scaling is not None else {})
+        if compared := self.sparsity.masks.compared:
+            effective["masks_equal_on_ranks"] = compared
         if effective:
             self.events.write("effective", found=effective)
         self.events.write("memory", peak_bytes=peak_bytes(self.runtime.device))

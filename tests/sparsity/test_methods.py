@@ -101,6 +101,9 @@ def test_every_layout_trains_the_same_sparse_network(method: str, layout: str) -
     one, other = alone(method), finished(experiment(method, LAYOUTS[layout]))
     for name in ("loss", "grad_norm"):
         assert np.abs(getattr(one.data(), name) - getattr(other.data(), name)).max() <= EXACT
+    changes = len(other.data().sparsity) - 1  # the last entry is a count without a change
+    compared = other.summary()["effective"].get("masks_equal_on_ranks", "0")
+    assert int(compared) == (0 if layout == "pp2" else changes), "where several ranks hold the same weights"
     ours, theirs = weights(one), weights(other)
     assert set(ours) == set(theirs)
     for name, value in ours.items():
