@@ -118,6 +118,19 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--go-on", type=Path, metavar="FILE.jsonl", help="keep what the matrix finds there, and run only what is left"
     )
+    combined = add(
+        "combinations", _combinations, "Run every pair of methods that may meet: each has to learn, or is refused."
+    )
+    combined.add_argument(
+        "--with",
+        action="append",
+        default=[],
+        dest="names",
+        metavar="NAME",
+        help="only those with this method or layout",
+    )
+    combined.add_argument("--ranks", type=_count, metavar="N", help="only those with at most so many ranks")
+    combined.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="write the table in Markdown")
     methods = add("methods", _methods, "Measure what every way to combine gradients learns and sends, at its defaults.")
     methods.add_argument("recipes", nargs="*", metavar="RECIPE", help="what is trained (default: vision-ddp)")
     methods.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of all runs")
@@ -324,6 +337,31 @@ def _check_matrix(options: argparse.Namespace, precisions: Sequence[str]) -> int
         known = {"asked": len(cases)} | counts | {"cases": [result.to_dict() for result in results]}
         _deliver(options, table, known)
     return 0 if counts["equal"] + counts["refused"] == len(cases) else 1
+
+
+def _combinations(options: argparse.Namespace) -> int:
+    from labkit.launch import combinations, warm
+
+    known = {value for values in combinations.factors().values() for value in values if isinstance(value, str)}
+    if unknown := [name for name in options.names if name not in known]:
+        raise UsageError(f"no combination has {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    _check_output(options)
+    cases = combinations.holding(combinations.cases(), options.names, options.ranks)
+    results: list[combinations.Result] = []
+    begun = time.monotonic()
+    warm()
+    try:
+        for one in combinations.run(cases):
+            results.append(one)
+            if one.outcome != "refused":
+                said = f"{len(results)} of {len(cases)}: {one.case}: {one.outcome} {one.reason}".rstrip()
+                print(f"labkit: {_plain(said)}", file=sys.stderr, flush=True)
+    finally:  # also what was known when it was interrupted
+        table = combinations.markdown(results, len(cases), _as_typed(options), time.monotonic() - begun)
+        counts = combinations.counts(results)
+        known_now = {"asked": len(cases)} | counts | {"cases": [one.to_dict() for one in results]}
+        _deliver(options, table, known_now)
+    return 0 if counts["learns"] + counts["refused"] == len(cases) else 1
 
 
 def _methods(options: argparse.Namespace) -> int:

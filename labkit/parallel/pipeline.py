@@ -50,13 +50,19 @@ class _Held(nn.Module):
     """One stage as torch's schedules see it: what is sent is in one piece, and sharding is hidden.
 
     A sharded module that torch recognises would exchange gradients in the middle of the schedule.
+
+    Before the first batch torch runs every stage to find out shapes, on memory that nobody has written. What is there
+    differs from rank to rank, so that ranks that share a mixture of experts would route tokens differently and break
+    off. Unless it `computes` what belongs to a batch, a stage sees zeros.
     """
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.computes = inner, False
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.computes:
+            x = torch.zeros_like(x, requires_grad=x.requires_grad)
         if x.requires_grad:
             x = _Contiguous.apply(x)  # type: ignore[no-untyped-call]
         out: Tensor = self.inner(x)

@@ -86,7 +86,11 @@ class TimedStage(PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *given: Any, **named: Any) -> Any:
         run = super().forward_one_chunk
-        return self._timed("F", fwd_chunk_id, lambda: run(fwd_chunk_id, *given, **named))
+        self.submod.computes = True  # type: ignore[assignment]  # labkit.parallel.pipeline
+        try:
+            return self._timed("F", fwd_chunk_id, lambda: run(fwd_chunk_id, *given, **named))
+        finally:
+            self.submod.computes = False  # type: ignore[assignment]
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False

@@ -31,6 +31,8 @@ class Arithmetic:
         """Note what is multiplied (which costs time) from here on."""
         self.counts: dict[int, int] = {}
         """While it was watched: how often each code stood in a weight."""
+        self.anew = False
+        """Forget these counts when the next weight is noted."""
 
     def __deepcopy__(self, memo: Any) -> Arithmetic:
         """Copies of a layer count together and draw from one source."""
@@ -48,6 +50,8 @@ class Arithmetic:
     def note(self, codes: Tensor) -> None:
         """These codes are what is multiplied."""
         if self.watched:
+            if self.anew:
+                self.counts, self.anew = {}, False
             values, counts = codes.unique(return_counts=True)
             for value, count in zip(values.tolist(), counts.tolist(), strict=True):
                 self.counts[int(value)] = self.counts.get(int(value), 0) + count

@@ -87,6 +87,7 @@ class Narrowing:
             self._round_weights(None)
         if not self.plain:
             self._watch_activations()
+            self._set(first)  # a stage that runs ahead computes before the first update begins
 
     def _watch_activations(self) -> None:
         """Note in which type the first layer with a product answers."""
@@ -109,17 +110,20 @@ class Narrowing:
             return
         self._step = step
         self._noise.manual_seed(self._seed(self._place))
-        watched = step in (self._first, self._steps - 1)
-        begun = step >= math.ceil(self._experiment.quantization.qat_start * self._steps)
-        for arithmetic in self._made:
-            arithmetic.watched = watched
-            if watched:
-                arithmetic.counts = {}
-            if isinstance(arithmetic, FakeArithmetic):
-                arithmetic.active = begun
+        watched = self._set(step)
         if isinstance(self._optimizer, Narrow):
             self._optimizer.watched = watched
         self._before = self._total()
+
+    def _set(self, step: int) -> bool:
+        """What the layers do in update `step`; are they watched in it?"""
+        watched = step in (self._first, self._steps - 1)
+        begun = step >= math.ceil(self._experiment.quantization.qat_start * self._steps)
+        for arithmetic in self._made:
+            arithmetic.watched, arithmetic.anew = watched, watched and step > self._first
+            if isinstance(arithmetic, FakeArithmetic):
+                arithmetic.active = begun
+        return watched
 
     def after_update(self) -> None:
         """The weights of the update are whole on this rank."""

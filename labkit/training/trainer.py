@@ -461,8 +461,8 @@ class Trainer:
         return stored.step
 
     def _begin_anew(self) -> int:
-        self.update.load({})
         self.sparsity.begin()
+        self.update.load({})  # what it remembers of the weights is what the network begins with
         return 0
 
     # -- beginning and end --------------------------------------------------------------------------------------------

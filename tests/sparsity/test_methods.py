@@ -164,9 +164,13 @@ def test_of_two_in_four_half_are_zero_all_along() -> None:
         assert sum(zeros for zeros, _, _ in layers.values()) == sum(size for _, size, _ in layers.values()) / 2
 
 
-def test_ranks_that_train_alone_share_a_random_mask() -> None:
-    update = {"gradients__update": {"method": "local_sgd", "every": 3}, "quantization__training": "fp32"}
-    run = finished(experiment("static", {"dp_replicate": 2}, **update))
+@pytest.mark.parametrize(
+    "update", [{"method": "local_sgd", "every": 3}, {"method": "diloco", "every": 2}, {"method": "streaming_diloco"}]
+)
+def test_ranks_that_train_alone_share_a_random_mask(update: dict[str, Any]) -> None:
+    """What a rule remembers of the weights is masked, too: an outer step brings nothing back."""
+    changes: dict[str, Any] = {"gradients__update": update, "quantization__training": "fp32"}
+    run = finished(experiment("static", {"dp_replicate": 2}, **changes))
     assert run.summary()["effective"]["sparsity"] == pytest.approx(0.8, abs=0.002)
 
 

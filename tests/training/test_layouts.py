@@ -121,6 +121,7 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     *(("experts", {"ep": 2, "dp_shard": 2, "zero_stage": stage}) for stage in (1, 3)),
     ("experts", {"ep": 2, "tp": 2, "sequence_parallel": True}),
     *(("experts", {**PIPE, "ep": 4} | one) for one in SPLIT),
+    ("experts", {**PIPE, "ep": 2, "tp": 2}),
     ("experts in parts", {"ep": 2, "cp": 2}),
     ("llama", {"dp_shard": 4}),
     ("llama", {"tp": 2, "cp": 2}),

@@ -1,0 +1,125 @@
+"""Combinations of methods: which there are, what is said of them, and a sample of them run for real."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from itertools import combinations as pairs
+from pathlib import Path
+
+import pytest
+
+from labkit.cli import main
+from labkit.experiment.registry import registry
+from labkit.experiment.rules import CHOICES
+from labkit.launch import combinations, warm
+from labkit.launch.combinations import BASE, Combination, Result
+from labkit.runs import Run
+from tests.launch.helpers import changed_ranks
+
+
+@pytest.fixture(scope="module")
+def found() -> list[Combination]:
+    return combinations.cases()
+
+
+def test_every_pair_that_may_meet_meets_and_the_others_are_refused(found: list[Combination]) -> None:
+    legal = [case for case in found if not case.problems]
+    met = {frozenset(pair) for case in legal for pair in pairs(case.row.items(), 2)}
+    refused = [frozenset(case.row.items()) for case in found if case.problems]
+    alone = {one for case in refused if len(case) == 1 for one in case}
+    factors = combinations.factors()
+    judge = combinations.Judge()
+    for first, second in pairs(factors, 2):
+        for one in factors[first]:
+            for other in factors[second]:
+                pair = frozenset({(first, one), (second, other)})
+                row = {first: one, second: other}
+                known = pair in met or pair in refused or bool(alone & pair)
+                assert known or not judge.allowed(row) or not judge.experiment(row).problems(), row
+    for case in legal:
+        assert not case.experiment.problems(), str(case)
+
+
+def test_new_methods_enter_by_themselves(found: list[Combination]) -> None:
+    named = {value for case in found for value in case.row.values()}
+    for knob in set(CHOICES) - {"workload"}:
+        assert set(registry(knob).names(available_only=True)) <= named
+
+
+def test_the_layouts_and_methods_of_the_issue_meet(found: list[Combination]) -> None:
+    for layout in ("shard2", "tp2", "pp2", "dp2·pp2"):
+        for name in ("rigl", "bf16", "int8"):
+            assert [case for case in combinations.holding(found, [layout, name]) if not case.problems], (layout, name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_sample_learns_and_shows_every_method(found: list[Combination]) -> None:
+    warm(60)
+    results = list(combinations.run(combinations.sample(found)))
+    assert {result.outcome for result in results} == {"learns"}, "\n".join(
+        f"{result.case}: {result.outcome}: {result.reason}" for result in results if result.outcome != "learns"
+    )
+
+
+def one_with(found: list[Combination], *names: str) -> Combination:
+    return next(case for case in combinations.holding(found, names, 2) if not case.problems)
+
+
+@pytest.mark.parametrize(
+    ("names", "off", "said"),
+    [
+        (["dp2", "rigl"], "import labkit.sparsity.masks as m; m.Masks.hold_gradients = lambda self: None", "rigl"),
+        (["dp2", "int8"], "import labkit.quantization.linear as m; m.chosen = lambda model, head: []", "int8"),
+        (["dp2", "sign"], "import labkit.gradients.sign as m; m.Sign.exchange = m.Sign.whole", "sign"),
+    ],
+)
+def test_what_is_switched_off_does_not_pass(
+    found: list[Combination],
+    names: list[str],
+    off: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mechanism is taken away in the ranks, the setting stays."""
+    monkeypatch.setenv("LABKIT_TEST_CHANGE", off)
+    with changed_ranks(tmp_path):
+        [result] = combinations.run([one_with(found, *names)])
+    assert result.outcome in ("OFF", "FAILED")
+    if result.outcome == "OFF":
+        assert said in result.reason
+        assert result.run_id is not None
+        assert Run.attach(result.run_id).state == "finished"
+
+
+def test_what_does_not_learn_is_said(found: list[Combination], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = one_with(found, "dp1")
+    slow = dataclasses.replace(case, experiment=case.experiment.set({"optimizer.lr": 1e-7}))
+    [result] = combinations.run([slow])
+    assert result.outcome == "HARDLY"
+    assert result.learned is not None
+    assert result.learned < 0.1
+
+
+def test_the_table_and_the_command(
+    found: list[Combination], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    refused = [Result(case, "refused", str(case.problems[0])) for case in found if case.problems]
+    text = combinations.markdown([*refused, Result(found[0], "OFF", "rigl | did not show", 0.9)], len(found), "x", 60)
+    assert "OFF: rigl \\| did not show" in text
+    assert f"Interrupted: {len(found) - len(refused) - 1} were not run." in text
+    assert main(["combinations", "--with", "nonsense"]) == 2
+    assert "no combination has 'nonsense'" in capsys.readouterr().err
+    assert (
+        main(
+            ["combinations", "--with", "dp1", "--with", "set", "--with", "fp64", "--json", "-o", str(tmp_path / "t.md")]
+        )
+        == 0
+    )
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["learns"] >= 1
+    assert said["asked"] == said["learns"] + said["refused"]
+    assert "dp1 + set + fp64" in (tmp_path / "t.md").read_text()
+    assert BASE["training.steps"] == combinations.STEPS
