@@ -29,7 +29,7 @@ from labkit.runs.run import Run, RunFailed
 
 OUTCOMES = ("learns", "refused", "OFF", "HARDLY", "FAILED")
 GOOD = ("learns", "refused")
-STEPS = 48
+STEPS = 64
 LEAST = 0.5
 """Of what plain training takes off the loss, a combination has to take off so much at least."""
 TARGET = 0.5
