@@ -95,6 +95,12 @@ WRONG: dict[str, list[str]] = {
         "spared = sorted(alone, key=alone.get)[:3]",
         "frugal = base.set({'quantization.training': 'pure_bf16'})",
     ],
+    "12_putting_it_together": [
+        "factor = 5",
+        "front = lambda points: [min(range(len(points)), key=lambda at: points[at][1])]",
+        "legal = illegal.set({'sparsity.target': 0.8, 'gradients.compression': {'method': 'none'}})",
+        "mine_to_defend = plan",
+    ],
 }
 """One plausible wrong answer for every exercise, in order."""
 
@@ -354,6 +360,26 @@ FALSIFIED: dict[str, list[str]] = {
         "ptq = {**ptq, 'int8_dynamic': 1.1 * whole}",
         "conversion = {**conversion, 'QAT': conversion['PTQ'] + 0.01}",
         "vnni, dynamic = True, {'batch 512': 0.9}",
+    ],
+    "12_putting_it_together": [
+        "order_matters = {**order_matters, 'mask, average': 0.01}",
+        "order_matters = {**order_matters, 'mask, round': 0.0}",
+        "hand_error = {**hand_error, 'mask, then clip': 1e-6}",
+        "hand_error = {**hand_error, 'clip, then mask': 0.0}",
+        "by_hand = {**by_hand, 'clip, then mask': by_hand['clip, then mask'][::-1]}",
+        "refusals = {**refusals, 'top-k inside ZeRO 3': []}",
+        f"runs = {{**runs, 'layout': {_FAILED}}}",
+        "measured = {**measured, '+ compression': {**measured['+ compression'], 'zeros': 0.0}}",
+        "measured = {**measured, '+ compression': {**measured['+ compression'], 'products': 'float32'}}",
+        "measured = {**measured, '+ compression': {**measured['+ compression'], 'state, bytes a weight': 3.2}}",
+        "measured = {**measured, '+ compression': {**measured['+ compression'], 'bytes sent, of the plain ones': 1.0}}",
+        "sent = {**sent, '+ format': sent['layout'] / 2}",
+        "losses = {**losses, '+ compression': 9.0}",
+        "queue = type('Queue', (), {'points': queue.points[:12], 'runs': queue.runs})()",
+        "stopped_at = {'finished': 24}",
+        "first = {*first, 'another'}",
+        "finished = finished - {max(finished - first)}",
+        "page = ''",
     ],
 }
 """Results as they would be if something were wrong; each must make the claims fail, together all of them."""
