@@ -107,8 +107,8 @@ class Watch:
     def over(self, samples: int) -> Iterator[None]:
         """Every layer's first call meanwhile is looked at."""
         self.samples = samples
-        most = min(MOST_LAYERS, len(self.layers))
-        chosen = {index * len(self.layers) // most for index in range(most)}
+        most, last = min(MOST_LAYERS, len(self.layers)), len(self.layers) - 1
+        chosen = {round(index * last / max(1, most - 1)) for index in range(most)}
         hooks = [hook for at, seen in enumerate(self.layers) for hook in self._hooks(seen, at in chosen)]
         try:
             yield
