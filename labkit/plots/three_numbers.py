@@ -166,7 +166,7 @@ def _finding(lines: Sequence[_Line]) -> str:
     if len(lines) == 1:
         return said
     compared, gains = sum(line.step is not None for line in lines), sum(line.gains for line in lines)
-    return f"{gains} of {compared} methods make the step faster; {said}" if compared else said
+    return f"{gains} of {compared} methods make{'s' * (gains == 1)} the step faster; {said}" if compared else said
 
 
 def _times(value: float | None) -> str:

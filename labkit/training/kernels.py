@@ -208,7 +208,7 @@ def _beside(kind: Kind, plain: nn.Module, own: nn.Module, autocast: Inside, budg
 
 
 def _timed(layer: nn.Module, x: Tensor, inside: Inside) -> float:
-    """Seconds of a pass forward and backward; leaves no gradient behind."""
+    """Seconds of a pass forward and backward, also where others follow no gradients; leaves none behind."""
     x = x.detach().requires_grad_()
     _wait(x)
     begun = time.perf_counter()
