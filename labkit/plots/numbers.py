@@ -268,7 +268,8 @@ def layers(run: Any) -> Picture:
     )
     layout["annotations"] = [_path(label, _types(layer)) for label, layer in zip(labels, found, strict=True)]
     layout["annotations"].append(traced.heading("stored → inputs × weights → answered", 0.53, 1.0))
-    return Picture(traces, layout, summary=f"{sentence}.", rows=[_layer_row(layer) for layer in found])
+    some = f"; shown are {len(found)}, evenly chosen" if len(found) < every else ""
+    return Picture(traces, layout, summary=f"{sentence}{some}.", rows=[_layer_row(layer) for layer in found])
 
 
 def _layers_finding(one: Shown, every: int) -> str:

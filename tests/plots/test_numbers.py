@@ -117,6 +117,13 @@ def test_layer_by_layer(ternary: FakeRun) -> None:
     assert "float32 → int8 × ternary → float32" in words
 
 
+def test_of_many_layers_it_says_that_some_are_shown(ternary: FakeRun) -> None:
+    ternary.event(1, "numbers", layers=[layer("c", side("int8"), side("ternary"))], multiplied={"int8 × ternary": 5})
+    figure = plot_layer_numbers(ternary)
+    assert figure.summary.startswith("7 of 8 layers multiply int8 × ternary")
+    assert figure.summary.endswith("; shown are 4, evenly chosen.")
+
+
 def test_three_numbers_beside_the_dense_run(dense: FakeRun, ternary: FakeRun) -> None:
     figure = plot_three_numbers([dense, ternary])
     [row] = figure.rows
