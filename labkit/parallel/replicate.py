@@ -184,9 +184,12 @@ class ReplicatedModel:
         self.then()
 
     def output(self, x: Tensor) -> Tensor:
-        """Output of the model for evaluation."""
-        out: Tensor = self.bare(x)
-        return out
+        """Output of the model for evaluation, computed as in training."""
+        import torch
+
+        with self._autocast():
+            out: Tensor = self.bare(x)
+        return out.to(torch.promote_types(out.dtype, torch.float32))
 
     @property
     def exchange(self) -> str:

@@ -7,6 +7,8 @@ from labkit.plots.curves import throughputs as plot_throughput
 from labkit.plots.experts import experts as plot_experts
 from labkit.plots.grid import grid as plot_grid
 from labkit.plots.memory import memory as plot_memory
+from labkit.plots.numbers import formats as plot_numbers
+from labkit.plots.numbers import layers as plot_layer_numbers
 from labkit.plots.overview import overview as plot_overview
 from labkit.plots.pareto import pareto as plot_pareto
 from labkit.plots.picture import Picture, rows_of, summary_of
@@ -17,6 +19,7 @@ from labkit.plots.sparsity import sparsity as plot_sparsity
 from labkit.plots.speedup import speedup as plot_speedup
 from labkit.plots.split import split as plot_split
 from labkit.plots.staleness import staleness as plot_staleness
+from labkit.plots.three_numbers import three_numbers as plot_three_numbers
 from labkit.plots.timeline import timeline as plot_timeline
 from labkit.plots.tradeoff import tradeoff as plot_tradeoff
 from labkit.plots.traffic import communication as plot_communication
@@ -27,9 +30,11 @@ __all__ = [
     "plot_communication",
     "plot_experts",
     "plot_grid",
+    "plot_layer_numbers",
     "plot_loss",
     "plot_memory",
     "plot_metric",
+    "plot_numbers",
     "plot_overview",
     "plot_pareto",
     "plot_ranks",
@@ -39,6 +44,7 @@ __all__ = [
     "plot_speedup",
     "plot_split",
     "plot_staleness",
+    "plot_three_numbers",
     "plot_throughput",
     "plot_timeline",
     "plot_tradeoff",

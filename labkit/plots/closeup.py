@@ -8,6 +8,7 @@ from typing import Any
 from labkit.plots import break_even, traced
 from labkit.plots.experts import experts
 from labkit.plots.memory import memory
+from labkit.plots.numbers import formats, layers
 from labkit.plots.pareto import pareto
 from labkit.plots.picture import Picture
 from labkit.plots.schedules import schedules
@@ -15,9 +16,11 @@ from labkit.plots.shown import Shown, shown
 from labkit.plots.sparsity import sparse_layers, sparsity
 from labkit.plots.split import split
 from labkit.plots.staleness import staleness
+from labkit.plots.three_numbers import three_numbers
 from labkit.plots.timeline import timeline
 from labkit.plots.tradeoff import tradeoff
 from labkit.plots.traffic import communication
+from labkit.runs.dense import is_dense
 from labkit.runs.methods import is_plain
 
 FEWEST = 4
@@ -44,6 +47,18 @@ def sparse(runs: Iterable[Any] | Any) -> list[Picture]:
     """What became zero: all such runs over time, and the layers of each."""
     many = [one for one in shown(runs) if one.data.sparsity and not one.is_ceiling]
     return [sparsity(many), *map(sparse_layers, many)] if many else []
+
+
+def computing(runs: Iterable[Any] | Any) -> list[Picture]:
+    """What is computed with which numbers, where a run is sparse or narrow: what it promises and gives, how its numbers
+    are spread, and the layers of each such run.
+    """
+    many = [one for one in shown(runs) if one.data.numbers and not one.is_ceiling]
+    other = [one for one in many if one.experiment is not None and not is_dense(one.experiment)]
+    if not other:
+        return []
+    times = three_numbers(many)
+    return [*([times] if times.rows else []), formats(many), *map(layers, other)]
 
 
 def worth(runs: Iterable[Any] | Any) -> list[Picture]:

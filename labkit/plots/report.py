@@ -18,7 +18,7 @@ from typing import Any
 from labkit.experiment import ExperimentError
 from labkit.experiment.run_directory import read_json
 from labkit.plots import curves, ranks, speedup, static, theme
-from labkit.plots.closeup import closeups, combining, sparse, worth
+from labkit.plots.closeup import closeups, combining, computing, sparse, worth
 from labkit.plots.picture import Picture
 from labkit.plots.shown import Shown, shown
 from labkit.plots.table import html_table, runs_rows
@@ -96,6 +96,7 @@ def page(many: Sequence[Shown], comparison: Any) -> str:
         ("How ranks combined what they learned", combining(trained)),
         ("What accuracy costs", worth(trained)),
         ("Which weights are zero", sparse(trained)),
+        ("What is computed with which numbers", computing(trained)),
         ("One update, looked at closely", closeups(trained)),
     ):
         if close:

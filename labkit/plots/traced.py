@@ -23,13 +23,17 @@ PATTERNS = ("", "/", "x", ".", "-", "+")
 def names(runs: Sequence[Shown], links: bool = True) -> list[str]:
     """What tells the runs of a picture apart: their names, or in words what not all of them share.
 
-    Where some ranks combined gradients in another way, the others are said to average them. Without `links` the names
+    Where some ranks combined gradients in another way, the others are said to average them; where some networks are
+    sparse or narrow, the others are said to be dense. Without `links` the names
     of a method do not tell over what link it went.
     """
     every, seen = [_words(one, links) for one in runs], dict[str, int]()
     if any(_method(one) for one in runs):
         averages = [one.world_size > 1 and one.experiment is not None and not _method(one) for one in runs]
         every = [[wording.PLAIN, *words] if plain else words for words, plain in zip(every, averages, strict=True)]
+    if any(_narrowed(one) for one in runs):
+        plain = [one.experiment is not None and not one.experiment.name and not _narrowed(one) for one in runs]
+        every = [[wording.DENSE, *words] if dense else words for words, dense in zip(every, plain, strict=True)]
     shared = set.intersection(*map(set, every)) if len(every) > 1 else set()
     found = []
     for words in every:
@@ -43,13 +47,21 @@ def _method(one: Shown) -> list[str]:
     return wording.method(one.experiment) if one.experiment is not None and not one.experiment.name else []
 
 
+def _narrowed(one: Shown) -> list[str]:
+    return wording.narrowed(one.experiment) if one.experiment is not None and not one.experiment.name else []
+
+
 def _words(one: Shown, links: bool) -> list[str]:
     """`1 rank`, `PowerSGD`, `shard4, ZeRO 2`, `pp2, 1f1b, 8 microbatches`, …; or the name that the run was given."""
     experiment = one.experiment
     if experiment is None or experiment.name:
         return [experiment.name if experiment else one.label]
     layout = experiment.layout
-    words = [*wording.method(experiment), theme.ranks(1) if layout.world_size == 1 else str(layout)]
+    words = [
+        *wording.narrowed(experiment),
+        *wording.method(experiment),
+        theme.ranks(1) if layout.world_size == 1 else str(layout),
+    ]
     if zero_stage(experiment):
         words.append(f"ZeRO {layout.zero_stage}")
     if layout.tp > 1 and layout.sequence_parallel:

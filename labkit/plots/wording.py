@@ -1,4 +1,4 @@
-"""Words for the method of a run: how its ranks combined what they learned, and over what link."""
+"""Words for the method of a run: how its ranks combined what they learned, over what link, sparse or narrow how."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from labkit.experiment.registry import Registry, registry
 from labkit.experiment.schema import Gradients
 from labkit.plots import theme
 
-PLAIN = "plain averaging"
+PLAIN, DENSE = "plain averaging", "dense float32"
 MAX_CHANGES = 4
 _UNITS = {"_mb": "MB", "_s": "s", "_ms": "ms"}
 
@@ -31,6 +31,24 @@ def method(experiment: Experiment) -> list[str]:
         value = getattr(gradients, name)
         if name not in ("compression", "update") and value != info.get_default():
             found.append(_said(name, value))
+    return found
+
+
+def narrowed(experiment: Experiment) -> list[str]:
+    """`["int8"]`, `["Static 90 % csr"]`, `["QAT int4", "8 bits of state"]`: what is not dense float32; [] if all is."""
+    settings, sparsity = experiment.quantization, experiment.sparsity
+    found = []
+    if settings.training != "fp32":
+        found.append(_title(registry("quantization.training"), settings.training))
+    if settings.qat != "none":
+        found.append(f"QAT {settings.qat}")
+    if experiment.optimizer.state_bits != 32:
+        found.append(f"{experiment.optimizer.state_bits} bits of state")
+    if sparsity.method != "none":
+        options = sparsity.options
+        name = f"{_title(registry('sparsity'), sparsity.method)} {100 * sparsity.target:g} %"
+        name = f"{options['n']}:{options['m']}" if sparsity.method == "n_m" else name
+        found.append(name if options.get("kernel", "dense") == "dense" else f"{name} {options['kernel']}")
     return found
 
 

@@ -8,8 +8,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from labkit.quantization.codes import int4_codes, int8_codes, on_int4, on_int8, ternary_codes
-from labkit.quantization.linear import Arithmetic
+from labkit.quantization.codes import (
+    GROUP,
+    INT4,
+    INT8,
+    int4_codes,
+    int8_codes,
+    on_int4,
+    on_int8,
+    ternary_codes,
+)
+from labkit.quantization.linear import Arithmetic, Operand
+
+
+def _int8_operand(x: Tensor, share: str, kind: str = "int8") -> Operand:
+    """With a scale for each row of a matrix."""
+    codes, scale = int8_codes(x.detach())
+    return Operand(kind, codes, INT8, scale, share)
+
+
+def _int4_operand(weight: Tensor) -> Operand:
+    """A weight on the int4 grid, without the padding of its last group."""
+    codes, scale = (part.expand(-1, -1, GROUP).flatten(1) for part in int4_codes(weight.detach()))
+    inputs = weight.shape[1]
+    return Operand("int4 grid", codes[:, :inputs], INT4, scale[:, :inputs], f"{GROUP} inputs")
 
 
 class Int8Arithmetic(Arithmetic):
@@ -23,10 +45,14 @@ class Int8Arithmetic(Arithmetic):
     def __init__(self, rounding: str, weight_gradient: bool) -> None:
         super().__init__()
         self._stochastic, self.weight_gradient = rounding == "stochastic", weight_gradient
+        self.backward_bytes = (1, 1 if weight_gradient else 4)
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         out: Tensor = _Int8Product.apply(x.flatten(0, -2), weight, self)  # type: ignore[no-untyped-call]
         return out.unflatten(0, x.shape[:-1])
+
+    def operands(self, x: Tensor, weight: Tensor) -> tuple[Operand, Operand]:
+        return _int8_operand(x, "token"), _int8_operand(weight, "row")
 
     def product(self, a: Tensor, b: Tensor, a_is_gradient: bool = False) -> Tensor:
         """A [m, k] · b [k, n] in float: a scale for each row of a and each column of b."""
@@ -65,6 +91,10 @@ class TernaryArithmetic(Arithmetic):
         normalised = functional.rms_norm(x, x.shape[-1:]).flatten(0, -2)
         out: Tensor = _TernaryProduct.apply(normalised, weight, self)  # type: ignore[no-untyped-call]
         return out.unflatten(0, x.shape[:-1])
+
+    def operands(self, x: Tensor, weight: Tensor) -> tuple[Operand, Operand]:
+        codes, scale = ternary_codes(weight.detach())
+        return _int8_operand(functional.rms_norm(x, x.shape[-1:]), "token"), Operand("ternary", codes, 1, scale)
 
 
 class _TernaryProduct(torch.autograd.Function):
@@ -107,6 +137,12 @@ class FakeArithmetic(Arithmetic):
         on_grid = on_int4 if self.bits == 4 else on_int8
         return functional.linear(_through(x, on_int8(x.detach())), _through(weight, on_grid(weight.detach())))
 
+    def operands(self, x: Tensor, weight: Tensor) -> tuple[Operand, Operand]:
+        if not self.active:
+            return Operand.of(x), Operand.of(weight)
+        inputs = _int8_operand(x, "token", "int8 grid")
+        return inputs, _int4_operand(weight) if self.bits == 4 else _int8_operand(weight, "row", "int8 grid")
+
 
 def _through(x: Tensor, seen: Tensor) -> Tensor:
     """The value `seen`, with the gradient of x (the straight-through estimator, Bengio et al. 2013)."""
@@ -131,6 +167,9 @@ class GridArithmetic(Arithmetic):
         if self.watched:
             self.note(int8_codes(weight.detach())[0])
         return functional.linear(x, weight)
+
+    def operands(self, x: Tensor, weight: Tensor) -> tuple[Operand, Operand]:
+        return Operand.of(x), _int8_operand(weight, "row", "int8 grid")
 
     @torch.no_grad()
     def round_weight(self, weight: Tensor, generator: torch.Generator | None) -> None:

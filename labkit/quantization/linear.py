@@ -12,10 +12,38 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One side of a layer's product as it is multiplied: the numbers are codes · scale."""
+
+    kind: str
+    """What numbers they are: `float32`, `int8`, `ternary`; `int4 grid` for numbers of a grid in float memory."""
+    codes: Tensor
+    """Float numbers as they are, or the codes of a grid: [rows, numbers of a row]."""
+    highest: float
+    """The largest magnitude that a code has, or can have."""
+    scale: Tensor | float = 1.0
+    """Broadcasts to the codes."""
+    share: str = "layer"
+    """Which numbers have one scale, so that a code tells how large a number is beside the largest of these."""
+
+    @classmethod
+    def of(cls, numbers: Tensor) -> Operand:
+        """Float numbers, measured by the largest magnitude among them."""
+        highest = float(numbers.detach().abs().amax()) if numbers.numel() else 0.0
+        return cls(str(numbers.dtype).removeprefix("torch."), numbers.detach(), highest)
+
+    @property
+    def numbers(self) -> Tensor:
+        """What is multiplied, in float."""
+        return self.codes * self.scale
 
 
 class Arithmetic:
@@ -23,6 +51,8 @@ class Arithmetic:
 
     products = 0
     """Products of int8 matrices made so far."""
+    backward_bytes: tuple[int, int] = (4, 4)
+    """Bytes of a number in the two products backward: for the gradient of the inputs, for that of the weight."""
 
     def __init__(self) -> None:
         self.noise: torch.Generator | None = None
@@ -41,6 +71,10 @@ class Arithmetic:
     @abstractmethod
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         """The product, to be followed backward."""
+
+    @abstractmethod
+    def operands(self, x: Tensor, weight: Tensor) -> tuple[Operand, Operand]:
+        """What is multiplied for x [rows, in] and weight [out, in]: their places are kept, nothing is counted."""
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         """The product of int8 matrices [m, k] and [k, n]: int32 [m, n], counted."""

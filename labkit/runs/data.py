@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 from labkit.experiment.memory import KINDS
 from labkit.experiment.run_directory import TERMINAL, RunDirectory, read_json
+from labkit.runs import kernels, numbers
+from labkit.runs.checked import integer as _integer
+from labkit.runs.checked import number as _number
 from labkit.runs.pipeline import Action
 
 Floats = NDArray[np.float64]
@@ -32,6 +35,8 @@ MAX_STATUS_BYTES = 8 * 2**20
 MAX_ACTIONS = 200_000
 """Most actions of all timelines together that are kept."""
 MAX_AXES, MAX_BLOCKS, MAX_EXPERTS = 64, 1024, 1024
+MAX_LAYERS = 64
+"""Most layers of a rank whose numbers are kept, and a sixteenth of the most of all ranks."""
 MAX_STALENESS = 4096
 """What is staler counts as so stale."""
 _CHUNK_BYTES = 128 * 2**10
@@ -169,6 +174,18 @@ class RunData:
         seconds, metrics, bytes, layer_bytes, latency_seconds (by batch size) and sensitivity [(layer, change of the
         loss)]; each of the middle four by "float" and "quantized". Empty if nothing was quantized.
         """
+        self.numbers: list[numbers.Layer] = []
+        """What numbers are multiplied in layers with a product, those of all stages in the order of the network, as the
+        last evaluation saw them; of a large network some layers, evenly chosen.
+        """
+        self.multiplied: dict[str, int] = {}
+        """In how many layers of the whole network what is multiplied: `{"int8 × ternary": 24}`."""
+        self.kernels: list[kernels.Kind] = []
+        """Each kind of layer of the first rank beside a dense one in float32, the most expensive first; empty for runs
+        that are dense and full.
+        """
+        self.without_kernel = 0
+        """Layers of the first rank that were not measured."""
         self.peak_memory: dict[int, int] = {}
         """Peak memory in bytes, by rank."""
         self.errors: list[dict[str, Any]] = []
@@ -549,6 +566,27 @@ class RunData:
         self.quantized = found
         return True
 
+    def _numbers(self, number: int, event: dict[str, Any]) -> bool:
+        layers = numbers.read(event.get("layers"), min(MAX_LAYERS, 16 * MAX_LAYERS - len(self.numbers)))
+        known = {layer.name for layer in self.numbers}
+        layers = [layer for layer in layers if layer.name not in known]
+        if not layers:
+            return False
+        self.numbers = sorted([*self.numbers, *layers], key=lambda layer: layer.stage)
+        counts = event.get("multiplied")
+        for words, count in list(counts.items())[:MAX_EFFECTIVE] if isinstance(counts, dict) else ():
+            many = _integer(count, 1, 2**20)
+            if many is not None and len(self.multiplied) < MAX_EFFECTIVE:
+                self.multiplied[words[:100]] = self.multiplied.get(words[:100], 0) + many
+        return True
+
+    def _kernels(self, number: int, event: dict[str, Any]) -> bool:
+        found = kernels.read(event.get("kinds"))
+        if number or self.kernels or not found:
+            return False
+        self.kernels, self.without_kernel = found, _integer(event.get("left_out"), 0, 2**20) or 0
+        return True
+
     def _memory(self, number: int, event: dict[str, Any]) -> bool:
         peak = _integer(event.get("peak_bytes"), 0, 2**62)
         if peak is not None:
@@ -765,28 +803,12 @@ _HANDLERS = {
     "link": RunData._link,
     "effective": RunData._effective,
     "quantized": RunData._quantized,
+    "numbers": RunData._numbers,
+    "kernels": RunData._kernels,
     "memory": RunData._memory,
     "error": RunData._error,
     "end": RunData._end,
 }
-
-
-def _integer(value: Any, low: int, high: int) -> int | None:
-    """`value` if it is an integer between the bounds, else None (a bool is no integer here)."""
-    if type(value) is float and value.is_integer():
-        value = int(value)
-    return value if type(value) is int and low <= value <= high else None
-
-
-def _number(value: Any) -> float | None:
-    """`value` as a finite float, or None."""
-    if type(value) not in (int, float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _sizes(value: Any) -> dict[str, int] | None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from labkit.experiment import Experiment
 from labkit.experiment.run_directory import RunDirectory, write_json
+from labkit.runs import kernels
 from labkit.runs.compare import Measured, compare, find_baseline
 from labkit.runs.data import RunData
 from labkit.runs.pipeline import bubble_of, of_one_pipeline
@@ -78,8 +79,9 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
         "experts": {name: _shares(load) for name, load in data.experts.items()},
         "peak_memory_bytes": [data.peak_memory.get(rank) for rank in range(ranks)],
         "parameters": start.get("parameters"),
-        "effective": start.get("effective", {}) | _sparsity(data),
+        "effective": start.get("effective", {}) | _sparsity(data) | _multiplied(data),
         "quantized": data.quantized or None,
+        "kernels": _kernels(data),
         "baseline_run_id": row["baseline_run_id"] if ranks > 1 else None,
         "speedup": row["speedup"] if ranks > 1 else None,
         "speedup_interval": [row["speedup_low"], row["speedup_high"]] if ranks > 1 and row["speedup"] else None,
@@ -96,6 +98,19 @@ def _sparsity(data: RunData) -> dict[str, Any]:
         return {"sparsity": 0.0}
     layers = data.sparsity[-1][1].values()
     return {"sparsity": sum(zeros for zeros, _, _ in layers) / sum(size for _, size, _ in layers)}
+
+
+def _multiplied(data: RunData) -> dict[str, Any]:
+    """What layers multiply: inputs × weights, what most of them do first."""
+    words = sorted(data.multiplied, key=lambda one: -data.multiplied[one])
+    return {"multiplied": ", ".join(words)} if words else {}
+
+
+def _kernels(data: RunData) -> dict[str, float | None] | None:
+    """How many times as fast as dense float32 layers are in theory and as measured; None for runs that are that."""
+    if not data.kernels:
+        return None
+    return {"theory": kernels.theory(data.kernels), "kernel": kernels.kernel(data.kernels)}
 
 
 def _communication(data: RunData) -> dict[str, Any] | None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from labkit.experiment import Experiment
-from labkit.training import quantized
+from labkit.training import kernels, quantized
+from labkit.training.numbers import Watch
 from labkit.workloads.base import Task
 
 
@@ -27,6 +29,10 @@ class Trained:
     """Its part of the network: the whole of it where the rules of a look ask for that."""
     alive: Callable[[], None]
     """To be called again and again meanwhile."""
+    autocast: Callable[[], AbstractContextManager[Any]]
+    """What the run's passes forward are made in."""
+    watch: Watch | None
+    """Its layers as the last evaluation saw them; None if nothing was evaluated."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,15 @@ def _quantized(trained: Trained) -> dict[str, Any]:
     return quantized.quantize(trained.task, trained.model, trained.experiment.quantization, trained.alive)
 
 
-LOOKS = (Look("quantized", lambda experiment: experiment.quantization.after_training != "none", _quantized),)
+def _kernels(trained: Trained) -> dict[str, Any]:
+    seen, samples = (trained.watch.layers, trained.watch.samples) if trained.watch else ([], 0)
+    return kernels.measure(trained.experiment, seen, samples, trained.autocast, trained.alive)
+
+
+LOOKS = (
+    Look("quantized", lambda experiment: experiment.quantization.after_training != "none", _quantized),
+    Look("kernels", kernels.wanted, _kernels),
+)
 
 
 def wanted(experiment: Experiment) -> bool:

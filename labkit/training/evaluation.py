@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel
+from labkit.training.numbers import Watch
 from labkit.training.runtime import Runtime
 from labkit.workloads.base import Task
 
@@ -18,8 +20,13 @@ BATCH = 256
 Model = ReplicatedModel | ParallelModel
 
 
-def evaluate(task: Task, model: Model, runtime: Runtime, alive: Callable[[], None]) -> dict[str, float]:
-    """Sums over the whole held-out set, equal on all ranks. `alive` is called before every batch."""
+def evaluate(
+    task: Task, model: Model, runtime: Runtime, alive: Callable[[], None], watch: Watch | None = None
+) -> dict[str, float]:
+    """Sums over the whole held-out set, equal on all ranks. `alive` is called before every batch.
+
+    `watch` sees the layers of this rank in the first one.
+    """
     index, shares = runtime.mesh.samples
     mine = np.array_split(np.arange(len(task.test)), shares)[index]
     # Ranks that work together on a sample must all run, and as often: every share has as many batches as the longest.
@@ -33,7 +40,8 @@ def evaluate(task: Task, model: Model, runtime: Runtime, alive: Callable[[], Non
             indices = mine[turn * BATCH : (turn + 1) * BATCH]
             empty = not len(indices)
             batch = runtime.place(task.test.__getitems__([0] if empty else indices.tolist()))
-            output = model.output(batch["x"])
+            with watch.over(len(batch["x"])) if watch and not turn else nullcontext():
+                output = model.output(batch["x"])
             if output is None:
                 continue
             counted = 0.0 if empty else model.counted

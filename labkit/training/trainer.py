@@ -34,6 +34,7 @@ from labkit.training.events import EventWriter
 from labkit.training.exactness import inexact_parts
 from labkit.training.link import Link
 from labkit.training.meter import Board, Meter, peak_bytes
+from labkit.training.numbers import Watch
 from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
 from labkit.training.runtime import Runtime
 from labkit.training.sampling import Order, PassSampler
@@ -141,6 +142,8 @@ class Trainer:
             self.model.use(self.update.works_on())
         follow = experiment.training.shares == "speed" and runtime.ranks > 1 and not runtime.isolated
         self.shares = Shares(runtime.ranks, follow, runtime.device)
+        self.watch: Watch | None = None
+        """The layers of this rank as the last evaluation saw them, on the rank that writes for its stages."""
         self.done = self._saved_at = self.first
         """Updates done so far."""
         wanted = training.trace_step
@@ -153,6 +156,7 @@ class Trainer:
         self._write_sparsity(self.first)
         self.model.train()
         stopped = self._draw_tickets() if self.update.draws else self._go_through_rounds()
+        self.events.write("memory", peak_bytes=peak_bytes(self.runtime.device))
         if not stopped:
             self._look_afterwards()
         if stopped and self.done > self._saved_at and self.experiment.training.checkpoint_every != 0:
@@ -407,13 +411,18 @@ class Trainer:
             self.meter.phase("evaluation")
 
         alive()
+        mesh = self.runtime.mesh
+        if last and mesh.rank == mesh.writer:
+            self.watch = Watch(self.model.stages, self.model.holdings, mesh)
         with self.update.judged(), self.sparsity.passes():
-            sums = evaluation.evaluate(self.task, self.model, self.runtime, alive)
+            sums = evaluation.evaluate(self.task, self.model, self.runtime, alive, self.watch)
             if last:
                 sums |= evaluation.drive(self.task, self.model, self.runtime, self.experiment.training.seed, alive)
         if self.runtime.rank == 0:
             seconds = time.perf_counter() - begun
             self.events.write("evaluation", step=step, metrics=self.task.metrics(sums), seconds=seconds)
+        if self.watch is not None:
+            self.events.write("numbers", step=step, **self.watch.found())
 
     def _look_afterwards(self) -> None:
         """The trained network in other forms, if that was asked for (collective; the first rank makes them)."""
@@ -422,7 +431,10 @@ class Trainer:
         with self.update.judged(), self.sparsity.passes():
             if self.runtime.rank == 0:
                 alive = partial(self.meter.phase, "evaluation")
-                trained = afterwards.Trained(self.experiment, self.task, self.model.stages[0], alive)
+                autocast = self.runtime.accelerator.autocast
+                trained = afterwards.Trained(
+                    self.experiment, self.task, self.model.stages[0], alive, autocast, self.watch
+                )
                 for event, found in afterwards.look(trained):
                     self.events.write(event, **found)
 
@@ -515,7 +527,6 @@ class Trainer:
             effective["masks_equal_on_ranks"] = compared
         if effective:
             self.events.write("effective", found=effective)
-        self.events.write("memory", peak_bytes=peak_bytes(self.runtime.device))
         self.meter.phase("done")
 
     def _about_exchange(self) -> dict[str, Any]:

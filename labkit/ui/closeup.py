@@ -1,4 +1,4 @@
-"""A fold under the live picture: methods, memory, traffic, pipeline and experts of the runs that have ended.
+"""A fold under the live picture: methods, numbers, memory, traffic, pipeline, experts of the runs that have ended.
 
 It costs nothing while a run goes on: pictures are made when somebody opens it, or when a run ends while it is open.
 They are static outputs, not FigureWidgets, because each of those sends plotly's five megabytes to the browser.
@@ -12,11 +12,11 @@ from typing import Any
 import ipywidgets as widgets
 
 from labkit.plots import static
-from labkit.plots.closeup import closeups, combines, combining, sparse
+from labkit.plots.closeup import closeups, combines, combining, computing, sparse
 from labkit.plots.picture import Picture
 from labkit.plots.shown import Shown
 
-TITLE = "Looked at closely: methods by time and bytes, memory, traffic, pipeline, experts"
+TITLE = "Looked at closely: methods by time and bytes, sparse and narrow numbers, memory, traffic, pipeline, experts"
 
 
 class Closeup:
@@ -34,7 +34,7 @@ class Closeup:
     def offer(self) -> None:
         """A run has ended: show the fold, and draw anew if it is open."""
         self._stale = True
-        if any(one.data.memory or one.data.sparsity or combines(one) for one in self._every()):
+        if any(one.data.memory or one.data.sparsity or one.data.kernels or combines(one) for one in self._every()):
             self.widget.layout.display = None
         if self.widget.selected_index == 0:
             self.draw()
@@ -48,6 +48,7 @@ class Closeup:
         self._stale = False
         pictures = combining([one for one in self._every() if one.data.done])
         pictures += sparse([one for one in self._latest() if one.data.done])
+        pictures += computing([one for one in self._every() if one.data.done])
         pictures += closeups([one for one in self._latest() if one.data.done])
         self.output.outputs = tuple(output for picture in pictures for output in _outputs(picture))
 

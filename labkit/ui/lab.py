@@ -170,12 +170,13 @@ class Lab:
 
     def closeups(self) -> list[Picture]:
         """Of the runs that have ended: how their methods compare, where ranks combined what they learned in several
-        ways; memory, traffic, pipelines and experts of the update that each of the latest runs traced.
+        ways; what sparse and narrow ones give, and with which numbers they compute; memory, traffic, pipelines and
+        experts of the update that each of the latest runs traced.
         """
-        from labkit.plots.closeup import closeups, combining, sparse
+        from labkit.plots.closeup import closeups, combining, computing, sparse
 
         ended = [run for run in self.runs if run.done]
-        return combining(ended) + sparse(ended) + closeups(ended[-overview.SLOTS :])
+        return combining(ended) + sparse(ended) + computing(ended) + closeups(ended[-overview.SLOTS :])
 
     def show(self) -> None:
         """Display the picture statically, with its summary and its table, and the close-ups as tables in a fold.

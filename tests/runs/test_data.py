@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit.experiment.run_directory import RunDirectory, write_json
-from labkit.runs.data import MAX_GAP, MAX_LINE_BYTES, GrowingArray, RunData
+from labkit.runs.data import MAX_GAP, MAX_LAYERS, MAX_LINE_BYTES, GrowingArray, RunData
 
 
 class Writer:
@@ -329,6 +329,82 @@ def test_a_quantized_network_is_read_once_and_only_as_numbers(writer: Writer) ->
     assert data.quantized["sensitivity"] == [("head", 0.5), ("x" * 200, None)]
 
 
+SIDE = {"kind": "int8", "factor": "int8", "zeros": 0.25, "share": "row", "numbers": 8, "counts": [1, 2, 1]}
+LAYER = {
+    "name": "a",
+    "stage": 0,
+    "shape": [2, 4],
+    "part": "",
+    "stored": "float32",
+    "answers": "float32",
+    "input": SIDE,
+    "weight": SIDE | {"kind": "ternary"},
+}
+
+
+def test_numbers_of_all_stages_are_joined_and_only_as_numbers(writer: Writer) -> None:
+    writer.event(1, "numbers", layers=[LAYER | {"name": "b", "stage": 1}], multiplied={"int8 × ternary": 1, "x": -1})
+    bad = [
+        LAYER | {"weight": SIDE | {"counts": counts}}
+        for counts in ([1, 2], [], ["x"], [-1, 0, 1], [0] * 99_999, [None, 1, 2])
+    ]
+    bad += [LAYER | {"name": 3}, LAYER | {"stage": -1}, LAYER | {"shape": ["x"]}, LAYER | {"input": 1}, [], None]
+    bad += [LAYER | {"input": SIDE | {"zeros": zeros}} for zeros in (2, float("nan"), "x")]
+    writer.event(0, "numbers", layers=[LAYER | {"name": "n" * 999}, *bad], multiplied={"int8 × ternary": 2})
+    writer.event(0, "numbers", layers=[LAYER | {"name": "n" * 200}])
+    writer.event(0, "numbers", layers={"a": 1})
+    data = RunData(writer.directory)
+    data.refresh()
+    assert [layer.name for layer in data.numbers] == ["n" * 200, "b"]
+    assert data.multiplied == {"int8 × ternary": 3}
+    assert data.skipped_lines == 2, "what is known already, and what cannot be read"
+    layer = data.numbers[1]
+    assert (layer.multiplied, layer.shape, layer.input.zeros) == ("int8 × ternary", (2, 4), 0.25)
+    assert layer.weight.counts.tolist() == [1, 2, 1]
+
+
+def test_numbers_of_many_ranks_stay_bounded(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "run", world_size=40)
+    for rank in range(40):
+        writer.event(rank, "numbers", layers=[LAYER | {"name": f"{rank}.{at}"} for at in range(100)])
+    data = RunData(writer.directory)
+    data.refresh()
+    assert len(data.numbers) == 16 * MAX_LAYERS
+
+
+KIND = {
+    "layers": ["a", "b"],
+    "count": 2,
+    "shape": [4, 8],
+    "rows": 10,
+    "multiplied": "int8 × int8",
+    "weights": 32,
+    "nonzero": 16.0,
+    "bytes": [1, 1, 4],
+    "dense_seconds": 0.004,
+    "seconds": 0.001,
+    "measured": 0.5,
+}
+
+
+def test_kernels_are_read_once_and_only_as_numbers(writer: Writer) -> None:
+    bad = [KIND | change for change in ({"count": 0}, {"nonzero": 33}, {"bytes": [1, 1]}, {"bytes": [0, 1, 1]})]
+    bad += [KIND | {"rows": "x"}, KIND | {"weights": None}, KIND | {"layers": 1}, 7, None]
+    unmeasured = KIND | {"dense_seconds": None, "seconds": "soon", "measured": -3}
+    writer.event(1, "kernels", kinds=[KIND])
+    writer.event(0, "kernels", kinds=3)
+    writer.event(0, "kernels", kinds=[KIND, unmeasured, *bad], left_out=-1)
+    writer.event(0, "kernels", kinds=[KIND])
+    data = RunData(writer.directory)
+    data.refresh()
+    assert data.skipped_lines == 3
+    assert len(data.kernels) == 2
+    one, other = data.kernels
+    assert (one.theory, one.kernel, one.dense_flops, one.flops) == (4.0, 4.0, 1920.0, 960.0)
+    assert (other.seconds, other.kernel, other.measured) == (None, None, 1.0)
+    assert data.without_kernel == 0
+
+
 def test_nothing_there_at_all(tmp_path: Path) -> None:
     data = RunData(RunDirectory(tmp_path / "nowhere"))
     assert data.refresh(0.0)
@@ -387,6 +463,8 @@ def test_a_budget_spreads_the_reading_and_loses_nothing(tmp_path: Path) -> None:
                             "end",
                             "effective",
                             "quantized",
+                            "numbers",
+                            "kernels",
                         ]
                     )
                 },
@@ -409,6 +487,10 @@ def test_a_budget_spreads_the_reading_and_loses_nothing(tmp_path: Path) -> None:
                         "found",
                         "latency_seconds",
                         "sensitivity",
+                        "layers",
+                        "multiplied",
+                        "kinds",
+                        "left_out",
                     )
                 },
             ),
