@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.experiment.after_training import FORMS
 from labkit.experiment.memory import KINDS
 from labkit.experiment.run_directory import TERMINAL, RunDirectory, read_json
 from labkit.runs.pipeline import Action
@@ -168,6 +169,11 @@ class RunData:
         """The network after training beside its quantized copy (training/quantized.py): method, qat, layers, samples,
         seconds, metrics, bytes, layer_bytes, latency_seconds (by batch size) and sensitivity [(layer, change of the
         loss)]; each of the middle four by "float" and "quantized". Empty if nothing was quantized.
+        """
+        self.exported: dict[str, Any] = {}
+        """The sparse network after training in several forms (training/exported.py): samples, seconds, saved,
+        file_bytes; metrics, bytes and layers (those changed) by form; csr_layers, fastest and latency_seconds (by form)
+        by batch size. Empty if nothing was exported.
         """
         self.peak_memory: dict[int, int] = {}
         """Peak memory in bytes, by rank."""
@@ -549,6 +555,24 @@ class RunData:
         self.quantized = found
         return True
 
+    def _exported(self, number: int, event: dict[str, Any]) -> bool:
+        metrics, latency = event.get("metrics"), event.get("latency_seconds")
+        if number or self.exported or not isinstance(metrics, dict) or not isinstance(latency, dict):
+            return False
+        found: dict[str, Any] = {name: _integer(event.get(name), 0, 2**62) for name in ("samples", "file_bytes")}
+        found["seconds"] = _number(event.get("seconds"))
+        found["saved"] = event.get("saved") if event.get("saved") in tuple(FORMS) else ""
+        found["metrics"] = {form: _numbers(metrics[form]) for form in FORMS if form in metrics}
+        found["bytes"], found["layers"] = _by_form(event.get("bytes")), _by_form(event.get("layers"))
+        sizes = [(_size(size), _by_form(seconds)) for size, seconds in list(latency.items())[:MAX_SIZES]]
+        found["latency_seconds"] = {size: seconds for size, seconds in sizes if size is not None and seconds}
+        found["fastest"] = {size: min(seconds, key=seconds.__getitem__) for size, seconds in sizes if size and seconds}
+        found["csr_layers"] = {
+            at: int(count) for size, count in _numbers(event.get("csr_layers")).items() if (at := _size(size))
+        }
+        self.exported = found
+        return True
+
     def _memory(self, number: int, event: dict[str, Any]) -> bool:
         peak = _integer(event.get("peak_bytes"), 0, 2**62)
         if peak is not None:
@@ -765,6 +789,7 @@ _HANDLERS = {
     "link": RunData._link,
     "effective": RunData._effective,
     "quantized": RunData._quantized,
+    "exported": RunData._exported,
     "memory": RunData._memory,
     "error": RunData._error,
     "end": RunData._end,
@@ -836,6 +861,12 @@ def _pair(value: Any) -> dict[str, float]:
     """A positive number of the network as it is, and one of the quantized network; {} where one is missing."""
     found = _numbers({name: value.get(name) for name in BESIDE} if isinstance(value, dict) else None)
     return found if len(found) == len(BESIDE) and all(0 < number < 1e18 for number in found.values()) else {}
+
+
+def _by_form(value: Any) -> dict[str, float]:
+    """A number of each form of an exported network, 0 or more."""
+    found = _numbers({form: value.get(form) for form in FORMS} if isinstance(value, dict) else None)
+    return {form: number for form, number in found.items() if 0 <= number < 1e18}
 
 
 def _size(text: str) -> int | None:

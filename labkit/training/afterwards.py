@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from labkit.experiment import Experiment
-from labkit.training import quantized
+from labkit.experiment.run_directory import RunDirectory
+from labkit.training import exported, quantized
 from labkit.workloads.base import Task
 
 
@@ -23,6 +24,7 @@ class Trained:
 
     experiment: Experiment
     task: Task
+    directory: RunDirectory
     model: nn.Module
     """Its part of the network: the whole of it where the rules of a look ask for that."""
     alive: Callable[[], None]
@@ -42,7 +44,15 @@ def _quantized(trained: Trained) -> dict[str, Any]:
     return quantized.quantize(trained.task, trained.model, trained.experiment.quantization, trained.alive)
 
 
-LOOKS = (Look("quantized", lambda experiment: experiment.quantization.after_training != "none", _quantized),)
+def _exported(trained: Trained) -> dict[str, Any]:
+    path, settings = trained.directory.exported, trained.experiment.sparsity
+    return exported.export(trained.task, trained.model, settings, path, trained.alive)
+
+
+LOOKS = (
+    Look("quantized", lambda experiment: experiment.quantization.after_training != "none", _quantized),
+    Look("exported", lambda experiment: experiment.sparsity.export, _exported),
+)
 
 
 def wanted(experiment: Experiment) -> bool:
