@@ -31,9 +31,9 @@ def on_the_first_rank(experiment: Experiment, field: str, off: str, does: str, m
 
 FORMS = {
     "dense": "dense",
-    "csr": "non-zero weights only (CSR)",
+    "csr": "CSR (non-zero weights only)",
     "smaller": "smaller layers",
-    "dense_16": "dense, 16 bits",
-    "two_four": "2:4 kernels, 16 bits",
+    "dense_16": "dense in bfloat16",
+    "two_four": "2:4 kernels in bfloat16",
 }
 """Forms of a sparse network after training (labkit.sparsity.export) with their titles; the first is the baseline."""

@@ -5,6 +5,7 @@ from labkit.plots.curves import loss as plot_loss
 from labkit.plots.curves import metric as plot_metric
 from labkit.plots.curves import throughputs as plot_throughput
 from labkit.plots.experts import experts as plot_experts
+from labkit.plots.exported import exported as plot_exported
 from labkit.plots.grid import grid as plot_grid
 from labkit.plots.memory import memory as plot_memory
 from labkit.plots.overview import overview as plot_overview
@@ -26,6 +27,7 @@ __all__ = [
     "plot_break_even",
     "plot_communication",
     "plot_experts",
+    "plot_exported",
     "plot_grid",
     "plot_loss",
     "plot_memory",

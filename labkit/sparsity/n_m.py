@@ -83,6 +83,11 @@ class NM(Sparsifier):
         yield from exportable(experiment)
 
     @staticmethod
+    def kernels_missing(machine: Machine) -> str:
+        """Why a machine cannot offer `kernel=semi_structured`; empty if it can."""
+        return semi_structured.missing(machine)
+
+    @staticmethod
     def prepare(
         model: nn.Module,
         experiment: Experiment,
