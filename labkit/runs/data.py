@@ -563,7 +563,8 @@ class RunData:
         found["seconds"] = _number(event.get("seconds"))
         found["saved"] = event.get("saved") if event.get("saved") in tuple(FORMS) else ""
         found["metrics"] = {form: _numbers(metrics[form]) for form in FORMS if form in metrics}
-        found["bytes"], found["layers"] = _by_form(event.get("bytes")), _by_form(event.get("layers"))
+        found["bytes"] = _by_form(event.get("bytes"))
+        found["layers"] = {form: int(count) for form, count in _by_form(event.get("layers")).items()}
         sizes = [(_size(size), _by_form(seconds)) for size, seconds in list(latency.items())[:MAX_SIZES]]
         found["latency_seconds"] = {size: seconds for size, seconds in sizes if size is not None and seconds}
         found["fastest"] = {size: min(seconds, key=seconds.__getitem__) for size, seconds in sizes if size and seconds}

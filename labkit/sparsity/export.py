@@ -20,7 +20,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from labkit.sparsity.structured import shrink
 
 FORMAT = 1
 REPEATS = 5
+HOPELESS = 2
+"""So many times as long as the other's longest pass: it is not tried again."""
 
 
 class CsrInference(nn.Module):
@@ -67,9 +69,10 @@ class CsrInference(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         columns = x.reshape(-1, self.in_features).t().contiguous()
         matrix = csr_matrix(self.ends, self.columns, self.values, (self.out_features, self.in_features))
-        out = (matrix @ columns).t()
+        # Laid out as a dense layer's: the next operation shall not pay for what this layer gains.
+        out = (matrix @ columns).t().contiguous()
         out = out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out.add_(self.bias)
 
 
 class HalfLinear(nn.Module):
@@ -140,8 +143,11 @@ def with_zeros(model: nn.Module) -> list[str]:
     ]
 
 
-def faster_as_csr(model: nn.Module, x: Tensor) -> list[str]:
-    """Those of them that are faster with their non-zero weights only when the model is given `x`, as measured here."""
+def faster_as_csr(model: nn.Module, x: Tensor, alive: Callable[[], None] = lambda: None) -> list[str]:
+    """Those of them that are faster with their non-zero weights only when the model is given `x`, as measured here.
+
+    `alive` is called again and again meanwhile.
+    """
     if x.is_cuda:
         return []  # torch's sparse products are slower than dense ones there
     names = with_zeros(model)
@@ -153,21 +159,24 @@ def faster_as_csr(model: nn.Module, x: Tensor) -> list[str]:
         assert isinstance(layer, nn.Linear)
         kind = (*layer.weight.shape, int(layer.weight.count_nonzero()), seen)
         if kind not in known:
-            known[kind] = seen > 0 and _faster(CsrInference.of(layer), layer, seen)
+            known[kind] = seen > 0 and _faster(CsrInference.of(layer), layer, seen, alive)
         found += [name] if known[kind] else []
     return found
 
 
-def _faster(one: nn.Module, other: nn.Linear, rows: int) -> bool:
+def _faster(one: nn.Module, other: nn.Linear, rows: int, alive: Callable[[], None]) -> bool:
     """Is the median of one's passes over so many rows below that of the other's? They take turns."""
     x = other.weight.detach().new_zeros(rows, other.in_features)
     seconds: tuple[list[float], list[float]] = ([], [])
     with torch.no_grad():
         for _ in range(REPEATS):
             for layer, found in zip((one, other), seconds, strict=True):
+                alive()
                 begun = time.perf_counter()
                 layer(x)
                 found.append(time.perf_counter() - begun)
+            if min(seconds[0]) > HOPELESS * max(seconds[1]):
+                return False
     return statistics.median(seconds[0]) < statistics.median(seconds[1])
 
 

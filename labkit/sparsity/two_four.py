@@ -4,7 +4,8 @@
 
 The weight stays the dense parameter; it is compressed in every forward pass, after the mask of the update has been laid
 on it. The backward pass is dense, because Wᵀ of a 2:4 matrix is none, so that of three products one gets faster, by
-less than two: compressing costs as well. Source: torch.sparse.semi_structured of torch 2.13, a prototype there.
+less than two: compressing costs as well. Source: torch.sparse.semi_structured of torch 2.13, a prototype there. Neither
+of its libraries knows every GPU (pytorch/pytorch#132928: Hopper), so both are tried out.
 """
 
 from __future__ import annotations

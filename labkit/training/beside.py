@@ -58,12 +58,13 @@ def latency(models: Mapping[str, nn.Module], x: Tensor, alive: Callable[[], None
     """Median seconds of one forward pass over `x`, by model; measured in turn (A B A B), at least three times each."""
     found: dict[str, list[float]] = {name: [] for name in models}
     for model in models.values():
+        alive()
         timed(model, x)
     deadline, repeats = time.perf_counter() + PATIENCE_S, 0
     while repeats < 3 or (time.perf_counter() < deadline and repeats < 50):
-        alive()
         repeats += 1
         for name, model in models.items():
+            alive()
             found[name].append(timed(model, x))
     return {name: statistics.median(seconds) for name, seconds in found.items()}
 

@@ -36,8 +36,7 @@ def export(task: Task, model: nn.Module, settings: Sparsity, path: Path, alive: 
     as_csr: dict[str, int] = {}
     for size in BATCHES:
         x = inputs(task, size, device)
-        alive()
-        names = forms.faster_as_csr(whole, x)
+        names = forms.faster_as_csr(whole, x, alive)
         as_csr[str(size)] = len(names)
         now = dict(made)
         if names:  # of the largest batch for which a layer is faster so, this form is looked at further

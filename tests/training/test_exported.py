@@ -73,7 +73,7 @@ def test_two_four_stands_beside_the_dense_one_in_16_bits(tmp_path: Path, monkeyp
     prune(wanted.model)
     monkeypatch.setattr(two_four, "kernels", lambda device: (Packed, ""))
     monkeypatch.setattr(two_four, "compressed", Packed.of)
-    monkeypatch.setattr(export, "faster_as_csr", lambda model, x: [])
+    monkeypatch.setattr(export, "faster_as_csr", lambda model, x, alive: [])
     found = made(wanted, "n_m", tmp_path / "it")
     assert found["layers"] == {"dense": 0, "dense_16": 2, "two_four": 2}
     weights = 2 * 64 * 256
@@ -100,7 +100,7 @@ def test_two_four_stands_beside_the_dense_one_in_16_bits(tmp_path: Path, monkeyp
 @pytest.mark.usefixtures("quick")
 def test_where_nothing_is_faster_the_dense_network_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = task()
-    monkeypatch.setattr(export, "faster_as_csr", lambda model, x: [])
+    monkeypatch.setattr(export, "faster_as_csr", lambda model, x, alive: [])
     found = made(wanted, "rigl", tmp_path / "it")
     assert (found["saved"], found["csr_layers"]) == ("dense", {"1": 0, "4": 0})
     assert set(found["metrics"]) == {"dense"}
@@ -117,7 +117,7 @@ def test_a_form_is_that_of_the_largest_batch_for_which_it_gains(
     wanted = task()
     prune(wanted.model)
     names = [f"blocks.layer_1.mlp.{name}" for name in NAMES]
-    monkeypatch.setattr(export, "faster_as_csr", lambda model, x: names[: len(x)] if len(x) == 1 else [])
+    monkeypatch.setattr(export, "faster_as_csr", lambda model, x, alive: names[: len(x)] if len(x) == 1 else [])
     found = made(wanted, "static", tmp_path / "it")
     assert found["csr_layers"] == {"1": 1, "4": 0}
     assert found["layers"] == {"dense": 0, "csr": 1}
