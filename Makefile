@@ -80,6 +80,13 @@ browser: $(VENV)/.set-up-dev ## the tests in the real JupyterLab with headless C
 	$(BIN)/python tests/browser/find_browser.py --install
 	@$(call pytest,tests/browser)
 
+.PHONY: gpu
+gpu: $(VENV)/.set-up-dev ## the tests that need an NVIDIA GPU, and a table: step times and losses of number formats and 2:4
+	@mkdir -p test-output && rm -f test-output/gpu.jsonl
+	@export LABKIT_GPU_RESULTS="$(CURDIR)/test-output/gpu.jsonl"; \
+	trap '$(BIN)/python tests/gpu.py test-output/gpu.jsonl' EXIT; \
+	$(call pytest,-m gpu)
+
 .PHONY: benchmarks
 benchmarks: $(VENV)/.set-up-dev ## every script of tests/benchmarks, one after the other
 	@for script in tests/benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done

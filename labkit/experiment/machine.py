@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ class Gpu:
     name: str
     memory_bytes: int
     used_bytes: int
+    capability: tuple[int, int] | None = None
+    """CUDA's compute capability, (9, 0) of a Hopper; None if the driver does not say it."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Machine:
     cpu_model: str = ""
     cpu_flags: frozenset[str] = field(default_factory=frozenset, repr=False)
     system: str = ""
+    torch_cuda: str = ""
+    """The CUDA version for which the installed torch was built; empty for a build for CPUs."""
 
     @classmethod
     def here(cls) -> Machine:
@@ -56,6 +62,12 @@ class Machine:
     def slots(self, device: str) -> int:
         """How many ranks have a device of their own: GPUs, or cores."""
         return len(self.gpus) if device == "cuda" else self.cores
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """The least compute capability of the GPUs; None without a GPU, or if the driver does not say it."""
+        known = [gpu.capability for gpu in self.gpus if gpu.capability is not None]
+        return min(known) if known and len(known) == len(self.gpus) else None
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
@@ -75,6 +87,7 @@ def _probe() -> Machine:
         gpu_reason=reason,
         cpu_model=model,
         cpu_flags=flags,
+        torch_cuda=_torch_cuda(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
     )
 
@@ -140,11 +153,34 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return (), f"nvidia-smi does not answer ({type(error).__name__})"
+    capabilities = _capabilities(smi)
     found = []
     for line in answer.splitlines():
         index, uuid, name, total, used = (part.strip() for part in line.split(","))
-        found.append(Gpu(int(index), uuid, name, _mebibytes(total), _mebibytes(used)))
+        found.append(Gpu(int(index), uuid, name, _mebibytes(total), _mebibytes(used), capabilities.get(uuid)))
     return visible(tuple(found), os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _capabilities(smi: str) -> dict[str, tuple[int, int]]:
+    """By UUID. A question of its own: drivers before 2021 do not know it, and would answer nothing at all."""
+    command = [smi, "--query-gpu=uuid,compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    rows = re.findall(r"^(\S+), *(\d+)\.(\d+) *$", said, re.M)
+    return {uuid: (int(major), int(minor)) for uuid, major, minor in rows}
+
+
+def _torch_cuda() -> str:
+    """Read from torch's own version file: importing it takes seconds."""
+    spec = find_spec("torch")
+    try:
+        text = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
+    except OSError:
+        return ""
+    found = re.search(r"^cuda\b[^=]*= *['\"]([\d.]+)['\"]", text, re.M)
+    return found[1] if found else ""
 
 
 def _mebibytes(text: str) -> int:

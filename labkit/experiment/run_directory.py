@@ -10,6 +10,7 @@
         rank-N.log                   what the rank printed, size-capped
         supervisor.log
         checkpoints/step-00000100/   safetensors and JSON
+        exported.safetensors         the trained network in its fastest form, if that was asked for
         summary.json
 
 JSON and safetensors only: nothing in here is ever unpickled. A reader tolerates an unfinished last line, a missing
@@ -41,6 +42,8 @@ EVENTS = {
     "samples), samples (of this rank), seconds, data, forward, backward, optimizer (s), grad_norm, lr",
     "evaluation": "held-out metrics after `step` updates (rank 0): metrics, seconds",
     "checkpoint": "a checkpoint was written: step, path, seconds",
+    "exported": "the trained sparse network in other forms beside the dense one (rank 0): samples, by form metrics, "
+    "bytes and layers; by batch size csr_layers, latency_seconds (by form) and fastest; saved (the form in the file)",
     "trace": "what one traced update (`step`, counted from 1) looked like on this rank: memory and formula (bytes of "
     "parameters, gradients, optimizer, activations), traffic (per axis: calls, bytes, wire_bytes, exposed_seconds), "
     "timeline (rows of kind F | B | I | W, stage, microbatch, begin and end in seconds of the machine's monotonic "
@@ -153,6 +156,11 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def exported(self) -> Path:
+        """The trained network in its fastest form: labkit.sparsity.export reads it."""
+        return self.path / "exported.safetensors"
 
     @property
     def supervisor_log(self) -> Path:

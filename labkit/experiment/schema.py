@@ -82,6 +82,8 @@ class Sparsity(Choice):
     """The way in which weights are chosen to be zero."""
     target: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the weights that end as zero."""
+    export: bool = False
+    """After the training, put the network in its fastest form and measure it beside the dense one."""
 
 
 class Quantization(Section):

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from labkit.experiment import Machine, slow_link
-from labkit.experiment.registry import registries
+from labkit.experiment.registry import registries, registry
 from labkit.experiment.run_directory import home
 from labkit.launch.client import uses_standby
 from labkit.runs.environment import versions
@@ -23,6 +23,7 @@ import json, torch, torch.distributed as dist
 print(json.dumps({
     "version": torch.__version__, "cuda_build": torch.version.cuda, "gloo": dist.is_gloo_available(),
     "nccl": dist.is_nccl_available(), "mkl": torch.backends.mkl.is_available(), "threads": torch.get_num_threads(),
+    "cusparselt": torch.backends.cusparselt.is_available(),
 }))
 """
 INSTRUCTIONS = {
@@ -89,6 +90,7 @@ def _software() -> list[Finding]:
         return [*findings, Finding("torch", f"cannot be imported ({type(error).__name__})", False)]
     build = f"CUDA {torch['cuda_build']}" if torch["cuda_build"] else "CPU build"
     backends = [name for name in ("gloo", "nccl") if torch[name]]
+    backends += ["cuSPARSELt"] if torch["cusparselt"] else []
     findings.append(Finding("torch", f"{torch['version']} ({build}), backends: {', '.join(backends)}", torch["gloo"]))
     if Machine.here().gpus and not torch["cuda_build"]:
         findings.append(Finding("torch", "there are GPUs, but this torch is a CPU build", False))
@@ -132,7 +134,15 @@ def _greyed_out() -> list[Finding]:
         for method in methods:
             if reason := method.missing(Machine.here()):
                 findings.append(Finding(knob, f"{method.key} is not offered here: {reason}"))
-    return findings
+    return [*findings, kernels_for_two_four(Machine.here())]
+
+
+def kernels_for_two_four(machine: Machine) -> Finding:
+    """Whether 2:4 sparsity has kernels; a rank tries them out before it trains."""
+    why = registry("sparsity")["n_m"].load().kernels_missing(machine)
+    if why:
+        return Finding("sparsity.kernel", f"semi_structured is not offered here: {why}")
+    return Finding("sparsity.kernel", "semi_structured: the GPUs and this build of torch have kernels for 2:4", True)
 
 
 def as_dict(findings: list[Finding]) -> dict[str, Any]:

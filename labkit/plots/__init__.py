@@ -5,6 +5,7 @@ from labkit.plots.curves import loss as plot_loss
 from labkit.plots.curves import metric as plot_metric
 from labkit.plots.curves import throughputs as plot_throughput
 from labkit.plots.experts import experts as plot_experts
+from labkit.plots.exported import exported as plot_exported
 from labkit.plots.grid import grid as plot_grid
 from labkit.plots.memory import memory as plot_memory
 from labkit.plots.numbers import formats as plot_numbers
@@ -29,6 +30,7 @@ __all__ = [
     "plot_break_even",
     "plot_communication",
     "plot_experts",
+    "plot_exported",
     "plot_grid",
     "plot_layer_numbers",
     "plot_loss",

@@ -7,6 +7,7 @@ from typing import Any
 
 from labkit.plots import break_even, traced
 from labkit.plots.experts import experts
+from labkit.plots.exported import exported
 from labkit.plots.memory import memory
 from labkit.plots.numbers import formats, layers
 from labkit.plots.pareto import pareto
@@ -44,9 +45,11 @@ def closeups(runs: Iterable[Any] | Any) -> list[Picture]:
 
 
 def sparse(runs: Iterable[Any] | Any) -> list[Picture]:
-    """What became zero: all such runs over time, and the layers of each."""
+    """What became zero: all such runs over time, the layers of each, and what it gains after the training."""
     many = [one for one in shown(runs) if one.data.sparsity and not one.is_ceiling]
-    return [sparsity(many), *map(sparse_layers, many)] if many else []
+    found = [sparsity(many), *map(sparse_layers, many)] if many else []
+    gained = [one for one in many if one.data.exported.get("latency_seconds")]
+    return found + ([exported(gained)] if gained else [])
 
 
 def computing(runs: Iterable[Any] | Any) -> list[Picture]:

@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from labkit.experiment.problem import Problem
+from labkit.experiment.after_training import on_the_first_rank
 from labkit.quantization import rules
 from labkit.quantization.full import Single
 
 if TYPE_CHECKING:
     from labkit.experiment.machine import Machine
+    from labkit.experiment.problem import Problem
     from labkit.experiment.schema import Experiment
 
 FIELD = "quantization.after_training"
@@ -33,17 +34,7 @@ class Converted(Single):
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         """The first rank needs the whole model, in a form that can be converted."""
         yield from rules.needs_linear_layers(experiment, FIELD, "none")
-        layout, training = experiment.layout, experiment.quantization.training
-        spread = [axis for axis in ("tp", "pp", "ep", "cp") if getattr(layout, axis) > 1]
-        if layout.dp_shard > 1 and layout.zero_stage == 3:
-            spread.append("ZeRO stage 3")
-        if spread:
-            reason = f"the first rank converts the whole model, and with {' and '.join(spread)} it holds a part of it"
-            yield Problem(FIELD, reason, "none")
-        if experiment.launch.isolated:
-            yield Problem(FIELD, "copies that do not train together have nothing to keep (launch.isolated)", "none")
-        if training in ("bitnet", "fp8"):
-            yield Problem(FIELD, f"layers trained in {training} compute something else than those converted", "none")
+        yield from on_the_first_rank(experiment, FIELD, "none", "converts", "converted")
 
 
 class Int8Dynamic(Converted):

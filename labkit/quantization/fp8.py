@@ -6,10 +6,7 @@ optimizer stay in float32, everything else runs under autocast to bfloat16.
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Iterator
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +40,7 @@ class Float8(Single):
         """Why this machine cannot offer it; empty if it can."""
         if not machine.gpus:
             return f"fp8 needs a GPU ({machine.gpu_reason})"
-        known = capability()
+        known = machine.capability
         if known is None or known < LEAST:
             found = "unknown" if known is None else ".".join(map(str, known))
             return f"fp8 needs a GPU of compute capability 8.9 or more, the least one here is {found}"
@@ -58,18 +55,3 @@ class Float8(Single):
         why = "Accelerate converts the layers of whole models only"
         yield from rules.whole_replicas_only(experiment, FIELD, "bf16", why)
         yield from rules.synchronous_only(experiment, FIELD, "bf16", "was not tried with converted layers")
-
-
-@lru_cache(maxsize=1)
-def capability() -> tuple[int, int] | None:
-    """The least compute capability of the GPUs, as the driver says; None if it does not."""
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
-        return None
-    try:
-        command = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-        found = [tuple(map(int, line.split("."))) for line in said.split()]
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
-    return min(((major, minor) for major, minor in found), default=None)

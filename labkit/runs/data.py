@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.experiment.after_training import FORMS
 from labkit.experiment.memory import KINDS
 from labkit.experiment.run_directory import TERMINAL, RunDirectory, read_json
 from labkit.runs import kernels, numbers
@@ -186,6 +187,11 @@ class RunData:
         """
         self.without_kernel = 0
         """Layers of the first rank that were not measured."""
+        self.exported: dict[str, Any] = {}
+        """The sparse network after training in several forms (training/exported.py): samples, seconds, saved,
+        file_bytes; metrics, bytes and layers (those changed) by form; csr_layers, fastest and latency_seconds (by form)
+        by batch size. Empty if nothing was exported.
+        """
         self.peak_memory: dict[int, int] = {}
         """Peak memory in bytes, by rank."""
         self.errors: list[dict[str, Any]] = []
@@ -587,6 +593,25 @@ class RunData:
         self.kernels, self.without_kernel = found, _integer(event.get("left_out"), 0, 2**20) or 0
         return True
 
+    def _exported(self, number: int, event: dict[str, Any]) -> bool:
+        metrics, latency = event.get("metrics"), event.get("latency_seconds")
+        if number or self.exported or not isinstance(metrics, dict) or not isinstance(latency, dict):
+            return False
+        found: dict[str, Any] = {name: _integer(event.get(name), 0, 2**62) for name in ("samples", "file_bytes")}
+        found["seconds"] = _number(event.get("seconds"))
+        found["saved"] = event.get("saved") if event.get("saved") in tuple(FORMS) else ""
+        found["metrics"] = {form: _numbers(metrics[form]) for form in FORMS if form in metrics}
+        found["bytes"] = _by_form(event.get("bytes"))
+        found["layers"] = {form: int(count) for form, count in _by_form(event.get("layers")).items()}
+        sizes = [(_size(size), _by_form(seconds)) for size, seconds in list(latency.items())[:MAX_SIZES]]
+        found["latency_seconds"] = {size: seconds for size, seconds in sizes if size is not None and seconds}
+        found["fastest"] = {size: min(seconds, key=seconds.__getitem__) for size, seconds in sizes if size and seconds}
+        found["csr_layers"] = {
+            at: int(count) for size, count in _numbers(event.get("csr_layers")).items() if (at := _size(size))
+        }
+        self.exported = found
+        return True
+
     def _memory(self, number: int, event: dict[str, Any]) -> bool:
         peak = _integer(event.get("peak_bytes"), 0, 2**62)
         if peak is not None:
@@ -805,6 +830,7 @@ _HANDLERS = {
     "quantized": RunData._quantized,
     "numbers": RunData._numbers,
     "kernels": RunData._kernels,
+    "exported": RunData._exported,
     "memory": RunData._memory,
     "error": RunData._error,
     "end": RunData._end,
@@ -858,6 +884,12 @@ def _pair(value: Any) -> dict[str, float]:
     """A positive number of the network as it is, and one of the quantized network; {} where one is missing."""
     found = _numbers({name: value.get(name) for name in BESIDE} if isinstance(value, dict) else None)
     return found if len(found) == len(BESIDE) and all(0 < number < 1e18 for number in found.values()) else {}
+
+
+def _by_form(value: Any) -> dict[str, float]:
+    """A number of each form of an exported network, 0 or more."""
+    found = _numbers({form: value.get(form) for form in FORMS} if isinstance(value, dict) else None)
+    return {form: number for form, number in found.items() if 0 <= number < 1e18}
 
 
 def _size(text: str) -> int | None:

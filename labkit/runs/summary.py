@@ -82,6 +82,7 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
         "effective": start.get("effective", {}) | _sparsity(data) | _multiplied(data),
         "quantized": data.quantized or None,
         "kernels": _kernels(data),
+        "exported": data.exported or None,
         "baseline_run_id": row["baseline_run_id"] if ranks > 1 else None,
         "speedup": row["speedup"] if ranks > 1 else None,
         "speedup_interval": [row["speedup_low"], row["speedup_high"]] if ranks > 1 and row["speedup"] else None,

@@ -18,6 +18,7 @@ import math
 import statistics
 import time
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,11 +59,11 @@ class Pattern:
 
     def matrix(self, values: Tensor) -> Tensor:
         """W."""
-        return _csr(self._row_ends, self._columns, values, self.shape)
+        return csr_matrix(self._row_ends, self._columns, values, self.shape)
 
     def transpose(self, values: Tensor) -> Tensor:
         """Wᵀ."""
-        return _csr(self._column_ends, self._rows, values[self._order], self.shape[::-1])
+        return csr_matrix(self._column_ends, self._rows, values[self._order], self.shape[::-1])
 
 
 @functools.cache
@@ -79,7 +80,8 @@ def _ends(rows: Tensor, size: int) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
 
 
-def _csr(ends: Tensor, indices: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+def csr_matrix(ends: Tensor, indices: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Unchecked, which takes time: what is no matrix ends the process."""
     return torch.sparse_csr_tensor(ends, indices, values, shape, check_invariants=False)
 
 
@@ -163,7 +165,7 @@ def faster(model: nn.Module, masks: dict[str, Tensor], sample: Tensor, experimen
     together = dist.is_initialized()
     if not together or dist.get_rank() == 0:
         share = experiment.training.global_batch / experiment.layout.dp_replicate / experiment.gradients.accumulation
-        rows = {name: math.ceil(count * share) for name, count in _rows(model, masks, sample).items()}
+        rows = {name: math.ceil(count * share) for name, count in rows_seen(model, masks, sample).items()}
         known: dict[tuple[int, ...], bool] = {}
         for name, mask in masks.items():
             layer = model.get_submodule(name.rpartition(".")[0])
@@ -178,11 +180,11 @@ def faster(model: nn.Module, masks: dict[str, Tensor], sample: Tensor, experimen
 
 
 @torch.no_grad()
-def _rows(model: nn.Module, masks: dict[str, Tensor], sample: Tensor) -> dict[str, int]:
-    """How many rows each of these layers sees of one sample."""
+def rows_seen(model: nn.Module, names: Iterable[str], sample: Tensor) -> dict[str, int]:
+    """How many rows the linear layers with these weights see of an input, by the weights' names."""
     rows: dict[str, int] = {}
     hooks = []
-    for name in masks:
+    for name in names:
         module = model.get_submodule(name.rpartition(".")[0])
 
         def see(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:

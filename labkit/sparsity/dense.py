@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options as BaseOptions
 from labkit.sparsity.method import Sparsifier
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
-    from labkit.experiment.problem import Problem
 
 
 class Dense(Sparsifier):
@@ -25,8 +25,10 @@ class Dense(Sparsifier):
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """It runs everywhere."""
-        yield from ()
+        """It runs everywhere, and there is nothing to export."""
+        if experiment.sparsity.export:
+            said = "a dense network has no faster form than its own (sparsity.method is none)"
+            yield Problem("sparsity.export", said, "false")
 
     @staticmethod
     def shapes(model: nn.Module, options: Any) -> dict[str, tuple[int, ...]]:

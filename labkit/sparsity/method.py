@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from labkit.experiment.after_training import on_the_first_rank
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options as BaseOptions
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
-    from labkit.sparsity.csr import CsrLinear
     from labkit.sparsity.masks import Masks
 
 MASK = "mask."
@@ -49,8 +49,8 @@ class Setting:
     """Of all weights that may become zero, in all stages, by name."""
     steps: int
     """Updates of the whole run."""
-    layers: dict[str, CsrLinear]
-    """Those that compute with their values only, by the name of the weight."""
+    layers: dict[str, Any]
+    """Those with kernels of their own (`prepare`), by the name of the weight."""
     units: list[Any]
     """Groups of weights that come or go together."""
 
@@ -59,6 +59,8 @@ class Sparsifier:
     """Base of the methods: a mask that is chosen now and then."""
 
     Options: type[BaseOptions] = Options
+    kernel = "csr"
+    """What the layers that `prepare` makes compute with."""
     uses_gradients = False
     """Does it look at gradients of weights that are zero?"""
 
@@ -76,6 +78,7 @@ class Sparsifier:
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         """Why it cannot run here."""
         yield from without_target(experiment)
+        yield from exportable(experiment)
 
     @staticmethod
     def shapes(model: nn.Module, options: Any) -> dict[str, tuple[int, ...]]:
@@ -96,7 +99,7 @@ class Sparsifier:
         options: Any,
         shapes: dict[str, tuple[int, ...]],
         sample: Callable[[], Tensor],
-    ) -> dict[str, CsrLinear]:
+    ) -> dict[str, Any]:
         """Put layers with other kernels into the whole network, before a layout is applied (collective).
 
         `sample` gives an input of one sample. Returns these layers by the names of their weights.
@@ -140,6 +143,10 @@ class Sparsifier:
         churn, self.churn = self.churn, None
         return churn
 
+    def found(self) -> dict[str, Any]:
+        """What was really in force, counted, beside the zeros."""
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint needs, the masks of all stages (collective along pp)."""
         own = {MASK + name: mask.cpu() for name, mask in self.masks.whole.items()}
@@ -157,6 +164,12 @@ def without_target(experiment: Experiment) -> Iterator[Problem]:
     if experiment.sparsity.target == 0:
         said = f"{experiment.sparsity.method} needs to know which part of the weights shall be zero"
         yield Problem("sparsity.target", said, 0.9)
+
+
+def exportable(experiment: Experiment) -> Iterator[Problem]:
+    """Where the trained network cannot be put in its fastest form."""
+    if experiment.sparsity.export:
+        yield from on_the_first_rank(experiment, "sparsity.export", "false", "exports", "exported")
 
 
 def one_topology(experiment: Experiment) -> Iterator[Problem]:

@@ -5,24 +5,26 @@ backward use the N largest of every M, the gradient goes straight through to all
 towards zero, so that the choice settles: the part of it that flips from one update to the next has to fall. After the
 last update what is not used is zero.
 
-Simulated here: zeros are multiplied like other numbers. No target: N/M says how many weights stay.
+Zeros are multiplied like other numbers; with `sparsity.kernel=semi_structured`, on GPUs that have kernels for 2:4, they
+are left out of the forward products (two_four.py). No target: N/M says how many weights stay.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from labkit.experiment.problem import OptionError, Problem
+from labkit.sparsity import semi_structured
 from labkit.sparsity.method import Options as CommonOptions
-from labkit.sparsity.method import Sparsifier, one_topology
+from labkit.sparsity.method import Sparsifier, exportable, one_topology
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
@@ -35,6 +37,8 @@ LOOKS = 100
 class NM(Sparsifier):
     """SR-STE."""
 
+    kernel = "2:4"
+
     class Options(CommonOptions):
         n: int = Field(default=2, ge=1, le=64)
         """Weights of each group that are used (N)."""
@@ -42,6 +46,8 @@ class NM(Sparsifier):
         """Weights in a group (M)."""
         decay: float = Field(default=2e-4, ge=0, le=1)
         """Pull on the weights that are not used, added to their gradient."""
+        kernel: Literal["dense", "semi_structured"] = "dense"
+        """What linear layers multiply with: all weights, or by GPUs' kernels for 2:4 the ones that are used."""
 
         @model_validator(mode="after")
         def _fewer(self) -> NM.Options:
@@ -54,6 +60,8 @@ class NM(Sparsifier):
         self._every = max(1, setting.steps // LOOKS)
         self._used: dict[str, Tensor] = {}
         """Masks of the update, whole."""
+        self._products = self._updates = 0
+        """Sparse products of all updates of this run."""
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
@@ -69,7 +77,38 @@ class NM(Sparsifier):
         if experiment.layout.tp > 1:
             said = "a group of weights may fall into two ranks' parts, which would choose differently"
             yield Problem("layout.tp", said, 1)
+        if options["kernel"] == "semi_structured":
+            yield from semi_structured.problems(experiment, machine)
         yield from one_topology(experiment)
+        yield from exportable(experiment)
+
+    @staticmethod
+    def kernels_missing(machine: Machine) -> str:
+        """Why a machine cannot offer `kernel=semi_structured`; empty if it can."""
+        return semi_structured.missing(machine)
+
+    @staticmethod
+    def prepare(
+        model: nn.Module,
+        experiment: Experiment,
+        options: Any,
+        shapes: dict[str, tuple[int, ...]],
+        sample: Callable[[], Tensor],
+    ) -> dict[str, Any]:
+        """Layers with 2:4 kernels; ValueError where there are none."""
+        if options.kernel == "dense":
+            return {}
+        from labkit.sparsity import two_four
+
+        _, reason = two_four.kernels(next(model.parameters()).device)
+        if reason:
+            raise ValueError(reason)
+        made = two_four.replace(model, shapes)
+        if not made:
+            rows, columns = two_four.SIDES
+            said = f"this model has no linear layer with outputs in multiples of {rows} and inputs of {columns}"
+            raise ValueError(f"{said}, as 2:4 kernels want it (sparsity.kernel)")
+        return made
 
     @contextmanager
     def passes(self, step: int | None = None) -> Iterator[None]:
@@ -81,12 +120,27 @@ class NM(Sparsifier):
         with torch.no_grad():
             for weight in held.values():
                 weight.mul_(n_of_m(weight, self.options.n, self.options.m))
+        before = self._sparse(True)
         try:
             yield
         finally:
+            made = self._sparse(False) - before
+            self._products += made if step is not None else 0
             with torch.no_grad():
                 for name, weight in held.items():
                     weight.copy_(dense[name])
+
+    def _sparse(self, masked: bool) -> int:
+        """Tell layers with kernels whether their weights are 2:4; how many products they have made so far."""
+        for layer in self.setting.layers.values():
+            layer.masked = masked
+        return sum(layer.products for layer in self.setting.layers.values())
+
+    def found(self) -> dict[str, Any]:
+        """Sparse products of an update."""
+        if not self.setting.layers:
+            return {}
+        return {"semi_structured_products": round(self._products / max(1, self._updates), 2)}
 
     def before_update(self, step: int) -> None:
         """Pull what is not used towards zero."""
@@ -96,6 +150,7 @@ class NM(Sparsifier):
 
     def after_update(self, step: int) -> None:
         """Now and then, see which part of the choice has flipped; after the last update, keep to it."""
+        self._updates += 1
         if (step + 1) % self._every == 0 or step + 1 == self.setting.steps:
             after = {n: n_of_m(w, self.options.n, self.options.m) for n, w in self.masks.weights().items()}
             self.churn = {n: float((after[n] & ~used).sum()) / int(after[n].sum()) for n, used in self._used.items()}

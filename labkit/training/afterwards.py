@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from labkit.experiment import Experiment
-from labkit.training import kernels, quantized
+from labkit.experiment.run_directory import RunDirectory
+from labkit.training import exported, kernels, quantized
 from labkit.training.numbers import Watch
 from labkit.workloads.base import Task
 
@@ -25,6 +26,7 @@ class Trained:
 
     experiment: Experiment
     task: Task
+    directory: RunDirectory
     model: nn.Module
     """Its part of the network: the whole of it where the rules of a look ask for that."""
     alive: Callable[[], None]
@@ -53,8 +55,14 @@ def _kernels(trained: Trained) -> dict[str, Any]:
     return kernels.measure(trained.experiment, seen, samples, trained.autocast, trained.alive)
 
 
+def _exported(trained: Trained) -> dict[str, Any]:
+    path, settings = trained.directory.exported, trained.experiment.sparsity
+    return exported.export(trained.task, trained.model, settings, path, trained.alive)
+
+
 LOOKS = (
     Look("quantized", lambda experiment: experiment.quantization.after_training != "none", _quantized),
+    Look("exported", lambda experiment: experiment.sparsity.export, _exported),
     Look("kernels", kernels.wanted, _kernels),
 )
 

@@ -26,6 +26,7 @@ from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel, share_weight
 from labkit.quantization.narrowing import Narrowing
 from labkit.quantization.scaling import LossScaling
+from labkit.sparsity.csr import CsrLinear
 from labkit.sparsity.masks import Masks
 from labkit.sparsity.method import Setting as SparsitySetting
 from labkit.training import afterwards, checkpoint, evaluation, slow
@@ -126,7 +127,11 @@ class Trainer:
                 self._until,
             )
         )
-        self.model.holdings |= {name: Holding(pattern=layer.pattern) for name, layer in sparse_layers.items()}
+        self.model.holdings |= {
+            name: Holding(pattern=layer.pattern)
+            for name, layer in sparse_layers.items()
+            if isinstance(layer, CsrLinear)
+        }
         masks = Masks(Entries(self.model, shapes), self.optimizer)
         setting = SparsitySetting(experiment, sparsity_options, masks, shapes, self.steps, sparse_layers, sparse_units)
         self.sparsity = sparsity(setting)
@@ -431,9 +436,14 @@ class Trainer:
         with self.update.judged(), self.sparsity.passes():
             if self.runtime.rank == 0:
                 alive = partial(self.meter.phase, "evaluation")
-                autocast = self.runtime.accelerator.autocast
                 trained = afterwards.Trained(
-                    self.experiment, self.task, self.model.stages[0], alive, autocast, self.watch
+                    self.experiment,
+                    self.task,
+                    self.directory,
+                    self.model.stages[0],
+                    alive,
+                    self.runtime.accelerator.autocast,
+                    self.watch,
                 )
                 for event, found in afterwards.look(trained):
                     self.events.write(event, **found)
@@ -480,7 +490,7 @@ class Trainer:
     # -- beginning and end --------------------------------------------------------------------------------------------
 
     def _write_start(self) -> None:
-        runtime, metric = self.runtime, self.task.metric
+        runtime, metric, layers = self.runtime, self.task.metric, self.sparsity.setting.layers
         self.events.write(
             "start",
             device=str(runtime.device),
@@ -500,7 +510,7 @@ class Trainer:
                 "dtype": str(runtime.dtype).removeprefix("torch."),
                 "products": str(runtime.product_type()).removeprefix("torch."),
                 "compressor": self.exchanges.installed,
-                "sparse_kernel": f"csr in {len(layers)} layers" if (layers := self.sparsity.setting.layers) else "none",
+                "sparse_kernel": f"{self.sparsity.kernel} in {len(layers)} layers" if layers else "none",
                 "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else "none",
                 "exchange": self.model.exchange,
             },
@@ -525,6 +535,7 @@ class Trainer:
         effective = self.narrowing.found() | (self.scaling.found() if self.scaling is not None else {})
         if compared := self.sparsity.masks.compared:
             effective["masks_equal_on_ranks"] = compared
+        effective |= self.sparsity.found()
         if effective:
             self.events.write("effective", found=effective)
         self.meter.phase("done")

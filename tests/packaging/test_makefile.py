@@ -31,7 +31,7 @@ def test_make_alone_lists_what_there_is() -> None:
     shown = make()
     assert shown.returncode == 0
     targets = set(re.findall(r"^  make ([a-z-]+) ", shown.stdout, re.M))
-    assert {"demo", "lab", "test", "check", "notebooks", "browser", "benchmarks", "clean", "help"} <= targets
+    assert {"demo", "lab", "test", "check", "notebooks", "browser", "gpu", "benchmarks", "clean", "help"} <= targets
 
 
 def test_an_old_python_gets_one_clear_sentence(tmp_path: Path) -> None:

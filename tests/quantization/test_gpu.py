@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from labkit.experiment.machine import Machine
 from labkit.launch import launch
 from labkit.quantization.fp8 import Float8
+from tests.gpu import beside
 from tests.quantization.networks import wanted
 
 pytestmark = pytest.mark.gpu
@@ -43,3 +46,31 @@ def test_formats_of_the_cpu_learn_on_a_gpu(training: str) -> None:
     run = launch(wanted(f"quantization.training={training}", "launch.device=cuda"), baseline=None)
     run.result(300)
     assert run.data().loss[-1] < run.data().loss[0] - 0.3
+
+
+AMPERE = (8, 0)
+PROOF: dict[str, tuple[str, str]] = {
+    "bf16": ("activations", "bfloat16"),
+    "pure_bf16": ("weights", "bfloat16"),
+    "int8": ("int8_products", "72.0"),
+    "fp8": ("float8_layers", ""),
+}
+"""What `effective` says where a format was on: of int8, three products in each of the 24 layers of the blocks."""
+
+
+@pytest.mark.parametrize("training", PROOF)
+def test_formats_beside_float32_on_one_gpu(training: str, record_property: Callable[[str, object], None]) -> None:
+    """Step time and loss are written down; what is claimed is that the format was on, and that it learns alike."""
+    machine = Machine.here()
+    if training == "fp8" and (missing := Float8.missing(machine)):
+        pytest.skip(missing)
+    if machine.capability is None or machine.capability < AMPERE:
+        pytest.skip(f"{training} needs a GPU of compute capability 8.0 or more, here is {machine.capability}")
+    narrow, plain = beside(training, [f"quantization.training={training}"], [], record_property)
+    key, value = PROOF[training]
+    effective = narrow.summary()["effective"]
+    assert effective[key] == value if value else int(effective[key]) > 0
+    assert "narrow_layers" not in plain.summary()["effective"]
+    assert plain.data().loss[-1] < plain.data().loss[0] - 0.5
+    losses = [run.data().evaluations[-1][2]["loss"] for run in (narrow, plain)]
+    assert losses[0] == pytest.approx(losses[1], abs=0.2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from labkit.experiment.machine import Gpu, Machine
@@ -121,14 +123,15 @@ def test_fp8_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         ((8, 0), True, "is 8.0"),
         ((9, 0), False, "torchao"),
     ):
-        monkeypatch.setattr(fp8, "capability", lambda capability=capability: capability)
+        gpu = replace(GPU, gpus=tuple(replace(one, capability=capability) for one in GPU.gpus))
         monkeypatch.setattr(fp8, "find_spec", lambda name, torchao=torchao: object() if torchao else None)
-        [problem] = asked.problems(GPU)
+        [problem] = asked.problems(gpu)
         assert said in problem.reason
         assert problem.nearest == "bf16"
     monkeypatch.setattr(fp8, "find_spec", lambda name: object())
-    assert asked.problems(GPU) == []
-    assert [problem.field for problem in asked.replace("layout=tp2").problems(GPU)] == ["quantization.training"]
+    gpu = replace(GPU, gpus=tuple(replace(one, capability=(9, 0)) for one in GPU.gpus))
+    assert asked.problems(gpu) == []
+    assert [problem.field for problem in asked.replace("layout=tp2").problems(gpu)] == ["quantization.training"]
 
 
 @pytest.mark.parametrize(

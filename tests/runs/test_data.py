@@ -405,6 +405,48 @@ def test_kernels_are_read_once_and_only_as_numbers(writer: Writer) -> None:
     assert data.without_kernel == 0
 
 
+def test_an_exported_network_is_read_once_and_only_as_numbers(writer: Writer) -> None:
+    good = {
+        "samples": 10,
+        "seconds": 1.5,
+        "saved": "csr",
+        "file_bytes": 100,
+        "metrics": {"dense": {"loss": 2.0, "text": "x"}, "csr": {"loss": 2.0}, "<b>": {"loss": 1.0}, "smaller": 3},
+        "bytes": {"dense": 100, "csr": 20, "<b>": 1, "smaller": -1, "two_four": "x"},
+        "layers": {"dense": 0, "csr": 3},
+        "csr_layers": {"1": 0, "32": 3, "many": 1},
+        "latency_seconds": {
+            "1": {"dense": 0.1},
+            "32": {"dense": 0.2, "csr": 0.1, "x": 0.0},
+            "-1": {"dense": 1},
+            "2": 1,
+        },
+        "fastest": {"1": "csr", "32": "x"},
+    }
+    writer.event(1, "exported", **good)
+    writer.event(0, "exported", metrics=3)
+    writer.event(0, "exported", **good)
+    writer.event(0, "exported", **(good | {"saved": "another"}))
+    data = RunData(writer.directory)
+    data.refresh()
+    assert data.skipped_lines == 3
+    found = data.exported
+    assert found["metrics"] == {"dense": {"loss": 2.0}, "csr": {"loss": 2.0}, "smaller": {}}
+    assert found["bytes"] == {"dense": 100, "csr": 20}
+    assert found["latency_seconds"] == {1: {"dense": 0.1}, 32: {"dense": 0.2, "csr": 0.1}}
+    assert found["fastest"] == {1: "dense", 32: "csr"}, "as the numbers have it"
+    assert found["csr_layers"] == {1: 0, 32: 3}
+    assert (found["saved"], found["file_bytes"], found["layers"]) == ("csr", 100, {"dense": 0, "csr": 3})
+
+
+def test_a_form_that_is_no_text_is_not_believed(writer: Writer) -> None:
+    writer.event(0, "exported", metrics={}, latency_seconds={}, saved=["csr"], bytes=[1], layers=None, csr_layers=7)
+    data = RunData(writer.directory)
+    data.refresh()
+    assert data.exported["saved"] == ""
+    assert data.exported["bytes"] == data.exported["csr_layers"] == data.exported["fastest"] == {}
+
+
 def test_nothing_there_at_all(tmp_path: Path) -> None:
     data = RunData(RunDirectory(tmp_path / "nowhere"))
     assert data.refresh(0.0)
@@ -465,6 +507,7 @@ def test_a_budget_spreads_the_reading_and_loses_nothing(tmp_path: Path) -> None:
                             "quantized",
                             "numbers",
                             "kernels",
+                            "exported",
                         ]
                     )
                 },
@@ -491,6 +534,8 @@ def test_a_budget_spreads_the_reading_and_loses_nothing(tmp_path: Path) -> None:
                         "multiplied",
                         "kinds",
                         "left_out",
+                        "csr_layers",
+                        "saved",
                     )
                 },
             ),
