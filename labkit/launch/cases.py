@@ -275,7 +275,11 @@ def _refused(judge: Judge, varied: Mapping[str, Sequence[Any]], part: Row) -> Ca
 
 
 def sample(found: Sequence[Case], seed: int = 0, ranks: int = 4) -> list[Case]:
-    """A part of the cases with up to so many ranks: for each family every setting, and every pair of axes."""
+    """A part of the cases with up to so many ranks.
+
+    For each family every pair of axes and every setting of its own; every setting of the layout and of the training in
+    some family: what computes it there computes it everywhere.
+    """
     small = [case for case in found if case.experiment.layout.world_size <= ranks]
     random.Random(seed).shuffle(small)
     chosen, met = [], set[Any]()
@@ -296,4 +300,9 @@ def _shown(case: Case) -> set[Any]:
         return {(case.family, problem.field) for problem in case.problems}
     axes = [axis for axis in AXES if getattr(case.experiment.layout, axis) > 1]
     pairs = {(case.family, *some) for count in (1, 2) for some in combinations(axes, count)}
-    return pairs | {(case.family, name, repr(value)) for name, value in case.settings.items() if name != PRODUCT}
+    of_family = {name for name in case.settings if name.startswith("workload.")} | {PRECISION}
+    return pairs | {
+        (case.family if name in of_family else "", name, repr(value))
+        for name, value in case.settings.items()
+        if name != PRODUCT
+    }
