@@ -125,7 +125,7 @@ met: list[str] = []
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=16, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(experiments())
 def test_it_trains_or_is_refused_with_a_sentence(experiment: Experiment) -> None:
     warm(60)
