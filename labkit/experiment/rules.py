@@ -252,6 +252,9 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
                 yield Problem(f"quantization.{name}", "has no effect: only int8 training rounds gradients to 8 bits")
     if quantization.qat_start and quantization.qat == "none":
         yield Problem("quantization.qat_start", "has no effect without quantization.qat")
+    usual = type(quantization).model_fields["calibration"].default
+    if quantization.calibration != usual and quantization.after_training != "int8_static":
+        yield Problem("quantization.calibration", "has no effect: only int8_static (after_training) is calibrated")
     of_layers = quantization.training in ("int8", "int8_weights", "bitnet")
     if quantization.head and not (of_layers or quantization.qat != "none" or quantization.after_training != "none"):
         yield Problem("quantization.head", "has no effect: no format of linear layers is chosen")

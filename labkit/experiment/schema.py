@@ -103,6 +103,8 @@ class Quantization(Section):
     """Int8 training makes the gradients of weights by int8 products too, otherwise in float32."""
     qat_start: float = Field(default=0.0, ge=0, lt=1)
     """Part of the training after which quantization-aware training begins."""
+    calibration: float = Field(default=0.9999, gt=0.5, le=1)
+    """Part of a layer's inputs that int8_static does not clip, as calibration finds it on training samples."""
 
     @model_validator(mode="after")
     def _known(self) -> Quantization:

@@ -13,6 +13,7 @@ from labkit.plots.numbers import layers as plot_layer_numbers
 from labkit.plots.overview import overview as plot_overview
 from labkit.plots.pareto import pareto as plot_pareto
 from labkit.plots.picture import Picture, rows_of, summary_of
+from labkit.plots.quantized import quantized as plot_quantized
 from labkit.plots.ranks import ranks as plot_ranks
 from labkit.plots.schedules import schedules as plot_schedules
 from labkit.plots.sparsity import sparse_layers as plot_sparse_layers
@@ -39,6 +40,7 @@ __all__ = [
     "plot_numbers",
     "plot_overview",
     "plot_pareto",
+    "plot_quantized",
     "plot_ranks",
     "plot_schedules",
     "plot_sparse_layers",

@@ -12,6 +12,7 @@ from labkit.plots.memory import memory
 from labkit.plots.numbers import formats, layers
 from labkit.plots.pareto import pareto
 from labkit.plots.picture import Picture
+from labkit.plots.quantized import quantized
 from labkit.plots.schedules import schedules
 from labkit.plots.shown import Shown, shown
 from labkit.plots.sparsity import sparse_layers, sparsity
@@ -53,15 +54,18 @@ def sparse(runs: Iterable[Any] | Any) -> list[Picture]:
 
 
 def computing(runs: Iterable[Any] | Any) -> list[Picture]:
-    """What is computed with which numbers, where a run is sparse or narrow: what it promises and gives, how its numbers
-    are spread, and the layers of each such run.
+    """What is computed with which numbers: where a run is sparse or narrow, what it promises and gives, how its numbers
+    are spread, and the layers of each such run; then the networks that were quantized after their training.
     """
-    many = [one for one in shown(runs) if one.data.numbers and not one.is_ceiling]
+    every = shown(runs)
+    many = [one for one in every if one.data.numbers and not one.is_ceiling]
     other = [one for one in many if one.experiment is not None and not is_dense(one.experiment)]
-    if not other:
-        return []
-    times = three_numbers(many)
-    return [*([times] if times.rows else []), formats(many), *map(layers, other)]
+    found: list[Picture] = []
+    if other:
+        times = three_numbers(many)
+        found = [*([times] if times.rows else []), formats(many), *map(layers, other)]
+    converted = [one for one in every if one.data.quantized.get("latency_seconds")]
+    return found + ([quantized(converted)] if converted else [])
 
 
 def worth(runs: Iterable[Any] | Any) -> list[Picture]:

@@ -3,9 +3,11 @@
 | method           | weights                | inputs              | product             |
 |------------------|------------------------|---------------------|---------------------|
 | int8_dynamic     | int8 per row           | int8 per token      | int8 (torch._int_mm)|
+| int8_static      | int8 per row           | int8, calibrated    | int8 (torch._int_mm)|
 | int8_weight_only | int8 per row           | as they are         | float32             |
 | int4_weight_only | int4 in groups of 32   | as they are         | float32             |
 
+Calibrated: one scale per layer, from the inputs of some training samples (calibration.py, `quantization.calibration`).
 Only linear layers are converted, the last one only with `quantization.head`. After quantization-aware training with
 int4 inputs are rounded as they were there.
 """
@@ -39,6 +41,10 @@ class Converted(Single):
 
 class Int8Dynamic(Converted):
     """int8 weights and inputs."""
+
+
+class Int8Static(Converted):
+    """int8 weights, and inputs with a scale that calibration has found."""
 
 
 class Int8WeightOnly(Converted):

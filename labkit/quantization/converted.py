@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from labkit.quantization.codes import from_int4, int4_codes, int8_codes, on_int8, pack_int4, unpack_int4
+from labkit.quantization.codes import INT8, from_int4, int4_codes, int8_codes, on_int8, pack_int4, unpack_int4
 from labkit.quantization.linear import NarrowLinear, chosen, int8_product, replace
 
 
@@ -61,6 +62,24 @@ class Int8DynamicLinear(Int8WeightLinear):
         return int8_product(codes, self.codes.t()).to(x.dtype).mul_(steps).mul_(self.scale)
 
 
+class Int8StaticLinear(Int8WeightLinear):
+    """int8 weights and inputs with one scale for all inputs, known beforehand: what is beyond it is clipped.
+
+    `largest`: the magnitude that gets the highest code (calibration.py).
+    """
+
+    step: Tensor
+
+    def __init__(self, layer: nn.Linear, largest: float) -> None:
+        super().__init__(layer)
+        self.register_buffer("step", self.scale.new_tensor(max(largest, 1e-12) / INT8))
+
+    def product(self, x: Tensor) -> Tensor:
+        """One product of int8 matrices, without a look at the inputs before."""
+        codes = (x * self.step.reciprocal()).round_().clamp_(-INT8, INT8).to(torch.int8)
+        return int8_product(codes, self.codes.t()).to(x.dtype).mul_(self.scale * self.step)
+
+
 class Int4WeightLinear(ConvertedLinear):
     """int4 weights, two in a byte, a scale for every 32 inputs; made whole for every product.
 
@@ -84,17 +103,27 @@ class Int4WeightLinear(ConvertedLinear):
 
 
 def convert(
-    model: nn.Module, method: str, head: bool = False, qat: str = "none", only: Sequence[str] | None = None
+    model: nn.Module,
+    method: str,
+    head: bool = False,
+    qat: str = "none",
+    only: Sequence[str] | None = None,
+    largest: Mapping[str, float] | None = None,
 ) -> list[str]:
     """Put integer layers in the place of the chosen linear ones, in place; their names.
 
-    `method`: one of the registry; `qat`: what the network was trained for; `only`: these of the chosen layers.
+    `method`: one of the registry; `qat`: what the network was trained for; `only`: these of the chosen layers;
+    `largest`: by layer, the magnitude of its inputs that is not clipped, for int8_static.
     """
     layers = [(name, layer) for name, layer in chosen(model, head) if only is None or name in only]
+
+    places = {layer: name for name, layer in layers}
 
     def make(layer: nn.Linear) -> nn.Module:
         if method == "int4_weight_only":
             return Int4WeightLinear(layer, qat == "int4")
+        if method == "int8_static":
+            return Int8StaticLinear(layer, (largest or {})[places[layer]])
         return {"int8_dynamic": Int8DynamicLinear, "int8_weight_only": Int8WeightLinear}[method](layer)
 
     replace(model, [layer for _, layer in layers], make)

@@ -38,6 +38,7 @@ AFTER_TRAINING = Registry(
     [
         Method("none", "off", "labkit.quantization.full:Unquantized"),
         Method("int8_dynamic", "eight-bit weights and activations", "labkit.quantization.after:Int8Dynamic"),
+        Method("int8_static", "eight-bit weights and activations, calibrated", "labkit.quantization.after:Int8Static"),
         Method("int8_weight_only", "eight-bit weights", "labkit.quantization.after:Int8WeightOnly"),
         Method("int4_weight_only", "four-bit weights", "labkit.quantization.after:Int4WeightOnly"),
     ],

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from labkit.quantization.converted import plain
 from labkit.sparsity.export import ordinary
 from labkit.training.evaluation import BATCH
-from labkit.workloads.base import Batch, Task
+from labkit.workloads.base import Batch, Data, Task
 
 BATCHES = (1, 32, 512)
 """Batch sizes whose latency is measured."""
@@ -30,15 +30,15 @@ def bare(model: nn.Module) -> nn.Module:
     return copy.float().requires_grad_(False).eval()
 
 
-def fetched(task: Task, indices: list[int], device: torch.device) -> Batch:
-    """Held-out samples in float32."""
-    batch = task.test.__getitems__(indices)
+def fetched(data: Data, indices: list[int], device: torch.device) -> Batch:
+    """Samples in float32."""
+    batch = data.__getitems__(indices)
     return {name: x.to(device, torch.float32 if x.is_floating_point() else None) for name, x in batch.items()}
 
 
 def inputs(task: Task, size: int, device: torch.device) -> Tensor:
     """A batch of `size` held-out inputs, from the beginning again where there are fewer."""
-    return fetched(task, [index % len(task.test) for index in range(size)], device)["x"]
+    return fetched(task.test, [index % len(task.test) for index in range(size)], device)["x"]
 
 
 def evaluated(
@@ -48,7 +48,7 @@ def evaluated(
     sums: dict[str, float] = {}
     for begin in range(0, count, BATCH):
         alive()
-        batch = fetched(task, list(range(begin, min(begin + BATCH, count))), device)
+        batch = fetched(task.test, list(range(begin, min(begin + BATCH, count))), device)
         for name, value in task.evaluate(model(batch["x"]), batch).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     return task.metrics(sums)

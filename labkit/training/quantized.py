@@ -14,13 +14,16 @@ import torch
 from torch import nn
 
 from labkit.experiment.schema import Quantization
+from labkit.quantization.calibration import magnitudes
 from labkit.quantization.converted import ConvertedLinear, convert, num_bytes
 from labkit.quantization.linear import chosen
-from labkit.training.beside import BATCHES, bare, evaluated, inputs, latency
+from labkit.training.beside import BATCHES, bare, evaluated, fetched, inputs, latency
 from labkit.workloads.base import Task
 
 MOST_LAYERS, MOST_SAMPLES = 12, 64
 """Of the sensitivity: so many layers, evenly chosen, on so many samples."""
+CALIBRATED_ON, AT_ONCE = 256, 32
+"""Training samples for calibration, and how many of them go through the network at a time."""
 
 
 @torch.no_grad()
@@ -29,8 +32,9 @@ def quantize(task: Task, model: nn.Module, settings: Quantization, alive: Callab
     whole = bare(model)
     device = next(whole.parameters()).device
     names = [name for name, _ in chosen(whole, settings.head)]
+    largest = calibrated(task, whole, settings, names, device, alive)
     small = deepcopy(whole)
-    convert(small, settings.after_training, settings.head, settings.qat)
+    convert(small, settings.after_training, settings.head, settings.qat, largest=largest)
     models = {"float": whole, "quantized": small}
     count = len(task.test)
     return {
@@ -45,8 +49,27 @@ def quantize(task: Task, model: nn.Module, settings: Quantization, alive: Callab
             "quantized": sum(num_bytes(small.get_submodule(name)) for name in names),
         },
         "latency_seconds": {str(size): latency(models, inputs(task, size, device), alive) for size in BATCHES},
-        "sensitivity": sensitivity(task, whole, settings, names, device, alive),
+        "sensitivity": sensitivity(task, whole, settings, names, largest, device, alive),
     }
+
+
+def calibrated(
+    task: Task,
+    whole: nn.Module,
+    settings: Quantization,
+    names: list[str],
+    device: torch.device,
+    alive: Callable[[], None],
+) -> dict[str, float]:
+    """What `convert` has to know of the inputs of layers, from the first training samples; {} where it is nothing."""
+    if settings.after_training != "int8_static":
+        return {}
+    count = min(CALIBRATED_ON, len(task.train))
+    batches = (
+        fetched(task.train, list(range(begin, min(begin + AT_ONCE, count))), device)["x"]
+        for begin in range(0, count, AT_ONCE)
+    )
+    return magnitudes(whole, names, batches, settings.calibration, alive)
 
 
 def sensitivity(
@@ -54,6 +77,7 @@ def sensitivity(
     whole: nn.Module,
     settings: Quantization,
     names: list[str],
+    largest: dict[str, float],
     device: torch.device,
     alive: Callable[[], None],
 ) -> list[list[Any]]:
@@ -65,6 +89,6 @@ def sensitivity(
     found: list[list[Any]] = []
     for name in tried:
         one = deepcopy(whole)
-        convert(one, settings.after_training, settings.head, settings.qat, [name])
+        convert(one, settings.after_training, settings.head, settings.qat, [name], largest)
         found.append([name, evaluated(task, one, device, count, alive)["loss"] - base])
     return found

@@ -62,13 +62,16 @@ def latency(kind: str, size: int) -> float:
     import torch
     from torch import nn
 
+    from labkit.quantization.calibration import magnitudes
     from labkit.quantization.converted import convert
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = nn.Sequential(*(part for _ in range(3) for part in (nn.Linear(1024, 1024), nn.ReLU())))
     if kind != "fp32":
-        convert(model, kind, head=True)
+        layers = [str(at) for at in (0, 2, 4)]
+        seen = magnitudes(model, layers, [torch.randn(256, 1024)], 0.9999, lambda: None)
+        convert(model, kind, head=True, largest=seen)
     x, seconds = torch.randn(size, 1024), []
     with torch.no_grad():
         for _ in range(5 + 2000 // (10 + size)):
@@ -112,7 +115,7 @@ def main() -> int:
 
     faster: dict[str, list[float]] = {}
     for size in BATCHES:
-        kinds = ("fp32", "int8_dynamic", "int8_weight_only", "int4_weight_only")
+        kinds = ("fp32", "int8_dynamic", "int8_static", "int8_weight_only", "int4_weight_only")
         found = interleave({kind: lambda kind=kind, size=size: latency(kind, size) for kind in kinds}, options.repeats)
         for kind in kinds[1:]:
             faster[f"{kind} {size}"] = ratios(found, "fp32", kind)

@@ -72,6 +72,7 @@ def test_formats_of_the_cpu_go_with_every_layout(key: str, layout: str) -> None:
         ("quantization.qat=int8 quantization.training=bf16", ["quantization.training"]),
         ("quantization.qat=int8 quantization.after_training=int8_dynamic", []),
         ("quantization.qat=int4 quantization.after_training=int4_weight_only", []),
+        ("quantization.qat=int8 quantization.after_training=int8_static", ["quantization.after_training"]),
         ("quantization.qat=int8 quantization.after_training=int4_weight_only", ["quantization.after_training"]),
         ("quantization.qat=int4 quantization.after_training=int8_dynamic", ["quantization.after_training"]),
         # conversion

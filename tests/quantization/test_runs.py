@@ -118,7 +118,7 @@ def halves(*changes: str) -> tuple[Run, Run]:
 
 
 @pytest.mark.parametrize("layout", ["dp2", "zero 1", "zero 3", "tp2"])
-@pytest.mark.parametrize("format", ["pure_bf16", "int8", "int8_weights", "8 bits of state"])
+@pytest.mark.parametrize("format", ["pure_bf16", "int8", "int8_weights", "8 bits of state", "qat int4"])
 def test_a_resumed_run_repeats_the_whole_one(format: str, layout: str) -> None:
     whole, half = halves(*FORMATS[format], *LAYOUTS[layout])
     rest = ran(whole.experiment, resume=half.id)
@@ -193,6 +193,7 @@ def test_a_schedule_that_splits_the_backward_pass_splits_int8_products_rightly()
     ("method", "layout", "smaller", "worse"),
     [
         ("int8_dynamic", "layout=dp2", 3.3, 0.02),
+        ("int8_static", "layout=dp2", 3.3, 0.02),
         ("int8_weight_only", "layout=shard2", 3.3, 0.02),
         ("int4_weight_only", "", 5.0, 0.2),
     ],
