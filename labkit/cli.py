@@ -342,11 +342,12 @@ def _check_matrix(options: argparse.Namespace, precisions: Sequence[str]) -> int
 def _combinations(options: argparse.Namespace) -> int:
     from labkit.launch import combinations, warm
 
-    known = {value for values in combinations.factors().values() for value in values if isinstance(value, str)}
-    if unknown := [name for name in options.names if name not in known]:
-        raise UsageError(f"no combination has {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    try:
+        wanted = [combinations.named(text) for text in options.names]
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     _check_output(options)
-    cases = combinations.holding(combinations.cases(), options.names, options.ranks)
+    cases = combinations.holding(combinations.cases(), wanted, options.ranks)
     results: list[combinations.Result] = []
     begun = time.monotonic()
     warm()

@@ -42,6 +42,10 @@ EVENTS = {
     "samples), samples (of this rank), seconds, data, forward, backward, optimizer (s), grad_norm, lr",
     "evaluation": "held-out metrics after `step` updates (rank 0): metrics, seconds",
     "checkpoint": "a checkpoint was written: step, path, seconds",
+    "numbers": "what layers with a product multiplied in the last evaluation (first rank of each stage): samples, "
+    "layers (name, shape, types, histograms of inputs and weights), of_layers, multiplied (words to number of layers)",
+    "kernels": "kinds of layers of a sparse or narrow run beside dense float32 ones (rank 0): kinds (shape, rows, "
+    "weights, bytes, seconds, dense_seconds), left_out, samples",
     "exported": "the trained sparse network in other forms beside the dense one (rank 0): samples, by form metrics, "
     "bytes and layers; by batch size csr_layers, latency_seconds (by form) and fastest; saved (the form in the file)",
     "trace": "what one traced update (`step`, counted from 1) looked like on this rank: memory and formula (bytes of "

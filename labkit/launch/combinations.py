@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import shutil
 import time
 from collections import Counter
@@ -81,6 +82,10 @@ class Result:
         """For JSON."""
         own = {name: value for name, value in vars(self).items() if name != "case"}
         return {"case": str(self.case)} | own
+
+
+Pair = tuple[str, Any]
+"""A field and its value."""
 
 
 @functools.cache
@@ -165,14 +170,30 @@ def cases() -> list[Combination]:
     return found
 
 
-def holding(found: Iterable[Combination], names: Sequence[str], ranks: int | None = None) -> list[Combination]:
-    """Those that hold all of these layouts and methods, and have at most so many ranks."""
+def holding(found: Iterable[Combination], wanted: Sequence[Pair], ranks: int | None = None) -> list[Combination]:
+    """Those that hold all of these pairs of a field and its value, and have at most so many ranks."""
     return [
         case
         for case in found
-        if set(names) <= {str(value) for value in case.row.values()}
-        and (ranks is None or case.experiment.layout.world_size <= ranks)
+        if set(wanted) <= set(case.row.items()) and (ranks is None or case.experiment.layout.world_size <= ranks)
     ]
+
+
+def named(text: str) -> Pair:
+    """The field and the value that `rigl`, or `quantization.training=int8` where several have it, stands for.
+
+    ValueError where it is none, or more than one.
+    """
+    field, _, value = text.rpartition("=")
+    found = [(key, one) for key, values in factors().items() for one in values if str(one) == value]
+    found = [pair for pair in found if pair[0] == field] if field else found
+    if len(found) == 1:
+        return found[0]
+    if found:
+        said = ", ".join(f"{key}={one}" for key, one in found)
+        raise ValueError(f"{text} stands for several; say which: {said}")
+    known = sorted({str(one) for values in factors().values() for one in values if isinstance(one, str)})
+    raise ValueError(f"no combination has {text!r}; known: {', '.join(known)}")
 
 
 def sample(found: Sequence[Combination], ranks: int = 2) -> list[Combination]:
@@ -193,15 +214,18 @@ def sample(found: Sequence[Combination], ranks: int = 2) -> list[Combination]:
 
 
 def run(found: Iterable[Combination]) -> Iterator[Result]:
-    """Run them, one after the other; yields each result as soon as it is there. Good runs are removed."""
+    """Run them, one after the other; yields each result as soon as it is there. Good runs are removed.
+
+    RunFailed if plain training, which they are compared with, does not come to its end.
+    """
     plain = 0.0
     for case in found:
         begun = time.monotonic()
         if case.problems:
             yield Result(case, "refused", " ".join(map(str, case.problems)))
             continue
+        plain = plain or _plain()
         try:
-            plain = plain or _plain()
             one = finished(case.experiment.set({"name": f"combination: {case}"[:200]}))
         except RunFailed as error:
             yield Result(case, "FAILED", str(error), seconds=time.monotonic() - begun)
@@ -239,32 +263,33 @@ def _judged(case: Combination, one: Run, plain: float, seconds: float) -> Result
     return Result(case, "learns", "", learned, words, seconds)
 
 
-EVIDENCE = {
-    "bf16": "activations",
-    "fp16": "activations",
-    "fp8": "float8_layers",
-    "pure_bf16": "rounded_against_nearest",
-    "int8": "int8_products",
-    "int8_weights": "weights_on_grid",
-    "bitnet": "ternary",
+EVIDENCE: dict[str, tuple[str, str]] = {
+    "fp32": ("products", "float32"),
+    "fp64": ("products", "float64"),
+    "bf16": ("activations", "bfloat16"),
+    "fp16": ("activations", "float16"),
+    "fp8": ("float8_layers", r"[1-9]\d*"),
+    "pure_bf16": ("weights", "bfloat16"),
+    "int8": ("int8_products", r"[1-9].*"),
+    "int8_weights": ("weights_on_grid", r"(\d+) of \1"),
+    "bitnet": ("ternary", r"-1: .*, 0: .*, 1: .*"),
 }
-"""Of number formats, what is measured of them in `summary.effective`."""
+"""Of number formats, what of them is measured in `summary.effective`, and what has to stand there."""
 
 
 def proofs(experiment: Experiment, summary: Mapping[str, Any]) -> dict[str, str]:
     """By method of the experiment, in words how a run of it showed that it was on; empty where it did not."""
     found: dict[str, str] = {}
     effective, sent = summary["effective"], summary["communication"] or {}
-    settings = experiment.quantization
+    settings, gradients = experiment.quantization, experiment.gradients
     if experiment.sparsity.method != "none":
         zeros = effective["sparsity"]
         found[experiment.sparsity.method] = f"{zeros:.1%} zeros" if zeros > TARGET - 0.005 else ""
-    if settings.training not in ("fp32", "fp64") and settings.qat == "none":
-        key = EVIDENCE[settings.training]
-        found[settings.training] = f"{key} {effective[key]}" if key in effective else ""
-    if settings.training == "fp64":
-        found["fp64"] = "float64 products" if effective["products"] == "float64" else ""
-    if settings.qat != "none":
+    if settings.qat == "none":
+        key, wanted = EVIDENCE.get(settings.training, ("", "nothing"))
+        value = str(effective.get(key, ""))
+        found[settings.training] = f"{key} {value}" if re.fullmatch(wanted, value) else ""
+    else:
         values, most = int(effective.get("weight_values", 0)), {"int8": 255, "int4": 16}[settings.qat]
         found[f"qat {settings.qat}"] = f"{values} values of a weight" if 1 < values <= most else ""
     if settings.after_training != "none":
@@ -273,9 +298,11 @@ def proofs(experiment: Experiment, summary: Mapping[str, Any]) -> dict[str, str]
     if experiment.optimizer.state_bits == 8:
         bits = float(effective.get("optimizer_state_bits", 32))
         found["8 bits of state"] = f"{bits} bits of state" if bits < 32 else ""
-    for name in (experiment.gradients.compression.method, experiment.gradients.update.method):
-        if name not in ("none", "synchronous"):
-            found[name] = _sent(sent) or _stale(summary["staleness"] or {})
+    compressor, update = gradients.compression.method, gradients.update.method
+    if compressor != "none":
+        found[compressor] = _sent(sent) if sent.get("method") == compressor else ""
+    if update != "synchronous":
+        found[update] = _sent(sent) or _stale(summary["staleness"] or {})
     return found
 
 

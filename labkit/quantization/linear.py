@@ -37,8 +37,9 @@ class Operand:
     @classmethod
     def of(cls, numbers: Tensor) -> Operand:
         """Float numbers, measured by the largest magnitude among them."""
-        highest = float(numbers.detach().abs().amax()) if numbers.numel() else 0.0
-        return cls(str(numbers.dtype).removeprefix("torch."), numbers.detach(), highest)
+        numbers = numbers.detach()
+        highest = max(-float(numbers.amin()), float(numbers.amax())) if numbers.numel() else 0.0
+        return cls(str(numbers.dtype).removeprefix("torch."), numbers, highest)
 
     @property
     def numbers(self) -> Tensor:

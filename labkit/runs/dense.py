@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from labkit.experiment import Experiment
 
 ALIKE = ("workload", "layout", "gradients", "optimizer.name", "training.global_batch", "launch.device")
-ALIKE_IN_SPEED = ("launch.threads_per_rank", "launch.network", "launch.slowdown", "launch.isolated")
+ALIKE_IN_SPEED = (
+    "launch.threads_per_rank",
+    "launch.network",
+    "launch.slowdown",
+    "launch.isolated",
+    "launch.transport",
+    "training.shares",
+    "training.loader_workers",
+    "training.gradient_norm",
+    "optimizer.clip_norm",
+)
 
 
 def is_dense(experiment: Experiment) -> bool:

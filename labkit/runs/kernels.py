@@ -32,6 +32,8 @@ class Kind:
     weights: int
     nonzero: float
     """Weights that are not zero, the mean over the layers."""
+    sparse: tuple[bool, bool, bool]
+    """Does a product (forward, for the gradient of the inputs, of the weight) leave zeros out?"""
     bytes: tuple[float, float, float]
     """Of a number: forward, for the gradient of the inputs, for that of the weight."""
     dense_seconds: float | None
@@ -47,9 +49,10 @@ class Kind:
         return 6.0 * self.rows * self.weights
 
     @property
-    def flops(self) -> float:
-        """With weights that are not zero."""
-        return 6.0 * self.rows * self.nonzero
+    def flops(self) -> tuple[float, float, float]:
+        """Of each product, without the zeros that it leaves out."""
+        forward, of_inputs, of_weight = (self.nonzero if sparse else self.weights for sparse in self.sparse)
+        return 2.0 * self.rows * forward, 2.0 * self.rows * of_inputs, 2.0 * self.rows * of_weight
 
     @property
     def theory(self) -> float | None:
@@ -65,7 +68,7 @@ class Kind:
 def theory(kinds: Sequence[Kind]) -> float | None:
     """Of all these layers together, as often as they stand in the network."""
     dense = sum(kind.count * kind.dense_flops * FLOAT32 for kind in kinds)
-    own = sum(kind.count * kind.flops * sum(kind.bytes) / len(kind.bytes) for kind in kinds)
+    own = sum(kind.count * flops * size for kind in kinds for flops, size in zip(kind.flops, kind.bytes, strict=True))
     return dense / own if dense and own else None
 
 
@@ -84,6 +87,13 @@ def read(rows: Any) -> list[Kind]:
     """The kinds of an event that can be read."""
     found = [_kind(row) for row in rows[:MOST_KINDS]] if isinstance(rows, list) else []
     return [kind for kind in found if kind is not None]
+
+
+def _sparse(found: Any) -> tuple[bool, bool, bool]:
+    if not isinstance(found, list) or len(found) != 3:
+        return True, True, True
+    forward, of_inputs, of_weight = (one is not False for one in found)
+    return forward, of_inputs, of_weight
 
 
 def _kind(row: Any) -> Kind | None:
@@ -108,6 +118,7 @@ def _kind(row: Any) -> Kind | None:
         row["multiplied"][:200] if isinstance(row.get("multiplied"), str) else "",
         weights,
         nonzero,
+        _sparse(row.get("sparse")),
         (forward, of_inputs, of_weight),
         between(row.get("dense_seconds"), 1e-9, 1e6),
         between(row.get("seconds"), 1e-9, 1e6),

@@ -61,6 +61,8 @@ class Sparsifier:
     Options: type[BaseOptions] = Options
     kernel = "csr"
     """What the layers that `prepare` makes compute with."""
+    sparse_products: tuple[bool, bool, bool] = (True, True, True)
+    """In theory, which products of a layer leave zeros out: forward, for the gradient of the inputs, of the weight."""
     uses_gradients = False
     """Does it look at gradients of weights that are zero?"""
 
@@ -170,6 +172,11 @@ def exportable(experiment: Experiment) -> Iterator[Problem]:
     """Where the trained network cannot be put in its fastest form."""
     if experiment.sparsity.export:
         yield from on_the_first_rank(experiment, "sparsity.export", "false", "exports", "exported")
+        if experiment.quantization.qat != "none":
+            said = (
+                "a network trained for rounding would be exported without it: convert it (quantization.after_training)"
+            )
+            yield Problem("sparsity.export", said, False)
 
 
 def one_topology(experiment: Experiment) -> Iterator[Problem]:

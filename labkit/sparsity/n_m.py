@@ -37,6 +37,8 @@ LOOKS = 100
 class NM(Sparsifier):
     """SR-STE."""
 
+    sparse_products = (True, True, False)  # gradients go to all weights
+
     kernel = "2:4"
 
     class Options(CommonOptions):

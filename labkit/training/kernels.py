@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.experiment import Experiment
+from labkit.experiment.registry import registry
 from labkit.quantization.linear import Arithmetic, NarrowLinear
 from labkit.sparsity.csr import CsrLinear
 from labkit.training.numbers import Seen
@@ -69,7 +70,7 @@ class Kind:
         """Of a dense pass of one of these layers: forward, and twice backward."""
         return 6.0 * self.rows * math.prod(self.one.shape)
 
-    def told(self) -> dict[str, Any]:
+    def told(self, sparse: tuple[bool, bool, bool]) -> dict[str, Any]:
         """What is written down, apart from seconds."""
         nonzero = sum(seen.nonzero for seen in self.layers) / len(self.layers)
         arithmetic = getattr(self.one.module, "arithmetic", None)
@@ -83,12 +84,12 @@ class Kind:
             "multiplied": self.one.multiplied,
             "weights": math.prod(self.one.shape),
             "nonzero": nonzero,
-            "flops": {"dense": self.flops, "nonzero": 6.0 * self.rows * nonzero},
+            "sparse": list(sparse),
             "bytes": [forward, *backward],
         }
 
     def make(self) -> nn.Module | None:
-        """A new layer as the run has it; None for what cannot be made alone (parts of convolutions, fp8)."""
+        """A new layer as the run has it; None for what cannot be made alone (cut convolutions, fp8, 2:4 kernels)."""
         module: Any = self.one.module
         arithmetic = getattr(module, "arithmetic", None)
         known = type(module) in (nn.Conv2d, nn.Linear, CsrLinear) or (arithmetic is not None and not self.is_image)
@@ -161,11 +162,12 @@ def measure(
 ) -> dict[str, Any]:
     """The fields of the event `kernels`. `layers` were seen in a pass over `samples`; `alive` is called meanwhile."""
     kinds = kinds_of(layers, samples, share(experiment))
+    sparse = registry("sparsity")[experiment.sparsity.method].load().sparse_products
     deadline = time.perf_counter() + BUDGET_S
     told, left_out = [], 0
     for at, kind in enumerate(kinds[:MOST_KINDS]):
         alive()
-        fields, own = kind.told(), kind.make()
+        fields, own = kind.told(sparse), kind.make()
         left = deadline - time.perf_counter()
         if own is None or left <= 0:
             left_out += len(kind.layers)

@@ -102,6 +102,8 @@ class Watch:
         ]
         self.samples = 0
         """In the batch that was seen."""
+        self.unseen: dict[str, str] = {}
+        """Layers that could not be looked at, and why."""
 
     @contextmanager
     def over(self, samples: int) -> Iterator[None]:
@@ -120,19 +122,24 @@ class Watch:
         product = _Product()
 
         def before(module: nn.Module, inputs: Any, named: Any) -> None:
-            if not seen.inputs:
+            if not seen.inputs and seen.name not in self.unseen:
                 product.__enter__()  # type: ignore[no-untyped-call]
 
         def after(module: nn.Module, inputs: Any, named: Any, output: Tensor) -> None:
-            if seen.inputs:
+            if seen.inputs or seen.name in self.unseen:
                 return
             product.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            self._look(seen, (*inputs, *named.values())[0], output, product, told)
+            try:
+                self._look(seen, (*inputs, *named.values())[0], output, product, told)
+            except Exception as error:  # a training does not end because somebody looked at it
+                self.unseen[seen.name] = f"{type(error).__name__}: {error}"[:200]
+                seen.inputs, seen.told = (), {}
             product.found = None
 
         return [
             seen.module.register_forward_pre_hook(before, with_kwargs=True),
-            seen.module.register_forward_hook(after, with_kwargs=True),
+            # First of all hooks: those of fully_shard take the weights away again.
+            seen.module.register_forward_hook(after, with_kwargs=True, prepend=True),
         ]
 
     @torch.no_grad()
@@ -143,15 +150,19 @@ class Watch:
         seen.shape, seen.stored = tuple(weight.shape), module.weight.dtype
         seen.nonzero = int(weight.count_nonzero())
         image = weight.dim() == 4
-        seen.rows = out.numel() // out.shape[1 if image else -1]
-        sides = _sides(product, x, weight) if product.found else (x, weight)
+        # Of a linear layer its inputs tell: of its outputs a rank may keep a part (sequence parallelism).
+        seen.rows = out.numel() // out.shape[1] if image else x.numel() // x.shape[-1]
+        special = _special(product)
+        sides = _sides(product, x, weight) if product.found and not special else (x, weight)
         seen.factors = (sides[0].dtype, sides[1].dtype)
         arithmetic = getattr(module, "arithmetic", None)
         if isinstance(arithmetic, Arithmetic):
             operands = arithmetic.operands(_some_rows(x.reshape(-1, x.shape[-1])), weight)
         else:
-            operands = (Operand.of(sides[0]), Operand.of(sides[1]))
+            operands = (Operand.of(_some_rows(sides[0].flatten(0, -2))), Operand.of(sides[1]))
         seen.kinds = (operands[0].kind, operands[1].kind)
+        if special:
+            seen.kinds = special
         if isinstance(module, CsrLinear):
             seen.kinds = (operands[0].kind, f"sparse {operands[1].kind}")
         if told:
@@ -179,13 +190,30 @@ class Watch:
         told = [seen.told for seen in self.layers if seen.told]
         multiplied = sorted({seen.multiplied for seen in self.layers if seen.inputs})
         counts = {words: sum(seen.multiplied == words for seen in self.layers) for words in multiplied}
-        return {"samples": self.samples, "layers": told, "of_layers": len(self.layers), "multiplied": counts}
+        found = {"samples": self.samples, "layers": told, "of_layers": len(self.layers), "multiplied": counts}
+        return found | ({"unseen": self.unseen} if self.unseen else {})
 
 
 def _weight(module: Any) -> Tensor:
     """The weight matrix [outputs, inputs] (of a convolution with two more dimensions) as the layer has it now."""
     weight: Tensor = module.pattern.spread(module.weight) if isinstance(module, CsrLinear) else module.weight.detach()
     return weight
+
+
+def _special(product: _Product) -> tuple[str, str] | None:
+    """In words what is multiplied by a kernel of its own: fp8, 2:4. Such tensors can be multiplied and nothing else."""
+    factors = product.found[1] if product.found is not None else ()
+    if all(type(factor) in (Tensor, nn.Parameter) for factor in factors):
+        return None
+    first, second = (_worded(factor) for factor in factors)
+    return first, second
+
+
+def _worded(factor: Tensor) -> str:
+    name = type(factor).__name__
+    if "Float8" in name:
+        return "float8"
+    return f"2:4 {_name(factor.dtype)}" if "SemiStructured" in name else _name(factor.dtype)
 
 
 def _sides(product: _Product, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,8 @@ from labkit.training.trace import Trace
 from labkit.workloads.base import Batch, Task
 
 DEFAULT_EVALUATIONS = 10
+WAIT_S = 0.02
+"""Between two looks of a rank that waits for another one, which may take long."""
 
 
 class Trainer:
@@ -433,6 +435,7 @@ class Trainer:
         """The trained network in other forms, if that was asked for (collective; the first rank makes them)."""
         if not afterwards.wanted(self.experiment):
             return
+        looked = self.runtime.folder / "looked"
         with self.update.judged(), self.sparsity.passes():
             if self.runtime.rank == 0:
                 alive = partial(self.meter.phase, "evaluation")
@@ -447,6 +450,10 @@ class Trainer:
                 )
                 for event, found in afterwards.look(trained):
                     self.events.write(event, **found)
+                looked.touch()
+            while not looked.exists():  # no collective: it would have to end within its own timeout
+                self.meter.phase("evaluation")
+                time.sleep(WAIT_S)
 
     def _save(self, step: int) -> None:
         begun = time.perf_counter()

@@ -17,6 +17,8 @@ from labkit.launch.combinations import BASE, Combination, Result
 from labkit.runs import Run
 from tests.launch.helpers import changed_ranks
 
+TRAINING = "quantization.training"
+
 
 @pytest.fixture(scope="module")
 def found() -> list[Combination]:
@@ -49,8 +51,9 @@ def test_new_methods_enter_by_themselves(found: list[Combination]) -> None:
 
 def test_the_layouts_and_methods_of_the_issue_meet(found: list[Combination]) -> None:
     for layout in ("shard2", "tp2", "pp2", "dp2·pp2"):
-        for name in ("rigl", "bf16", "int8"):
-            assert [case for case in combinations.holding(found, [layout, name]) if not case.problems], (layout, name)
+        for field, name in (("sparsity.method", "rigl"), ("quantization.training", "bf16"), (TRAINING, "int8")):
+            pairs_wanted = [("layout", layout), (field, name)]
+            assert [case for case in combinations.holding(found, pairs_wanted) if not case.problems], pairs_wanted
 
 
 @pytest.mark.slow
@@ -63,39 +66,60 @@ def test_a_sample_learns_and_shows_every_method(found: list[Combination]) -> Non
     )
 
 
-def one_with(found: list[Combination], *names: str) -> Combination:
-    return next(case for case in combinations.holding(found, names, 2) if not case.problems)
+def one_with(found: list[Combination], *wanted: tuple[str, str]) -> Combination:
+    return next(case for case in combinations.holding(found, wanted, 2) if not case.problems)
 
 
 @pytest.mark.parametrize(
-    ("names", "off", "said"),
+    ("wanted", "off"),
     [
-        (["dp2", "rigl"], "import labkit.sparsity.masks as m; m.Masks.hold_gradients = lambda self: None", "rigl"),
-        (["dp2", "int8"], "import labkit.quantization.linear as m; m.chosen = lambda model, head: []", "int8"),
-        (["dp2", "sign"], "import labkit.gradients.sign as m; m.Sign.exchange = m.Sign.whole", "sign"),
+        (("sparsity.method", "rigl"), "import labkit.sparsity.masks as m; m.Masks.hold_gradients = lambda self: None"),
+        ((TRAINING, "bf16"), "import accelerate; accelerate.Accelerator.autocast = _nothing"),
+        ((TRAINING, "int8_weights"), "import labkit.quantization.arithmetic as m; m.GridArithmetic.round_weight = _no"),
+        ((TRAINING, "int8"), "import labkit.quantization.linear as m; m.NarrowLinear.forward = _plainly"),
+        (("gradients.compression.method", "sign"), "import labkit.gradients.sign as m; m.Sign.exchange = m.Sign.whole"),
     ],
 )
 def test_what_is_switched_off_does_not_pass(
-    found: list[Combination],
-    names: list[str],
-    off: str,
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    found: list[Combination], wanted: tuple[str, str], off: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mechanism is taken away in the ranks, the setting stays."""
-    monkeypatch.setenv("LABKIT_TEST_CHANGE", off)
+    """The mechanism is taken away in the ranks, the setting stays, and the run comes to its end."""
+    monkeypatch.setenv("LABKIT_TEST_CHANGE", _TOOLS + off)
     with changed_ranks(tmp_path):
-        [result] = combinations.run([one_with(found, *names)])
-    assert result.outcome in ("OFF", "FAILED")
-    if result.outcome == "OFF":
-        assert said in result.reason
-        assert result.run_id is not None
-        assert Run.attach(result.run_id).state == "finished"
+        [result] = combinations.run([one_with(found, ("layout", "dp2"), wanted)])
+    assert result.outcome == "OFF", result.reason
+    assert wanted[1] in result.reason
+    assert result.run_id is not None
+    assert Run.attach(result.run_id).state == "finished"
+
+
+_TOOLS = """
+import contextlib
+from torch.nn.functional import linear
+def _no(self, *given): pass
+def _plainly(self, input): return linear(input, self.weight, self.bias)
+@contextlib.contextmanager
+def _nothing(self, *given, **named): yield
+"""
+
+
+def test_a_method_without_evidence_does_not_pass() -> None:
+    experiment = combinations.Judge().experiment({TRAINING: "bf16"})
+    shown = {"effective": {"activations": "float32", "sparsity": 0.0}, "communication": None, "staleness": None}
+    assert combinations.proofs(experiment, shown) == {"bf16": ""}
+    right = shown | {"effective": {"activations": "bfloat16"}}
+    assert combinations.proofs(experiment, right) == {"bf16": "activations bfloat16"}
+
+
+def test_names_stand_for_one_method(found: list[Combination]) -> None:
+    assert combinations.named("rigl") == ("sparsity.method", "rigl")
+    assert combinations.named(f"{TRAINING}=int8") == (TRAINING, "int8")
+    with pytest.raises(ValueError, match=r"say which: .*quantization.training=int8"):
+        combinations.named("int8")
 
 
 def test_what_does_not_learn_is_said(found: list[Combination], monkeypatch: pytest.MonkeyPatch) -> None:
-    case = one_with(found, "dp1")
+    case = one_with(found, ("layout", "dp1"))
     slow = dataclasses.replace(case, experiment=case.experiment.set({"optimizer.lr": 1e-7}))
     [result] = combinations.run([slow])
     assert result.outcome == "HARDLY"
