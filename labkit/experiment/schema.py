@@ -102,7 +102,7 @@ class Quantization(Section):
     weight_gradient: bool = True
     """Int8 training makes the gradients of weights by int8 products too, otherwise in float32."""
     qat_start: float = Field(default=0.0, ge=0, lt=1)
-    """Part of the training after which quantization-aware training begins."""
+    """Part of the training after which quantization-aware training begins; late, it loses least (as fine-tuning)."""
     calibration: float = Field(default=0.9999, gt=0.5, le=1)
     """Part of a layer's inputs that int8_static does not clip, as calibration finds it on training samples."""
 

@@ -58,12 +58,14 @@ def pareto(runs: Iterable[Any] | Any, cost: str = "time") -> Picture:
     higher, unit = bool(about.get("higher_is_better", True)), str(about.get("unit", ""))
     scale = 100.0 if unit == "%" else 1.0
     points = [(paid, scale * gain) for _, paid, gain in many]
-    best = front(points, higher)
+    # What reads alike is alike: nobody pays for the sixth digit of an accuracy.
+    best = front([(paid, float(f"{gain:.4g}")) for paid, gain in points], higher)
     names = traced.names([one for one, _, _ in many])
     top = best[-1]
     title, short = COSTS[cost]
     sentence = (
-        f"{len(best)} of {len(many)} runs are worth their cost; {names[top]} gets furthest, "
+        f"{len(best)} of {len(many)} runs {'is' if len(best) == 1 else 'are'} worth "
+        f"{'its' if len(best) == 1 else 'their'} cost; {names[top]} gets furthest, "
         f"{theme.number(points[top][1])}{' %' if unit == '%' else ''} for {theme.number(points[top][0])} {short}"
     )
     rest = [at for at in range(len(many)) if at not in best]

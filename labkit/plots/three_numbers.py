@@ -61,7 +61,7 @@ class _Line:
             return ""
         about = self.one.data.metric
         mine, others = gain_of(self.one), gain_of(self.base)
-        words = theme.plain(about.get("key") or "metric", 20)
+        words = theme.plain(str(about.get("key") or "metric").replace("_", " "), 20)
         if mine is None or others is None:
             words = "loss"
             ends = [
