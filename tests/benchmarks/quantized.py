@@ -35,7 +35,7 @@ SEEDS = (0, 1, 2)
 MORE_SEEDS = (0, 1, 2, 3, 4, 5)
 """Where a difference of a few thousandths is looked at."""
 QAT_START = 0.8
-"""Training for the grid as fine-tuning at the end: of 0, 0.25, 0.5 and 0.8 the last was best on the first three seeds."""
+"""Training for the grid as fine-tuning at the end: of 0, 0.25, 0.5 and 0.8 the best on the first three seeds."""
 BATCHES = (1, 32, 512)
 RECIPES = ("vision-ddp", "language-ddp")
 
