@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -312,7 +313,8 @@ class Experiment(Section):
         """A changed copy from `{"layout.dp_replicate": 2}`: like `replace`, with values as Python objects."""
         data = self.to_dict()
         for field, value in changes.items():
-            _assign(data, field, value.model_dump(mode="json") if isinstance(value, BaseModel) else value)
+            # A copy: a later change may go into what an earlier one has brought, and that belongs to the caller.
+            _assign(data, field, value.model_dump(mode="json") if isinstance(value, BaseModel) else deepcopy(value))
         return type(self).from_dict(data)
 
     def get(self, field: str) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -53,16 +52,15 @@ def evaluate(
 
 
 class _Whole(nn.Module):
-    """A model as a module that can be called; a spread one by all ranks together."""
+    """A spread model as a module that can be called, by all ranks together."""
 
-    def __init__(self, model: Model, runtime: Runtime) -> None:
+    def __init__(self, model: ParallelModel, runtime: Runtime) -> None:
         super().__init__()
-        self._output: Any = model.output_everywhere if isinstance(model, ParallelModel) else model.output
+        self._output = model.output_everywhere
         self.like = nn.Parameter(torch.zeros((), dtype=runtime.dtype, device=runtime.device), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self._output(x)
-        return out
+        return self._output(x)
 
 
 def drive(task: Task, model: Model, runtime: Runtime, seed: int, alive: Callable[[], None]) -> dict[str, float]:
@@ -71,7 +69,7 @@ def drive(task: Task, model: Model, runtime: Runtime, seed: int, alive: Callable
     `alive` is called whenever the model is asked. Replicas share the work; ranks of a spread model all do the same.
     """
     spread = isinstance(model, ParallelModel)
-    called = _Whole(model, runtime)
+    called = _Whole(model, runtime) if isinstance(model, ParallelModel) else model.bare
     watched = called.register_forward_pre_hook(lambda module, inputs: alive())
     model.train(False)
     try:

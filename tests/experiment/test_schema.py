@@ -269,3 +269,10 @@ def test_a_registry_knows_its_names() -> None:
         assert room.names(available_only=True) or knob == "layout.schedule", f"{knob} has nothing to choose"
     with pytest.raises(KeyError, match="did you mean vision"):
         registry("workload")["visoin"]
+
+
+def test_what_is_given_to_a_change_stays_as_it_is() -> None:
+    given = {"method": "static", "target": 0.8}
+    changed = Experiment().set({"sparsity": given, "sparsity.target": 0.5})
+    assert changed.sparsity.target == 0.5
+    assert given == {"method": "static", "target": 0.8}

@@ -99,7 +99,7 @@ WRONG: dict[str, list[str]] = {
         "factor = 5",
         "front = lambda points: [min(range(len(points)), key=lambda at: points[at][1])]",
         "legal = illegal.set({'sparsity.target': 0.8, 'gradients.compression': {'method': 'none'}})",
-        "mine_to_defend = plan.set({'quantization.training': 'fp32', 'gradients.compression': {'method': 'sign'}})",
+        "mine_to_defend = plan.set({'sparsity.target': 0.9, 'gradients.compression': {'method': 'none'}})",
     ],
 }
 """One plausible wrong answer for every exercise, in order."""
