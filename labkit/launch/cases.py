@@ -190,6 +190,15 @@ def _default(family: str, name: str) -> Any:
     return Experiment().get(name)
 
 
+def against(experiment: Experiment, row: Row) -> tuple[Problem, ...]:
+    """Why the experiment of a row is refused, or which settings of the row do nothing."""
+    found = tuple(experiment.problems())
+    if found:
+        return found
+    idle = (warning for warning in experiment.warnings() if "no effect" in warning.reason)
+    return tuple(warning for warning in idle if warning.field in row)
+
+
 class Judge:
     """What the rules say about rows of one family; the same row is asked for often."""
 
@@ -214,12 +223,7 @@ class Judge:
         """Why it is refused."""
         key = repr(row)
         if key not in self._problems:
-            experiment = self.experiment(row)
-            found = tuple(experiment.problems())
-            if not found:
-                idle = (warning for warning in experiment.warnings() if "no effect" in warning.reason)
-                found = tuple(warning for warning in idle if warning.field in row)
-            self._problems[key] = found
+            self._problems[key] = against(self.experiment(row), row)
         return self._problems[key]
 
     def idle(self, row: Row) -> bool:

@@ -22,6 +22,7 @@ from labkit.experiment.layout import Layout
 from labkit.experiment.machine import Machine
 from labkit.experiment.registry import registry
 from labkit.experiment.rules import CHOICES
+from labkit.launch.cases import against
 from labkit.launch.covering import Covering, Row
 from labkit.launch.finish import finished
 from labkit.launch.matrix import cell, reasons
@@ -141,12 +142,7 @@ class Judge:
         """Why it is refused, or which of its settings does nothing."""
         key = repr(sorted(row.items(), key=str))
         if key not in self._problems:
-            experiment = self.experiment(row)
-            found = tuple(experiment.problems())
-            if not found:
-                idle = (warning for warning in experiment.warnings() if "no effect" in warning.reason)
-                found = tuple(warning for warning in idle if warning.field in row)
-            self._problems[key] = found
+            self._problems[key] = against(self.experiment(row), row)
         return self._problems[key]
 
     def allowed(self, row: Row) -> bool:

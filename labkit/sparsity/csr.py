@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
 import time
 import warnings
 from collections.abc import Iterable
@@ -199,7 +198,7 @@ def rows_seen(model: nn.Module, names: Iterable[str], sample: Tensor) -> dict[st
 
 
 def _seconds(layer: nn.Linear | CsrLinear, rows: int, repeats: int = 5) -> float:
-    """Median of a pass forward and backward; leaves no gradient behind."""
+    """Of the fastest pass forward and backward: whatever disturbs one adds to it. Leaves no gradient behind."""
     weight = layer.weight
     x = weight.detach().new_zeros(rows, layer.in_features).requires_grad_()
     seconds = []
@@ -208,4 +207,4 @@ def _seconds(layer: nn.Linear | CsrLinear, rows: int, repeats: int = 5) -> float
         out = layer(x)
         torch.autograd.grad(out, [x, weight], torch.ones_like(out))
         seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds)
+    return min(seconds)
