@@ -19,14 +19,12 @@ from typing import Any
 
 from labkit.experiment import Experiment, Problem
 from labkit.experiment.layout import Layout
-from labkit.experiment.machine import Machine
 from labkit.experiment.registry import registry
 from labkit.experiment.rules import CHOICES
 from labkit.launch.cases import against
 from labkit.launch.covering import Covering, Row
 from labkit.launch.finish import finished
-from labkit.launch.matrix import cell, reasons
-from labkit.runs.environment import versions
+from labkit.launch.matrix import cell, made_by, reasons
 from labkit.runs.run import Run, RunFailed
 
 OUTCOMES = ("learns", "refused", "OFF", "HARDLY", "FAILED")
@@ -325,7 +323,7 @@ def counts(results: Iterable[Result]) -> dict[str, int]:
 
 def markdown(results: Sequence[Result], asked: int, command: str, seconds: float) -> str:
     """The table for people."""
-    machine, number = Machine.here(), counts(results)
+    number = counts(results)
     lines = [
         "# Combinations",
         "",
@@ -334,13 +332,7 @@ def markdown(results: Sequence[Result], asked: int, command: str, seconds: float
         "of what plain training in one process takes off the held-out loss, and each method has to show that it was",
         "on: zeros, products, codes and bytes counted. What cannot be is refused with a reason.",
         "",
-        f"Made by `{command}` on {machine.cpu_model} ({machine.cores} cores), torch {versions().get('torch')}, "
-        f"{time.strftime('%Y-%m-%d')}, in {seconds / 60:.0f} minutes.",
-        "",
-        "| " + " | ".join(("combinations", *OUTCOMES)) + " |",
-        "|" + "---:|" * (1 + len(OUTCOMES)),
-        "| " + " | ".join(str(figure) for figure in (len(results), *number.values())) + " |",
-        "",
+        *made_by(command, seconds, "combinations", len(results), number),
     ]
     if len(results) < asked:
         lines += [f"Interrupted: {asked - len(results)} were not run.", ""]

@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -132,7 +132,6 @@ def markdown(results: Sequence[Result], asked: int, command: str, seconds: float
     """The table for people: what it is, counts, reasons, every case. `asked`: the number of cases there were to run."""
     number = counts(results)
     bad = [result for result in results if result.outcome not in GOOD]
-    machine = Machine.here()
     lines = [
         "# Parity matrix",
         "",
@@ -143,13 +142,7 @@ def markdown(results: Sequence[Result], asked: int, command: str, seconds: float
         + "; what cannot be equal is refused with a reason.",
         "The cases are generated: all products of axis sizes up to the number of ranks, and all pairs of two settings.",
         "",
-        f"Made by `{command}` on {machine.cpu_model} ({machine.cores} cores), torch {versions().get('torch')}, "
-        f"{time.strftime('%Y-%m-%d')}, in {seconds / 60:.0f} minutes.",
-        "",
-        "| " + " | ".join(("cases", *OUTCOMES)) + " |",
-        "|" + "---:|" * (1 + len(OUTCOMES)),
-        "| " + " | ".join(str(figure) for figure in (len(results), *number.values())) + " |",
-        "",
+        *made_by(command, seconds, "cases", len(results), number),
     ]
     if len(results) < asked:
         lines += [f"Interrupted: {asked - len(results)} cases were not run.", ""]
@@ -198,6 +191,20 @@ def reasons(cases: Iterable[Some]) -> dict[str, list[Some]]:
             groups.setdefault(key, []).append((f"`{problem.field}`: {problem.reason}", case))
     ordered = sorted(groups.values(), key=len, reverse=True)
     return {group[0][0]: [case for _, case in group] for group in ordered}
+
+
+def made_by(command: str, seconds: float, what: str, total: int, number: Mapping[str, int]) -> list[str]:
+    """Of a table: by which command, on what machine, how long it took; and how many of all came out how."""
+    machine = Machine.here()
+    return [
+        f"Made by `{command}` on {machine.cpu_model} ({machine.cores} cores), torch {versions().get('torch')}, "
+        f"{time.strftime('%Y-%m-%d')}, in {seconds / 60:.0f} minutes.",
+        "",
+        "| " + " | ".join((what, *number)) + " |",
+        "|" + "---:|" * (1 + len(number)),
+        "| " + " | ".join(str(figure) for figure in (total, *number.values())) + " |",
+        "",
+    ]
 
 
 def cell(text: str) -> str:
