@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 from labkit.experiment import Experiment, Problem
 from labkit.experiment.layout import AXES, Layout
 from labkit.experiment.registry import registry
-from labkit.launch.covering import Covering, Row
+from labkit.launch.covering import Covering, Row, fewest
 from labkit.launch.parity import TOLERANCE, proof
 
 STEPS = 10
@@ -195,8 +195,12 @@ def against(experiment: Experiment, row: Row) -> tuple[Problem, ...]:
     found = tuple(experiment.problems())
     if found:
         return found
-    idle = (warning for warning in experiment.warnings() if "no effect" in warning.reason)
-    return tuple(warning for warning in idle if warning.field in row)
+    return tuple(warning for warning in experiment.warnings() if idles(warning) and warning.field in row)
+
+
+def idles(problem: Problem) -> bool:
+    """Does it say that a setting does nothing, rather than that it cannot be?"""
+    return "no effect" in problem.reason
 
 
 class Judge:
@@ -268,7 +272,7 @@ def _refused(judge: Judge, varied: Mapping[str, Sequence[Any]], part: Row) -> Ca
         row = dict(zip(STRUCTURE, chosen, strict=True)) | {n: v for n, v in rest.items() if n not in STRUCTURE}
         if judge.idle(row):
             continue
-        problems = tuple(each for each in judge.problems(row) if "no effect" not in each.reason)
+        problems = tuple(each for each in judge.problems(row) if not idles(each))
         if not problems:
             return None
         if least is None or len(problems) < len(least.problems):
@@ -286,15 +290,9 @@ def sample(found: Sequence[Case], seed: int = 0, ranks: int = 4) -> list[Case]:
     """
     small = [case for case in found if case.experiment.layout.world_size <= ranks]
     random.Random(seed).shuffle(small)
-    chosen, met = [], set[Any]()
+    chosen = []
     for legal in (True, False):
-        pool = [(case, _shown(case)) for case in small if legal is not bool(case.problems)]
-        while pool:
-            case, shown = max(pool, key=lambda each: len(each[1] - met))
-            if shown <= met:
-                break
-            chosen.append(case)
-            met |= shown
+        chosen += fewest((case, _shown(case)) for case in small if legal is not bool(case.problems))
     return chosen
 
 

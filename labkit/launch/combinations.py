@@ -21,8 +21,8 @@ from labkit.experiment import Experiment, Problem
 from labkit.experiment.layout import Layout
 from labkit.experiment.registry import registry
 from labkit.experiment.rules import CHOICES
-from labkit.launch.cases import against
-from labkit.launch.covering import Covering, Row
+from labkit.launch.cases import against, idles
+from labkit.launch.covering import Covering, Row, fewest
 from labkit.launch.finish import finished
 from labkit.launch.matrix import cell, made_by, reasons
 from labkit.runs.run import Run, RunFailed
@@ -91,9 +91,8 @@ Pair = tuple[str, Any]
 def factors() -> dict[str, Sequence[Any]]:
     """Everything that is varied: the field and its values, the usual one first."""
     found: dict[str, Sequence[Any]] = {LAYOUT: LAYOUTS, STAGE: (3, 1, 2)}
-    for knob in ("sparsity", "quantization.training", "gradients.compression", "gradients.update"):
-        found[CHOICES[knob]] = registry(knob).names(available_only=True)
-    for knob in ("quantization.qat", "quantization.after_training"):
+    knobs = ("sparsity", "quantization.training", "gradients.compression", "gradients.update")
+    for knob in (*knobs, "quantization.qat", "quantization.after_training"):
         found[CHOICES[knob]] = registry(knob).names(available_only=True)
     return found | {"optimizer.state_bits": (32, 8)}
 
@@ -158,7 +157,7 @@ def cases() -> list[Combination]:
     covering = Covering(factors(), judge.allowed)
     found = [Combination(row, judge.experiment(row)) for row in covering.rows]
     for part in covering.impossible:
-        problems = [one for one in judge.problems(part) if "no effect" not in one.reason]
+        problems = [one for one in judge.problems(part) if not idles(one)]
         if problems:
             found.append(Combination(part, judge.experiment(part), tuple(problems)))
     return found
@@ -192,16 +191,8 @@ def named(text: str) -> Pair:
 
 def sample(found: Sequence[Combination], ranks: int = 2) -> list[Combination]:
     """Few of the legal ones with so many ranks at most, in which every layout and every method stands that can."""
-    pool = [case for case in holding(found, (), ranks) if not case.problems]
-    chosen: list[Combination] = []
-    met: set[tuple[str, Any]] = set()
-    while pool:
-        case = max(pool, key=lambda one: len(set(one.row.items()) - met))
-        if set(case.row.items()) <= met:
-            break
-        chosen.append(case)
-        met |= set(case.row.items())
-    return chosen
+    legal = (case for case in holding(found, (), ranks) if not case.problems)
+    return fewest((case, set(case.row.items())) for case in legal)
 
 
 # -- what becomes of them ---------------------------------------------------------------------------------------------
@@ -268,7 +259,9 @@ EVIDENCE: dict[str, tuple[str, str]] = {
     "int8_weights": ("weights_on_grid", r"(\d+) of \1"),
     "bitnet": ("ternary", r"-1: .*, 0: .*, 1: .*"),
 }
-"""Of number formats, what of them is measured in `summary.effective`, and what has to stand there."""
+"""Of number formats, what of them is measured in `summary.effective`, and what has to stand there; one that is not
+here does not pass.
+"""
 
 
 def proofs(experiment: Experiment, summary: Mapping[str, Any]) -> dict[str, str]:

@@ -6,16 +6,29 @@ Interactions"), and all pairs fit into few rows: k factors of v values take abou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
 Row = dict[str, Any]
 """Factor to value; a partial row lacks some factors."""
 Setting = tuple[str, int]
 """A factor and the place of one of its values."""
+Some = TypeVar("Some")
 Allowed = Callable[[Row], bool]
 """May this row be? Asked for partial rows too, and False there only if no completion may be."""
+
+
+def fewest(pool: Iterable[tuple[Some, set[Any]]]) -> list[Some]:
+    """Few of these that together show all that any of them shows: always the one that shows most that is new."""
+    left, chosen, met = list(pool), [], set[Any]()
+    while left:
+        one, shown = max(left, key=lambda each: len(each[1] - met))
+        if shown <= met:
+            break
+        chosen.append(one)
+        met |= shown
+    return chosen
 
 
 class Covering:
