@@ -422,7 +422,8 @@ class Trainer:
         if last and mesh.rank == mesh.writer:
             self.watch = Watch(self.model.stages, self.model.holdings, mesh)
         with self.update.judged(), self.sparsity.passes():
-            sums = evaluation.evaluate(self.task, self.model, self.runtime, alive, self.watch)
+            size = evaluation.batch_size(self.experiment, self.runtime.device)
+            sums = evaluation.evaluate(self.task, self.model, self.runtime, alive, size, self.watch)
             if last:
                 sums |= evaluation.drive(self.task, self.model, self.runtime, self.experiment.training.seed, alive)
         if self.runtime.rank == 0:

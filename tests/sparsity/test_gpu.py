@@ -13,7 +13,7 @@ from labkit.experiment.machine import Machine
 from labkit.experiment.registry import registry
 from labkit.sparsity import export
 from labkit.sparsity.semi_structured import missing
-from tests.gpu import beside
+from tests.gpu.beside import beside
 
 pytestmark = pytest.mark.gpu
 
@@ -84,7 +84,7 @@ def test_the_trained_network_is_exported_with_the_kernels(
 ) -> None:
     from labkit.experiment import Experiment
     from labkit.launch import launch
-    from tests.gpu import WIDE
+    from tests.gpu.beside import WIDE
 
     changes = ["quantization.training=bf16", "sparsity.method=n_m", "sparsity.export=true"]
     run = launch(Experiment().set(WIDE).replace(*changes), baseline=None)
