@@ -128,7 +128,7 @@ def attention() -> dict[str, Any]:
     kernels = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "choice": None}
     for name, kernel in kernels.items():
         try:
-            with sdpa_kernel([kernel] if kernel else list(k for k in kernels.values() if k)):
+            with sdpa_kernel([kernel] if kernel else [k for k in kernels.values() if k]):
                 rate = round(flops / milliseconds(forward) / 1e9, 1)
                 found[name] = [rate, round(milliseconds(lambda: forward().sum().backward()), 3)]
         except RuntimeError as error:
@@ -139,14 +139,13 @@ def attention() -> dict[str, Any]:
 def smaller() -> dict[str, Any]:
     """Return times (ms) of what methods of labkit ask for: ranking groups of four, orthogonalisation."""
     groups = torch.randn(1 << 20, 4, device="cuda")
+    gibibyte = torch.empty(2**28, device="cuda")
     tall = torch.randn(2048, 12, device="cuda")
     return {
         "topk(2) of 1 M groups of 4": round(milliseconds(lambda: groups.topk(2, 1)), 3),
         "the same by comparing": round(milliseconds(lambda: (groups.unsqueeze(2) < groups.unsqueeze(1)).sum(2) < 2), 3),
         "qr of 2048 x 12": round(milliseconds(lambda: torch.linalg.qr(tall)), 3),
-        "copy 1 GiB (GB/s, read and written)": round(
-            2 * 2**30 / milliseconds(lambda a=torch.empty(2**28, device="cuda"): a.clone()) / 1e6
-        ),
+        "copy 1 GiB (GB/s, read and written)": round(2 * 2**30 / milliseconds(lambda: gibibyte.clone()) / 1e6),
     }
 
 

@@ -186,9 +186,8 @@ def report(rows: list[dict[str, Any]], device: str) -> int:
             wrong += 1
         told = row.get("failed") or row.get("refused") or ""
         state = "FAILED" if "failed" in row else "refused" if "refused" in row else "ok"
-        losses = " ".join(
-            f"{value:.4f}" for value in (row.get("loss") or [])[:: max(1, len(row.get("loss") or [1]) - 1)]
-        )
+        curve = row.get("loss") or []
+        losses = " … ".join(f"{value:.4f}" for value in (curve[:1] + curve[-1:]))
         print(f"{state:<8}{row['kind']:<14}{row['changes'] or 'plain'}: {losses} {gap} {told} ({row['seconds']} s)")
     print(f"{len(rows)} runs, {wrong} wrong")
     return 1 if wrong else 0
