@@ -119,6 +119,15 @@ def point_to_point_on_shared_gpus(experiment: Experiment, machine: Machine) -> I
         yield Problem("launch.device", f"the ring of gossip {reason}", "cpu")
 
 
+def compiled_blocks_are_whole(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    layout = experiment.layout
+    if experiment.launch.compile == "blocks" and layout.world_size > layout.dp_replicate * layout.dp_shard:
+        reason = (
+            "blocks are compiled under data parallelism and ZeRO only: elsewhere ranks exchange activations in them"
+        )
+        yield Problem("launch.compile", reason, "off")
+
+
 def memory_is_shared(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     if experiment.launch.transport == "shared_memory" and experiment.launch.device == "cuda":
         yield Problem("launch.transport", "gradients on GPUs do not travel through the host's memory", "auto")
@@ -218,6 +227,7 @@ RULES: list[Rule] = [
     axis_rules,
     device_exists,
     point_to_point_on_shared_gpus,
+    compiled_blocks_are_whole,
     memory_is_shared,
     hosts_to_add_up_in,
     ranks_fit,

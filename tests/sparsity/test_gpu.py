@@ -39,7 +39,8 @@ for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(compressed(weight).to_dense(), weight)
         held = compressed(weight)
         size = sum(part.numel() * part.element_size() for part in (held.packed, held.meta) if part is not None)
-        assert size < 0.6 * weight.numel() * weight.element_size(), size
+        # Half of the numbers and two bits for each of them: 9/16. cuSPARSELt rounds the size of small ones up.
+        assert size <= (0.5625 if weight.numel() > 1 << 19 else 0.65) * weight.numel() * weight.element_size(), size
 print(found.BACKEND)
 """
 
