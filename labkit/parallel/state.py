@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from labkit.parallel.collectives import gathered
 from labkit.parallel.cut import Holding
@@ -153,7 +153,7 @@ def _original(model: Spread, name: str) -> str:
 
 def whole_of(local: Tensor, holding: Holding, mesh: Mesh) -> Tensor:
     """The uncut tensor from this rank's part (collective)."""
-    tensor = (local.full_tensor() if isinstance(local, DTensor) else local).detach()
+    tensor = (_unsharded(local) if isinstance(local, DTensor) else local).detach()
     if holding.pattern is not None:
         return holding.pattern.spread(tensor)
     for axis, dim in reversed(holding.cuts.items()):
@@ -161,6 +161,23 @@ def whole_of(local: Tensor, holding: Holding, mesh: Mesh) -> Tensor:
         assert group is not None
         tensor = gathered(tensor, group, dim)
     return tensor
+
+
+def _unsharded(tensor: DTensor) -> Tensor:
+    """Return the whole tensor from the rows that `fully_shard` has left on each rank (collective).
+
+    It uses an ordinary collective: the functional one behind `full_tensor()` crashes (SIGSEGV) on a GPU that ranks
+    share over gloo (seen with torch 2.11 on an H200).
+    """
+    part = tensor.to_local().detach()
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):
+            assert placement.dim == 0, "fully_shard cuts along the first dimension"
+            group = tensor.device_mesh.get_group(axis)
+            padded = part.new_zeros((-(-tensor.shape[0] // group.size()), *tensor.shape[1:]))
+            padded[: len(part)] = part
+            part = gathered(padded, group, 0)[: tensor.shape[0]]
+    return part
 
 
 def part_of(tensor: Tensor, model: Spread, name: str, like: Tensor | None = None) -> Tensor:

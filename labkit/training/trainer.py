@@ -163,6 +163,7 @@ class Trainer:
         """Train to the end or until asked to stop; True if it was stopped before its end."""
         self._write_start()
         self._write_sparsity(self.first)
+        self._compute_once_uncompiled()
         self.model.train()
         stopped = self._draw_tickets() if self.update.draws else self._go_through_rounds()
         self.events.write("memory", peak_bytes=peak_bytes(self.runtime.device))
@@ -174,6 +175,16 @@ class Trainer:
             self.update.close()
         self._write_figures()
         return stopped
+
+    def _compute_once_uncompiled(self) -> None:
+        """Let hooks that wait for their first call (which types are at work) have it before blocks are compiled.
+
+        A hook that is there when a block is compiled splits it in two, in all blocks that share what was compiled.
+        """
+        if self.compiled.blocks:
+            self.model.train(False)
+            with torch.no_grad(), self.compiled.uncompiled():
+                self.model.output(self.runtime.place(self.task.train.__getitems__([0]))["x"])
 
     def _go_through_rounds(self) -> bool:
         """Every rank does every update; True if they were stopped."""
