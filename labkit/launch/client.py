@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from labkit.experiment import Experiment, ExperimentError, Problem
+from labkit.experiment import Experiment, ExperimentError, Problem, safe_files
 from labkit.experiment.run_directory import RunDirectory, home, read_json, standby_log, write_json
 from labkit.runs import logs
 from labkit.runs import status as run_status
@@ -44,12 +44,13 @@ class Standby:
         self._says: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the standby)
         log = _open_log()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "labkit.launch.standby"],
+            # -P: a file in the current folder must not stand in for a library.
+            [sys.executable, "-P", "-m", "labkit.launch.standby"],
             stdin=subprocess.PIPE,
             stdout=self._says,
             stderr=log,
             start_new_session=True,  # the interrupt of a notebook goes to the kernel's whole process group
-            env=os.environ | SINGLE_THREADED,
+            env=os.environ | SINGLE_THREADED | import_path(),
         )
         log.close()
 
@@ -75,13 +76,25 @@ class Standby:
                 self.process.stdin.close()
 
 
+def import_path() -> dict[str, str]:
+    """What lets a Python process find this labkit without looking into the current folder; empty where it does.
+
+    Only where labkit itself is imported from the current folder, as in a checkout, the process is told of that folder.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    if not sys.path or Path(sys.path[0] or os.curdir).resolve() != Path(root):
+        return {}
+    known = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return {} if root in known else {"PYTHONPATH": os.pathsep.join([*known, root])}
+
+
 def _open_log() -> IO[bytes]:
     """Where standbys complain, e.g. that torch cannot be imported; a run that dies so shows the end of it."""
     path = standby_log(home())
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         logs.cap(path)
-        return path.open("ab")
+        return os.fdopen(safe_files.open_to_append(path), "ab")
     except OSError:
         return open(os.devnull, "ab")
 

@@ -54,9 +54,13 @@ def load(path: str) -> Callable[..., Any]:
         sys.path.insert(0, str(file.parent))  # so that the file can import its neighbours, as a script could
         spec.loader.exec_module(module)
     else:
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        module = importlib.import_module(where)
+        # Where `why_not` has looked; only meanwhile, because what libraries import later is not meant to be there.
+        here = os.getcwd()
+        sys.path.insert(0, here)
+        try:
+            module = importlib.import_module(where)
+        finally:
+            sys.path.remove(here)
     found = getattr(module, name, None)
     if not callable(found):
         raise ValueError(f"{name} in {where} is not a function")
