@@ -38,6 +38,13 @@ def why_not(path: str) -> str:
     return "" if name in _top_level_names(tree) else f"{where} does not define {name}"
 
 
+def file_of(path: str) -> Path | None:
+    """The file that defines the function at `path`; None if it stands in no Python file. Runs nothing."""
+    where = path.rpartition(":")[0]
+    file = Path(where).expanduser() if where.endswith(".py") else _module_file(where)[1]
+    return file if file is not None and file.suffix == ".py" else None
+
+
 def load(path: str) -> Callable[..., Any]:
     """Import the module or file and return the function; raises ValueError where it is not there."""
     reason = why_not(path)
