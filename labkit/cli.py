@@ -7,6 +7,7 @@ on standard error and nothing was launched. With --json the last line of standar
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -152,6 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     run = add("run", _run, "Launch a run and follow it to its end.")
     add_experiment(run)
     run.add_argument("--resume", metavar="RUN", help="go on from the last checkpoint of this run")
+    run.add_argument(
+        "--trust", action="store_true", help="run the code that a run given by path, or somebody else's, carries"
+    )
     run.add_argument(
         "--baseline",
         default="auto",
@@ -310,7 +314,10 @@ def _run(options: argparse.Namespace) -> int:
     resumed = Run.attach(options.resume) if options.resume else None
     if resumed and not resumed.checkpoints():
         raise UsageError(f"run {resumed.id} has no checkpoint to go on from")
-    experiment = _experiment(options, resumed.experiment if resumed else None).check()
+    experiment = _experiment(options, resumed.experiment if resumed else None)
+    if resumed and options.what is None and not options.trust:
+        _insist_on_trust(resumed, options)
+    experiment = experiment.check()
     baseline = {"none": None, "auto": "auto", "measure": None}.get(options.baseline, options.baseline)
     if options.baseline == "measure" and experiment.layout.world_size > 1:
         base = launch(one_process(experiment, f"baseline: {experiment.title}"), baseline=None)
@@ -327,6 +334,22 @@ def _run(options: argparse.Namespace) -> int:
         _print_json({"run_id": run.id}) if options.json else _print(run.id)
         return 0
     return _end(follow(run, quiet=options.json), options)
+
+
+def _insist_on_trust(run: Any, options: argparse.Namespace) -> None:
+    """Before code from a run directory that may be anybody's is executed: ask, or refuse where nobody can answer."""
+    from labkit.experiment.resume import carried_code
+
+    code = carried_code(run.experiment)
+    own = os.sep not in options.resume and os.lstat(run.directory.experiment).st_uid == os.getuid()
+    if not code or own:
+        return
+    whose = f"run {run.id} executes {code}"
+    if not sys.stdin.isatty() or options.json:
+        raise UsageError(f"{whose}; look at it (labkit show), then say --trust if you want that")
+    print(f"labkit: {_plain(whose)}. Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UsageError("nothing was launched")
 
 
 def _end(run: Any, options: argparse.Namespace) -> int:
@@ -478,7 +501,12 @@ def _sweep(options: argparse.Namespace) -> int:
                 said = f"{number} of {len(queue.points)}: {point.label}: {point.state} {point.reason}"
                 _say(said.rstrip())
 
-    queue.run(tell)
+    try:
+        queue.run(tell)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if queue.problem:
+        _say(queue.problem)
     rows, runs = queue.table(), queue.runs
     if options.output and runs:
         from labkit.plots.report import report
@@ -543,16 +571,22 @@ def _runs(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
+    from labkit.experiment.resume import carried_code
     from labkit.runs import Run
     from labkit.runs.follow import summary_text
 
     run = Run.attach(options.run)
     status, summary = run.status, run.summary()
     if options.json:
-        _print_json({"status": status, "summary": summary, "experiment": run.experiment.to_dict()})
+        experiment = run.experiment
+        described = {"status": status, "summary": summary, "experiment": experiment.to_dict()}
+        _print_json(described | {"code": carried_code(experiment) or None})
         return 0
     _print(f"{run.id}: {status['state']}  {status['title']}")
     _print(f"directory {run.directory.path}")
+    with contextlib.suppress(ExperimentError):
+        if code := carried_code(run.experiment):
+            _print(f"code: this run executes {code}")
     if status.get("cause"):
         _print(f"cause: {status['cause']['message']}")
     _print_lines(summary_text(summary))

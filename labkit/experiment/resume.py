@@ -36,6 +36,13 @@ def task_code(experiment: Experiment) -> str:
     return "" if code_of is None else str(code_of(workload.Options(**experiment.workload.options)))
 
 
+def carried_code(experiment: Experiment) -> str:
+    """Which code that is not labkit's a run of this experiment executes, in words; empty if none."""
+    workload = registry("workload")[experiment.workload.name].load()
+    carries = getattr(workload, "carries", None)
+    return "" if carries is None else str(carries(workload.Options(**experiment.workload.options)))
+
+
 def _settings(before: Experiment, now: Experiment) -> Iterator[str]:
     old, new = dict(_flat(before.to_dict())), dict(_flat(now.to_dict()))
     changed = [

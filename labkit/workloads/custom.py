@@ -77,6 +77,14 @@ class Custom:
                 yield Problem("workload.source", str(error))
 
     @staticmethod
+    def carries(options: CustomOptions) -> str:
+        """Whose code runs on the ranks, in words: that of a source text in the experiment, or of a file or module."""
+        if options.source:
+            lines = len(options.source.splitlines())
+            return f"the function {options.factory} in {lines} lines of source text that its experiment carries"
+        return f"the function at {options.path}"
+
+    @staticmethod
     def code_of(options: CustomOptions) -> str:
         """SHA-256 of the file in which the function stands; empty if there is none, or it cannot be read."""
         from hashlib import sha256
