@@ -77,6 +77,27 @@ class Replicate:
         }
 
 
+def deal_out(replicated: Any) -> None:
+    """Let a DistributedDataParallel deal its parameters out to buckets now (collective), once and for all.
+
+    Left alone it has one bucket in the first update, and in the second deals all out anew, in the order in which their
+    gradients came. Sums over three ranks and more, and everything that a compressor does by bucket, depend on that, so
+    a resumed run would begin with other numbers than the run that was never interrupted. Here each run begins with the
+    buckets that it ends with, in the reverse order of the parameters: a pass without a model and without gradients.
+    """
+    import torch
+
+    if replicated.find_unused_parameters or replicated.static_graph:
+        return
+    trained = [parameter for parameter in replicated.module.parameters() if parameter.requires_grad]
+    replicated.reducer.prepare_for_backward([])
+    outputs = [parameter.view_as(parameter) for parameter in trained]
+    torch.autograd.backward(outputs, [one.new_zeros(()).expand_as(one) for one in outputs])
+    for parameter in trained:
+        assert parameter.grad is not None
+        parameter.grad.zero_()
+
+
 class ReplicatedModel:
     """The whole model on every rank: the same methods as `labkit.parallel.model.ParallelModel`, on DDP."""
 
@@ -131,6 +152,11 @@ class ReplicatedModel:
             assert dist.group.WORLD is not None
             self._exchange = self._exchanges.over(dist.group.WORLD)
             self._exchange.attach(self.wrapped)
+            self._exchange.idle = True
+        if hasattr(self.wrapped, "reducer"):
+            deal_out(self.wrapped)
+        if self._exchange is not None:
+            self._exchange.idle = False
 
     def share_memory(self, folder: Path, timeout_s: float) -> None:
         """Exchange gradients through memory of this machine from here on (collective)."""

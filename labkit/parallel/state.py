@@ -41,12 +41,13 @@ class Spread(Protocol):
     def mesh(self) -> Mesh: ...
 
 
-def gather(model: Spread, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
+def gather(model: Spread, optimizer: torch.optim.Optimizer, own: bool = False) -> tuple[State, State]:
     """Weights and buffers by name and optimizer state by `state.NAME.KEY` of this rank's stages, whole, on the CPU.
 
-    Both are empty on ranks whose stages another rank keeps.
+    Both are empty on ranks whose stages another rank keeps; unless a rank asks for its `own`, which under some update
+    rules are others on each rank.
     """
-    keeps = model.mesh.rank == model.mesh.writer
+    keeps = own or model.mesh.rank == model.mesh.writer
     weights, moments = State(), State()
 
     def keep(found: State, key: str, name: str, value: Tensor) -> None:

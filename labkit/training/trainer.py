@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from labkit.experiment import Experiment
 from labkit.experiment.registry import registry
+from labkit.experiment.resume import same_ranks, task_code
 from labkit.experiment.run_directory import RunDirectory
 from labkit.gradients.exchange import Counters, Exchanges
 from labkit.gradients.update import Setting
@@ -170,7 +171,7 @@ class Trainer:
         if not stopped:
             self._look_afterwards()
         if stopped and self.done > self._saved_at and self.experiment.training.checkpoint_every != 0:
-            self._save(self.done)
+            self._save(self.done, unscheduled=not self._due(self.done, self._evaluate_every))
         if not self.update.draws:
             self.update.close()
         self._write_figures()
@@ -469,23 +470,31 @@ class Trainer:
                 self.meter.phase("evaluation")
                 time.sleep(WAIT_S)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, unscheduled: bool = False) -> None:
         begun = time.perf_counter()
         self.meter.phase("checkpoint")
-        mesh, leads = self.runtime.mesh, self.runtime.rank == 0
+        mesh, rank = self.runtime.mesh, self.runtime.rank
+        own = self._own(unscheduled)
         self.update.consolidate(step)
+        weights, moments = state.gather(self.model, self.optimizer)
         folder = checkpoint.save(
             self.directory,
             step,
             self.experiment,
-            *state.gather(self.model, self.optimizer),
-            part=mesh.place["pp"] if mesh.rank == mesh.writer else None,
-            leads=leads,
-            meet=self.runtime.meet if mesh.size("pp") > 1 else lambda: None,
-            more=self.update.state() | self.sparsity.state(),
+            checkpoint.Saved(
+                weights,
+                moments,
+                mesh.place["pp"] if mesh.rank == mesh.writer else None,
+                self.update.state() | self.sparsity.state(),
+                own,
+            ),
+            rank,
+            self.runtime.meet if mesh.size("pp") > 1 or own is not None else lambda: None,
+            unscheduled,
+            task_code(self.experiment) if rank == 0 else "",
         )
         self._saved_at = step
-        if leads:
+        if rank == 0:
             self.events.write(
                 "checkpoint",
                 step=step,
@@ -494,14 +503,43 @@ class Trainer:
             )
             self.events.sync()
 
+    def _own(self, unscheduled: bool) -> state.State | None:
+        """What this rank alone has: memories of its compressor; if the run was stopped, weights that are not united.
+
+        At a checkpoint that every run makes ranks unite their weights anyway (`consolidate`). None if no rank has any.
+        """
+        apart = unscheduled and self.update.parts_ways
+        if not (apart or self.exchanges.remembers):
+            return None
+        own = {f"compressor.{name}": tensor for name, tensor in self.exchanges.state().items()}
+        if apart:
+            weights, moments = state.gather(self.model, self.optimizer, own=True)
+            own |= {f"weights.{name}": tensor for name, tensor in weights.items()}
+            own |= {f"moments.{name}": tensor for name, tensor in moments.items()}
+            own |= {f"rule.{name}": tensor for name, tensor in self.update.own_state().items()}
+        return own
+
     def _load(self, folder: Path) -> int:
         """Restore what another run left, whatever its layout was; returns the number of updates done."""
-        stored = checkpoint.read(folder)
+        stored = checkpoint.read(folder, self.runtime.rank)
         with checkpoint.fitting(folder):
             self.sparsity.load(stored.more)  # which weights there are to restore
             state.restore(self.model, self.optimizer, stored.weights, stored.moments)
             self.update.load(stored.more)
+            before = Experiment.from_dict(stored.contents.experiment)
+            same = stored.contents.ranks == self.runtime.ranks and same_ranks(before, self.experiment)
+            if same and stored.own is not None:
+                self._load_own(stored.own)
         return stored.step
+
+    def _load_own(self, own: state.State) -> None:
+        def part(kind: str) -> state.State:
+            return {name[len(kind) + 1 :]: tensor for name, tensor in own.items() if name.startswith(f"{kind}.")}
+
+        self.exchanges.load(part("compressor"))
+        if weights := part("weights"):
+            state.restore(self.model, self.optimizer, weights, part("moments"))
+            self.update.load_own(part("rule"))
 
     def _begin_anew(self) -> int:
         self.sparsity.begin()
