@@ -22,7 +22,6 @@ part is summed over those afterwards. All of that is linear, so the order does n
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -33,6 +32,7 @@ from labkit.experiment import Gradients
 from labkit.gradients.compressor import replicas
 from labkit.gradients.cost import all_gather_bytes, all_reduce_bytes, all_to_all_bytes
 from labkit.gradients.exchange import Counters, Exchange, Exchanges
+from labkit.gradients.stopwatch import Stopwatch
 from labkit.parallel.cut import Holding
 from labkit.parallel.decay import by_shape, decays
 from labkit.parallel.mesh import REDUCED, Mesh
@@ -56,7 +56,7 @@ class Bucket:
     parts = 1
     """Into how many parts, on as many ranks, the sum is cut."""
 
-    def __init__(self, named: Named, mesh: Mesh, exchanges: Exchanges | None = None) -> None:
+    def __init__(self, named: Named, mesh: Mesh, watch: Stopwatch, exchanges: Exchanges | None = None) -> None:
         self.names = [name for name, _, _ in named]
         self.parameters = [parameter for _, parameter, _ in named]
         self.holding = named[0][2]
@@ -67,8 +67,8 @@ class Bucket:
         self._work: dist.Work | None = None
         self.sent = 0
         """Bytes that this rank has sent for it so far, by the formulas; without what a compressor counts."""
-        self.seconds = 0.0
-        """How long it was waited for."""
+        self._watch = watch
+        """Adds up how long exchanges were waited for."""
         self._make()
         group = self._replicas
         self._exchange: Exchange | None = exchanges.over(group, summed=True) if exchanges and group else None
@@ -102,10 +102,10 @@ class Bucket:
     def arrive(self) -> None:
         """Wait for the exchange."""
         if self._work is not None:
-            begun = time.perf_counter()
+            begun = self._watch.now()
             self._work.wait()
             self._work = None
-            self.seconds += time.perf_counter() - begun
+            self._watch.add(begun)
         elif self._exchange is not None:
             self._exchange.arrive()
         self.waiting = len(self.parameters)
@@ -258,6 +258,8 @@ class GradientSync:
         self._mesh, self._each_pass, self._overlap = mesh, stage == 2, gradients.overlap
         compresses = exchanges.wanted and replicas(mesh.layout) > 1
         self._exchanges = exchanges if compresses else None
+        # On a GPU by events of the stream: the wait of NCCL returns to the host at once.
+        self._watch = Stopwatch(exchanges.clock)
         self.buckets: list[Bucket] = []
         self._sends = self._hooks_send = False
         limit, kind_of_bucket = gradients.bucket_mb * 2**20, BUCKETS[stage]
@@ -269,8 +271,8 @@ class GradientSync:
             row = rows.setdefault(kind, [])
             row.append((name, parameter, holding))
             if sum(p.numel() * p.element_size() for _, p, _ in row) >= limit:
-                self.buckets.append(kind_of_bucket(rows.pop(kind), mesh, self._exchanges))
-        self.buckets += [kind_of_bucket(row, mesh, self._exchanges) for row in rows.values()]
+                self.buckets.append(kind_of_bucket(rows.pop(kind), mesh, self._watch, self._exchanges))
+        self.buckets += [kind_of_bucket(row, mesh, self._watch, self._exchanges) for row in rows.values()]
         for bucket in self.buckets:
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(self._ready(bucket))
@@ -326,7 +328,7 @@ class GradientSync:
 
     def counters(self) -> Counters:
         """What combining gradients has cost so far, the gathering of parameters after an update included."""
-        sent, waited = (sum(getattr(bucket, name) for bucket in self.buckets) for name in ("sent", "seconds"))
+        sent, waited = sum(bucket.sent for bucket in self.buckets), self._watch.seconds
         counted = self._exchanges.counters() if self._exchanges is not None else Counters()
         return Counters(
             sent + counted.bytes,

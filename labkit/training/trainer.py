@@ -31,6 +31,7 @@ from labkit.sparsity.masks import Masks
 from labkit.sparsity.method import Setting as SparsitySetting
 from labkit.training import afterwards, checkpoint, evaluation, slow
 from labkit.training.clock import clock
+from labkit.training.compiled import Compiled
 from labkit.training.events import EventWriter
 from labkit.training.exactness import inexact_parts
 from labkit.training.link import Link
@@ -90,6 +91,7 @@ class Trainer:
         place = runtime.mesh.index("dp_replicate", "dp_shard", "pp", "cp", "ep")
         self.narrowing = Narrowing(experiment, place, self.steps, runtime.device)
         self.narrowing.convert(whole)
+        self.compiled = Compiled(experiment, whole, runtime.device)
         del whole  # a layout may free the parts that other ranks hold
         scaler = runtime.accelerator.scaler
         self.scaling = LossScaling(scaler, runtime.device) if scaler is not None else None
@@ -259,7 +261,7 @@ class Trainer:
 
     def _traced_step(self, step: int, batches: Iterator[Batch]) -> None:
         """One update, and what it looked like on this rank."""
-        with self.trace as trace:
+        with self.trace as trace, self.compiled.uncompiled():
             self._step(step, batches, trace)
         self.events.write("trace", step=step + 1, **trace.found())
 
@@ -438,8 +440,9 @@ class Trainer:
         mesh = self.runtime.mesh
         if last and mesh.rank == mesh.writer:
             self.watch = Watch(self.model.stages, self.model.holdings, mesh)
-        with self.update.judged(), self.sparsity.passes():
-            sums = evaluation.evaluate(self.task, self.model, self.runtime, alive, self.watch)
+        with self.update.judged(), self.sparsity.passes(), self.compiled.uncompiled():
+            size = evaluation.batch_size(self.experiment, self.runtime.device)
+            sums = evaluation.evaluate(self.task, self.model, self.runtime, alive, size, self.watch)
             if last:
                 sums |= evaluation.drive(self.task, self.model, self.runtime, self.experiment.training.seed, alive)
         if self.runtime.rank == 0:
@@ -453,7 +456,7 @@ class Trainer:
         if not afterwards.wanted(self.experiment):
             return
         looked = self.runtime.folder / "looked"
-        with self.update.judged(), self.sparsity.passes():
+        with self.update.judged(), self.sparsity.passes(), self.compiled.uncompiled():
             if self.runtime.rank == 0:
                 alive = partial(self.meter.phase, "evaluation")
                 trained = afterwards.Trained(
@@ -534,6 +537,7 @@ class Trainer:
                 "dtype": str(runtime.dtype).removeprefix("torch."),
                 "products": str(runtime.product_type()).removeprefix("torch."),
                 "compressor": self.exchanges.installed,
+                "compiled": self.compiled.effective(),
                 "sparse_kernel": f"{self.sparsity.kernel} in {len(layers)} layers" if layers else "none",
                 "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else "none",
                 "exchange": self.model.exchange,
