@@ -65,8 +65,8 @@ class Rehearsed:
 def rehearse(experiment: Experiment, task: Task, runtime: Runtime, phase: Callable[[str], None]) -> Rehearsed:
     """Try the task on this rank and compare it with the others' (collective).
 
-    The model lies on the device and in the number format of the run, whole. `phase` is described what is going on, so that
-    whoever hangs is named. TaskFault with one sentence if the task cannot be trained.
+    The model lies on the device and in the number format of the run, whole. `phase` is called with what
+    goes on, so that whoever hangs is named. TaskFault with one sentence if the task cannot be trained.
     """
     begun = time.perf_counter()
     rehearsed = Rehearsed()
@@ -84,7 +84,7 @@ def rehearse(experiment: Experiment, task: Task, runtime: Runtime, phase: Callab
             _compare(experiment, task, rehearsed, used, mine)
     phase("setup")
     rehearsed.seconds = time.perf_counter() - begun
-    return found
+    return rehearsed
 
 
 def _meets(runtime: Runtime) -> bool:
