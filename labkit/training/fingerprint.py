@@ -24,7 +24,7 @@ from labkit.workloads.seed import seed_generators
 
 SAMPLES = 6
 """Of the training data and of what is held out, so many samples are compared."""
-WHOLE = 2**18
+WHOLE = 2**15
 """Tensors of up to so many numbers are looked at whole, of longer ones as many, evenly spaced."""
 _SEEDED = (
     "draw what is random from the global generator of torch, numpy or random, which start from training.seed, or let "

@@ -42,6 +42,8 @@ LOOK_S = 0.25
 MOST_LOOKED = 512
 _KNOWN = ("labkit.workloads", "torch.nn.modules")
 """Models made of these alone take the same way whatever they see."""
+_BUILT_IN = ("vision", "language", "driving")
+"""Their metrics need no rehearsal."""
 
 
 @dataclass
@@ -62,7 +64,9 @@ class Rehearsed:
         return self.wanders or bool(self.unused)
 
 
-def rehearse(experiment: Experiment, task: Task, runtime: Runtime, phase: Callable[[str], None]) -> Rehearsed:
+def rehearse(
+    experiment: Experiment, task: Task, runtime: Runtime, order: Order, phase: Callable[[str], None]
+) -> Rehearsed:
     """Try the task on this rank and compare it with the others' (collective).
 
     The model lies on the device and in the number format of the run, whole. `phase` is called with what
@@ -78,7 +82,7 @@ def rehearse(experiment: Experiment, task: Task, runtime: Runtime, phase: Callab
         phase("data")
         mine = fingerprint.Fingerprint.of(task, seed) if _meets(runtime) else None
         seed_generators(seed)
-        used = _Rehearsal(experiment, task, runtime, phase, changed).run(rehearsed)
+        used = _Rehearsal(experiment, task, runtime, phase, changed, order).run(rehearsed)
         if mine is not None:
             phase("checkpoint")  # the last of all phases: whoever is behind is the one that is waited for
             _compare(experiment, task, rehearsed, used, mine)
@@ -133,14 +137,13 @@ class _Rehearsal:
         runtime: Runtime,
         phase: Callable[[str], None],
         changed: Callable[[], bool],
+        order: Order,
     ) -> None:
         self.experiment, self.task, self.runtime = experiment, task, runtime
         self.phase, self.changed = phase, changed
         self.trained = {name: one for name, one in task.model.named_parameters() if one.requires_grad}
-        training = experiment.training
         share, shares = runtime.mesh.samples
         passes = experiment.gradients.accumulation
-        order = Order(len(task.train), training.global_batch, training.seed)
         self.passes: Callable[[int], list[Indices]] = lambda step: order.passes(step, share, shares, passes)
 
     def run(self, rehearsed: Rehearsed) -> list[frozenset[str]]:
@@ -150,7 +153,8 @@ class _Rehearsal:
         indices = self.passes(0)[0].tolist()[:SAMPLES] or [0]
         batch = checked(task.train, indices, "train")
         used = [self._train(batch, indices, wanders)]
-        self._evaluate()
+        if wanders is not None or self.experiment.workload.name not in _BUILT_IN:
+            self._evaluate()
         state = fits.unsaved(model.state_dict()) if self.experiment.training.checkpoint_every != 0 else None
         if state:
             raise TaskFault(state)
@@ -243,7 +247,7 @@ class _Rehearsal:
         return loss
 
     @torch.no_grad()
-    def _evaluate(self, indices: list[int] | None = None) -> None:
+    def _evaluate(self) -> None:
         """The held-out metric of a few samples, through to what is shown."""
         if self.experiment.training.evaluate_every == 0:
             return

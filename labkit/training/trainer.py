@@ -72,7 +72,9 @@ class Trainer:
         self.events: EventWriter = meter.events
         training = experiment.training
         whole = task.model.to(runtime.device, runtime.dtype)
-        rehearsed = rehearse(experiment, task, runtime, meter.phase)
+        self.order = Order(len(task.train), training.global_batch, training.seed)
+        rehearsed = rehearse(experiment, task, runtime, self.order, meter.phase)
+        self.events.write("rehearsal", seconds=round(rehearsed.seconds, 4), unused=rehearsed.unused[:20])
         if rehearsed.irregular:
             experiment = runtime.expect_gaps(experiment)
         sparsity = registry("sparsity")[experiment.sparsity.method].load()
@@ -86,7 +88,6 @@ class Trainer:
             "parameters": sum(parameter.numel() for parameter in whole.parameters()),
             "warnings": inexact_parts(whole, runtime.ranks) + rehearsed.notes,
         }
-        self.order = Order(len(task.train), training.global_batch, training.seed)
         self.steps = training.steps or self.order.steps(training.epochs or 1)
         place = runtime.mesh.index("dp_replicate", "dp_shard", "pp", "cp", "ep")
         self.narrowing = Narrowing(experiment, place, self.steps, runtime.device)

@@ -45,8 +45,12 @@ def main(
     rendezvous: str,
     requested: float,
     resume: str | None = None,
+    train: bool = True,
 ) -> None:
-    """Train as one rank. Raises what went wrong; SystemExit(EXIT_STOPPED) when it was stopped before its end."""
+    """Train as one rank. Raises what went wrong; SystemExit(EXIT_STOPPED) when it was stopped before its end.
+
+    With `train` False everything is made ready, which rehearses the task, and nothing is trained.
+    """
     # On this signal the stacks of all threads go to the log, also while the main thread hangs in a collective.
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     # Their new names are not there before torch 2.13, and a log is no place to say so to a learner.
@@ -62,7 +66,9 @@ def main(
             seed_generators(experiment.training.seed)  # also for what a person's file draws when it is read
             task = _build(workload, options, experiment.training.seed)
             trainer = Trainer(experiment, directory, task, runtime, meter, board, resume)
-            stopped = trainer.run()
+            stopped = trainer.run() if train else False
+            if not train:
+                meter.phase("done")
         events.write("end", step=trainer.done, reason="stopped" if stopped else "finished")
         events.sync()
         runtime.end()
@@ -73,6 +79,11 @@ def main(
         raise
     if stopped:
         raise SystemExit(EXIT_STOPPED)
+
+
+def rehearse(**order: Any) -> None:
+    """The entry of a rank that only rehearses (`labkit validate --rehearse`)."""
+    main(**order, train=False)
 
 
 def _build(workload: Any, options: Any, seed: int) -> Task:
