@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from labkit.experiment.layout import Layout
+from labkit.parallel.cast import as_reals
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.stages import places
 from labkit.parallel.timeline import TimedStage, Timeline
@@ -139,7 +140,17 @@ class Pipeline:
 
 # Kind, number of dimensions and shape go ahead of a tensor whose receiver does not know them.
 HEAD = 8
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
+_DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.bool,
+    torch.complex64,
+    torch.complex128,
+)
 
 
 def head(x: Tensor) -> Tensor:
@@ -156,12 +167,12 @@ def empty(described: Tensor) -> Tensor:
 
 def _send(x: Tensor, to: int, group: dist.ProcessGroup) -> None:
     dist.send(head(x), to, group)
-    dist.send(x.contiguous(), to, group)
+    dist.send(as_reals(x.contiguous()), to, group)
 
 
 def _receive(source: int, group: dist.ProcessGroup, device: torch.device) -> Tensor:
     described = torch.zeros(HEAD, dtype=torch.int64, device=device)
     dist.recv(described, source, group)
     x = empty(described)
-    dist.recv(x, source, group)
+    dist.recv(as_reals(x), source, group)
     return x

@@ -144,9 +144,12 @@ class ReplicatedModel:
 
     def run_pass(self, batch: Batch, weight: float, last: bool, phase: Callable[[str], None]) -> Tensor:
         """Forward and backward; the mean over the ranks is the update's gradient, hence `averaged_over`."""
+        from labkit.parallel.cast import widened
+
         phase("forward")
         with self._autocast():
-            loss: Tensor = self.task.loss(self.wrapped(batch["x"]), batch)
+            output: Tensor = self.wrapped(batch["x"])
+        loss = self.task.loss(widened(output), batch)
         phase("backward")
         (loss * weight).backward()
         self._updates += bool(getattr(self.wrapped, "require_backward_grad_sync", True))
@@ -185,11 +188,11 @@ class ReplicatedModel:
 
     def output(self, x: Tensor) -> Tensor:
         """Output of the model for evaluation, computed as in training."""
-        import torch
+        from labkit.parallel.cast import widened
 
         with self._autocast():
             out: Tensor = self.bare(x)
-        return out.to(torch.promote_types(out.dtype, torch.float32))
+        return widened(out)
 
     @property
     def exchange(self) -> str:

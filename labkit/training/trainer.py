@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from labkit.experiment import Experiment
@@ -20,6 +21,7 @@ from labkit.gradients.exchange import Counters, Exchanges
 from labkit.gradients.update import Setting
 from labkit.gradients.wire import Wire
 from labkit.parallel import shared_memory, state
+from labkit.parallel.cast import at_least_float32, place_module
 from labkit.parallel.cut import Holding
 from labkit.parallel.entries import Entries
 from labkit.parallel.model import ParallelModel
@@ -65,7 +67,9 @@ class Trainer:
         self.runtime, self.meter, self.board = runtime, meter, board
         self.events: EventWriter = meter.events
         training = experiment.training
-        whole = task.model.to(runtime.device, runtime.dtype)
+        whole = place_module(task.model, runtime.device, runtime.dtype)
+        if isinstance(loss_module := getattr(task, "loss_module", None), nn.Module):
+            place_module(loss_module, runtime.device, at_least_float32(runtime.dtype))
         sparsity = registry("sparsity")[experiment.sparsity.method].load()
         sparsity_options = sparsity.Options(**experiment.sparsity.options)
         shapes = sparsity.shapes(whole, sparsity_options)
