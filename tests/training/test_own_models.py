@@ -1,4 +1,4 @@
-"""Other people's models: every layout computes what a hand-written loop of plain PyTorch does, in float64, or refuses."""
+"""Other people's models: every layout computes what a hand-written loop of plain PyTorch does, in float64."""
 
 from __future__ import annotations
 
