@@ -93,7 +93,7 @@ browser: $(VENV)/.set-up-dev ## the tests in the real JupyterLab with headless C
 gpu: $(VENV)/.set-up-dev ## the tests that need an NVIDIA GPU, and a table: step times and losses of number formats and 2:4
 	@mkdir -p test-output && rm -f test-output/gpu.jsonl
 	@export LABKIT_GPU_RESULTS="$(CURDIR)/test-output/gpu.jsonl"; \
-	trap '$(BIN)/python tests/gpu.py test-output/gpu.jsonl' EXIT; \
+	trap '$(BIN)/python -m tests.gpu.beside test-output/gpu.jsonl' EXIT; \
 	$(call pytest,-m gpu)
 
 .PHONY: benchmarks

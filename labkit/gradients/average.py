@@ -73,6 +73,13 @@ def average(tensors: list[Tensor], wire: Wire) -> None:
         fill(alike, wire.all_reduce(flat(alike)).wait().div_(wire.size))
 
 
+@torch.no_grad()
+def take_over(tensors: list[Tensor], wire: Wire) -> None:
+    """Replace each by that of the first rank (collective)."""
+    for tensor in tensors:
+        tensor.copy_(wire.broadcast(tensor.contiguous()).wait())
+
+
 def average_bytes(tensors: list[Tensor], ranks: int) -> int:
     """What one rank sends for that: an all-reduce per number format."""
     by_type: dict[torch.dtype, int] = {}
@@ -105,8 +112,9 @@ def moved(weights: list[Tensor], by: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def held_aside(model: nn.Module, wire: Wire) -> Iterator[None]:
-    """Meanwhile the model holds the mean of all ranks' weights and buffers."""
-    tensors = state_of(model)
-    with _kept(tensors):
+    """Meanwhile the model holds the mean of all ranks' weights and buffers; counts are those of the first rank."""
+    tensors, counters = state_of(model), counters_of(model)
+    with _kept(tensors + counters):
         average(tensors, wire)
+        take_over(counters, wire)
         yield

@@ -31,6 +31,7 @@ from labkit.parallel.shard import FullySharded
 from labkit.parallel.sync import GradientSync, ShardedBucket
 from labkit.parallel.tie import Ties
 from labkit.parallel.timeline import Timeline
+from labkit.parallel.weigh import counts_samples, is_nothing, loss_of, weight_of
 from labkit.workloads.base import Batch, Blocks, Task
 
 Phase = Callable[[str], None]
@@ -180,7 +181,7 @@ class ParallelModel:
         else:
             with self._autocast():
                 output = self.stages[0](batch["x"])
-            loss = self.task.loss(widened(output), batch)
+            loss = loss_of(self.task, output, batch, counts=not is_nothing(weight))
             phase("backward")
             (loss * weight).backward()
         self._gradients.end_pass(last)
@@ -190,16 +191,21 @@ class ParallelModel:
 
     def _run_schedule(self, pipeline: Pipeline, batch: Batch, weight: float) -> Tensor | None:
         samples = len(next(iter(batch.values())))
-        self._batch, self._weight = batch, weight / samples
+        whole = 0.0 if is_nothing(weight) else weight_of(self.task, batch) if pipeline.last else 1.0
+        self._batch, self._weight = batch, weight / whole if whole else 0.0
         with self._autocast():
             losses = pipeline.run(batch["x"], samples)
         self._batch = {}
-        return torch.stack(losses).sum() / weight if losses else None
+        if not losses:
+            return None
+        total = torch.stack(losses).sum()
+        return total / weight if whole else total
 
     def _stage_loss(self, output: Tensor, index: Tensor) -> Tensor:
         part = {name: value[index] for name, value in self._batch.items()}
+        counted = float(len(index)) if counts_samples(self.task) else weight_of(self.task, part)
         with torch.autocast(output.device.type, enabled=False):  # the schedule runs under that of the run
-            return self.task.loss(widened(output), part) * (len(index) * self._weight)
+            return loss_of(self.task, output, part, counts=counted > 0) * (counted * self._weight)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Which pass exchanges gradients is told to `run_pass`."""

@@ -19,6 +19,7 @@ from labkit.parallel.cast import as_reals
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.stages import places
 from labkit.parallel.timeline import TimedStage, Timeline
+from labkit.workloads.trial import untouched
 
 SCHEDULES = {
     "naive": "ScheduleGPipe",
@@ -54,7 +55,7 @@ class _Held(nn.Module):
 
     Before the first batch torch runs every stage to find out shapes, on memory that nobody has written. What is there
     differs from rank to rank, so that ranks that share a mixture of experts would route tokens differently and break
-    off. Unless it `computes` what belongs to a batch, a stage sees zeros.
+    off. Unless it `computes` what belongs to a batch, a stage sees zeros, and its buffers stay as they are.
     """
 
     def __init__(self, inner: nn.Module) -> None:
@@ -62,8 +63,12 @@ class _Held(nn.Module):
         self.inner, self.computes = inner, False
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.computes:
-            x = torch.zeros_like(x, requires_grad=x.requires_grad)
+        if self.computes:
+            return self._run(x)
+        with untouched(self.inner):
+            return self._run(torch.zeros_like(x, requires_grad=x.requires_grad))
+
+    def _run(self, x: Tensor) -> Tensor:
         if x.requires_grad:
             x = _Contiguous.apply(x)  # type: ignore[no-untyped-call]
         out: Tensor = self.inner(x)

@@ -26,7 +26,6 @@ part is summed over those afterwards. All of that is linear, so the order does n
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +38,7 @@ from labkit.experiment import Gradients
 from labkit.gradients.compressor import replicas
 from labkit.gradients.cost import all_gather_bytes, all_reduce_bytes, all_to_all_bytes
 from labkit.gradients.exchange import Counters, Exchange, Exchanges
+from labkit.gradients.stopwatch import Stopwatch
 from labkit.parallel.cast import at_least_float32
 from labkit.parallel.cut import Holding
 from labkit.parallel.decay import by_shape, decays
@@ -64,7 +64,7 @@ class Bucket:
     parts = 1
     """Into how many parts, on as many ranks, the sum is cut."""
 
-    def __init__(self, named: Named, mesh: Mesh, exchanges: Exchanges | None = None) -> None:
+    def __init__(self, named: Named, mesh: Mesh, watch: Stopwatch, exchanges: Exchanges | None = None) -> None:
         self.names = [name for name, _, _ in named]
         self.parameters = [parameter for _, parameter, _ in named]
         self.holding = named[0][2]
@@ -77,8 +77,8 @@ class Bucket:
         self._work: dist.Work | None = None
         self.sent = 0
         """Bytes that this rank has sent for it so far, by the formulas; without what a compressor counts."""
-        self.seconds = 0.0
-        """How long it was waited for."""
+        self._watch = watch
+        """Adds up how long exchanges were waited for."""
         self._make()
         group = self._replicas
         self._exchange: Exchange | None = exchanges.over(group, summed=True) if exchanges and group else None
@@ -112,10 +112,10 @@ class Bucket:
     def arrive(self) -> None:
         """Wait for the exchange."""
         if self._work is not None:
-            begun = time.perf_counter()
+            begun = self._watch.now()
             self._work.wait()
             self._work = None
-            self.seconds += time.perf_counter() - begun
+            self._watch.add(begun)
         elif self._exchange is not None:
             self._exchange.arrive()
         self.waiting = len(self.parameters)
@@ -371,6 +371,8 @@ class GradientSync:
         self._on_host = mesh.on_host(*REDUCED) if sees_use else None
         compresses = exchanges.wanted and replicas(mesh.layout) > 1
         self._exchanges = exchanges if compresses else None
+        # On a GPU by events of the stream: the wait of NCCL returns to the host at once.
+        self._watch = Stopwatch(exchanges.clock)
         self.buckets: list[Bucket] = []
         self._sends = self._hooks_send = False
         limit, kind_of_bucket = gradients.bucket_mb * 2**20, BUCKETS[stage]
@@ -382,8 +384,8 @@ class GradientSync:
             row = rows.setdefault(kind, [])
             row.append((name, parameter, holding))
             if sum(p.numel() * p.element_size() for _, p, _ in row) >= limit:
-                self.buckets.append(kind_of_bucket(rows.pop(kind), mesh, self._exchanges))
-        self.buckets += [kind_of_bucket(row, mesh, self._exchanges) for row in rows.values()]
+                self.buckets.append(kind_of_bucket(rows.pop(kind), mesh, self._watch, self._exchanges))
+        self.buckets += [kind_of_bucket(row, mesh, self._watch, self._exchanges) for row in rows.values()]
         self._next = 0
         """The first bucket that has not left in this pass: they leave in one order, on all ranks the same."""
         for bucket in self.buckets:
@@ -476,7 +478,7 @@ class GradientSync:
 
     def counters(self) -> Counters:
         """What combining gradients has cost so far, the gathering of parameters after an update included."""
-        sent, waited = (sum(getattr(bucket, name) for bucket in self.buckets) for name in ("sent", "seconds"))
+        sent, waited = sum(bucket.sent for bucket in self.buckets), self._watch.seconds
         counted = self._exchanges.counters() if self._exchanges is not None else Counters()
         return Counters(
             sent + counted.bytes,

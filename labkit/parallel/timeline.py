@@ -2,8 +2,9 @@
 
 Kinds: F forward, B whole backward, I backward to the inputs alone, W backward to the weights alone (the two halves into
 which zero-bubble schedules split B: Qi et al. 2023, arXiv:2401.10241). Moments are seconds of CLOCK_MONOTONIC, the same
-clock for all processes of a machine. On a GPU a traced step is computed chunk by chunk: the rank waits for the device
-before and after each.
+clock for all processes of a machine. On a GPU a traced step is computed chunk by chunk: the rank waits for the stream
+that computes before and after each. It does not wait for the whole device: receives that were posted ahead end only
+when another stage has come past its own wait.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Timeline:
 
     def now(self) -> float:
         if self._cuda:
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
         return time.monotonic()
 
     def keep(self, kind: str, stage: int, microbatch: int, begin: float) -> None:

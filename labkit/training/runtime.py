@@ -56,6 +56,12 @@ class Runtime:
         alone = ranks == 1 or launch.isolated
         cpu = launch.device == "cpu"
         if not cpu:
+            os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the order in which nvidia-smi names them
+            if not torch.cuda.device_count():
+                raise RuntimeError(
+                    f"torch {torch.__version__} finds no GPU that it can use, although the driver shows one: install a "
+                    "build of torch for the CUDA version of this driver (labkit doctor shows both)"
+                )
             device = torch.device("cuda", rank % torch.cuda.device_count())
             torch.cuda.set_device(device)
             os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)

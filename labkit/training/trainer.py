@@ -21,11 +21,12 @@ from labkit.gradients.exchange import Counters, Exchanges
 from labkit.gradients.update import Setting
 from labkit.gradients.wire import Wire
 from labkit.parallel import shared_memory, state
+from labkit.parallel.buffers import Buffers
 from labkit.parallel.cast import at_least_float32, place_module
 from labkit.parallel.cut import Holding
 from labkit.parallel.entries import Entries
 from labkit.parallel.model import ParallelModel
-from labkit.parallel.replicate import ReplicatedModel, share_weight
+from labkit.parallel.replicate import ReplicatedModel
 from labkit.quantization.narrowing import Narrowing
 from labkit.quantization.scaling import LossScaling
 from labkit.sparsity.csr import CsrLinear
@@ -33,6 +34,7 @@ from labkit.sparsity.masks import Masks
 from labkit.sparsity.method import Setting as SparsitySetting
 from labkit.training import afterwards, checkpoint, evaluation, slow
 from labkit.training.clock import clock
+from labkit.training.compiled import Compiled
 from labkit.training.events import EventWriter
 from labkit.training.exactness import inexact_parts
 from labkit.training.link import Link
@@ -43,6 +45,7 @@ from labkit.training.runtime import Runtime
 from labkit.training.sampling import Order, PassSampler
 from labkit.training.shares import Shares
 from labkit.training.trace import Trace
+from labkit.training.weights import Weight, Weights
 from labkit.workloads.base import Batch, Task
 
 DEFAULT_EVALUATIONS = 10
@@ -86,6 +89,7 @@ class Trainer:
         place = runtime.mesh.index("dp_replicate", "dp_shard", "pp", "cp", "ep")
         self.narrowing = Narrowing(experiment, place, self.steps, runtime.device)
         self.narrowing.convert(whole)
+        self.compiled = Compiled(experiment, whole, runtime.device)
         del whole  # a layout may free the parts that other ranks hold
         scaler = runtime.accelerator.scaler
         self.scaling = LossScaling(scaler, runtime.device) if scaler is not None else None
@@ -151,6 +155,15 @@ class Trainer:
         """What all updates of this run have cost."""
         if isinstance(self.model, ReplicatedModel):
             self.model.use(self.update.works_on())
+        self.weights = Weights(
+            task,
+            runtime,
+            training.global_batch,
+            self.model.averaged_over,
+            self.update.one_batch and not runtime.isolated,
+        )
+        self.buffers = Buffers(self.model.stages, runtime.mesh) if self.update.one_batch else None
+        """Those that the ranks hold in common; under other rules each has its own until they meet."""
         follow = experiment.training.shares == "speed" and runtime.ranks > 1 and not runtime.isolated
         self.shares = Shares(runtime.ranks, follow, runtime.device)
         self.watch: Watch | None = None
@@ -171,6 +184,8 @@ class Trainer:
         if not stopped:
             self._look_afterwards()
         if stopped and self.done > self._saved_at and self.experiment.training.checkpoint_every != 0:
+            if self.buffers is not None:
+                self.buffers.settle()
             self._save(self.done)
         if not self.update.draws:
             self.update.close()
@@ -233,13 +248,12 @@ class Trainer:
         self.narrowing.begin(step)
         rule.pull()
         shares = self.runtime.mesh.samples[1]
-        for number, indices in enumerate(self.order.passes(step, share, shares, self.passes)):
-            if number:
-                meter.phase("data")
-            batch = runtime.place(self.task.train.__getitems__(indices.tolist()))
-            loss = self.run_pass(batch, self._weight(len(indices)), number == self.passes - 1, meter.phase)
+        indices = self.order.passes(step, share, shares, self.passes)
+        batches = (runtime.place(self.task.train.__getitems__(chosen.tolist())) for chosen in indices)
+        for number, (batch, weight) in enumerate(self._weighed(batches)):
+            loss = self.run_pass(batch, self._scaled(weight.gradient), number == self.passes - 1, meter.phase)
             assert loss is not None
-            meter.loss(loss, len(indices))
+            meter.loss(loss * weight.shown, len(next(iter(batch.values()))))
         meter.phase("optimizer")
         self._measure_gradient()
         stale = rule.push(ticket)
@@ -255,7 +269,7 @@ class Trainer:
 
     def _traced_step(self, step: int, batches: Iterator[Batch]) -> None:
         """One update, and what it looked like on this rank."""
-        with self.trace as trace:
+        with self.trace as trace, self.compiled.uncompiled():
             self._step(step, batches, trace)
         self.events.write("trace", step=step + 1, **trace.found())
 
@@ -268,16 +282,15 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         runtime.seed(self._random_state(step, runtime.rank))
         self.narrowing.begin(step)
-        for number in range(self.passes):
-            if number:
-                meter.phase("data")
-            batch = next(batches)
+        seen = 0
+        for number, (batch, weight) in enumerate(self._weighed(batches)):
             samples = len(next(iter(batch.values())))
+            seen += samples
             last = number == self.passes - 1
             with self.update.passes(self.model, last, step), self.sparsity.passes(step):
-                loss = self.run_pass(batch, self._weight(samples), last, meter.phase)
+                loss = self.run_pass(batch, self._scaled(weight.gradient), last, meter.phase)
             if loss is not None:
-                meter.loss(loss, samples * self.model.counted)
+                meter.loss(loss if weight.shown == 1 else loss * weight.shown, samples * self.model.counted)
         meter.phase("optimizer")
         self.update.before_update(step)
         self.sparsity.before_update(step)
@@ -290,6 +303,8 @@ class Trainer:
         if stale is not None:
             meter.staleness(stale)
         self.model.after_update(self.optimizer)
+        if self.buffers is not None:
+            self.buffers.after_update(seen)
         meter.exchanged(self._exchanged())
         meter.end()
         self.shares.computed(step, meter.busy, meter.samples)
@@ -342,10 +357,21 @@ class Trainer:
         self._sum += found
         return found
 
-    def _weight(self, samples: int) -> Any:
-        """Weight of the mean loss over `samples` so that the update is the mean over the global batch."""
-        weight = share_weight(samples, self.experiment.training.global_batch, self.model.averaged_over)
-        return weight if self.scaling is None else self.scaling.scaled(weight)
+    def _weighed(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Weight]]:
+        """The passes of one update and what each counts; fetched one by one where that is known before."""
+        if not self.weights.by_samples:
+            passes = [batch for _, batch in zip(range(self.passes), batches, strict=False)]
+            yield from zip(passes, self.weights.of(passes), strict=True)
+            return
+        for number in range(self.passes):
+            if number:
+                self.meter.phase("data")
+            batch = next(batches)
+            yield batch, self.weights.of_samples(len(next(iter(batch.values()))))
+
+    def _scaled(self, weight: float) -> Any:
+        """The weight of a mean loss, times the scale that keeps small gradients of float16 from vanishing."""
+        return weight if self.scaling is None or not weight else self.scaling.scaled(weight)
 
     def _batches(self) -> Iterator[Batch]:
         """The passes of this rank, in order.
@@ -387,6 +413,8 @@ class Trainer:
         if not (evaluates or saves):
             return
         with self.link.paused():
+            if self.buffers is not None:
+                self.buffers.settle()
             if evaluates:
                 self._evaluate(step, last=step == self.steps)
             if saves:
@@ -425,8 +453,9 @@ class Trainer:
         mesh = self.runtime.mesh
         if last and mesh.rank == mesh.writer:
             self.watch = Watch(self.model.stages, self.model.holdings, mesh)
-        with self.update.judged(), self.sparsity.passes():
-            sums = evaluation.evaluate(self.task, self.model, self.runtime, alive, self.watch)
+        with self.update.judged(), self.sparsity.passes(), self.compiled.uncompiled():
+            size = evaluation.batch_size(self.experiment, self.runtime.device)
+            sums = evaluation.evaluate(self.task, self.model, self.runtime, alive, size, self.watch)
             if last:
                 sums |= evaluation.drive(self.task, self.model, self.runtime, self.experiment.training.seed, alive)
         if self.runtime.rank == 0:
@@ -440,7 +469,7 @@ class Trainer:
         if not afterwards.wanted(self.experiment):
             return
         looked = self.runtime.folder / "looked"
-        with self.update.judged(), self.sparsity.passes():
+        with self.update.judged(), self.sparsity.passes(), self.compiled.uncompiled():
             if self.runtime.rank == 0:
                 alive = partial(self.meter.phase, "evaluation")
                 trained = afterwards.Trained(
@@ -521,6 +550,7 @@ class Trainer:
                 "dtype": str(runtime.dtype).removeprefix("torch."),
                 "products": str(runtime.product_type()).removeprefix("torch."),
                 "compressor": self.exchanges.installed,
+                "compiled": self.compiled.effective(),
                 "sparse_kernel": f"{self.sparsity.kernel} in {len(layers)} layers" if layers else "none",
                 "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else "none",
                 "exchange": self.model.exchange,

@@ -117,6 +117,7 @@ class Centred(nn.Module):
         self.seen: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
+        centred = x - self.mean
         if self.training:
             now = 0.7 * self.mean + 0.3 * x.detach().mean(0)
             if self.anew:
@@ -125,7 +126,7 @@ class Centred(nn.Module):
             else:
                 self.mean.copy_(now)
                 self.seen.add_(1)
-        return x - self.mean
+        return centred
 
 
 def running_mean(anew: bool = False) -> Any:
