@@ -35,6 +35,7 @@ TERMINAL = ("finished", "stopped", "failed")
 STATES = ("starting", "running", "stopping", *TERMINAL)
 
 EVENTS = {
+    "rehearsal": "the task was tried before step 1: seconds, unused (parameters that a pass left without a gradient)",
     "start": "a rank is ready: device, pid, threads, parameters, first (the step it starts from), steps, metric, "
     "facts, effective",
     "first_step": "the first step has ended: seconds since the run was asked for (rank 0)",

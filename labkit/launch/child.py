@@ -15,6 +15,7 @@ from errno import EDQUOT, EFBIG, ENOSPC
 from typing import Any, NoReturn
 
 from labkit.experiment import Experiment
+from labkit.experiment.fault import TaskFault
 from labkit.experiment.run_directory import EXIT_STOPPED, RunDirectory
 from labkit.launch.network import Hosts
 from labkit.runs.processes import die_with_parent
@@ -171,6 +172,7 @@ def _report(pipe: int, error: BaseException) -> None:
         "message": str(error)[:2000],
         "traceback": text[-6000:],
         "lost_peer": _lost_peer(error),
+        "task": str(error) if isinstance(error, TaskFault) else None,
         "disk_full": isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG),
     }
     os.set_blocking(pipe, False)

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -126,6 +127,21 @@ def warm(wait: float = 0.0) -> bool:
     return standby.ready()
 
 
+@contextlib.contextmanager
+def standby_of_its_own() -> Iterator[None]:
+    """Runs launched meanwhile come from another standby: they share neither random state nor the order of sets."""
+    global _standby
+    with _lock:
+        before, _standby = _standby, None
+    try:
+        yield
+    finally:
+        with _lock:
+            if _standby is not None:
+                _let_go(_standby)
+            _standby = before
+
+
 def standby_pid() -> int | None:
     """Process id of the standby, or None if there is none."""
     with _lock:
@@ -147,11 +163,13 @@ def launch(
     *,
     resume: Run | str | None = None,
     baseline: Run | str | None = "auto",
+    entry: str | None = None,
 ) -> Run:
     """Start a run in the background and return its handle at once.
 
     `resume` continues from the last checkpoint of another run. `baseline` names the one-process run that the speed-up
-    refers to; "auto" takes the latest on this machine that fits. Raises ExperimentError, and launches nothing, if the
+    refers to; "auto" takes the latest on this machine that fits. `entry` is what the ranks do instead of training
+    (`module:function`). Raises ExperimentError, and launches nothing, if the
     experiment cannot run here or the run directory cannot be written.
     """
     requested = time.monotonic()
@@ -168,7 +186,7 @@ def launch(
         "environment": {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)},
         "baseline": baseline.id if isinstance(baseline, Run) else baseline,
         "resume": checkpoint,
-    }
+    } | ({} if entry is None else {"entry": entry})
     with _lock:
         standby = _current() if uses_standby() else Standby()
         status = {

@@ -238,6 +238,8 @@ class Supervisor:
             "type": "SystemExit",
             "message": f"exit code {child.exit_code}" + (" before it was done" if child.left_early else ""),
         }
+        if report.get("task"):  # a request gone wrong: one sentence, and no stack of ours (the log has it)
+            return run_status.cause("task", str(report["task"]), rank=child.rank)
         exception = f"{report['type']}: {report['message']}"
         first_line = exception.splitlines()[0][:500]
         if report.get("disk_full"):

@@ -184,7 +184,8 @@ class ReplicatedModel:
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer has stepped. DDP's gradients stay in its buckets: a new one would have to be copied in."""
         if self.through_ddp and self.averaged_over > 1:
-            optimizer.zero_grad(set_to_none=False)
+            # What no rank has used keeps no gradient, as in one process: zeros would let it decay.
+            optimizer.zero_grad(set_to_none=bool(getattr(self.wrapped, "find_unused_parameters", False)))
         else:
             self.working.zero_grad()
         self.then()

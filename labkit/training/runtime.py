@@ -23,6 +23,7 @@ from labkit.parallel.mesh import Mesh
 from labkit.parallel.model import offloads
 from labkit.parallel.replicate import Replicate
 from labkit.parallel.stages import held_last
+from labkit.workloads.seed import seed_generators
 
 PATIENCE_S = 30.0
 """Collectives give up this much later than the supervisor, which can name the rank at fault."""
@@ -121,10 +122,21 @@ class Runtime:
             return (one @ one).dtype
 
     def seed(self, value: int) -> None:
-        """Seed what draws random numbers here: torch.manual_seed also wakes every other kind of device, each step."""
-        torch.default_generator.manual_seed(value)
+        """Seed what draws random numbers here: torch on this device, numpy, and Python's `random`."""
+        seed_generators(value)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(value)
+
+    def expect_gaps(self, experiment: Experiment) -> Experiment:
+        """Passes may leave parameters without a gradient: what exchanges gradients must not wait for them.
+
+        DDP looks at the graph of each pass; buckets leave when a pass is over, in one order on all ranks. Returns the
+        experiment that the model is made from.
+        """
+        handler = self.accelerator.ddp_handler
+        if handler is not None:
+            handler.find_unused_parameters = True
+        return experiment.set({"gradients.overlap": False}) if self.spread else experiment
 
     def add_up(self, sums: dict[str, float]) -> dict[str, float]:
         """Sum numbers over all ranks; every rank gets the result. All ranks name the same keys."""

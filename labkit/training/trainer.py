@@ -41,14 +41,19 @@ from labkit.training.link import Link
 from labkit.training.meter import Board, Meter, peak_bytes
 from labkit.training.numbers import Watch
 from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
+from labkit.training.rehearsal import rehearse
 from labkit.training.runtime import Runtime
+from labkit.training.samples import Loaded, Passes, as_it_is, received
 from labkit.training.sampling import Order, PassSampler
 from labkit.training.shares import Shares
 from labkit.training.trace import Trace
 from labkit.training.weights import Weight, Weights
 from labkit.workloads.base import Batch, Task
+from labkit.workloads.samples import fetch
 
 DEFAULT_EVALUATIONS = 10
+_BETWEEN_PASSES = 0x9E3779B97F4A7C15
+"""Between the seeds of the passes of one update in loader processes: far from those of other updates."""
 WAIT_S = 0.02
 """Between two looks of a rank that waits for another one, which may take long."""
 
@@ -73,6 +78,11 @@ class Trainer:
         whole = place_module(task.model, runtime.device, runtime.dtype)
         if isinstance(loss_module := getattr(task, "loss_module", None), nn.Module):
             place_module(loss_module, runtime.device, at_least_float32(runtime.dtype))
+        self.order = Order(len(task.train), training.global_batch, training.seed)
+        rehearsed = rehearse(experiment, task, runtime, self.order, meter.phase)
+        self.events.write("rehearsal", seconds=round(rehearsed.seconds, 4), unused=rehearsed.unused[:20])
+        if rehearsed.irregular:
+            experiment = runtime.expect_gaps(experiment)
         sparsity = registry("sparsity")[experiment.sparsity.method].load()
         sparsity_options = sparsity.Options(**experiment.sparsity.options)
         shapes = sparsity.shapes(whole, sparsity_options)
@@ -82,9 +92,8 @@ class Trainer:
         )
         self.about_model = {
             "parameters": sum(parameter.numel() for parameter in whole.parameters()),
-            "warnings": inexact_parts(whole, runtime.ranks),
+            "warnings": inexact_parts(whole, runtime.ranks) + rehearsed.notes,
         }
-        self.order = Order(len(task.train), training.global_batch, training.seed)
         self.steps = training.steps or self.order.steps(training.epochs or 1)
         place = runtime.mesh.index("dp_replicate", "dp_shard", "pp", "cp", "ep")
         self.narrowing = Narrowing(experiment, place, self.steps, runtime.device)
@@ -249,7 +258,7 @@ class Trainer:
         rule.pull()
         shares = self.runtime.mesh.samples[1]
         indices = self.order.passes(step, share, shares, self.passes)
-        batches = (runtime.place(self.task.train.__getitems__(chosen.tolist())) for chosen in indices)
+        batches = (runtime.place(fetch(self.task.train, chosen.tolist(), "train")) for chosen in indices)
         for number, (batch, weight) in enumerate(self._weighed(batches)):
             loss = self.run_pass(batch, self._scaled(weight.gradient), number == self.passes - 1, meter.phase)
             assert loss is not None
@@ -390,18 +399,27 @@ class Trainer:
             self.passes,
             lambda: self.shares.weights if follow else None,
         )
+        data = Loaded(self.task.train, self.runtime.seed if self.runtime.spread else None)
+        passes = Passes(sampler, self._seeds_of_pass)
         workers, cuda = self.experiment.training.loader_workers, self.runtime.device.type == "cuda"
         if not workers and not cuda:
-            return map(self.task.train.__getitems__, sampler)
-        return iter(
-            DataLoader(
-                self.task.train,  # type: ignore[arg-type]
-                batch_sampler=sampler,
-                collate_fn=_as_it_is,  # type: ignore[arg-type]
-                num_workers=workers,
-                pin_memory=cuda,
-            )
+            return map(received, map(data.__getitems__, passes))
+        loader: Any = DataLoader(
+            data,  # type: ignore[arg-type]
+            batch_sampler=passes,  # type: ignore[arg-type]
+            collate_fn=as_it_is,  # type: ignore[arg-type]
+            num_workers=workers,
+            pin_memory=cuda,
         )
+        return map(received, loader)
+
+    def _seeds_of_pass(self, number: int) -> tuple[int, int]:
+        """Seeds of the pass with this number in the row of this run's passes: for its samples, and for the rest."""
+        step, part = divmod(number, self.passes)
+        places = (self.runtime.mesh.samples[0], self.runtime.rank)
+        states = (self._random_state(self.first + step, place) for place in places)
+        for_samples, for_the_rest = ((state + part * _BETWEEN_PASSES) % 2**63 for state in states)
+        return for_samples, for_the_rest
 
     # -- between updates ----------------------------------------------------------------------------------------------
 
@@ -596,8 +614,3 @@ class Trainer:
             "compression_seconds": counted.compression_seconds / updates,
             "method": self.exchanges.installed,
         }
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    """Data sets hand out whole batches; there is nothing left to collate."""
-    return batch
