@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from labkit.experiment import Experiment
@@ -21,10 +22,12 @@ from labkit.gradients.exchange import Counters, Exchanges
 from labkit.gradients.update import Setting
 from labkit.gradients.wire import Wire
 from labkit.parallel import shared_memory, state
+from labkit.parallel.buffers import Buffers
+from labkit.parallel.cast import at_least_float32, place_module
 from labkit.parallel.cut import Holding
 from labkit.parallel.entries import Entries
 from labkit.parallel.model import ParallelModel
-from labkit.parallel.replicate import ReplicatedModel, share_weight
+from labkit.parallel.replicate import ReplicatedModel
 from labkit.quantization.narrowing import Narrowing
 from labkit.quantization.scaling import LossScaling
 from labkit.sparsity.csr import CsrLinear
@@ -45,6 +48,7 @@ from labkit.training.samples import Loaded, Passes, as_it_is, received
 from labkit.training.sampling import Order, PassSampler
 from labkit.training.shares import Shares
 from labkit.training.trace import Trace
+from labkit.training.weights import Weight, Weights
 from labkit.workloads.base import Batch, Task
 from labkit.workloads.samples import fetch
 
@@ -72,7 +76,9 @@ class Trainer:
         self.runtime, self.meter, self.board = runtime, meter, board
         self.events: EventWriter = meter.events
         training = experiment.training
-        whole = task.model.to(runtime.device, runtime.dtype)
+        whole = place_module(task.model, runtime.device, runtime.dtype)
+        if isinstance(loss_module := getattr(task, "loss_module", None), nn.Module):
+            place_module(loss_module, runtime.device, at_least_float32(runtime.dtype))
         self.order = Order(len(task.train), training.global_batch, training.seed)
         rehearsed = rehearse(experiment, task, runtime, self.order, meter.phase)
         self.events.write("rehearsal", seconds=round(rehearsed.seconds, 4), unused=rehearsed.unused[:20])
@@ -159,6 +165,15 @@ class Trainer:
         """What all updates of this run have cost."""
         if isinstance(self.model, ReplicatedModel):
             self.model.use(self.update.works_on())
+        self.weights = Weights(
+            task,
+            runtime,
+            training.global_batch,
+            self.model.averaged_over,
+            self.update.one_batch and not runtime.isolated,
+        )
+        self.buffers = Buffers(self.model.stages, runtime.mesh) if self.update.one_batch else None
+        """Those that the ranks hold in common; under other rules each has its own until they meet."""
         follow = experiment.training.shares == "speed" and runtime.ranks > 1 and not runtime.isolated
         self.shares = Shares(runtime.ranks, follow, runtime.device)
         self.watch: Watch | None = None
@@ -180,6 +195,8 @@ class Trainer:
         if not stopped:
             self._look_afterwards()
         if stopped and self.done > self._saved_at and self.experiment.training.checkpoint_every != 0:
+            if self.buffers is not None:
+                self.buffers.settle()
             self._save(self.done, unscheduled=not self._due(self.done, self._evaluate_every))
         if not self.update.draws:
             self.update.close()
@@ -252,13 +269,12 @@ class Trainer:
         self.narrowing.begin(step)
         rule.pull()
         shares = self.runtime.mesh.samples[1]
-        for number, indices in enumerate(self.order.passes(step, share, shares, self.passes)):
-            if number:
-                meter.phase("data")
-            batch = runtime.place(fetch(self.task.train, indices.tolist(), "train"))
-            loss = self.run_pass(batch, self._weight(len(indices)), number == self.passes - 1, meter.phase)
+        indices = self.order.passes(step, share, shares, self.passes)
+        batches = (runtime.place(fetch(self.task.train, chosen.tolist(), "train")) for chosen in indices)
+        for number, (batch, weight) in enumerate(self._weighed(batches)):
+            loss = self.run_pass(batch, self._scaled(weight.gradient), number == self.passes - 1, meter.phase)
             assert loss is not None
-            meter.loss(loss, len(indices))
+            meter.loss(loss * weight.shown, len(next(iter(batch.values()))))
         meter.phase("optimizer")
         self._measure_gradient()
         stale = rule.push(ticket)
@@ -287,16 +303,15 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         runtime.seed(self._random_state(step, runtime.rank))
         self.narrowing.begin(step)
-        for number in range(self.passes):
-            if number:
-                meter.phase("data")
-            batch = next(batches)
+        seen = 0
+        for number, (batch, weight) in enumerate(self._weighed(batches)):
             samples = len(next(iter(batch.values())))
+            seen += samples
             last = number == self.passes - 1
             with self.update.passes(self.model, last, step), self.sparsity.passes(step):
-                loss = self.run_pass(batch, self._weight(samples), last, meter.phase)
+                loss = self.run_pass(batch, self._scaled(weight.gradient), last, meter.phase)
             if loss is not None:
-                meter.loss(loss, samples * self.model.counted)
+                meter.loss(loss if weight.shown == 1 else loss * weight.shown, samples * self.model.counted)
         meter.phase("optimizer")
         self.update.before_update(step)
         self.sparsity.before_update(step)
@@ -309,6 +324,8 @@ class Trainer:
         if stale is not None:
             meter.staleness(stale)
         self.model.after_update(self.optimizer)
+        if self.buffers is not None:
+            self.buffers.after_update(seen)
         meter.exchanged(self._exchanged())
         meter.end()
         self.shares.computed(step, meter.busy, meter.samples)
@@ -361,10 +378,21 @@ class Trainer:
         self._sum += found
         return found
 
-    def _weight(self, samples: int) -> Any:
-        """Weight of the mean loss over `samples` so that the update is the mean over the global batch."""
-        weight = share_weight(samples, self.experiment.training.global_batch, self.model.averaged_over)
-        return weight if self.scaling is None else self.scaling.scaled(weight)
+    def _weighed(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Weight]]:
+        """The passes of one update and what each counts; fetched one by one where that is known before."""
+        if not self.weights.by_samples:
+            passes = [batch for _, batch in zip(range(self.passes), batches, strict=False)]
+            yield from zip(passes, self.weights.of(passes), strict=True)
+            return
+        for number in range(self.passes):
+            if number:
+                self.meter.phase("data")
+            batch = next(batches)
+            yield batch, self.weights.of_samples(len(next(iter(batch.values()))))
+
+    def _scaled(self, weight: float) -> Any:
+        """The weight of a mean loss, times the scale that keeps small gradients of float16 from vanishing."""
+        return weight if self.scaling is None or not weight else self.scaling.scaled(weight)
 
     def _batches(self) -> Iterator[Batch]:
         """The passes of this rank, in order.
@@ -415,6 +443,8 @@ class Trainer:
         if not (evaluates or saves):
             return
         with self.link.paused():
+            if self.buffers is not None:
+                self.buffers.settle()
             if evaluates:
                 self._evaluate(step, last=step == self.steps)
             if saves:

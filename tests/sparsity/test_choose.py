@@ -6,7 +6,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit.sparsity import block, n_m
@@ -77,6 +77,7 @@ def test_blocks_are_whole(rows: int, columns: int, size: int) -> None:
             assert part.all() or not part.any()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 7), st.sampled_from([(1, 2), (2, 4), (4, 8), (1, 4)]), st.booleans())
 def test_comparing_all_pairs_ranks_as_topk_does(rows: int, nm: tuple[int, int], ties: bool) -> None:
     n, m = nm
