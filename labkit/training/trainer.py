@@ -32,7 +32,7 @@ from labkit.sparsity.method import Setting as SparsitySetting
 from labkit.training import afterwards, checkpoint, evaluation, slow
 from labkit.training.clock import clock
 from labkit.training.events import EventWriter
-from labkit.training.exactness import inexact_parts
+from labkit.training.exactness import inexact_parts, uneven_loss
 from labkit.training.link import Link
 from labkit.training.meter import Board, Meter, peak_bytes
 from labkit.training.numbers import Watch
@@ -73,10 +73,17 @@ class Trainer:
         sparse_layers = sparsity.prepare(
             whole, experiment, sparsity_options, shapes, lambda: runtime.place(task.train.__getitems__([0]))["x"]
         )
-        self.about_model = {
+        self.about_model: dict[str, Any] = {
             "parameters": sum(parameter.numel() for parameter in whole.parameters()),
-            "warnings": inexact_parts(whole, runtime.ranks),
+            "warnings": inexact_parts(
+                whole, 1 if runtime.isolated else runtime.ranks, experiment.gradients.accumulation, task, runtime.place
+            ),
         }
+        if not runtime.isolated and runtime.ranks * experiment.gradients.accumulation > 1:
+            uneven = uneven_loss(task, runtime.place)
+            if uneven is not None and experiment.gradients.update.method == "synchronous":
+                raise ValueError(uneven)
+            self.about_model["warnings"] += [] if uneven is None else [uneven]
         self.order = Order(len(task.train), training.global_batch, training.seed)
         self.steps = training.steps or self.order.steps(training.epochs or 1)
         place = runtime.mesh.index("dp_replicate", "dp_shard", "pp", "cp", "ep")

@@ -82,6 +82,11 @@ def is_of_numbers(loss_fn: Any) -> bool:
     return _is(loss_fn, _OF_NUMBERS)
 
 
+def is_torchs(loss_fn: Any) -> bool:
+    """Whether it is one of torch's losses, with its own forward pass."""
+    return _is(loss_fn, tuple(_MODULES.values()))
+
+
 def _is(loss_fn: Any, kinds: tuple[type[nn.Module], ...]) -> bool:
     return any(isinstance(loss_fn, kind) and type(loss_fn).forward is kind.forward for kind in kinds)
 
