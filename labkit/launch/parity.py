@@ -1,8 +1,8 @@
 """Parity: does a layout compute what one process computes?
 
 Same seed, same global batch, same order of samples: k updates of the layout beside k updates of one process, losses and
-global gradient norms compared update by update, then held-out metrics and buffers where both have them. In float64 a right layout
-agrees to 1e-9 and a wrong one cannot hide behind rounding; as trained, in float32, rounding itself grows over the
+global gradient norms compared update by update, then held-out metrics and buffers. In float64 a right layout agrees to
+1e-9 and a wrong one cannot hide behind rounding; as trained, in float32, rounding itself grows over the
 steps, hence 1e-4.
 """
 
