@@ -173,7 +173,7 @@ class Masked:
         task = as_task((classifier(), (x, y), (x, y), nn.CrossEntropyLoss()), "masked")
         self.model, self.metric = task.model, task.metric
         self.train = self.test = TensorData(x=x, y=y, mask=mask)
-        self.metrics, self.closed_loop, self.facts = task.metrics, task.closed_loop, task.facts
+        self.closed_loop, self.facts = task.closed_loop, task.facts
 
     def batch_weight(self, batch: dict[str, Tensor]) -> Tensor:
         return batch["mask"].sum()
@@ -186,6 +186,9 @@ class Masked:
         each = nn.functional.cross_entropy(output, batch["y"], reduction="none")
         right = (output.argmax(-1) == batch["y"]) * batch["mask"]
         return {"count": batch["mask"].sum(), "loss": (each * batch["mask"]).sum(), "correct": right.sum()}
+
+    def metrics(self, sums: Any) -> dict[str, float]:
+        return {"loss": sums["loss"] / sums["count"], "accuracy": sums["correct"] / sums["count"]}
 
 
 def masked() -> Any:

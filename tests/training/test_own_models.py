@@ -262,6 +262,20 @@ def test_a_mean_over_something_else_is_that_of_the_whole_batch(changes: dict[str
     assert_as_by_hand(run, by_hand_masked(), buffers=False)
 
 
+@pytest.mark.parametrize("changes", WEIGHED, **NAMED)
+@pytest.mark.parametrize("name", ["class_weights", "ignored_targets"])
+def test_so_is_that_of_torchs_own_losses(name: str, changes: dict[str, Any]) -> None:
+    assert_as_by_hand(finished(experiment(name, **changes)), by_hand(name))
+
+
+def test_a_rank_without_any_valid_target_counts_for_nothing() -> None:
+    """issue 11, B22: every third sample is ignored, one sample a share."""
+    whole, parts = ({"training.global_batch": 3, "layout": {"dp_replicate": ranks}} for ranks in (1, 3))
+    hand = loop(own_tasks.ignored_targets, experiment("ignored_targets", **whole))
+    for changes in (whole, parts, {**whole, "gradients.accumulation": 3}):
+        assert_as_by_hand(finished(experiment("ignored_targets", **changes)), hand)
+
+
 # -- buffers (A7, B08) ------------------------------------------------------------------------------------------------
 
 
