@@ -164,6 +164,7 @@ class Trainer:
         masks = Masks(Entries(self.model, shapes), self.optimizer)
         setting = SparsitySetting(experiment, sparsity_options, masks, shapes, self.steps, sparse_layers, sparse_units)
         self.sparsity = sparsity(setting)
+        self.about_model["warnings"] += self.sparsity.notes()
         self.first = self._load(Path(resume)) if resume else self._begin_anew()
         self.exchanges.resume(self.first)
         self.narrowing.start(self.model.stages.values(), self.optimizer, self.first)
