@@ -130,16 +130,22 @@ def warm(wait: float = 0.0) -> bool:
 @contextlib.contextmanager
 def standby_of_its_own() -> Iterator[None]:
     """Runs launched meanwhile come from another standby: they share neither random state nor the order of sets."""
-    global _standby
-    with _lock:
-        before, _standby = _standby, None
+    before = _exchange_standby(None)
     try:
         yield
     finally:
-        with _lock:
-            if _standby is not None:
-                _let_go(_standby)
-            _standby = before
+        own = _exchange_standby(before)
+        if own is not None:
+            with _lock:
+                _let_go(own)
+
+
+def _exchange_standby(other: Standby | None) -> Standby | None:
+    """Make `other` the standby of this process; returns the one before."""
+    global _standby
+    with _lock:
+        before, _standby = _standby, other
+    return before
 
 
 def standby_pid() -> int | None:

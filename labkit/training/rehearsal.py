@@ -56,7 +56,13 @@ class Rehearsed:
     """Parameters to be trained that some pass on some rank left without a gradient."""
     wanders: bool = False
     """The way through the model may depend on the samples, on chance or on the number of the pass, on some rank."""
+    built: str = ""
+    """Hash of what the rank has built: equal where two runs train the same task."""
     seconds: float = 0.0
+
+    def event(self) -> dict[str, Any]:
+        """The fields of the event `rehearsal`."""
+        return {"seconds": round(self.seconds, 4), "unused": self.unused[:20], "built": self.built}
 
     @property
     def irregular(self) -> bool:
@@ -80,19 +86,16 @@ def rehearse(
         raise TaskFault(refused)
     with restored(task, task.model, task.train, task.test, device=runtime.device) as changed:
         phase("data")
-        mine = fingerprint.Fingerprint.of(task, seed) if _meets(runtime) else None
+        mine = fingerprint.Fingerprint.of(task, seed)
+        rehearsed.built = mine.total
         seed_generators(seed)
         used = _Rehearsal(experiment, task, runtime, phase, changed, order).run(rehearsed)
-        if mine is not None:
+        if runtime.ranks > 1 and not runtime.isolated:
             phase("checkpoint")  # the last of all phases: whoever is behind is the one that is waited for
             _compare(experiment, task, rehearsed, used, mine)
     phase("setup")
     rehearsed.seconds = time.perf_counter() - begun
     return rehearsed
-
-
-def _meets(runtime: Runtime) -> bool:
-    return runtime.ranks > 1 and not runtime.isolated
 
 
 def _compare(
