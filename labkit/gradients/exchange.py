@@ -72,6 +72,8 @@ class Exchange:
         self._futures: list[torch.futures.Future[Tensor]] = []
         self._watch = Stopwatch(clock)
         """At work and waiting, both."""
+        self.idle = False
+        """Set while DDP only deals out its buckets: what it hands over then is no gradient and goes nowhere."""
 
     # -- one update ---------------------------------------------------------------------------------------------------
 
@@ -133,6 +135,9 @@ class Exchange:
         """What DDP calls for every `torch.distributed.GradBucket` that is complete, in one order on all ranks."""
         flat, parameters = bucket.buffer(), bucket.parameters()
         future = torch.futures.Future[Tensor](devices=[flat.device] if flat.is_cuda else None)
+        if self.idle:
+            future.set_result(flat)
+            return future
         self._futures.append(future)
         self.send(flat, parameters, [parameter.shape for parameter in parameters])
         if bucket.is_last():
@@ -215,6 +220,27 @@ class Exchanges:
     def counters(self) -> Counters:
         """What all of them have cost so far."""
         return sum((exchange.counters() for exchange in self._made.values()), Counters())
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    @property
+    def remembers(self) -> bool:
+        """Does each rank keep something for itself?"""
+        return bool(self._made) and bool(self._method.remembers(self._options))
+
+    def state(self) -> dict[str, Tensor]:
+        """What this rank's compressors keep, by the order in which their groups were made, which follows the layout."""
+        found: dict[str, Tensor] = {}
+        for place, exchange in enumerate(self._made.values()):
+            found |= {f"{place}.{key}": tensor for key, tensor in exchange.compressor.state().items()}
+        return found
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from there."""
+        for place, exchange in enumerate(self._made.values()):
+            start = f"{place}."
+            own = {key[len(start) :]: tensor for key, tensor in state.items() if key.startswith(start)}
+            exchange.compressor.load(own)
 
     # -- the optimizer ------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from errno import EDQUOT, EFBIG, ENOSPC
 from typing import Any, NoReturn
 
-from labkit.experiment import Experiment
+from labkit.experiment import Experiment, safe_files
 from labkit.experiment.fault import TaskFault
 from labkit.experiment.run_directory import EXIT_STOPPED, RunDirectory
 from labkit.launch.network import Hosts
@@ -117,7 +117,7 @@ def _become_rank(
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD, signal.SIGTERM})
-        log = os.open(directory.log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        log = safe_files.open_to_append(directory.log(rank))
         os.dup2(log, 1)
         os.dup2(log, 2)
         if hosts is not None:

@@ -262,9 +262,9 @@ def supervise(order: dict[str, Any]) -> int:
     supervisor: Supervisor | None = None
     try:
         os.chdir(order["cwd"])
-        sys.path[0] = order["cwd"]
+        sys.path.append(order["cwd"])  # behind the libraries: a file there must not stand in for one of theirs
         os.environ.update(order.get("environment", {}))
-        supervisor = Supervisor(directory, Experiment.load(directory.experiment), order)
+        supervisor = Supervisor(directory, Experiment.of_run(directory), order)
         supervisor.start()
         run_status.update(
             directory,
@@ -274,7 +274,7 @@ def supervise(order: dict[str, Any]) -> int:
             ranks=[{"rank": child.rank} | identity(child.pid) for child in supervisor.children],
         )
         # After the fork, so that it costs the first step nothing.
-        supervisor._try(lambda: write_json(directory.environment, environment.describe(order["cwd"])))
+        supervisor._try(lambda: environment.record(directory, order["cwd"]))
         changes = supervisor.watch()
     except BaseException as error:
         traceback.print_exc()

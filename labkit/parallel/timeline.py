@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 
@@ -81,6 +82,14 @@ class TimedStage(PipelineStage):
     def __init__(self, *given: Any, timeline: Timeline, **named: Any) -> None:
         super().__init__(*given, **named)
         self._timeline = timeline
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """The first messages to neighbours, without those that a stage of a V would send to its own rank.
+
+        gloo refuses them, and torch 2.11 makes them all the same.
+        """
+        own = dist.get_rank()
+        return [operation for operation in super()._get_init_p2p_neighbors_ops() if operation.peer != own]
 
     def _timed(self, kind: str, microbatch: int, compute: Callable[[], Any]) -> Any:
         return self._timeline.timed(kind, self.stage_index, microbatch, compute)

@@ -9,7 +9,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from labkit.experiment import Experiment
+from labkit.experiment import Experiment, ExperimentError
 from labkit.experiment.run_directory import TERMINAL, RunDirectory, read_json, write_json
 from labkit.runs import logs
 from labkit.runs import status as run_status
@@ -59,7 +59,7 @@ class Run:
     @property
     def experiment(self) -> Experiment:
         """What was run, with device and layout resolved."""
-        return Experiment.load(self.directory.experiment)
+        return Experiment.of_run(self.directory)
 
     @property
     def status(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class Run:
     def stop(self, grace: float | None = None) -> Run:
         """Ask the run to stop and wait for its end. Bounded: a supervisor that does not obey is killed."""
         self.request_stop(grace)
-        bound = (self.experiment.launch.grace_s if grace is None else grace) + OVERTIME_S
+        bound = (self._grace_s() if grace is None else grace) + OVERTIME_S
         try:
             return self.wait(bound)
         except TimeoutError:
@@ -115,6 +115,13 @@ class Run:
                 kill(status.get("supervisor"))
                 kill(None if status.get("supervisor") else status.get("launcher"))
             return self.wait(OVERTIME_S)
+
+    def _grace_s(self) -> float:
+        """launch.grace_s of this run; the usual one where its experiment cannot be read (a newer labkit wrote it)."""
+        try:
+            return self.experiment.launch.grace_s
+        except ExperimentError:
+            return Experiment().launch.grace_s
 
     def data(self) -> RunData:
         """The numbers of the run, read up to now; `refresh()` reads on."""
@@ -161,9 +168,7 @@ class Run:
 
     def checkpoints(self) -> list[int]:
         """Steps of the complete checkpoints, rising."""
-        folder = self.directory.checkpoints
-        found = folder.glob("step-*/checkpoint.json") if folder.is_dir() else []
-        return sorted(int(path.parent.name.removeprefix("step-")) for path in found if path.parent.name[5:].isdigit())
+        return self.directory.checkpoint_steps()
 
     def __repr__(self) -> str:
         return f"<Run {self.id}: {self.state}>"

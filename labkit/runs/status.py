@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from labkit.experiment import safe_files
 from labkit.experiment.run_directory import STATES, TERMINAL, RunDirectory, read_json, standby_log, write_json
 from labkit.runs.logs import tail
 from labkit.runs.processes import alive, boot_id
@@ -67,9 +68,7 @@ def cause(kind: str, message: str, **more: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _locked(directory: RunDirectory) -> Iterator[None]:
-    # Opened for reading: that needs no free block, so the lock can be had on a full disk.
-    flags = os.O_RDONLY | (0 if directory.lock.exists() else os.O_CREAT)
-    descriptor = os.open(directory.lock, flags, 0o600)
+    descriptor = safe_files.open_to_lock(directory.lock)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -79,7 +78,7 @@ def _locked(directory: RunDirectory) -> Iterator[None]:
 
 def reserve(directory: RunDirectory) -> None:
     """Set blocks aside for the last words of the run on a full disk."""
-    descriptor = os.open(directory.reserve, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    descriptor = safe_files.open_to_append(directory.reserve)
     try:
         os.write(descriptor, bytes(RESERVE_BYTES))
     finally:
@@ -144,7 +143,7 @@ def reconcile(directory: RunDirectory) -> dict[str, Any]:
 
 def _changed(path: Path) -> float:
     try:
-        return path.stat().st_mtime
+        return os.lstat(path).st_mtime
     except OSError:
         return 0.0
 

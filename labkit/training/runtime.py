@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from labkit.experiment import Experiment
 from labkit.experiment.registry import registry
+from labkit.parallel.cast import at_least_float32, placed
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.model import offloads
 from labkit.parallel.replicate import Replicate
@@ -104,10 +105,14 @@ class Runtime:
         )
 
     def place(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Move a batch to the device; floating-point tensors also to the number format of the run."""
+        """Move a batch to the device; what goes into the model also to the number format of the run.
+
+        Everything else, targets above all, keeps at least float32: losses are computed in it, and the years 1993 to
+        2007 are five numbers in bfloat16 (issue 11, B 23).
+        """
+        wide = at_least_float32(self.dtype)
         return {
-            name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None, non_blocking=True)
-            for name, tensor in batch.items()
+            name: placed(tensor, self.device, self.dtype if name == "x" else wide) for name, tensor in batch.items()
         }
 
     def product_type(self) -> torch.dtype:
