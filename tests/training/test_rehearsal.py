@@ -190,7 +190,7 @@ def test_losses_are_the_same_to_the_last_bit_without_a_rehearsal(tmp_path: Path)
         Experiment().set({"workload": family.workload, "layout.dp_replicate": 2} | small)
         for family in FAMILIES.values()
     ]
-    cases = [*built_in, custom("with_state"), custom("alternating")]
+    cases = [*built_in, custom("with_state"), custom("alternating", "shard2")]
     with changed_ranks(tmp_path):
         rehearsed = [run(case) for case in cases]
         with pytest.MonkeyPatch.context() as patched:
