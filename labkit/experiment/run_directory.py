@@ -36,7 +36,8 @@ TERMINAL = ("finished", "stopped", "failed")
 STATES = ("starting", "running", "stopping", *TERMINAL)
 
 EVENTS = {
-    "rehearsal": "the task was tried before step 1: seconds, unused (parameters that a pass left without a gradient)",
+    "rehearsal": "the task was tried before step 1: seconds, unused (parameters that a pass left without a gradient), "
+    "built (a hash of weights, buffers and samples)",
     "start": "a rank is ready: device, pid, threads, parameters, first (the step it starts from), steps, metric, "
     "facts, effective",
     "first_step": "the first step has ended: seconds since the run was asked for (rank 0)",

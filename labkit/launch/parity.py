@@ -9,6 +9,7 @@ over the steps, hence 1e-4.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -135,6 +136,25 @@ def _metric_difference(one: RunData, other: RunData, precision: str) -> float | 
     return max(differences)
 
 
+_OTHER_TASK = (
+    "the two runs did not build the same task: weights or samples come from something that training.seed does not "
+    "reach (a generator without a seed, the time, the order of a set)"
+)
+
+
+def _built(run: Run) -> str | None:
+    """The hash of what the first rank of a run has built; None where it was not written down."""
+    try:
+        lines = run.directory.events(0).read_bytes().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        event = json.loads(line)
+        if event.get("event") == "rehearsal":
+            return str(event.get("built"))
+    return None
+
+
 def claims_nothing(experiment: Experiment) -> Problem | None:
     """Why this experiment is not meant to compute what one process computes; None if it is."""
     method = experiment.gradients.compression.method
@@ -211,6 +231,8 @@ def check(
             starts = layout.data().rank_starts
             reasons = list(starts[0].get("warnings", [])) if starts else []
         verdicts.append(compare_losses(layout, references[precision], steps, precision))
+        if not verdicts[-1].parity and _built(layout) != _built(references[precision]):
+            reasons.append(_OTHER_TASK)
     figures = asdict(verdicts[0])
     return figures | {
         "parity": all(verdict.parity for verdict in verdicts),

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from labkit.experiment import Experiment
 from labkit.experiment.fault import TaskFault, named
+from labkit.parallel.cast import widened
 from labkit.training import fingerprint, fits
 from labkit.training.restore import restored
 from labkit.training.runtime import Runtime
@@ -56,7 +57,13 @@ class Rehearsed:
     """Parameters to be trained that some pass on some rank left without a gradient."""
     wanders: bool = False
     """The way through the model may depend on the samples, on chance or on the number of the pass, on some rank."""
+    built: str = ""
+    """Hash of what the rank has built: equal where two runs train the same task."""
     seconds: float = 0.0
+
+    def event(self) -> dict[str, Any]:
+        """The fields of the event `rehearsal`."""
+        return {"seconds": round(self.seconds, 4), "unused": self.unused[:20], "built": self.built}
 
     @property
     def irregular(self) -> bool:
@@ -80,19 +87,16 @@ def rehearse(
         raise TaskFault(refused)
     with restored(task, task.model, task.train, task.test, device=runtime.device) as changed:
         phase("data")
-        mine = fingerprint.Fingerprint.of(task, seed) if _meets(runtime) else None
+        mine = fingerprint.Fingerprint.of(task, seed)
+        rehearsed.built = mine.total
         seed_generators(seed)
         used = _Rehearsal(experiment, task, runtime, phase, changed, order).run(rehearsed)
-        if mine is not None:
+        if runtime.ranks > 1 and not runtime.isolated:
             phase("checkpoint")  # the last of all phases: whoever is behind is the one that is waited for
             _compare(experiment, task, rehearsed, used, mine)
     phase("setup")
     rehearsed.seconds = time.perf_counter() - begun
     return rehearsed
-
-
-def _meets(runtime: Runtime) -> bool:
-    return runtime.ranks > 1 and not runtime.isolated
 
 
 def _compare(
@@ -210,7 +214,7 @@ class _Rehearsal:
             raise TaskFault("no parameter gets a gradient from the loss: the model's output does not depend on any")
         return frozenset(gradients)
 
-    def _output(self, batch: Batch, indices: list[int], what: str) -> Any:
+    def _output(self, batch: Batch, indices: list[int], what: str) -> Tensor:
         model, mode = self.task.model, "training" if self.task.model.training else "evaluation"
         place = f"the model fails in {mode} on {_of(indices, what)}"
         try:
@@ -219,15 +223,14 @@ class _Rehearsal:
                 output = model(x["x"])
         except Exception as error:
             raise TaskFault(f"{place} (x is {_shape(batch['x'])}): {named(error)}{_hint(batch, model)}") from error
-        leaf = _first_tensor(output)
-        if leaf is None:
-            raise TaskFault(f"in {mode} the model returns {_kind(output)}, it must return a tensor")
-        layout = self.experiment.layout
-        if not isinstance(output, Tensor) and layout.tp * layout.cp * layout.pp * layout.ep > 1:
-            raise TaskFault(f"in {mode} the model returns {_kind(output)}: under {layout} it must return one tensor")
+        if not isinstance(output, Tensor):
+            raise TaskFault(
+                f"in {mode} the model returns {_kind(output)}: it must return one tensor, the scores that loss and "
+                "metric are computed from"
+            )
         return output
 
-    def _loss(self, output: Any, batch: Batch, indices: list[int], what: str) -> Tensor:
+    def _loss(self, output: Tensor, batch: Batch, indices: list[int], what: str) -> Tensor:
         try:
             loss: Any = self.task.loss(widened(output), self.runtime.place(batch))
         except Exception as error:
@@ -266,11 +269,6 @@ class _Rehearsal:
             raise
         except Exception as error:
             described = f"the output is {_kind(output)}"
-            if not isinstance(output, Tensor):
-                raise TaskFault(
-                    f"in evaluation the model returns {_kind(output)}, which the held-out metric cannot take "
-                    f"({named(error)}): return one tensor after model.eval(), or give a Task with its own evaluate"
-                ) from error
             raise TaskFault(
                 f"the held-out metric fails on {_of(indices, 'test')} ({described}): {named(error)}"
             ) from error
@@ -352,16 +350,6 @@ def _alone(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in zip(talking, modes, strict=True):
             module.training = mode
-
-
-def widened(output: Any) -> Any:
-    """The output as losses and metrics take it."""
-    return output
-
-
-def _first_tensor(value: Any) -> Tensor | None:
-    leaves = torch.utils._pytree.tree_leaves(value)
-    return next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
 
 
 def _of(indices: list[int], what: str) -> str:

@@ -82,7 +82,7 @@ class Trainer:
             place_module(loss_module, runtime.device, at_least_float32(runtime.dtype))
         self.order = Order(len(task.train), training.global_batch, training.seed)
         rehearsed = rehearse(experiment, task, runtime, self.order, meter.phase)
-        self.events.write("rehearsal", seconds=round(rehearsed.seconds, 4), unused=rehearsed.unused[:20])
+        self.events.write("rehearsal", **rehearsed.event())
         if rehearsed.irregular:
             experiment = runtime.expect_gaps(experiment)
         sparsity = registry("sparsity")[experiment.sparsity.method].load()
