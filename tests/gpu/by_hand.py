@@ -1,6 +1,6 @@
 """A GPT trained by a loop written by hand, as fast as plain torch makes it: what labkit's own loop is measured against.
 
-    python -m tests.gpu.by_hand OUT.jsonl [VARIANT …]
+    python -m tests.gpu.by_hand OUT.jsonl [SIZE …] [VARIANT …]
 
 Model FLOPs per token are 6·N + 6·L·T·d for N parameters without the position table (PaLM's convention, Chowdhery et al.
 2022, appendix B, with a causal mask counted as half of the scores); MFU is their rate over the card's measured product
@@ -106,12 +106,13 @@ def measure(
 
 
 def main() -> int:
-    """Measure the named variants (all, if none is named) at every size that fits; append a line each to the file."""
+    """Measure the named variants at the named sizes (all, if none is named); append a line each to the file."""
     cuda = torch.cuda.is_available()
     ceiling = products()["bf16"] if cuda else float("nan")
-    chosen = sys.argv[2:] or list(VARIANTS)
+    chosen = [text for text in sys.argv[2:] if text in VARIANTS] or list(VARIANTS)
+    sizes = [text for text in sys.argv[2:] if text in SIZES] or (["0.4 B", "1.2 B"] if cuda else ["tiny"])
     with Path(sys.argv[1]).open("a", buffering=1) as file:
-        for name in ("0.4 B", "1.2 B") if cuda else ("tiny",):
+        for name in sizes:
             for variant in chosen:
                 row: dict[str, Any] = {"by_hand": variant, "size": name, "bf16_products_teraflops": ceiling}
                 try:
