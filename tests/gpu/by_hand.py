@@ -111,9 +111,14 @@ def main() -> int:
     ceiling = products()["bf16"] if cuda else float("nan")
     chosen = [text for text in sys.argv[2:] if text in VARIANTS] or list(VARIANTS)
     sizes = [text for text in sys.argv[2:] if text in SIZES] or (["0.4 B", "1.2 B"] if cuda else ["tiny"])
-    with Path(sys.argv[1]).open("a", buffering=1) as file:
+    out = Path(sys.argv[1])
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    measured = {(row["by_hand"], row["size"]) for row in rows if "failed" not in row}
+    with out.open("a", buffering=1) as file:
         for name in sizes:
             for variant in chosen:
+                if (variant, name) in measured:
+                    continue
                 row: dict[str, Any] = {"by_hand": variant, "size": name, "bf16_products_teraflops": ceiling}
                 try:
                     row |= measure(SIZES[name], **VARIANTS[variant])
