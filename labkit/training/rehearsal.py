@@ -10,6 +10,7 @@ known before DDP and `fully_shard` wait for their gradients.
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +42,8 @@ MORE_PASSES = 8
 LOOK_S = 0.25
 """How long further samples of a data set of one's own are looked at (s)."""
 MOST_LOOKED = 512
+LARGE = 2**28
+"""From this size on it is asked whether there is room for gradients of the whole model (bytes of its weights)."""
 _KNOWN = ("labkit.workloads", "torch.nn.modules")
 """Models made of these alone take the same way whatever they see."""
 _BUILT_IN = ("vision", "language", "driving")
@@ -90,13 +93,31 @@ def rehearse(
         mine = fingerprint.Fingerprint.of(task, seed)
         rehearsed.built = mine.total
         seed_generators(seed)
-        used = _Rehearsal(experiment, task, runtime, phase, changed, order).run(rehearsed)
+        rehearsal = _Rehearsal(experiment, task, runtime, phase, changed, order)
+        if _roomy(task.model, runtime.device):
+            used = rehearsal.run(rehearsed)
+        else:
+            used = [frozenset(rehearsal.trained)]
+            rehearsed.notes.append("the task was not tried before step 1: gradients of the whole model would not fit")
         if runtime.ranks > 1 and not runtime.isolated:
             phase("checkpoint")  # the last of all phases: whoever is behind is the one that is waited for
             _compare(experiment, task, rehearsed, used, mine)
     phase("setup")
+    if runtime.device.type == "cuda":  # the peak of the run is that of its steps
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(runtime.device)
     rehearsed.seconds = time.perf_counter() - begun
     return rehearsed
+
+
+def _roomy(model: nn.Module, device: torch.device) -> bool:
+    """Do gradients of the whole model, which a layout may never hold on one rank, fit beside it?"""
+    size = sum(one.numel() * one.element_size() for one in model.parameters())
+    if size < LARGE:
+        return True
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] > 2 * size
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > 2 * size
 
 
 def _compare(
