@@ -188,6 +188,11 @@ class _Rehearsal:
         except Exception as error:
             raise TaskFault(f"the facts of the task cannot be written as JSON: {named(error)}") from error
         if wanders is not None:
+            if wanders.other_twice and self.experiment.layout.activation_checkpointing != "none":
+                raise TaskFault(
+                    "the model counts its passes, or draws from numpy or random, so activations cannot be computed "
+                    "again as they were: set layout.activation_checkpointing to none, or draw from torch"
+                )
             self._look_further()
             if wanders.seen or len(used[0]) < len(self.trained):
                 used += [self._train(*other, wanders) for other in self._others()]
@@ -333,6 +338,8 @@ class _Wanders(TorchDispatchMode):
     def __init__(self, changed: Callable[[], bool]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.changed, self.seen = changed, False
+        self.other_twice = False
+        """Would the same pass with the same samples take another way, or compute other numbers, the second time?"""
 
     def __enter__(self) -> Any:
         self._drawn = _drawn()
@@ -340,7 +347,8 @@ class _Wanders(TorchDispatchMode):
 
     def __exit__(self, *about: Any) -> None:
         super().__exit__(*about)  # type: ignore[no-untyped-call]
-        self.seen |= self._drawn != _drawn() or self.changed()
+        self.other_twice |= self._drawn != _drawn() or self.changed()
+        self.seen |= self.other_twice
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
