@@ -16,10 +16,10 @@ def likely_reason(experiment: Experiment, first_step: int | None, buffer: str | 
     if notes:
         return f"likely reason: {notes[0]}"
     parts = experiment.resolve().layout.data_parallel > 1 or experiment.gradients.accumulation > 1
-    if first_step == 1 and parts and experiment.workload.name == "custom":
+    if first_step is not None and parts and experiment.workload.name == "custom":
         return (
             "likely reason: the loss is a mean over something other than samples, which the task has to say "
-            "(batch_weight), or a part of the model looks at the batch as a whole"
+            "(batch_weight), or the model looks at a batch as a whole or keeps something of it between passes"
         )
     if first_step == 1:
         return "likely reason: something random in the model or its data, or a part that looks at the batch as a whole"

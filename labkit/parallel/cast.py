@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from labkit.experiment.fault import TaskFault
 from labkit.gradients.average import as_reals
 
 __all__ = ["as_reals", "at_least_float32", "complex_names", "place_module", "placed", "type_of", "widened"]
@@ -21,11 +22,11 @@ COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 
 
 def type_of(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The type that `tensor` takes in a run in `dtype`; ValueError where no complex type has parts of that type."""
+    """The type that `tensor` takes in a run in `dtype`; TaskFault where no complex type has parts of that type."""
     if tensor.is_complex():
         if dtype not in COMPLEX:
             name = str(dtype).removeprefix("torch.")
-            raise ValueError(
+            raise TaskFault(
                 f"the model computes with complex numbers, which torch does not have in {name}: "
                 "choose another number format (quantization.training), e.g. fp32 or bf16"
             )

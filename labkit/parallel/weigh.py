@@ -8,11 +8,23 @@ from torch import Tensor
 
 from labkit.parallel.cast import as_reals, widened
 from labkit.workloads.base import Batch, Task
+from labkit.workloads.custom_task import SimpleTask
+from labkit.workloads.weights import is_of_classes
 
 
 def counts_samples(task: Task) -> bool:
-    """Are the losses of this task means over samples?"""
-    return getattr(task, "batch_weight", None) is None
+    """Are the losses of this task means over samples, as known without a look at any batch?
+
+    So they are in all workloads of labkit, and where a person's own task does not say anything else. A loss over
+    classes leaves out targets, or weighs them.
+    """
+    given: Any = getattr(task, "batch_weight", None)
+    if given is None:
+        return True
+    if getattr(given, "__func__", None) is SimpleTask.batch_weight:
+        simple: Any = task
+        return simple.weight_fn is None and not is_of_classes(simple.loss_fn)
+    return str(getattr(given, "__module__", "")).startswith("labkit.workloads.")
 
 
 def is_nothing(weight: Any) -> bool:

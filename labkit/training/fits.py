@@ -14,7 +14,9 @@ from torch.nn.parameter import is_lazy
 
 from labkit.experiment import Experiment
 from labkit.experiment.fault import named
+from labkit.experiment.registry import registry
 from labkit.quantization.linear import chosen
+from labkit.sparsity.layers import prunable
 
 _HARMLESS = "nn.BatchNorm (each rank then sees its own samples) or nn.GroupNorm"
 
@@ -48,6 +50,7 @@ def misfits(experiment: Experiment, model: nn.Module) -> Iterator[str]:
     yield from _sharded(experiment, parameters, trained)
     yield from _copied(experiment, model)
     yield from _converted(experiment, model)
+    yield from _complex(experiment, model, trained)
 
 
 def _normalization(experiment: Experiment, model: nn.Module) -> Iterator[str]:
@@ -89,6 +92,26 @@ def _sharded(
             f"{here} is {first} and {there} is {second}: ZeRO 3 shards parameters of one type together, "
             "so set layout.zero_stage to 1 or 2"
         )
+
+
+def _complex(experiment: Experiment, model: nn.Module, trained: dict[str, nn.Parameter]) -> Iterator[str]:
+    """What knows real numbers only: it would drop the imaginary part, or fail."""
+    names = [name for name, one in trained.items() if one.is_complex()]
+    if not names:
+        return
+    compression, quantization = experiment.gradients.compression.method, experiment.quantization
+    if registry("gradients.compression")[compression].load().lossy:
+        yield f"{names[0]} is complex, and {compression} compresses real gradients only (gradients.compression.method)"
+    if experiment.optimizer.state_bits != 32:
+        yield f"{names[0]} is complex, and moments of 8 bits are real: set optimizer.state_bits to 32"
+    if experiment.layout.dp_shard > 1 and experiment.layout.zero_stage == 3:
+        yield f"{names[0]} is complex, which ZeRO 3 cannot shard: set layout.zero_stage to 1 or 2"
+    layers = {f"{name}.weight" for name, _ in chosen(model, quantization.head)} & set(names)
+    narrows = quantization.qat != "none" or quantization.after_training != "none"
+    if layers and (narrows or quantization.training in ("int8", "int8_weights", "bitnet", "fp8")):
+        yield f"{min(layers)} is complex, and narrow formats of layers are real: set quantization to full precision"
+    if experiment.sparsity.method != "none" and (hit := sorted(set(prunable(model, True)) & set(names))):
+        yield f"{hit[0]} is complex, and sparsity chooses among real weights only (sparsity.method)"
 
 
 def copies(experiment: Experiment) -> str | None:
@@ -162,4 +185,5 @@ def unsaved(state: dict[str, object]) -> str | None:
 def _savable() -> set[torch.dtype]:
     from safetensors.torch import _TYPES
 
-    return {kind for kind in _TYPES.values() if isinstance(kind, torch.dtype)}
+    known = {kind for kind in _TYPES.values() if isinstance(kind, torch.dtype)}
+    return known | {torch.complex128}  # as pairs of real numbers (labkit.parallel.state)

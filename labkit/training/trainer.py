@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from labkit.experiment import Experiment
+from labkit.experiment.fault import TaskFault
 from labkit.experiment.registry import registry
 from labkit.experiment.resume import same_ranks, task_code
 from labkit.experiment.run_directory import RunDirectory
@@ -37,7 +38,7 @@ from labkit.training import afterwards, checkpoint, evaluation, slow
 from labkit.training.clock import clock
 from labkit.training.compiled import Compiled
 from labkit.training.events import EventWriter
-from labkit.training.exactness import inexact_parts
+from labkit.training.exactness import inexact_parts, uneven_loss
 from labkit.training.link import Link
 from labkit.training.meter import Board, Meter, peak_bytes
 from labkit.training.numbers import Watch
@@ -91,10 +92,18 @@ class Trainer:
         sparse_layers = sparsity.prepare(
             whole, experiment, sparsity_options, shapes, lambda: runtime.place(task.train.__getitems__([0]))["x"]
         )
-        self.about_model = {
+        self.about_model: dict[str, Any] = {
             "parameters": sum(parameter.numel() for parameter in whole.parameters()),
-            "warnings": inexact_parts(whole, runtime.ranks) + rehearsed.notes,
+            "warnings": inexact_parts(
+                whole, 1 if runtime.isolated else runtime.ranks, experiment.gradients.accumulation, task, runtime.place
+            )
+            + rehearsed.notes,
         }
+        if not runtime.isolated and runtime.ranks * experiment.gradients.accumulation > 1:
+            uneven = uneven_loss(task, runtime.place)
+            if uneven is not None and experiment.gradients.update.method == "synchronous":
+                raise TaskFault(uneven)
+            self.about_model["warnings"] += [] if uneven is None else [uneven]
         self.steps = training.steps or self.order.steps(training.epochs or 1)
         place = runtime.mesh.index("dp_replicate", "dp_shard", "pp", "cp", "ep")
         self.narrowing = Narrowing(experiment, place, self.steps, runtime.device)
@@ -155,6 +164,7 @@ class Trainer:
         masks = Masks(Entries(self.model, shapes), self.optimizer)
         setting = SparsitySetting(experiment, sparsity_options, masks, shapes, self.steps, sparse_layers, sparse_units)
         self.sparsity = sparsity(setting)
+        self.about_model["warnings"] += self.sparsity.notes()
         self.first = self._load(Path(resume)) if resume else self._begin_anew()
         self.exchanges.resume(self.first)
         self.narrowing.start(self.model.stages.values(), self.optimizer, self.first)

@@ -79,6 +79,11 @@ def column(dataset: Any, wanted: str, kind: str, candidates: list[str], option: 
     return candidates[0]
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, else its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def sentence(data: str, error: Exception) -> str:
     """Why `data` cannot be loaded and what to do instead, from whatever was raised."""
     first = (str(error).strip().splitlines() or [""])[0]

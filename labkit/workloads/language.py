@@ -130,17 +130,45 @@ class Language:
                     options.tied,
                 )
         corpus = Corpus.from_text(*texts, encode, vocabulary)
+        _refuse_leak(options, model, vocabulary)
         return LanguageTask(model, corpus, options.context, data=options.data)
 
 
+def _refuse_leak(options: LanguageOptions, model: nn.Module, vocabulary: int) -> None:
+    from labkit.workloads.causal import refuse_leak
+
+    config = options.transformers_config or {}
+    name, advice = options.pretrained or str(config.get("model_type", "gpt")), ""
+    if config and not config.get("is_decoder"):
+        advice = 'set "is_decoder": true in workload.transformers_config, or choose a decoder such as llama'
+    elif options.model == "transformers":
+        advice = "choose a decoder such as llama"
+    try:
+        refuse_leak(model, vocabulary, options.context, name, advice)
+    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+        from labkit.workloads.hub import first_line
+
+        raise ValueError(f"{name} cannot run with these settings: {first_line(error)}") from error
+
+
+MASKED_BY_ITSELF = (None, "sdpa", "flash_attention_2", "flash_attention_3")
+"""Kinds of attention that are causal where they are given no mask, as in a chain of blocks."""
 CHAINED = ("llama", "mistral", "qwen2", "qwen3")
 """Kinds of transformers models that labkit can take apart into blocks."""
 
 
 def is_chain(config: Mapping[str, Any], context: int) -> bool:
-    """Can such a model of transformers be cut: a known kind, and no token looks back less far than `context`?"""
+    """Can such a model of transformers be cut: a known kind, and no token looks back less far than `context`?
+
+    Its attention must also be causal by itself, without the mask that the library would make.
+    """
     window = config.get("sliding_window")
-    return config.get("model_type") in CHAINED and (not isinstance(window, int) or window >= context)
+    kinds = [config.get(name) for name in ("attn_implementation", "_attn_implementation")]
+    return (
+        config.get("model_type") in CHAINED
+        and (not isinstance(window, int) or window >= context)
+        and all(kind in MASKED_BY_ITSELF for kind in kinds)
+    )
 
 
 def _network_problems(options: LanguageOptions) -> Iterator[Problem]:

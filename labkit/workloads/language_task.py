@@ -25,6 +25,7 @@ class LanguageTask:
         self.model, self.corpus = model, corpus
         self.train: Data = Windows(corpus.train, context)
         self.test: Data = Windows(corpus.test, context)
+        self.loss_module: nn.Module | None = None
         self._data = data
         self.nats: Nats = mean_nats
         """Mean loss over the tokens; layouts that cut sequence or vocabulary put their own there."""
@@ -35,6 +36,10 @@ class LanguageTask:
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Nats per token. Windows have one length, so the mean over tokens is the mean over samples."""
         return self.nats(output, batch["y"])
+
+    def batch_weight(self, batch: Batch) -> Tensor | float:
+        """The number of samples: every window has the same number of tokens."""
+        return float(len(batch["y"]))
 
     def evaluate(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
         samples = len(batch["y"])

@@ -173,7 +173,7 @@ class Masked:
         task = as_task((classifier(), (x, y), (x, y), nn.CrossEntropyLoss()), "masked")
         self.model, self.metric = task.model, task.metric
         self.train = self.test = TensorData(x=x, y=y, mask=mask)
-        self.metrics, self.closed_loop, self.facts = task.metrics, task.closed_loop, task.facts
+        self.closed_loop, self.facts = task.closed_loop, task.facts
 
     def batch_weight(self, batch: dict[str, Tensor]) -> Tensor:
         return batch["mask"].sum()
@@ -186,6 +186,9 @@ class Masked:
         each = nn.functional.cross_entropy(output, batch["y"], reduction="none")
         right = (output.argmax(-1) == batch["y"]) * batch["mask"]
         return {"count": batch["mask"].sum(), "loss": (each * batch["mask"]).sum(), "correct": right.sum()}
+
+    def metrics(self, sums: Any) -> dict[str, float]:
+        return {"loss": sums["loss"] / sums["count"], "accuracy": sums["correct"] / sums["count"]}
 
 
 def masked() -> Any:
@@ -218,3 +221,52 @@ def years() -> Any:
             return out
 
     return {"model": Plus(), "train": (x, y.float()), "test": (x, y.float()), "loss_fn": nn.MSELoss()}
+
+
+class CountsSamples(nn.Module):
+    """Counts the samples that it has seen, in floating point: no mean of ranks is what one process counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("samples", torch.zeros(()))
+        self.samples: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.samples += len(x)
+        return x
+
+
+def only_counts_samples() -> Any:
+    x, y = data()
+    model = chain(CountsSamples(), nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 3))
+    return {"model": model, "train": (x, y), "test": (x, y), "loss_fn": nn.CrossEntropyLoss()}
+
+
+def hidden_mask() -> Any:
+    """A mean over a part of the samples, of which nobody is told."""
+    x, y = data()
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        kept = target != 0
+        return nn.functional.cross_entropy(output[kept], target[kept])
+
+    return {"model": classifier(), "train": (x, y), "test": (x, y), "loss_fn": loss}
+
+
+def complex_layer() -> Any:
+    """A linear layer of complex numbers."""
+
+    class Phases(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.layer = nn.Linear(WIDTH, 8), nn.Linear(8, 8, dtype=torch.complex64)
+            self.between, self.after = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.before(x)
+            out: Tensor = self.after(self.between(self.layer(hidden.to(self.layer.weight.dtype)).abs()))
+            return out
+
+    x, y = data()
+    return {"model": Phases(), "train": (x, y), "test": (x, y), "loss_fn": nn.CrossEntropyLoss()}

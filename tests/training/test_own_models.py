@@ -100,6 +100,96 @@ def test_complex_weights_and_buffers_keep_their_imaginary_part(layout: dict[str,
     assert_as_by_hand(finished(experiment("complex_weights", layout)), by_hand("complex_weights"))
 
 
+@pytest.mark.parametrize("training", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"layout": {"dp_replicate": 2}},
+        {"layout": {"dp_shard": 2, "zero_stage": 1}},
+        {"optimizer.name": "sgd", "layout": PIPE},
+    ],
+    **NAMED,
+)
+def test_so_they_do_as_trained(changes: dict[str, Any], training: str) -> None:
+    run = finished(experiment("complex_weights", **changes, **{"quantization.training": training}))
+    hand = loop(own_tasks.complex_weights, experiment("complex_weights", **changes))
+    assert run.data().loss == pytest.approx(hand.loss, abs=1e-5 if training == "fp32" else 0.03)
+    weight = saved(run)["blocks.block_1.weight"]
+    assert weight.dtype == torch.complex64
+    expected = hand.model.state_dict()["blocks.block_1.weight"]
+    if training == "fp32":
+        assert (weight - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        {"gradients.update.method": "local_sgd", "gradients.update.every": 1, "optimizer.name": "sgd"},
+        {"gradients.update.method": "parameter_server", "gradients.update.staleness": 0, "gradients.update.backup": 0},
+        {"gradients.update.method": "delayed", "gradients.update.delay": 0},
+        {"gradients.update.method": "gossip", "gradients.update.graph": "complete", "optimizer.name": "sgd"},
+    ],
+    ids=lambda update: str(update["gradients.update.method"]),
+)
+def test_so_they_do_where_ranks_combine_weights_or_gradients_by_themselves(update: dict[str, Any]) -> None:
+    """In these settings each rule is synchronous training."""
+    changes = {**update, "layout": {"dp_replicate": 2}, "training.gradient_norm": False}
+    run = finished(experiment("complex_weights", **changes))
+    hand = loop(own_tasks.complex_weights, experiment("complex_weights", **changes))
+    state = saved(run)
+    for name, value in hand.model.state_dict().items():
+        assert (state[name] - as_reals(value)).abs().max() <= EXACT, name
+
+
+@pytest.mark.parametrize(
+    "update",
+    [{"method": "hogwild"}, {"method": "gossip"}, {"method": "diloco"}, {"method": "parameter_server"}],
+    **NAMED,
+)
+def test_every_rule_trains_imaginary_parts(update: dict[str, Any]) -> None:
+    run = finished(experiment("complex_weights", {"dp_replicate": 2}, **{"gradients.update": update}))
+    hand, name = by_hand("complex_weights"), "blocks.block_1.weight"
+    with torch.no_grad():
+        from labkit.workloads.seed import seeded
+
+        with seeded(SEED):
+            begin = own_tasks.complex_weights()["model"].state_dict()[name]
+    moved = torch.view_as_complex(saved(run)[name]) - begin
+    assert (moved.imag != 0).all()
+    assert (moved - (hand.model.state_dict()[name] - begin)).abs().max() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quantization.training": "pure_bf16"}, "complex numbers, which torch does not have in bfloat16"),
+        ({"layout": {"dp_shard": 2, "zero_stage": 3}}, "ZeRO 3"),
+        (
+            {"layout": {"dp_replicate": 2}, "gradients.compression.method": "topk"},
+            "layer.weight is complex, and topk compresses real gradients only",
+        ),
+        (
+            {"optimizer.state_bits": 8, "quantization.training": "fp32"},
+            "layer.weight is complex, and moments of 8 bits",
+        ),
+        ({"quantization.training": "int8"}, "layer.weight is complex, and narrow formats of layers are real"),
+        (
+            {"sparsity.method": "static", "sparsity.target": 0.5, "sparsity.kernel": "dense"},
+            "layer.weight is complex, and sparsity chooses among real weights only",
+        ),
+    ],
+    **NAMED,
+)
+def test_what_knows_real_numbers_only_says_so_in_one_sentence(changes: dict[str, Any], words: str) -> None:
+    run = launch(experiment("complex_layer", **changes), baseline=None)
+    assert run.wait(60).state == "failed"
+    assert run.cause is not None
+    assert run.cause["kind"] == "task", run.cause
+    assert words in run.cause["message"], run.cause["message"]
+    assert not len(run.data().loss)
+
+
 # -- parameters that nothing uses (A5) and their checkpoints (A12) ----------------------------------------------------
 
 UNUSED: list[dict[str, Any]] = [
@@ -170,6 +260,20 @@ def test_a_mean_over_something_else_is_that_of_the_whole_batch(changes: dict[str
     """With twelve passes some have nothing to take a mean over: they count for nothing."""
     run = finished(experiment("masked", **changes))
     assert_as_by_hand(run, by_hand_masked(), buffers=False)
+
+
+@pytest.mark.parametrize("changes", WEIGHED, **NAMED)
+@pytest.mark.parametrize("name", ["class_weights", "ignored_targets"])
+def test_so_is_that_of_torchs_own_losses(name: str, changes: dict[str, Any]) -> None:
+    assert_as_by_hand(finished(experiment(name, **changes)), by_hand(name))
+
+
+def test_a_rank_without_any_valid_target_counts_for_nothing() -> None:
+    """issue 11, B22: every third sample is ignored, one sample a share."""
+    whole, parts = ({"training.global_batch": 3, "layout": {"dp_replicate": ranks}} for ranks in (1, 3))
+    hand = loop(own_tasks.ignored_targets, experiment("ignored_targets", **whole))
+    for changes in (whole, parts, {**whole, "gradients.accumulation": 3}):
+        assert_as_by_hand(finished(experiment("ignored_targets", **changes)), hand)
 
 
 # -- buffers (A7, B08) ------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def test_a_chain_computes_what_the_library_computes(kind: str) -> None:
 def test_what_looks_back_less_far_is_no_chain() -> None:
     assert is_chain(LLAMA, 32)
     assert not is_chain(GPT2, 32)
-    window = LLAMA | {"model_type": "mistral", "sliding_window": 16}
+    window = LLAMA | {"model_type": "mistral", "sliding_window": 16, "num_key_value_heads": 4}
     assert is_chain(window, 16)
     assert not is_chain(window, 17)
     assert not isinstance(Language.build(options(window), 0).model, Blocks)

@@ -59,14 +59,14 @@ def causal_model(
         try:
             model = AutoModelForCausalLM.from_config(built)  # type: ignore[no-untyped-call]
         except (ValueError, TypeError) as error:
-            raise ValueError(f"transformers cannot build {wanted['model_type']!r}: {_first_line(error)}") from error
+            raise ValueError(f"transformers cannot build {wanted['model_type']!r}: {hub.first_line(error)}") from error
     _switch_off_dropout(model, wanted)
     return _as_blocks(model.float().train(), context)
 
 
 def _as_blocks(model: Any, context: int) -> nn.Module:
     _keep_float64(model)
-    settings = model.config.to_dict()
+    settings = model.config.to_dict() | {"attn_implementation": model.config._attn_implementation}
     return chain(model) if is_chain(settings, context) else CausalModel(model)
 
 
@@ -98,7 +98,7 @@ def _configuration(wanted: Mapping[str, Any], context: int, vocabulary: int) -> 
     except KeyError:
         raise ValueError('the configuration of a transformers model needs a "model_type"') from None
     except (ValueError, TypeError) as error:
-        raise ValueError(f"transformers refuses this configuration: {_first_line(error)}") from error
+        raise ValueError(f"transformers refuses this configuration: {hub.first_line(error)}") from error
     for name in _POSITIONS:
         if name not in wanted and 0 < (getattr(built, name, None) or 0) < context:
             setattr(built, name, context)
@@ -139,7 +139,3 @@ def _norm(module: Any, otherwise: Any, x: Tensor) -> Tensor:
         return otherwise(x)
     scale: Tensor = torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
     return module.weight * (x * scale)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
