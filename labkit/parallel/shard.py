@@ -112,6 +112,8 @@ def _shard(module: nn.Module, mesh: Mesh, offload: bool) -> FSDPModule:
     owns lies in the host's memory and is brought to the GPU for as long as a block is gathered.
     """
     policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    for parameter in module.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP takes no others; most are so already
     grid = mesh.sub(*(axis for axis in AXES if mesh.size(axis) > 1))
     blocks = list(module.blocks.values()) if isinstance(module, Blocks) else []
     held = Counter(parameter for block in blocks for parameter in block.parameters())

@@ -42,6 +42,10 @@ def misfits(experiment: Experiment, model: nn.Module) -> Iterator[str]:
         frozen = f"all {len(parameters)} parameters are frozen" if parameters else "it has no parameters"
         yield f"the model has nothing to train: {frozen} (set requires_grad of some)"
         return
+    for name, one in trained.items():
+        if any(size > 1 and not step for size, step in zip(one.shape, one.stride(), strict=True)):
+            yield f"{name} stores several numbers in one place (expand): make it a tensor of its own with clone()"
+            return
     yield from _normalization(experiment, model)
     yield from _sharded(experiment, parameters, trained)
     yield from _copied(experiment, model)

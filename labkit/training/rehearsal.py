@@ -10,6 +10,7 @@ known before DDP and `fully_shard` wait for their gradients.
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +42,8 @@ MORE_PASSES = 8
 LOOK_S = 0.25
 """How long further samples of a data set of one's own are looked at (s)."""
 MOST_LOOKED = 512
+LARGE = 2**28
+"""From this size on it is asked whether there is room for gradients of the whole model (bytes of its weights)."""
 _KNOWN = ("labkit.workloads", "torch.nn.modules")
 """Models made of these alone take the same way whatever they see."""
 _BUILT_IN = ("vision", "language", "driving")
@@ -90,13 +93,31 @@ def rehearse(
         mine = fingerprint.Fingerprint.of(task, seed)
         rehearsed.built = mine.total
         seed_generators(seed)
-        used = _Rehearsal(experiment, task, runtime, phase, changed, order).run(rehearsed)
+        rehearsal = _Rehearsal(experiment, task, runtime, phase, changed, order)
+        if _roomy(task.model, runtime.device):
+            used = rehearsal.run(rehearsed)
+        else:
+            used = [frozenset(rehearsal.trained)]
+            rehearsed.notes.append("the task was not tried before step 1: gradients of the whole model would not fit")
         if runtime.ranks > 1 and not runtime.isolated:
             phase("checkpoint")  # the last of all phases: whoever is behind is the one that is waited for
             _compare(experiment, task, rehearsed, used, mine)
     phase("setup")
+    if runtime.device.type == "cuda":  # the peak of the run is that of its steps
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(runtime.device)
     rehearsed.seconds = time.perf_counter() - begun
     return rehearsed
+
+
+def _roomy(model: nn.Module, device: torch.device) -> bool:
+    """Do gradients of the whole model, which a layout may never hold on one rank, fit beside it?"""
+    size = sum(one.numel() * one.element_size() for one in model.parameters())
+    if size < LARGE:
+        return True
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] > 2 * size
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > 2 * size
 
 
 def _compare(
@@ -167,6 +188,11 @@ class _Rehearsal:
         except Exception as error:
             raise TaskFault(f"the facts of the task cannot be written as JSON: {named(error)}") from error
         if wanders is not None:
+            if wanders.other_twice and self.experiment.layout.activation_checkpointing != "none":
+                raise TaskFault(
+                    "the model counts its passes, or draws from numpy or random, so activations cannot be computed "
+                    "again as they were: set layout.activation_checkpointing to none, or draw from torch"
+                )
             self._look_further()
             if wanders.seen or len(used[0]) < len(self.trained):
                 used += [self._train(*other, wanders) for other in self._others()]
@@ -312,6 +338,8 @@ class _Wanders(TorchDispatchMode):
     def __init__(self, changed: Callable[[], bool]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.changed, self.seen = changed, False
+        self.other_twice = False
+        """Would the same pass with the same samples take another way, or compute other numbers, the second time?"""
 
     def __enter__(self) -> Any:
         self._drawn = _drawn()
@@ -319,7 +347,8 @@ class _Wanders(TorchDispatchMode):
 
     def __exit__(self, *about: Any) -> None:
         super().__exit__(*about)  # type: ignore[no-untyped-call]
-        self.seen |= self._drawn != _drawn() or self.changed()
+        self.other_twice |= self._drawn != _drawn() or self.changed()
+        self.seen |= self.other_twice
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:

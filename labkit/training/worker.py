@@ -8,6 +8,8 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,8 @@ def main(
             options = workload.Options(**experiment.workload.options)
             seed_generators(experiment.training.seed)  # also for what a person's file draws when it is read
             task = _build(workload, options, experiment.training.seed)
-            trainer = Trainer(experiment, directory, task, runtime, meter, board, resume)
+            with _refusals():
+                trainer = Trainer(experiment, directory, task, runtime, meter, board, resume)
             stopped = trainer.run() if train else False
             if not train:
                 meter.phase("done")
@@ -92,14 +95,28 @@ def _build(workload: Any, options: Any, seed: int) -> Task:
         task: Task = workload.build(options, seed)
     except TaskFault:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG):
             raise  # the disk is at fault, not the task
         raise TaskFault(_why_not_built(error)) from error
     return task
 
 
-def _why_not_built(error: Exception) -> str:
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What labkit itself refuses of a task while a rank is set up (ValueError) is a request gone wrong (TaskFault)."""
+    try:
+        yield
+    except TaskFault:
+        raise
+    except ValueError as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if not raised_in.startswith(_LIBRARIES[0]) or "checkpoint" in str(error):
+            raise
+        raise TaskFault(error) from error
+
+
+def _why_not_built(error: BaseException) -> str:
     """One sentence: what labkit's own rules say of it, or what was raised in whose file and line."""
     frames = traceback.extract_tb(error.__traceback__)
     places = [frame for frame in frames if not frame.filename.startswith((*_LIBRARIES, "<frozen"))]
