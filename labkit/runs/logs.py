@@ -13,7 +13,8 @@ def tail(path: Path, lines: int = 20) -> list[str]:
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 400 * lines))
-            return file.read().decode("utf-8", "replace").splitlines()[-lines:]
+            # Not to the end: the writer may be faster than the reader.
+            return file.read(400 * lines).decode("utf-8", "replace").splitlines()[-lines:]
     except OSError:
         return []
 
@@ -24,7 +25,7 @@ def cap(path: Path, most: int = LOG_CAP_BYTES) -> None:
         return
     with path.open("rb") as file:
         file.seek(-most // 4, os.SEEK_END)
-        end = file.read()
+        end = file.read(most // 4)  # and no more: a writer may be faster than a reader, who would never come to an end
     with path.open("r+b") as file:
         file.truncate(0)
     with path.open("ab") as file:
