@@ -7,7 +7,8 @@ on standard error and nothing was launched. With --json the last line of standar
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import os
 import shlex
 import sys
 import time
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from labkit import __version__
-from labkit.experiment import Experiment, ExperimentError, Problem
+from labkit.experiment import Experiment, ExperimentError, Problem, safe_files
 from labkit.experiment.recipes import RECIPES, recipe
 from labkit.experiment.run_directory import TERMINAL
+from labkit.experiment.safe_files import printable as _plain
 from labkit.experiment.schema import parse_assignment
 
 Command = Callable[[argparse.Namespace], int]
@@ -35,40 +37,98 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
+class OutputError(Exception):
+    """What was to be printed could not be, e.g. on a full disk."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    # A name in a lesser alphabet than UTF-8, or half of a character pair, is printed as its escape.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    options = argparse.Namespace(launched=False)
     try:
-        options = _parser().parse_args(arguments)
+        _parser().parse_args(arguments, options)
         options.words = list(sys.argv[1:] if arguments is None else arguments)
         command: Command = options.command
-        return command(options)
+        code = command(options)
+        _flush()
+        return code
     except UsageError as error:
         return _refuse(str(error))
     except ExperimentError as error:
         return _refuse(*map(str, error.problems))
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone (labkit … | head)
+        _give_up_output()  # the reader of our output has gone (labkit … | head)
         return 0
+    except OutputError as error:
+        _give_up_output()
+        _say(f"cannot write the output: {error}")
+        return 1
     except TimeoutError as error:
-        print(f"labkit: {_plain(str(error))}.", file=sys.stderr)
+        _say(str(error))
         return 1
     except OSError as error:
-        return _refuse(str(error) if error.errno is None else f"{error.filename}: {error.strerror}")
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        said = str(error) if error.errno is None else f"{where}{error.strerror}"
+        if not options.launched:
+            return _refuse(said)
+        _say(f"{said} (the run was launched)")
+        return 1
     except KeyboardInterrupt:
-        print("labkit: interrupted.", file=sys.stderr)
+        _say("interrupted")
         return 130
+
+
+def _flush() -> None:
+    """Bring what was printed to its place; OutputError where that does not take it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(error.strerror or str(error)) from None
+
+
+def _give_up_output() -> None:
+    """Nothing more can be written to standard output; what is left in its buffer must not fail again at the end."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError):
+        pass
+
+
+def _say(sentence: str) -> None:
+    """One sentence on standard error."""
+    stop = "" if sentence.endswith((".", ")")) else "."
+    try:
+        print(f"labkit: {_plain(sentence)}{stop}", file=sys.stderr, flush=True)
+    except OSError:
+        pass  # there is nobody left to tell
+
+
+def _tell(line: str) -> None:
+    """One line about what is going on, on standard error."""
+    print(_plain(line), file=sys.stderr)
 
 
 def _refuse(*sentences: str) -> int:
     for sentence in sentences:
-        stop = "" if sentence.endswith((".", ")")) else "."
-        print(f"labkit: {_plain(sentence)}{stop}", file=sys.stderr)
+        _say(sentence)
     return 2
 
 
-def _plain(text: Any) -> str:
-    """Text that came from a file or an argument, without what would steer a terminal or break the line."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in str(text))
+def _print(text: str) -> None:
+    """One line on standard output, whatever a name or a file has in it."""
+    try:
+        print(_plain(text))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(error.strerror or str(error)) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,6 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     run = add("run", _run, "Launch a run and follow it to its end.")
     add_experiment(run)
     run.add_argument("--resume", metavar="RUN", help="go on from the last checkpoint of this run")
+    run.add_argument(
+        "--trust", action="store_true", help="run the code that a run given by path, or somebody else's, carries"
+    )
     run.add_argument(
         "--baseline",
         default="auto",
@@ -150,6 +213,9 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("-o", "--output", type=Path, metavar="FILE.html", help="write a report with the Pareto front")
     validate = add("validate", _validate, "Say whether an experiment can run here, and why not.")
     add_experiment(validate)
+    validate.add_argument(
+        "--rehearse", action="store_true", help="build the task on all ranks and try it too: one minute at most"
+    )
     add("recipes", _recipes, "List the ready-made experiments.")
     add("fields", _fields, "List every field that --set takes.")
     runs = add("runs", _runs, "List the runs.")
@@ -209,11 +275,12 @@ def _experiment(options: argparse.Namespace, default: Experiment | None = None) 
 
 def _print_lines(text: str) -> None:
     for line in text.splitlines():
-        print(_plain(line))
+        _print(line)
 
 
 def _print_json(data: Any) -> None:
-    print(json.dumps(data, ensure_ascii=False), flush=True)
+    _print(safe_files.to_json(data))
+    _flush()
 
 
 def _check_output(options: argparse.Namespace) -> None:
@@ -230,7 +297,7 @@ def _as_typed(options: argparse.Namespace) -> str:
 def _deliver(options: argparse.Namespace, table: str, data: Any) -> None:
     """A table in Markdown, to its file or the terminal, and the JSON if it was asked for."""
     if options.output:
-        options.output.write_text(table, encoding="utf-8")
+        options.output.write_text(table, encoding="utf-8", errors="backslashreplace")
     else:
         _print_lines(table)
     if options.json:
@@ -250,7 +317,10 @@ def _run(options: argparse.Namespace) -> int:
     resumed = Run.attach(options.resume) if options.resume else None
     if resumed and not resumed.checkpoints():
         raise UsageError(f"run {resumed.id} has no checkpoint to go on from")
-    experiment = _experiment(options, resumed.experiment if resumed else None).check()
+    experiment = _experiment(options, resumed.experiment if resumed else None)
+    if resumed and options.what is None and not options.trust:
+        _insist_on_trust(resumed, options)
+    experiment = experiment.check()
     baseline = {"none": None, "auto": "auto", "measure": None}.get(options.baseline, options.baseline)
     if options.baseline == "measure" and experiment.layout.world_size > 1:
         base = launch(one_process(experiment, f"baseline: {experiment.title}"), baseline=None)
@@ -260,12 +330,29 @@ def _run(options: argparse.Namespace) -> int:
     elif baseline not in (None, "auto"):
         named_baseline(baseline)
     for warning in experiment.warnings():
-        print(f"labkit: {warning}", file=sys.stderr)
+        _say(str(warning))
     run = launch(experiment, resume=resumed, baseline=baseline)
+    options.launched = True
     if options.detach:
-        _print_json({"run_id": run.id}) if options.json else print(run.id)
+        _print_json({"run_id": run.id}) if options.json else _print(run.id)
         return 0
     return _end(follow(run, quiet=options.json), options)
+
+
+def _insist_on_trust(run: Any, options: argparse.Namespace) -> None:
+    """Before code from a run directory that may be anybody's is executed: ask, or refuse where nobody can answer."""
+    from labkit.experiment.resume import carried_code
+
+    code = carried_code(run.experiment)
+    own = os.sep not in options.resume and os.lstat(run.directory.experiment).st_uid == os.getuid()
+    if not code or own:
+        return
+    whose = f"run {run.id} executes {code}"
+    if not sys.stdin.isatty() or options.json:
+        raise UsageError(f"{whose}; look at it (labkit show), then say --trust if you want that")
+    print(f"labkit: {_plain(whose)}. Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UsageError("nothing was launched")
 
 
 def _end(run: Any, options: argparse.Namespace) -> int:
@@ -273,10 +360,10 @@ def _end(run: Any, options: argparse.Namespace) -> int:
 
     summary, cause = run.summary(), run.cause
     if cause:
-        print(f"labkit: {run.state}: {_plain(cause['message'])}", file=sys.stderr)
+        _say(f"{run.state}: {cause['message']}")
         if run.state == "failed":
             for line in cause.get("log", [])[-8:]:
-                print(f"  {_plain(line)}", file=sys.stderr)
+                _tell(f"  {line}")
     if options.json:
         _print_json(summary | {"status": run.state, "cause": cause})
     else:
@@ -296,12 +383,14 @@ def _check(options: argparse.Namespace) -> int:
     experiment = _experiment(options)
     experiment.check()
     try:
-        result = check(experiment, options.steps or STEPS, precisions, lambda text: print(text, file=sys.stderr))
+        result = check(
+            experiment, options.steps or STEPS, precisions, lambda text: print(_plain(text), file=sys.stderr)
+        )
     except RunFailed as error:
-        print(f"labkit: the check could not be made: {error}", file=sys.stderr)
+        _say(f"the check could not be made: {error}")
         return 1
     for line in result["text"]:
-        print(line)
+        _print(line)
     if options.json:
         _print_json(result)
     return 0 if result["parity"] else 1
@@ -356,7 +445,7 @@ def _combinations(options: argparse.Namespace) -> int:
             results.append(one)
             if one.outcome != "refused":
                 said = f"{len(results)} of {len(cases)}: {one.case}: {one.outcome} {one.reason}".rstrip()
-                print(f"labkit: {_plain(said)}", file=sys.stderr, flush=True)
+                _say(said)
     finally:  # also what was known when it was interrupted
         table = combinations.markdown(results, len(cases), _as_typed(options), time.monotonic() - begun)
         counts = combinations.counts(results)
@@ -386,7 +475,7 @@ def _methods(options: argparse.Namespace) -> int:
             said = (
                 f"{len(learned)} of {len(cases)}: {one.case.recipe}, {one.case.ranks} ranks, {one.case.method}: {what}"
             )
-            print(f"labkit: {_plain(said)}", file=sys.stderr, flush=True)
+            _say(said)
     finally:  # also what was known when it was interrupted
         table = methods.markdown(learned, len(cases), _as_typed(options), time.monotonic() - begun)
         _deliver(options, table, {"asked": len(cases), "methods": [one.to_dict() for one in learned]})
@@ -413,9 +502,14 @@ def _sweep(options: argparse.Namespace) -> int:
             if point.done and point.label not in told:
                 told.add(point.label)
                 said = f"{number} of {len(queue.points)}: {point.label}: {point.state} {point.reason}"
-                print(f"labkit: {_plain(said.rstrip())}", file=sys.stderr, flush=True)
+                _say(said.rstrip())
 
-    queue.run(tell)
+    try:
+        queue.run(tell)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if queue.problem:
+        _say(queue.problem)
     rows, runs = queue.table(), queue.runs
     if options.output and runs:
         from labkit.plots.report import report
@@ -433,15 +527,20 @@ def _sweep(options: argparse.Namespace) -> int:
 def _validate(options: argparse.Namespace) -> int:
     experiment = _experiment(options)
     problems, warnings = experiment.problems(), experiment.warnings()
+    if options.rehearse and not problems:
+        from labkit.launch.rehearse import rehearse
+
+        problem = rehearse(experiment)
+        problems = problems if problem is None else [problem]
     if options.json:
         described = [{"field": p.field, "reason": p.reason, "nearest": p.nearest} for p in problems]
         _print_json({"valid": not problems, "problems": described, "warnings": [str(w) for w in warnings]})
     for warning in warnings:
-        print(f"labkit: {warning}", file=sys.stderr)
+        _say(str(warning))
     if problems:
         raise ExperimentError(problems)
     if not options.json:
-        print(f"This can run here. {experiment.resolve()}.")
+        _print(f"This can run here. {experiment.resolve()}.")
     return 0
 
 
@@ -449,7 +548,7 @@ def _recipes(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({name: make().to_dict() for name, make in RECIPES.items()})
     for name, make in RECIPES.items() if not options.json else ():
-        print(f"{name:24} {(make.__doc__ or '').strip()}")
+        _print(f"{name:24} {(make.__doc__ or '').strip()}")
     return 0
 
 
@@ -460,7 +559,7 @@ def _fields(options: argparse.Namespace) -> int:
     if options.json:
         _print_json([field.to_dict() for field in described])
     for field in described if not options.json else ():
-        print(f"{field.name:36} {field.kind:24} {field.description}")
+        _print(f"{field.name:36} {field.kind:24} {field.description}")
     return 0
 
 
@@ -472,30 +571,37 @@ def _runs(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(rows)
     elif not rows:
-        print("There is no run yet. Start one with: labkit run vision-ddp")
+        _print("There is no run yet. Start one with: labkit run vision-ddp")
     else:
         for row in rows:
-            print(f"{row['run_id']:40} {row['state']:9} {_plain(row.get('layout') or ''):10} {_plain(row['title'])}")
+            _print(f"{_plain(row['run_id']):40} {row['state']:9} {row.get('layout') or '':10} {row['title']}")
     return 0
 
 
 def _show(options: argparse.Namespace) -> int:
+    from labkit.experiment.resume import carried_code
     from labkit.runs import Run
     from labkit.runs.follow import summary_text
 
     run = Run.attach(options.run)
     status, summary = run.status, run.summary()
     if options.json:
-        _print_json({"status": status, "summary": summary, "experiment": run.experiment.to_dict()})
+        experiment = run.experiment
+        described = {"status": status, "summary": summary, "experiment": experiment.to_dict()}
+        _print_json(described | {"code": carried_code(experiment) or None})
         return 0
-    print(f"{run.id}: {status['state']}  {_plain(status['title'])}")
-    print(f"directory {run.directory.path}")
+    _print(f"{run.id}: {status['state']}  {status['title']}")
+    _print(f"directory {run.directory.path}")
+    with contextlib.suppress(ExperimentError):
+        if code := carried_code(run.experiment):
+            _print(f"code: this run executes {code}")
     if status.get("cause"):
-        print(f"cause: {_plain(status['cause']['message'])}")
+        _print(f"cause: {status['cause']['message']}")
     _print_lines(summary_text(summary))
     log = run.logs(0, 10)
     if log:
-        print("\nlast lines of rank 0:")
+        _print("")
+        _print("last lines of rank 0:")
         _print_lines(log)
     return 0
 
@@ -512,7 +618,7 @@ def _stop(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(states)
     for name, state in states.items() if not options.json else ():
-        print(f"{name}: {state}")
+        _print(f"{name}: {state}")
     return 0
 
 
@@ -528,9 +634,12 @@ def _compare(options: argparse.Namespace) -> int:
     )
     if not runs:
         raise ExperimentError([Problem("", "there is no run to compare yet")])
-    comparison = compare(runs, options.baseline)
+    comparison = compare(runs, options.baseline, skip_unreadable=options.all)
+    for reason in comparison.left_out:
+        _say(f"left out: {reason}")
     if options.json:
-        _print_json({"baseline_run_id": comparison.baseline_run_id, "rows": comparison.rows, "text": comparison.text()})
+        named = {"baseline_run_id": comparison.baseline_run_id, "left_out": comparison.left_out}
+        _print_json(named | {"rows": comparison.rows, "text": comparison.text()})
     else:
         _print_lines(str(comparison))
     return 0
@@ -544,7 +653,7 @@ def _report(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise UsageError(f"the report needs {error.name}: pip install 'labkit[lab]'") from None
     path = report([Run.attach(name) for name in options.runs], options.output)
-    _print_json({"report": str(path)}) if options.json else print(path)
+    _print_json({"report": str(path)}) if options.json else _print(str(path))
     return 0
 
 
@@ -556,7 +665,7 @@ def _doctor(options: argparse.Namespace) -> int:
         _print_json(as_dict(findings))
     for finding in findings if not options.json else ():
         mark = {True: "ok", False: "!!", None: "--"}[finding.fine]
-        print(f"{mark}  {finding.topic:22} {finding.text}")
+        _print(f"{mark}  {finding.topic:22} {finding.text}")
     return 0 if all(finding.fine is not False for finding in findings) else 1
 
 

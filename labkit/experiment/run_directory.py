@@ -22,20 +22,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from labkit.experiment import safe_files
+from labkit.experiment.safe_files import read_json as read_json
+from labkit.experiment.safe_files import write_json as write_json
 
 TERMINAL = ("finished", "stopped", "failed")
 STATES = ("starting", "running", "stopping", *TERMINAL)
 
 EVENTS = {
+    "rehearsal": "the task was tried before step 1: seconds, unused (parameters that a pass left without a gradient)",
     "start": "a rank is ready: device, pid, threads, parameters, first (the step it starts from), steps, metric, "
     "facts, effective",
     "first_step": "the first step has ended: seconds since the run was asked for (rank 0)",
@@ -66,13 +68,24 @@ PHASES = ("setup", "data", "forward", "backward", "optimizer", "evaluation", "ch
 EXIT_STOPPED = 75
 """Exit code of a rank that ended early because it was asked to (EX_TEMPFAIL: the run can be resumed)."""
 
-MAX_JSON_BYTES = 64 * 2**20
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}")
+_CHECKPOINT = re.compile(r"step-([0-9]{1,12})", re.ASCII)
 
 
 def home() -> Path:
-    """The directory that holds all runs, from LABKIT_HOME or ~/.labkit (not created here)."""
-    return Path(os.environ.get("LABKIT_HOME") or "~/.labkit").expanduser().absolute()
+    """The directory that holds all runs, from LABKIT_HOME or ~/.labkit (not created here).
+
+    A relative LABKIT_HOME means the folder it names from where labkit is first used, whatever the current folder is
+    later: the variable is made absolute then, so that processes started later find the same runs.
+    """
+    given = os.environ.get("LABKIT_HOME")
+    if not given:
+        return Path("~/.labkit").expanduser().absolute()
+    path = Path(given).expanduser()
+    if not path.is_absolute():
+        path = path.absolute()
+        os.environ["LABKIT_HOME"] = str(path)
+    return path
 
 
 def standby_log(root: Path) -> Path:
@@ -117,7 +130,7 @@ class RunDirectory:
             found = cls(runs / text)
         else:
             raise FileNotFoundError(f"{text!r} is not a run id")
-        if not found.experiment.is_file():
+        if not safe_files.is_regular(found.experiment):
             where = f"at {found.path}" if os.sep in text else f"{text!r} in {runs}"
             raise FileNotFoundError(f"there is no run {where}")
         return found
@@ -126,9 +139,24 @@ class RunDirectory:
     def all(cls, root: Path | None = None) -> Iterator[RunDirectory]:
         """All runs, oldest first."""
         runs = (root or home()) / "runs"
-        if runs.is_dir():
-            found = [path for path in runs.iterdir() if (path / "experiment.json").is_file()]
-            yield from (cls(path) for path in sorted(found, key=lambda path: (_made(path), path.name)))
+        try:
+            paths = [runs / name for name in os.listdir(runs)]
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        found = [path for path in paths if safe_files.is_regular(path / "experiment.json")]
+        yield from (cls(path) for path in sorted(found, key=lambda path: (_made(path), path.name)))
+
+    def come_last(self) -> None:
+        """Make this the latest run of its home, also where the clock was put back since an earlier one.
+
+        Runs are ordered by the time stamp of their experiment.json; that of this run, once it is written, is moved
+        behind all others if it is not there by itself.
+        """
+        others = (_made(other.path) for other in self.all(self.path.parent.parent) if other.path != self.path)
+        latest = max(others, default=0)
+        if _made(self.path) <= latest:
+            with contextlib.suppress(OSError):
+                os.utime(self.experiment, ns=(latest + 1000, latest + 1000), follow_symlinks=False)
 
     @property
     def id(self) -> str:
@@ -194,33 +222,26 @@ class RunDirectory:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
 
+    def checkpoint_steps(self) -> list[int]:
+        """Updates after which there is a complete checkpoint, rising; other names and links are passed over."""
+        try:
+            names = os.listdir(self.checkpoints) if safe_files.is_folder(self.checkpoints) else []
+        except OSError:
+            return []
+        steps = [int(match[1]) for match in map(_CHECKPOINT.fullmatch, names) if match]
+        found = {step for step in steps if safe_files.is_folder(self.checkpoint(step))}
+        return sorted(step for step in found if safe_files.is_regular(self.checkpoint(step) / "checkpoint.json"))
+
+    def remove_partial_checkpoints(self) -> None:
+        """Remove what was being written when its rank ended; called when no rank is left."""
+        if safe_files.is_folder(self.checkpoints):
+            for path in self.checkpoints.glob(".step-*.partial"):
+                safe_files.remove_folder(path)
+
 
 def _made(path: Path) -> int:
-    try:
-        return (path / "experiment.json").stat().st_mtime_ns
-    except OSError:
-        return 0
+    return safe_files.changed(path / "experiment.json")
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Replace `path` by temp file and rename: a reader sees the old or the new content, never half of it."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(data, file, ensure_ascii=False, indent=1)
-            file.write("\n")
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file of bounded size; None if it is missing, too large or not JSON (the directory is untrusted)."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            return None
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
+with contextlib.suppress(OSError, RuntimeError):  # the current folder may be gone; whoever needs it says so
+    home()  # before anybody can change the current folder: see there

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from labkit.experiment import safe_files
 from labkit.experiment.choice import Choice
 from labkit.experiment.layout import Layout
 from labkit.experiment.problem import ExperimentError, Problem, explain, unknown
 
 if TYPE_CHECKING:
     from labkit.experiment.machine import Machine
+    from labkit.experiment.run_directory import RunDirectory
 
 SCHEMA_VERSION = 1
 MOST_SLOWDOWN = 1000
@@ -208,6 +210,8 @@ class Launch(Section):
     """Kind of device: auto takes the GPUs where there are any."""
     threads_per_rank: int = Field(default=1, ge=1, le=1024)
     """CPU threads of each rank; the baseline uses the same."""
+    compile: Literal["auto", "off", "blocks"] = "auto"
+    """Compile the model's blocks with torch.compile: auto does so for large models on GPUs, where it pays."""
     transport: Literal["auto", "shared_memory", "network"] = "auto"
     """How replicas on the CPUs of one machine exchange gradients: auto takes memory that they share."""
     network: Network | None = None
@@ -268,22 +272,45 @@ class Experiment(Section):
             raise ExperimentError(explain(error, cls)) from None
 
     @classmethod
-    def from_json(cls, text: str) -> Experiment:
+    def from_json(cls, text: str | bytes) -> Experiment:
         """Read JSON text; raises ExperimentError."""
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ExperimentError([Problem("", f"this is not JSON ({error})")]) from None
+            data = safe_files.from_json(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
+        except ValueError as error:
+            raise ExperimentError([Problem("", _no_json(error))]) from None
         return cls.from_dict(data)
 
     @classmethod
     def load(cls, path: str | Path) -> Experiment:
-        """Read a JSON file; raises ExperimentError."""
+        """Read a JSON file that the user names (a link or a pipe will do), at most 8 MiB; raises ExperimentError."""
+        most = safe_files.MAX_JSON_BYTES
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            with open(path, "rb") as file:
+                text = file.read(most + 1)
+            if len(text) > most:
+                raise ValueError(f"it is larger than {most / 2**20:g} MiB")
+            text.decode("utf-8")
+        except (OSError, ValueError) as error:
+            why = _no_json(error) if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", "") or error
             raise ExperimentError([Problem("", f"cannot read the experiment from {path}: {why}")]) from None
+        return cls.from_json(text)
+
+    @classmethod
+    def of_run(cls, directory: RunDirectory) -> Experiment:
+        """What a run directory says was run; raises ExperimentError, which names the run.
+
+        The directory may come from anywhere: see labkit.experiment.safe_files.
+        """
+        try:
+            text = safe_files.read_bytes(directory.experiment, safe_files.MAX_JSON_BYTES)
+            return cls.from_dict(safe_files.from_json(text))
+        except ExperimentError as error:
+            why = "; ".join(map(str, error.problems))
+        except OSError as error:
+            why = error.strerror or str(error)
+        except ValueError as error:
+            why = _no_json(error)
+        raise ExperimentError([Problem("", f"the experiment of run {directory.id} cannot be read: {why}")])
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
@@ -436,3 +463,7 @@ def _known_at(model: Any, parts: list[str]) -> list[str]:
     for part in parts:
         model = _section(model, part)
     return [name for name in getattr(model, "model_fields", {}) if _section(model, name)]
+
+
+def _no_json(error: Exception) -> str:
+    return "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"this is not JSON ({error})"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from labkit.experiment import Experiment, Optimizer
     from labkit.experiment.layout import Layout
     from labkit.experiment.machine import Machine
+    from labkit.gradients.memory import Memory
     from labkit.gradients.wire import Wire
 
 Shape = tuple[int, ...]
@@ -149,6 +150,31 @@ class Compressor:
     def unit(self, bundle: Bundle, parameter: Any) -> Tensor | None:
         """What the gradient of this parameter is divided by while it is under way, of its shape; None for nothing."""
         return None
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def remembers(cls, options: Any) -> str:
+        """What each rank keeps for itself from update to update, in words; empty if it keeps nothing."""
+        return ""
+
+    def state(self) -> dict[str, Tensor]:
+        """What this rank has of that, for a checkpoint: of every memory, by its name in this object."""
+        found: dict[str, Tensor] = {}
+        for name, memory in self._memories().items():
+            found |= {f"{name}.{key}": tensor for key, tensor in memory.state().items()}
+        return found
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from there: the same ranks, the same layout, before the first update."""
+        for name, memory in self._memories().items():
+            start = f"{name}."
+            memory.load({key[len(start) :]: tensor for key, tensor in state.items() if key.startswith(start)})
+
+    def _memories(self) -> dict[str, Memory]:
+        from labkit.gradients.memory import Memory
+
+        return {name.lstrip("_"): value for name, value in vars(self).items() if isinstance(value, Memory)}
 
     # -- used by others -----------------------------------------------------------------------------------------------
 

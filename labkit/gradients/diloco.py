@@ -9,12 +9,12 @@ With an outer rate of 1 and no momentum it is local SGD. H = 1 with momentum is 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from labkit.gradients.own_steps import OwnSteps, own_rate
-from labkit.gradients.update import Rounds
+from labkit.gradients.update import AVERAGED, Rounds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 class DiLoCo(Rounds):
     """Local updates, then an outer optimizer."""
+
+    parts_ways = True
 
     class Options(OwnSteps):
         every: int = Field(default=2, ge=1, le=1_000_000)
@@ -42,6 +44,11 @@ class DiLoCo(Rounds):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.apart = self.options.every - 1
+
+    @classmethod
+    def inexact_resume(cls, options: Any, unscheduled: bool, kept: bool) -> str:
+        """The weights that ranks had to themselves are lost if they were averaged for a stop and not kept."""
+        return AVERAGED if unscheduled and not kept else ""
 
     def rate_factor(self, step: int) -> float:
         """Ranks step by themselves."""

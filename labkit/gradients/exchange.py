@@ -72,6 +72,8 @@ class Exchange:
         self._futures: list[torch.futures.Future[Tensor]] = []
         self._watch = Stopwatch(clock)
         """At work and waiting, both."""
+        self.idle = False
+        """Set while DDP only deals out its buckets: what it hands over then is no gradient and goes nowhere."""
 
     # -- one update ---------------------------------------------------------------------------------------------------
 
@@ -133,6 +135,9 @@ class Exchange:
         """What DDP calls for every `torch.distributed.GradBucket` that is complete, in one order on all ranks."""
         flat, parameters = bucket.buffer(), bucket.parameters()
         future = torch.futures.Future[Tensor](devices=[flat.device] if flat.is_cuda else None)
+        if self.idle:
+            future.set_result(flat)
+            return future
         self._futures.append(future)
         self.send(flat, parameters, [parameter.shape for parameter in parameters])
         if bucket.is_last():
@@ -166,7 +171,8 @@ class Exchanges:
     """All exchanges of one rank: the compressor that its experiment wants, for every group that gradients go over."""
 
     def __init__(self, experiment: Experiment, steps: int, clock: Clock | None = None) -> None:
-        self._clock = clock
+        self.clock = clock
+        """That of the device that computes; None for the host's."""
         self._gradients, self._seed, self._steps = experiment.gradients, experiment.training.seed, steps
         self._hosts = getattr(experiment.launch.network, "hosts", 1)
         self._optimizer, self._pipeline = experiment.optimizer, experiment.layout.pp > 1
@@ -184,13 +190,13 @@ class Exchanges:
         found = self._made.get(id(group))
         if found is None:
             compressor = self._compressor(group)
-            found = self._made[id(group)] = Exchange(compressor, self._gradients.overlap, summed, self._clock)
+            found = self._made[id(group)] = Exchange(compressor, self._gradients.overlap, summed, self.clock)
         return found
 
     def _compressor(self, group: dist.ProcessGroup) -> Compressor:
         if self._gradients.hierarchical:
-            return Hierarchical(self._method, self._options, self._hosts, self._steps, self._seed, self._clock)
-        made = self._method(self._options, Wire(group, self._clock), self._steps, self._seed)
+            return Hierarchical(self._method, self._options, self._hosts, self._steps, self._seed, self.clock)
+        made = self._method(self._options, Wire(group, self.clock), self._steps, self._seed)
         if self._pipeline:  # stages add up the gradients of weights that they share, and momenta do not add up
             made.momentum = False
         return made
@@ -214,6 +220,27 @@ class Exchanges:
     def counters(self) -> Counters:
         """What all of them have cost so far."""
         return sum((exchange.counters() for exchange in self._made.values()), Counters())
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    @property
+    def remembers(self) -> bool:
+        """Does each rank keep something for itself?"""
+        return bool(self._made) and bool(self._method.remembers(self._options))
+
+    def state(self) -> dict[str, Tensor]:
+        """What this rank's compressors keep, by the order in which their groups were made, which follows the layout."""
+        found: dict[str, Tensor] = {}
+        for place, exchange in enumerate(self._made.values()):
+            found |= {f"{place}.{key}": tensor for key, tensor in exchange.compressor.state().items()}
+        return found
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from there."""
+        for place, exchange in enumerate(self._made.values()):
+            start = f"{place}."
+            own = {key[len(start) :]: tensor for key, tensor in state.items() if key.startswith(start)}
+            exchange.compressor.load(own)
 
     # -- the optimizer ------------------------------------------------------------------------------------------------
 

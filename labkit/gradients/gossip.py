@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import random
 import threading
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from labkit.gradients.own_steps import OwnSteps, own_rate
 from labkit.gradients.tickets import Tickets
-from labkit.gradients.update import Rounds, replicas_only
+from labkit.gradients.update import AVERAGED, Rounds, replicas_only
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,6 +58,7 @@ class Gossip(Tickets):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.draws = self.options.graph == "pairs"
+        self.parts_ways = not self.draws
         # On a ring the far side hears of a meeting through those between.
         distance = self.wire.size // 2 if self.options.graph == "ring" else 1
         self.apart = max(1, distance) * self.options.every - 1
@@ -67,6 +68,13 @@ class Gossip(Tickets):
         self._merged = self._seen = self._updates = 0
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
+
+    @classmethod
+    def inexact_resume(cls, options: Any, unscheduled: bool, kept: bool) -> str:
+        """Pairs meet by chance; in rounds, what ranks had to themselves may be lost."""
+        if options.graph == "pairs":
+            return "which ranks of gossip meet when is chance, so no two runs are alike"
+        return AVERAGED if unscheduled and not kept else ""
 
     def rate_factor(self, step: int) -> float:
         """Ranks step by themselves."""
@@ -93,12 +101,8 @@ class Gossip(Tickets):
             return None
         own = flat(tensors)
         size, rank = self.wire.size, self.wire.rank
-        neighbours = ((rank - 1) % size, (rank + 1) % size)
-        sent = [self.wire.send(own, to, _ASK) for to in neighbours]
-        received = [self.wire.receive(own.new_empty(own.shape), source, _ASK).wait() for source in neighbours]
-        for pending in sent:
-            pending.wait()
-        fill(tensors, (own + received[0] + received[1]).div_(3))
+        before, after = self.wire.exchange(own, ((rank - 1) % size, (rank + 1) % size))
+        fill(tensors, (own + before + after).div_(3))
         self.formula_bytes += 2 * own.numel() * own.element_size()
         return None
 

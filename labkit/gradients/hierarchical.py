@@ -7,8 +7,7 @@ arXiv:1706.02677, section 4; the 2-level all-reduce of NCCL and Horovod.)
 
 Bytes of one rank for n bytes: 2 · (L-1)/L · n within the host, and what the compressor needs among the hosts for n/L.
 
-Rank r stands in host r // L. The part of a rank crosses the borders of parameters: what a compressor remembers of it
-starts anew when DDP deals its parameters out anew, after the first update.
+Rank r stands in host r // L. The part of a rank crosses the borders of parameters.
 """
 
 from __future__ import annotations
@@ -63,6 +62,14 @@ class Hierarchical(Compressor):
     def unit(self, bundle: Bundle, parameter: Any) -> torch.Tensor | None:
         """That of the method."""
         return self._method.unit(bundle, parameter)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """That of the method."""
+        return self._method.state()
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """To the method."""
+        self._method.load(state)
 
     def exchange(self, bundle: Bundle) -> UnderWay:
         """The mean over all ranks."""

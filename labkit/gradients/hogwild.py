@@ -9,7 +9,7 @@ Each of N ranks steps with 1/N of its own learning rate, since N steps stand for
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from labkit.experiment.problem import Problem
 from labkit.gradients.own_steps import OwnSteps, own_rate
@@ -41,6 +41,11 @@ class Hogwild(Tickets):
         if experiment.launch.network is not None:
             said = "hogwild sends nothing, so a slower link changes nothing; it is for one machine"
             yield Problem("launch.network", said, "null")
+
+    @classmethod
+    def inexact_resume(cls, options: Any, unscheduled: bool, kept: bool) -> str:
+        """Who writes first is chance."""
+        return "which rank of hogwild changes a weight first is chance, so no two runs are alike"
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Move the model of this rank into the shared memory; rank 0's values count (collective)."""

@@ -10,12 +10,12 @@ as much again for AdamW; without `average_optimizer` they stay local.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from labkit.gradients.own_steps import OwnSteps, own_rate
-from labkit.gradients.update import Rounds
+from labkit.gradients.update import AVERAGED, Rounds
 
 if TYPE_CHECKING:
     from labkit.gradients.update import Setting
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 class LocalSGD(Rounds):
     """Average the weights every few updates."""
+
+    parts_ways = True
 
     class Options(OwnSteps):
         every: int = Field(default=8, ge=1, le=1_000_000)
@@ -33,6 +35,11 @@ class LocalSGD(Rounds):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.apart = self.options.every - 1
+
+    @classmethod
+    def inexact_resume(cls, options: Any, unscheduled: bool, kept: bool) -> str:
+        """The weights that ranks had to themselves are lost if they were averaged for a stop and not kept."""
+        return AVERAGED if unscheduled and not kept else ""
 
     def rate_factor(self, step: int) -> float:
         """Ranks step by themselves."""

@@ -91,6 +91,11 @@ class OneBitAdam(LateCompressor):
         return read_signs(gathered.wait().flatten(0, 1), width, flat.dtype).view(-1)[:count]
 
     @classmethod
+    def remembers(cls, options: Any) -> str:
+        """In words."""
+        return "what the signs have left out on both sides"
+
+    @classmethod
     def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
         """2·(N-1) · (n/8N + 4·n/1024N)."""
         chunks, width = _chunks(numel(shapes), moment.ranks)

@@ -72,6 +72,12 @@ class ParameterServer(Tickets):
             said = f"an update needs at least one of the {experiment.layout.world_size} ranks"
             yield Problem("gradients.update.backup", said, experiment.layout.world_size - 1)
 
+    @classmethod
+    def inexact_resume(cls, options: Any, unscheduled: bool, kept: bool) -> str:
+        """Without staleness, every update is the mean over all ranks, whoever comes first."""
+        synchronous = options.staleness == 0 and options.backup == 0
+        return "" if synchronous else "which rank comes to the server first is chance, so no two runs are alike"
+
     @property
     def wires(self) -> tuple[Wire, ...]:
         """Ranks talk to the server in a group of their own."""

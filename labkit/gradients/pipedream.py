@@ -9,8 +9,8 @@ PipeDream itself is `predict` = 0. Beyond it, minibatches may see weights that a
 their gradient is used (Kosson et al., "Pipelined Backpropagation at Scale", 2021, arXiv:2003.11666).
 
 Evaluations, checkpoints, stops and the end find the pipeline empty, and it fills again afterwards: the first S-1
-updates then are less stale, and a resumed run goes on exactly. What the ranks do stands in
-labkit/parallel/asynchronous.py; this rule tells them when.
+updates then are less stale. A resumed run goes on exactly, unless it was a stop that emptied the pipeline. What the
+ranks do stands in labkit/parallel/asynchronous.py; this rule tells them when.
 """
 
 from __future__ import annotations
@@ -116,6 +116,11 @@ class PipeDream(Rounds):
 
     def consolidate(self, step: int) -> None:
         """Every weight is on one rank, and the pipeline is empty."""
+
+    @classmethod
+    def inexact_resume(cls, options: Any, unscheduled: bool, kept: bool) -> str:
+        """A pipeline that a stop has emptied fills again, so some updates are less stale than they would have been."""
+        return "the stop emptied the pipeline, which a run that goes on has to fill again" if unscheduled else ""
 
     def close(self) -> None:
         """Wait for all stages: the last one is done first, and the others still read what it has sent."""

@@ -62,6 +62,8 @@ class PowerSGD(LateCompressor):
         super().__init__(*arguments)
         self._errors = Memory()
         self._factors: dict[Any, Tensor] = {}
+        self._restored: dict[int, Tensor] = {}
+        """Factors from a checkpoint, by the order in which matrices first came, until they come."""
 
     def compress(self, bundle: Bundle) -> UnderWay:
         """The mean, as far as it has a low rank."""
@@ -109,11 +111,30 @@ class PowerSGD(LateCompressor):
         """What the last update left, or, the first time, random numbers that are the same on all ranks."""
         import torch
 
+        place = len(self._factors)
+        if key not in self._factors and place in self._restored:
+            self._factors[key] = self._restored.pop(place).to(like.device, like.dtype)
         if key not in self._factors:
             generator = torch.Generator().manual_seed(self.seed * 4099 + len(self._factors))
             columns = math.prod(shape[1:])
             self._factors[key] = torch.randn(columns, rank, generator=generator).to(like.device, like.dtype)
         return self._factors[key]
+
+    def state(self) -> dict[str, Tensor]:
+        """What was left out, and the factors."""
+        factors = {f"factors.{place}": factor for place, factor in enumerate(self._factors.values())}
+        return super().state() | {f"factors.{place}": one for place, one in self._restored.items()} | factors
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Both again."""
+        super().load(state)
+        start = "factors."
+        self._restored = {int(key[len(start) :]): one for key, one in state.items() if key.startswith(start)}
+
+    @classmethod
+    def remembers(cls, options: Any) -> str:
+        """In words."""
+        return "what a low rank has left out, and its factors"
 
     @classmethod
     def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:

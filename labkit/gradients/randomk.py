@@ -64,6 +64,11 @@ class RandomK(LateCompressor):
         return out
 
     @classmethod
+    def remembers(cls, options: Any) -> str:
+        """In words."""
+        return "what it has not sent yet" if options.error_feedback else ""
+
+    @classmethod
     def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
         """2·(N-1)/N · k · bytes of a number."""
         return all_reduce_bytes(_count(options, numel(shapes)) * moment.itemsize, moment.ranks)

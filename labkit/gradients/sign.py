@@ -69,6 +69,11 @@ class Sign(LateCompressor):
         return out
 
     @classmethod
+    def remembers(cls, options: Any) -> str:
+        """In words."""
+        return "what the signs have left out" if options.error_feedback else ""
+
+    @classmethod
     def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
         """(N-1) · (n/8 + 4 · scales)."""
         scales = 1 if options.scale == "bucket" else len(shapes)

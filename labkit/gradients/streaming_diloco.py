@@ -104,6 +104,30 @@ class StreamingDiLoCo(DiLoCo):
             self.formula_bytes += average_bytes(buffers_of(self.model), self.wire.size)
         return None
 
+    def own_state(self) -> dict[str, Tensor]:
+        """The means of the fragments under way, which have arrived now, and when they are to be used.
+
+        Also the agreed weights and their momentum as they are before that.
+        """
+        import torch
+
+        kept = {"anchor": self.outer.anchor.clone(), "velocity": self.outer.velocity.clone()}
+        for place, fragment in enumerate(self.fragments):
+            if fragment.finish is not None:
+                mean = fragment.finish().clone()
+                fragment.finish = lambda mean=mean: mean
+                kept |= {f"mean.{place}": mean, f"arrives.{place}": torch.tensor(fragment.arrives)}
+        return kept
+
+    def load_own(self, state: dict[str, Tensor]) -> None:
+        """Let them arrive when they would have."""
+        self.outer.anchor.copy_(state["anchor"])
+        self.outer.velocity.copy_(state["velocity"])
+        for place, fragment in enumerate(self.fragments):
+            if f"mean.{place}" in state:
+                mean = state[f"mean.{place}"].to(self.outer.anchor.device)
+                fragment.arrives, fragment.finish = int(state[f"arrives.{place}"]), lambda mean=mean: mean
+
     def consolidate(self, step: int) -> None:
         """What is under way arrives; then all go on from the mean."""
         self._settle()

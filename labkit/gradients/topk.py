@@ -102,6 +102,11 @@ class TopK(LateCompressor):
         return out
 
     @classmethod
+    def remembers(cls, options: Any) -> str:
+        """In words."""
+        return "what it has not sent yet" if options.error_feedback or options.momentum_correction else ""
+
+    @classmethod
     def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
         """(N-1) · k · (4 + bytes of a value)."""
         value = 2 if options.values == "fp16" else moment.itemsize

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from labkit.gradients.wire import Wire
 
 
+AVERAGED = "the stop averaged weights that each rank had to itself, and other ranks cannot go on with those"
+"""Why a run of a rule that `parts_ways` does not go on exactly from the checkpoint of a stopped one."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """What an update rule works with on its rank."""
@@ -63,6 +67,8 @@ class Rounds:
 
     exchanges: ClassVar[bool] = False
     """Do gradients travel through DistributedDataParallel?"""
+    one_batch: ClassVar[bool] = False
+    """Do all ranks work on one batch in each update, of which every gradient is a part?"""
     draws: bool = False
     """Do ranks draw tickets?"""
     apart: int = 0
@@ -70,6 +76,8 @@ class Rounds:
 
     Whatever makes ranks wait for each other bounds it; a stop comes so many updates later.
     """
+    parts_ways: bool = False
+    """Do ranks hold weights of their own between updates?"""
     under_way: int = 0
     """Updates that have begun before the one that ends next, on which a trace has to look back."""
 
@@ -113,9 +121,10 @@ class Rounds:
 
     def consolidate(self, step: int) -> None:
         """All ranks go on from one state (collective): the mean of weights, buffers and optimizer moments."""
-        from labkit.gradients.average import average, moments_of, state_of
+        from labkit.gradients.average import average, counters_of, moments_of, state_of, take_over
 
         average([*state_of(self.model), *moments_of(self.optimizer)], self.wire)
+        take_over(counters_of(self.model), self.wire)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside weights and moments, equal on all ranks after `consolidate`."""
@@ -123,6 +132,21 @@ class Rounds:
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Go on from there; called after the weights have been restored, with nothing in it for a new run."""
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What a checkpoint of a stopped run keeps of this rank alone, beside its weights and moments (collective)."""
+        return {}
+
+    def load_own(self, state: dict[str, Tensor]) -> None:
+        """Go on from there: the same ranks; called after `load` and after the weights of this rank are in place."""
+
+    @classmethod
+    def inexact_resume(cls, options: Any, unscheduled: bool, kept: bool) -> str:
+        """Why a run that goes on from a checkpoint differs from one that was never interrupted; empty if it does not.
+
+        `unscheduled`: the checkpoint was written because of a stop; `kept`: each rank goes on with its own weights.
+        """
+        return ""
 
     def close(self) -> None:
         """The training is over (collective)."""

@@ -140,5 +140,9 @@ class Board:
 
 
 def _patience(phase: str, limit_s: float) -> float:
-    """The set-up reads data and may compile: it gets ten times as long."""
-    return 10 * limit_s if phase == "setup" else limit_s
+    """Return after how many seconds a rank in this phase counts as silent.
+
+    The set-up reads data and may compile, and a checkpoint writes many gigabytes of weights and moments between two
+    signs of progress: both get ten times as long.
+    """
+    return 10 * limit_s if phase in ("setup", "checkpoint") else limit_s

@@ -16,8 +16,9 @@ from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 from typing import Any, NoReturn
 
-from labkit.experiment import Experiment
+from labkit.experiment import Experiment, safe_files
 from labkit.experiment.failures import message_of, own_words
+from labkit.experiment.fault import TaskFault
 from labkit.experiment.run_directory import EXIT_STOPPED, RunDirectory
 from labkit.launch.network import Hosts
 from labkit.runs.processes import die_with_parent
@@ -124,7 +125,7 @@ def _become_rank(
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD, signal.SIGTERM})
         # Sockets of loader processes lie there: the folder goes with the run, and its path is short.
         multiprocessing.current_process()._config["tempdir"] = str(temporary)  # type: ignore[attr-defined]
-        log = os.open(directory.log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        log = safe_files.open_to_append(directory.log(rank))
         os.dup2(log, 1)
         os.dup2(log, 2)
         if hosts is not None:
@@ -179,6 +180,7 @@ def _report(pipe: int, error: BaseException, quiet: bool = False) -> None:
         "message": own_words(error)[:2000],
         "traceback": text[-6000:],
         "lost_peer": _lost_peer(error),
+        "task": str(error) if isinstance(error, TaskFault) else None,
         "disk_full": isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG),
     }
     os.set_blocking(pipe, False)

@@ -15,17 +15,21 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from labkit.experiment import Experiment, ExperimentError, Problem
-from labkit.experiment.run_directory import RunDirectory, home, read_json, standby_log, write_json
+from labkit.experiment import Experiment, ExperimentError, Problem, safe_files
+from labkit.experiment.run_directory import RunDirectory, home, standby_log, write_json
+from labkit.launch import resuming
 from labkit.runs import logs
 from labkit.runs import status as run_status
 from labkit.runs.processes import boot_id, frozen, identity, machine
 from labkit.runs.run import Run
 
 LEAST_FREE_BYTES = 2 * 2**20
+RESUME_TRIES = 5
+"""How often a later checkpoint is taken when a run that goes on has just removed the one before."""
 # In force before numpy and torch load their thread pools in the standby: a thread pool would not survive the fork.
 SINGLE_THREADED = {
     "OMP_NUM_THREADS": "1",
@@ -44,12 +48,13 @@ class Standby:
         self._says: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the standby)
         log = _open_log()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "labkit.launch.standby"],
+            # -P: a file in the current folder must not stand in for a library.
+            [sys.executable, "-P", "-m", "labkit.launch.standby"],
             stdin=subprocess.PIPE,
             stdout=self._says,
             stderr=log,
             start_new_session=True,  # the interrupt of a notebook goes to the kernel's whole process group
-            env=os.environ | SINGLE_THREADED,
+            env=os.environ | SINGLE_THREADED | import_path(),
         )
         log.close()
 
@@ -80,13 +85,25 @@ class Standby:
                 self.process.stdin.close()
 
 
+def import_path() -> dict[str, str]:
+    """What lets a Python process find this labkit without looking into the current folder; empty where it does.
+
+    Only where labkit itself is imported from the current folder, as in a checkout, the process is told of that folder.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    if not sys.path or Path(sys.path[0] or os.curdir).resolve() != Path(root):
+        return {}
+    known = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return {} if root in known else {"PYTHONPATH": os.pathsep.join([*known, root])}
+
+
 def _open_log() -> IO[bytes]:
     """Where standbys complain, e.g. that torch cannot be imported; a run that dies so shows the end of it."""
     path = standby_log(home())
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         logs.cap(path)
-        return path.open("ab")
+        return os.fdopen(safe_files.open_to_append(path), "ab")
     except OSError:
         return open(os.devnull, "ab")
 
@@ -133,6 +150,27 @@ def warm(wait: float = 0.0) -> bool:
     return standby.ready()
 
 
+@contextlib.contextmanager
+def standby_of_its_own() -> Iterator[None]:
+    """Runs launched meanwhile come from another standby: they share neither random state nor the order of sets."""
+    before = _exchange_standby(None)
+    try:
+        yield
+    finally:
+        own = _exchange_standby(before)
+        if own is not None:
+            with _lock:
+                _let_go(own)
+
+
+def _exchange_standby(standby: Standby | None) -> Standby | None:
+    """Use this standby for launches from here on, and return the one that was used before."""
+    global _standby
+    with _lock:
+        before, _standby = _standby, standby
+    return before
+
+
 def standby_pid() -> int | None:
     """Process id of the standby, or None if there is none."""
     with _lock:
@@ -154,28 +192,27 @@ def launch(
     *,
     resume: Run | str | None = None,
     baseline: Run | str | None = "auto",
+    entry: str | None = None,
 ) -> Run:
     """Start a run in the background and return its handle at once.
 
     `resume` continues from the last checkpoint of another run. `baseline` names the one-process run that the speed-up
-    refers to; "auto" takes the latest on this machine that fits. Raises ExperimentError, and launches nothing, if the
+    refers to; "auto" takes the latest on this machine that fits. `entry` is what the ranks do instead of training
+    (`module:function`). Raises ExperimentError, and launches nothing, if the
     experiment cannot run here or the run directory cannot be written.
     """
     requested = time.monotonic()
     resolved = experiment.check()
-    checkpoint = None if resume is None else _last_checkpoint(resume)
-    if checkpoint is not None:
-        _refuse_other_training(checkpoint, resolved)
     here = _working_directory()
-    directory = _create(resolved, checkpoint)
+    directory, start = _prepare(resolved, resume)
     order = {
         "run": str(directory.path),
         "requested": requested,
         "cwd": here,
         "environment": {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)},
         "baseline": baseline.id if isinstance(baseline, Run) else baseline,
-        "resume": checkpoint,
-    }
+        "resume": None if start is None else str(directory.checkpoint(start.contents.step)),
+    } | ({} if entry is None else {"entry": entry})
     try:
         with _lock:
             standby = _current() if uses_standby() else Standby()
@@ -193,8 +230,9 @@ def launch(
     return Run(directory)
 
 
-def _first_status(directory: RunDirectory, experiment: Experiment, checkpoint: str | None) -> dict[str, Any]:
+def _first_status(directory: RunDirectory, experiment: Experiment, start: resuming.Start | None) -> dict[str, Any]:
     """The status of a run that this process is about to launch."""
+    notes = start.notes if start is not None else []
     return {
         "run_id": directory.id,
         "title": experiment.title,
@@ -209,8 +247,9 @@ def _first_status(directory: RunDirectory, experiment: Experiment, checkpoint: s
         "world_size": experiment.layout.world_size,
         "device": experiment.launch.device,
         "steps": experiment.training.steps,
-        "warnings": [str(warning) for warning in experiment.warnings()],
-        "resumed_from": checkpoint,
+        "warnings": [*(str(warning) for warning in experiment.warnings()), *notes],
+        "notes": notes,
+        "resumed_from": None if start is None else str(start.folder),
         "launcher": identity(os.getpid()),
         "supervisor": None,
         "ranks": [],
@@ -225,8 +264,20 @@ def _working_directory() -> str:
         raise ExperimentError([Problem("", "the current directory has been deleted; change to another one")]) from None
 
 
-def _create(experiment: Experiment, checkpoint: str | None) -> RunDirectory:
-    """The run directory with status and experiment in it; ExperimentError if that cannot be written."""
+def _prepare(experiment: Experiment, resume: Run | str | None) -> tuple[RunDirectory, resuming.Start | None]:
+    """The run directory, with the checkpoint to go on from in it if there is one; ExperimentError, see `launch`."""
+    if resume is None:
+        return _create(experiment), None
+    for _ in range(RESUME_TRIES):
+        with contextlib.suppress(resuming.VanishedError):
+            start = resuming.find_start(resume, experiment)
+            return _create(experiment, start), start
+    raise resuming.gone(resume)
+
+
+def _create(experiment: Experiment, start: resuming.Start | None = None) -> RunDirectory:
+    """The run directory with the experiment in it; ExperimentError if that cannot be written."""
+    directory = None
     try:
         directory = RunDirectory.create(f"{experiment.workload.name}-{experiment.layout}")
         free = shutil.disk_usage(directory.path).free
@@ -235,41 +286,16 @@ def _create(experiment: Experiment, checkpoint: str | None) -> RunDirectory:
             raise ExperimentError([Problem("LABKIT_HOME", f"only {free / 2**20:.1f} MB are free in {home()}")])
         run_status.reserve(directory)
         # The experiment makes the run visible, so it comes last.
-        run_status.update(directory, **_first_status(directory, experiment, checkpoint))
+        run_status.update(directory, **_first_status(directory, experiment, start))
+        if start is not None:
+            start.take_along(directory)
         write_json(directory.experiment, experiment.to_dict())
-    except OSError as error:
+        directory.come_last()
+    except (OSError, resuming.VanishedError) as error:
+        if directory is not None:
+            shutil.rmtree(directory.path, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         why = error.strerror or str(error)
         raise ExperimentError([Problem("LABKIT_HOME", f"cannot write a run to {home()}: {why}")]) from None
     return directory
-
-
-def _refuse_other_training(checkpoint: str, experiment: Experiment) -> None:
-    """A resumed run continues the same training: another layout or length is fine, other samples or weights are not."""
-    content = read_json(Path(checkpoint) / "checkpoint.json")
-    try:
-        before, step = Experiment.from_dict(content["experiment"]), int(content["step"])
-    except (ExperimentError, KeyError, TypeError, ValueError):
-        return  # damaged: the rank that reads it says how
-    changed = [
-        Problem(field, f"was {before.get(field)} in the run to resume and must stay so", before.get(field))
-        for field in ("workload.name", "training.seed", "training.global_batch", "optimizer.name")
-        if before.get(field) != experiment.get(field)
-    ]
-    if not changed and before.workload != experiment.workload:
-        changed = [Problem("workload", "its options were others in the run to resume and must stay so")]
-    steps = experiment.training.steps
-    if steps is not None and steps <= step:
-        changed.append(Problem("training.steps", f"{step} steps are done already, so there is nothing left", step + 1))
-    if changed:
-        raise ExperimentError(changed)
-
-
-def _last_checkpoint(run: Run | str) -> str:
-    try:
-        run = Run.attach(run) if isinstance(run, str) else run
-    except FileNotFoundError as error:
-        raise ExperimentError([Problem("resume", str(error))]) from None
-    steps = run.checkpoints()
-    if not steps:
-        raise ExperimentError([Problem("resume", f"run {run.id} has no checkpoint (set training.checkpoint_every)")])
-    return str(run.directory.checkpoint(steps[-1]))

@@ -83,7 +83,7 @@ def _software() -> list[Finding]:
     findings = [Finding("versions", ", ".join(f"{name} {number}" for name, number in known.items()))]
     try:
         answer = subprocess.run(
-            [sys.executable, "-c", _TORCH_PROBE], capture_output=True, text=True, timeout=120, check=True
+            [sys.executable, "-P", "-c", _TORCH_PROBE], capture_output=True, text=True, timeout=120, check=True
         )
         torch = json.loads(answer.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:

@@ -284,6 +284,8 @@ class Supervisor:
             said = f"rank {child.rank} was killed by {name}{hint}"
             return run_status.cause("signal", said, rank=child.rank, signal=name, log=log)
         report = child.report or {"type": "SystemExit", "message": f"exit code {child.exit_code}"}
+        if report.get("task"):  # a request gone wrong: one sentence, and no stack of ours (the log has it)
+            return run_status.cause("task", str(report["task"]), rank=child.rank)
         exception = f"{report['type']}: {report['message']}"
         first_line = exception.splitlines()[0][:500]
         if child.left_early or child.report is None:
@@ -333,9 +335,9 @@ def supervise(order: dict[str, Any]) -> int:
         return 1
     try:
         os.chdir(order["cwd"])
-        sys.path[0] = order["cwd"]
+        sys.path.append(order["cwd"])  # behind the libraries: a file there must not stand in for one of theirs
         os.environ.update(order.get("environment", {}))
-        supervisor = Supervisor(directory, Experiment.load(directory.experiment), order, known, lock)
+        supervisor = Supervisor(directory, Experiment.of_run(directory), order, known, lock)
         supervisor.start()
         supervisor.note(
             state="running",
@@ -343,7 +345,7 @@ def supervise(order: dict[str, Any]) -> int:
             ranks=[{"rank": child.rank} | identity(child.pid) for child in supervisor.children],
         )
         # After the fork, so that it costs the first step nothing.
-        supervisor._try(lambda: write_json(directory.environment, environment.describe(order["cwd"])))
+        supervisor._try(lambda: environment.record(directory, order["cwd"]))
         changes = supervisor.watch()
     except BaseException as error:
         traceback.print_exc()

@@ -13,25 +13,37 @@
 What is to be run and what has been run stands in `$LABKIT_HOME/sweeps/NAME.json`; results stand in the run directories
 and nowhere else. Combinations that the rules refuse are kept with their reason. A run that was stopped in the middle is
 run again from its start: its figures would not be those of a whole run.
+
+One process at a time runs the sweep of a name: it holds a lock on `NAME.lock`. If it is killed, its run goes on; who
+runs the sweep next waits for that run instead of starting its point again. SIGTERM and SIGHUP stop a sweep as an
+interrupt does. A home that cannot be written ends it in one sentence, and what is left stays waiting.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
+import os
 import re
+import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labkit.experiment import Experiment
+from labkit.experiment import Experiment, ExperimentError, safe_files
 from labkit.experiment.run_directory import home, read_json, write_json
 from labkit.launch.client import launch
 from labkit.runs.run import Run
 
 MAX_POINTS = 10_000
+MAX_FILE_BYTES = 256 * 2**20
+STOPPING = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that stop a sweep as an interrupt does; one that is ignored (nohup) stays so."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -62,6 +74,14 @@ class Sweep:
         self._stopping = threading.Event()
         self._current: Run | None = None
         self._lock = threading.Lock()
+        self._held: int | None = None
+        """Descriptor of the locked file while this process runs the sweep."""
+        self._begun = 0.0
+        """When the sweep was first started (Unix time)."""
+        self._broken_off = False
+        """Did the process that ran it last end without a word?"""
+        self.problem = ""
+        """Why it ended before all was done, in one sentence; empty if it was not for something outside of its runs."""
         self.listeners: list[Callable[[Sweep], None]] = []
         """Called when a point has changed, in the thread that works."""
 
@@ -74,30 +94,36 @@ class Sweep:
         if not _NAME.fullmatch(name):
             raise ValueError(f"a sweep's name is made of letters, digits, dots, dashes and underscores, not {name!r}")
         points = list(combinations(base, values))
-        found = cls(points, home() / "sweeps" / f"{name}.json")
-        found._go_on()
-        return found
+        queue = cls(points, home() / "sweeps" / f"{name}.json")
+        queue._go_on()
+        return queue
 
     # -- running ------------------------------------------------------------------------------------------------------
 
     def run(self, progress: Callable[[Sweep], None] | None = None) -> Sweep:
-        """Run what is left; an interrupt stops the run that goes on and keeps the rest for later."""
+        """Run what is left; an interrupt stops the run that goes on and keeps the rest for later.
+
+        ValueError if another process runs the sweep of this name. `problem` says afterwards whether it could not go on.
+        """
         tell = progress or _print
-        self.start()
-        try:
-            while self.running:
-                tell(self)
-                self.wait(0.5)
-        except KeyboardInterrupt:
-            self.stop()
-        tell(self)
+        with _as_interrupts(STOPPING):
+            self.start()
+            try:
+                while self.running:
+                    tell(self)
+                    self.wait(0.5)
+            except KeyboardInterrupt:
+                self.stop()
+            tell(self)
         return self
 
     def start(self) -> Sweep:
         """The same in the background; returns at once."""
         with self._lock:
             if not self.running:
+                self._hold()
                 self._stopping.clear()
+                self.problem = ""
                 self._thread = threading.Thread(target=self._work, name="labkit-sweep", daemon=True)
                 self._thread.start()
         return self
@@ -121,25 +147,92 @@ class Sweep:
             self._thread.join(timeout)
         return self
 
+    def _hold(self) -> None:
+        """Take the lock of this name, and over what another process has found since; ValueError if it is taken."""
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        held = safe_files.open_to_lock(self.path.with_suffix(".lock"))
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(held)
+            said = f"the sweep {self.path.stem} is being run by another process; wait for it, or choose another name"
+            raise ValueError(said) from None
+        try:
+            self._go_on()
+            self._keep(open_=True)
+        except BaseException:
+            os.close(held)
+            raise
+        self._held = held
+
     def _work(self) -> None:
-        for point in self.points:
-            if self._stopping.is_set():
-                return
-            if not point.done:
-                self._measure(point)
+        try:
+            self._adopt()
+            for point in self.points:
+                if self._stopping.is_set():
+                    break
+                if not point.done:
+                    self._measure(point)
+            self._keep(open_=False)
+        except OSError as error:
+            # What has been run is on disk, and found again by `_adopt`.
+            self.problem = f"the sweep cannot be written to {self.path}: {error.strerror or error}"
+        except _CannotGoOnError as error:
+            self.problem = str(error)
+            with contextlib.suppress(OSError):
+                self._keep(open_=False)
+        finally:
+            held, self._held = self._held, None
+            if held is not None:
+                os.close(held)
+
+    def _adopt(self) -> None:
+        """After a process that ended without a word: its runs that the file does not name belong to their points."""
+        if not self._broken_off:
+            return
+        points = {self._resolved(point): point for point in self.points if not point.done and point.run_id is None}
+        points.pop("", None)
+        for run in Run.all():
+            if not points or float(run.status.get("created") or 0) < self._begun:
+                continue
+            try:
+                point = points.get(run.experiment.to_json())
+            except ExperimentError:
+                continue
+            if point is not None and run.state in ("finished", "starting", "running"):
+                del points[self._resolved(point)]
+                point.run_id, point.state = run.id, "finished" if run.state == "finished" else "running"
+        self._keep(open_=True)
+
+    @staticmethod
+    def _resolved(point: Point) -> str:
+        """The experiment of a point as its run writes it down; empty if it may not run."""
+        try:
+            return point.experiment.check().to_json()
+        except ExperimentError:
+            return ""
 
     def _measure(self, point: Point) -> None:
-        problems = point.experiment.problems()
-        if problems:
-            point.state, point.reason = "refused", " ".join(map(str, problems))
-            self._keep()
-            return
-        try:
-            run = self._current = launch(point.experiment, baseline=None)
-        except Exception as error:
-            point.state, point.reason = "failed", str(error)
-            self._keep()
-            return
+        run = self._attached(point)
+        if run is None:
+            problems = point.experiment.problems()
+            if problems:
+                point.state, point.reason = "refused", " ".join(map(str, problems))
+                self._keep()
+                return
+            try:
+                run = launch(point.experiment, baseline=None)
+            except ExperimentError as error:
+                if any(problem.field == "LABKIT_HOME" for problem in error.problems):
+                    raise _CannotGoOnError(f"the sweep cannot go on: {error}") from None
+                point.state, point.reason = "refused", str(error)
+                self._keep()
+                return
+            except Exception as error:
+                point.state, point.reason = "failed", str(error)
+                self._keep()
+                return
+        self._current = run
         point.state, point.run_id = "running", run.id
         self._keep()
         if self._stopping.is_set():  # it was asked to before there was a run to stop
@@ -150,9 +243,21 @@ class Sweep:
         point.reason = str((run.cause or {}).get("message", "")) if run.state == "failed" else ""
         self._keep()
 
+    @staticmethod
+    def _attached(point: Point) -> Run | None:
+        """The run of a point that an earlier process has started and that still goes on."""
+        if point.run_id is None or point.state != "running":
+            return None
+        try:
+            run = Run.attach(point.run_id)
+        except FileNotFoundError:
+            return None
+        return run if run.state in ("starting", "running") else None
+
     # -- what is kept -------------------------------------------------------------------------------------------------
 
-    def _keep(self) -> None:
+    def _keep(self, open_: bool = True) -> None:
+        """Write down where it stands; `open_`: this process goes on with it."""
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         points = [
             {
@@ -164,18 +269,25 @@ class Sweep:
             }
             for point in self.points
         ]
-        write_json(self.path, {"format": 1, "points": points})
+        self._begun = self._begun or time.time()
+        write_json(self.path, {"format": 1, "begun": self._begun, "open": open_, "points": points})
         for listener in self.listeners:
             listener(self)
 
     def _go_on(self) -> None:
-        """Take over what an earlier process has found."""
-        stored = read_json(self.path)
-        if stored is None and not self.path.exists():
+        """Take over what an earlier process has found; ValueError if the file is damaged or another sweep's."""
+        stored = read_json(self.path, MAX_FILE_BYTES)
+        if stored is None and not os.path.lexists(self.path):
             return
         known = stored.get("points") if isinstance(stored, dict) else None
+        if not isinstance(known, list):
+            said = f"the file of the sweep {self.path.stem} is damaged; remove {self.path}, or choose another name"
+            raise ValueError(said)
+        begun = stored.get("begun")
+        self._begun = float(begun) if isinstance(begun, int | float) else 0.0
+        self._broken_off = stored.get("open") is True
         wanted = [point.experiment.to_dict() for point in self.points]
-        if not isinstance(known, list) or [one.get("experiment") for one in known if isinstance(one, dict)] != wanted:
+        if [one.get("experiment") for one in known if isinstance(one, dict)] != wanted:
             raise ValueError(
                 f"the sweep {self.path.stem} has other points; give this one another name or delete {self.path}"
             )
@@ -187,7 +299,9 @@ class Sweep:
                     point.state = Run.attach(point.run_id).state
                 except FileNotFoundError:
                     point.run_id, point.state = None, "waiting"
-            if not point.done:
+            if point.state in ("starting", "running"):
+                point.state = "running"  # it goes on without its sweep
+            elif not point.done:
                 point.state = "waiting"
 
     # -- results ------------------------------------------------------------------------------------------------------
@@ -228,6 +342,29 @@ class Sweep:
         return f"<Sweep {self.path.stem}: {said}>"
 
 
+class _CannotGoOnError(Exception):
+    """Nothing can be launched here any more; the points that are left are not at fault."""
+
+
+@contextlib.contextmanager
+def _as_interrupts(signals: Sequence[signal.Signals]) -> Iterator[None]:
+    """Meanwhile these signals do what Ctrl-C does; in the main thread only, where alone handlers can be set."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in signals:
+            if signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def sweep(base: Experiment, over: Mapping[str, Sequence[Any]], name: str = "sweep") -> Sweep:
     """The queue of every combination of the values in `over`, by field, beginning from `base`; see the module."""
     return Sweep.over(base, over, name)
@@ -259,5 +396,5 @@ def _print(sweep: Sweep) -> None:
     done, of = sum(point.done for point in sweep.points), len(sweep.points)
     now = next((point.label for point in sweep.points if point.state == "running"), "")
     end = "\n" if not sweep.running else ""
-    sys.stdout.write(f"\r{done}/{of} {now:60.60}{end}")
+    sys.stdout.write(f"\r{done}/{of} {safe_files.printable(now):60.60}{end}")
     sys.stdout.flush()

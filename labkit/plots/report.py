@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from labkit.experiment import ExperimentError
+from labkit.experiment import safe_files
 from labkit.experiment.run_directory import read_json
 from labkit.plots import curves, ranks, speedup, static, theme
 from labkit.plots.closeup import closeups, combining, computing, sparse, worth
@@ -56,7 +56,8 @@ def report(runs: Iterable[Any] | Any, path: str | Path | None = None, comparison
         comparison = _compared(many)
     target = Path(path) if path is not None else many[-1].data.directory.path / "report.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page(many, comparison), encoding="utf-8")
+    # A link that somebody has put at report.html of a run directory is replaced, not followed.
+    safe_files.replace(target, page(many, comparison).encode("utf-8", "backslashreplace"), mode=0o644)
     return target
 
 
@@ -64,8 +65,8 @@ def _compared(many: Sequence[Shown]) -> Any:
     from labkit.runs.compare import compare
 
     try:
-        return compare([one.data.directory for one in many])
-    except (ExperimentError, OSError):
+        return compare([one.data.directory for one in many], skip_unreadable=True)
+    except OSError:
         return None
 
 

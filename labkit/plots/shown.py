@@ -43,7 +43,7 @@ class Shown:
             data = RunData(directory if isinstance(directory, RunDirectory) else RunDirectory.find(run))
             data.refresh()
         try:
-            experiment = Experiment.load(data.directory.experiment)
+            experiment = Experiment.of_run(data.directory)
         except ExperimentError:
             experiment = None
         return cls.named(data, experiment)

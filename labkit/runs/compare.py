@@ -8,8 +8,9 @@ the same baseline: it separates what the method costs from what the machine lack
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class Measured:
         """Read a run from disk; ExperimentError if its experiment cannot be read."""
         data = RunData(directory)
         data.refresh()
-        experiment = Experiment.load(directory.experiment)
+        experiment = Experiment.of_run(directory)
         seconds = _step_seconds(data, experiment.launch.isolated)
         return cls(
             directory, experiment, reconcile(directory), data, steady.Steady.of(seconds, methods.period(experiment))
@@ -105,7 +106,7 @@ def differences(one: Experiment, other: Experiment) -> list[str]:
 def named_baseline(run: Any) -> RunDirectory:
     """The run that is to be the baseline; ExperimentError if it cannot be one, FileNotFoundError if it is unknown."""
     directory = _directory(run)
-    if not is_one_process(Experiment.load(directory.experiment)):
+    if not is_one_process(Experiment.of_run(directory)):
         reason = f"run {directory.id} is not one process that computes the batch in one pass, so it is no baseline"
         raise ExperimentError([Problem("baseline", reason)])
     return directory
@@ -113,21 +114,26 @@ def named_baseline(run: Any) -> RunDirectory:
 
 def find_baseline(directory: RunDirectory) -> RunDirectory | None:
     """The latest finished one-process run on this machine that `directory` can be compared with."""
-    experiment = Experiment.load(directory.experiment)
-    host = (read_json(directory.environment) or {}).get("host")
+    experiment = Experiment.of_run(directory)
+    host = _entry(directory.environment, "host")
     for other in list(RunDirectory.all(directory.path.parent.parent))[-SEARCHED:][::-1]:
         if other.id == directory.id:
             continue
         try:
-            candidate = Experiment.load(other.experiment)
+            candidate = Experiment.of_run(other)
         except ExperimentError:
             continue
         if not is_one_process(candidate) or differences(experiment, candidate):
             continue
-        same_host = (read_json(other.environment) or {}).get("host") == host
-        if same_host and (read_json(other.status) or {}).get("state") == "finished":
+        if _entry(other.environment, "host") == host and _entry(other.status, "state") == "finished":
             return other
     return None
+
+
+def _entry(path: Path, name: str) -> Any:
+    """One entry of a JSON file in a run directory; None where there is none."""
+    content = read_json(path)
+    return content.get(name) if isinstance(content, dict) else None
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,8 @@ class Comparison:
 
     rows: list[dict[str, Any]]
     baseline_run_id: str | None
+    left_out: list[str] = field(default_factory=list)
+    """Why runs that were asked for are not in it, each in one sentence that names the run."""
 
     def table(self) -> pd.DataFrame:
         """The rows as a DataFrame indexed by run id."""
@@ -225,14 +233,22 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def compare(runs: Iterable[Any], baseline: Any = None) -> Comparison:
+def compare(runs: Iterable[Any], baseline: Any = None, skip_unreadable: bool = False) -> Comparison:
     """Compare runs (Run, RunDirectory, id or path). The baseline is the given one, or each run's nearest in time.
 
     Runs taken in turn (A B A B) are each set against the baseline next to them, because machines drift. Raises
-    FileNotFoundError for an unknown run and ExperimentError for one whose experiment cannot be read.
+    FileNotFoundError for an unknown run and ExperimentError for one whose experiment cannot be read, e.g. because a
+    newer labkit wrote it; with `skip_unreadable` such a run is left out and named in the result.
     """
     directories = {directory.path: directory for directory in map(_directory, runs)}  # each run counts once
-    measured = [Measured.read(directory) for directory in directories.values()]
+    measured, left_out = [], []
+    for directory in directories.values():
+        try:
+            measured.append(Measured.read(directory))
+        except ExperimentError as error:
+            if not skip_unreadable:
+                raise
+            left_out.append(str(error))
     named = None
     if baseline is not None:
         named = Measured.read(named_baseline(baseline))
@@ -243,7 +259,7 @@ def compare(runs: Iterable[Any], baseline: Any = None) -> Comparison:
         bases = [one for one in measured if one.is_baseline]
     rows = [_row(one, bases, measured, named) for one in measured]
     used = [row["baseline_run_id"] for row in rows if row["baseline_run_id"]]
-    return Comparison(rows, max(set(used), key=used.count) if used else None)
+    return Comparison(rows, max(set(used), key=used.count) if used else None, left_out)
 
 
 def _directory(run: Any) -> RunDirectory:

@@ -6,7 +6,6 @@ taken as code, as a path or as a size; a line that cannot be read is counted in 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.experiment import safe_files
 from labkit.experiment.after_training import FORMS
 from labkit.experiment.memory import KINDS
 from labkit.experiment.run_directory import TERMINAL, RunDirectory, read_json
@@ -32,7 +32,8 @@ MAX_GAP = 10_000
 """Most consecutive steps that may be missing from a file (lost lines) before what follows is not believed."""
 MAX_EVENTS = 100_000
 MAX_LINE_BYTES = 4 * 2**20
-MAX_STATUS_BYTES = 8 * 2**20
+MAX_UNREADABLE_BYTES = 64 * 2**20
+"""A file in which so much is no event of ours is not read any further."""
 MAX_ACTIONS = 200_000
 """Most actions of all timelines together that are kept."""
 MAX_AXES, MAX_BLOCKS, MAX_EXPERTS = 64, 1024, 1024
@@ -104,6 +105,7 @@ class _Rank:
     def __init__(self) -> None:
         self.offset = 0
         self.in_long_line = False
+        self.unreadable_bytes = 0
         self.read_all = False
         self.steps = 0
         self.seconds = GrowingArray(np.float32)
@@ -242,11 +244,11 @@ class RunData:
         for name in ("status", "progress", "summary"):
             path = getattr(self.directory, name)
             try:
-                info = os.stat(path)
+                info = os.lstat(path)
             except OSError:
                 continue
             stamp = (info.st_mtime_ns, info.st_size, info.st_ino)
-            if stamp == self._stamps.get(name) or info.st_size > MAX_STATUS_BYTES:
+            if stamp == self._stamps.get(name):
                 continue
             found = read_json(path)
             if isinstance(found, dict):
@@ -268,13 +270,12 @@ class RunData:
         """Read one piece of a rank's file; True if nothing complete was left to read."""
         rank, path = self._ranks[number], self.directory.events(number)
         try:
-            if os.stat(path).st_size <= rank.offset:
+            if rank.unreadable_bytes > MAX_UNREADABLE_BYTES or os.lstat(path).st_size <= rank.offset:
                 return True
-            with open(path, "rb") as file:
-                file.seek(rank.offset)
-                piece = file.read(_CHUNK_BYTES)
+            with safe_files.reading(path) as file:
+                piece = os.pread(file, _CHUNK_BYTES, rank.offset)
                 while b"\n" not in piece and len(piece) < MAX_LINE_BYTES:
-                    more = file.read(_CHUNK_BYTES)
+                    more = os.pread(file, _CHUNK_BYTES, rank.offset + len(piece))
                     if not more:
                         break
                     piece += more
@@ -284,6 +285,7 @@ class RunData:
         if end < 0:
             if len(piece) >= MAX_LINE_BYTES:  # no event of ours is that long: drop it up to its end
                 rank.offset += len(piece)
+                rank.unreadable_bytes += len(piece)
                 rank.in_long_line = True
                 return False
             return True  # an unfinished last line
@@ -306,13 +308,15 @@ class RunData:
         if not line.strip():
             return
         try:
-            event = json.loads(line)
+            event = safe_files.from_json(line, bounded_numbers=False)
             kind = event.get("event") if isinstance(event, dict) else None
             handler = _HANDLERS.get(kind) if isinstance(kind, str) else None
-            if handler is None or not handler(self, number, event):
-                self.skipped_lines += 1
+            if handler is not None and handler(self, number, event):
+                return
         except (ValueError, RecursionError, OverflowError):
-            self.skipped_lines += 1
+            pass
+        self.skipped_lines += 1
+        rank.unreadable_bytes += len(line)
 
     # -- one method per kind of event; False when it cannot be read -----------------------------------------------
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import socket
 import subprocess
 import sys
+import threading
+import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from labkit.experiment import Machine
+from labkit.experiment.run_directory import RunDirectory, write_json
 
 PACKAGES = (
     "labkit",
@@ -26,6 +30,18 @@ PACKAGES = (
 # An allow-list: a run directory is shared, and the environment may hold tokens.
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "LABKIT_STANDBY")
 
+GIT_S = 5.0
+"""How long git gets to answer."""
+# What a repository's own configuration may start or fetch: a file system monitor, hooks, objects from elsewhere.
+_UNHOOKED = {
+    "core.fsmonitor": "false",
+    "core.hooksPath": os.devnull,
+    "core.untrackedCache": "false",
+    "protocol.allow": "never",
+}
+_FILTERS = r"^filter\..*\.(clean|process|required)$"
+_QUIET = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_LAZY_FETCH": "1"}
+
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter; a missing one is left out."""
@@ -39,28 +55,73 @@ def versions() -> dict[str, str]:
 
 
 def git_state(directory: str) -> dict[str, Any] | None:
-    """Commit of the working directory and whether it has changes; None outside a repository."""
+    """Commit of the working directory and whether it has changes; None outside a repository, or if git hangs.
 
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", directory, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    The folder may be anybody's: git runs no hook, no monitor and no filter that its configuration names, fetches
+    nothing and writes nothing.
+    """
+    deadline = time.monotonic() + GIT_S
+    settings = dict(_UNHOOKED)
+
+    def git(*arguments: str, ends_well: tuple[int, ...] = (0,)) -> str:
+        variables = {"GIT_CONFIG_COUNT": str(len(settings))}
+        for number, (name, value) in enumerate(settings.items()):
+            variables |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
+        done = subprocess.run(
+            ["git", "-C", directory, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=max(0.1, deadline - time.monotonic()),
+            env=os.environ | _QUIET | variables,
+        )
+        if done.returncode not in ends_well:
+            raise subprocess.SubprocessError
+        return done.stdout.decode("utf-8", "replace").strip()
 
     try:
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
-        }
+        commit = git("rev-parse", "HEAD")
+        # A changed file may have to pass a filter (a program named in the configuration) to be compared.
+        filters = git(
+            "config", "--name-only", "--get-regexp", r"^filter\..*\.(clean|process|required)$", ends_well=(0, 1)
+        )
+        settings |= dict.fromkeys(filters.splitlines(), "")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
     except (OSError, subprocess.SubprocessError):
         return None
+    return {"commit": commit, "changed": bool(changes)}
 
 
 def describe(directory: str) -> dict[str, Any]:
     """The content of `environment.json`."""
+    return _without_git() | {"git": git_state(directory)}
+
+
+def _without_git() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "machine": Machine.here().to_dict(),
         "versions": versions(),
         "executable": sys.executable,
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
-        "git": git_state(directory),
+        "git": None,
     }
+
+
+def record(directory: RunDirectory, cwd: str) -> threading.Thread:
+    """Write `environment.json`, without waiting for git: a thread adds its answer about `cwd` when it comes.
+
+    Raises OSError where the file cannot be written. The thread may be left alone.
+    """
+    known = _without_git()
+    write_json(directory.environment, known)
+
+    def add_git() -> None:
+        state = git_state(cwd)
+        if state is not None:
+            with contextlib.suppress(OSError):
+                write_json(directory.environment, known | {"git": state})
+
+    thread = threading.Thread(target=add_git, name="labkit-git", daemon=True)
+    thread.start()
+    return thread

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from labkit.experiment.run_directory import TERMINAL
+from labkit.experiment.safe_files import printable
 from labkit.runs.data import RunData
 from labkit.runs.run import Run
 
@@ -21,7 +23,7 @@ REFRESH_S = 0.2
 def follow(run: Run, quiet: bool = False) -> Run:
     """Show the progress of `run` on standard error until it has ended."""
     console = Console(stderr=True, quiet=quiet)
-    data = RunData(run.directory)
+    data, name = RunData(run.directory), printable(run.id)
     asked = 0
     columns = [
         TextColumn("{task.description}", markup=False),
@@ -33,7 +35,7 @@ def follow(run: Run, quiet: bool = False) -> Run:
     # Where nobody watches, a bar only fills the log.
     live = Progress(*columns, console=console, disable=quiet or not sys.stderr.isatty())
     if live.disable and not quiet:
-        console.print(f"labkit: run {run.id}", highlight=False, markup=False)
+        console.print(f"labkit: run {name}", highlight=False, markup=False)
 
     def interrupted(number: int, frame: Any) -> None:
         # A handler and not KeyboardInterrupt: an exception may strike where it is swallowed.
@@ -45,13 +47,13 @@ def follow(run: Run, quiet: bool = False) -> Run:
     obeyed = 0
     try:
         with live:
-            task = live.add_task(f"{run.id} starting", total=None, figures="")
+            task = live.add_task(f"{name} starting", total=None, figures="")
             while True:
                 data.refresh(0.05)
                 state = run.state
                 live.update(
                     task,
-                    description=f"{run.id} {state}",
+                    description=f"{name} {state}",
                     total=data.total_steps,
                     completed=data.first + data.steps,
                     figures=figures(data),
@@ -92,8 +94,8 @@ def _summary_text(summary: dict[str, Any]) -> str:
     lines = []
 
     def line(label: str, value: Any, form: str = "{}") -> None:
-        if value is not None:
-            lines.append(f"  {label:22} {form.format(value)}")
+        if value is not None and not (isinstance(value, float) and not math.isfinite(value)):
+            lines.append(f"  {printable(label):22} {printable(form.format(value))}")
 
     line("run", summary.get("run_id"))
     line("layout", f"{summary.get('layout')} ({summary.get('world_size')} ranks on {summary.get('device')})")

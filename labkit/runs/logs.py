@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from labkit.experiment import safe_files
+
 LOG_CAP_BYTES = 8 * 2**20
 
 
 def tail(path: Path, lines: int = 20) -> list[str]:
     """The last lines of a log, [] if there is none. Reads at most 400 bytes a line."""
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 400 * lines))
-            # Not to the end: the writer may be faster than the reader.
-            return file.read(400 * lines).decode("utf-8", "replace").splitlines()[-lines:]
+        return safe_files.read_tail(path, 400 * lines).decode("utf-8", "replace").splitlines()[-lines:]
     except OSError:
         return []
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 POLL_S = 0.05
-GRACE_S = 10.0
-"""Where the experiment cannot be read and nobody has named a grace period."""
 OVERTIME_S = 10.0
 """Beyond the grace period, how long a supervisor gets to end its ranks before it is killed itself."""
 
@@ -61,7 +59,7 @@ class Run:
     @property
     def experiment(self) -> Experiment:
         """What was run, with device and layout resolved."""
-        return Experiment.load(self.directory.experiment)
+        return Experiment.of_run(self.directory)
 
     @property
     def status(self) -> dict[str, Any]:
@@ -114,18 +112,19 @@ class Run:
         TimeoutError if it has not ended then and cannot be ended from here.
         """
         self.request_stop(grace)
+        bound = (self._grace_s() if grace is None else grace) + OVERTIME_S
         try:
-            return self.wait((self._grace if grace is None else grace) + OVERTIME_S)
+            return self.wait(bound)
         except TimeoutError:
             run_status.end_by_force(self.directory)
             return self.wait(OVERTIME_S)
 
-    @property
-    def _grace(self) -> float:
+    def _grace_s(self) -> float:
+        """launch.grace_s of this run; the usual one where its experiment cannot be read (a newer labkit wrote it)."""
         try:
             return self.experiment.launch.grace_s
         except ExperimentError:
-            return GRACE_S
+            return Experiment().launch.grace_s
 
     def data(self) -> RunData:
         """The numbers of the run, read up to now; `refresh()` reads on."""
@@ -172,9 +171,7 @@ class Run:
 
     def checkpoints(self) -> list[int]:
         """Steps of the complete checkpoints, rising."""
-        folder = self.directory.checkpoints
-        found = folder.glob("step-*/checkpoint.json") if folder.is_dir() else []
-        return sorted(int(path.parent.name.removeprefix("step-")) for path in found if path.parent.name[5:].isdigit())
+        return self.directory.checkpoint_steps()
 
     def __repr__(self) -> str:
         return f"<Run {self.id}: {self.state}>"

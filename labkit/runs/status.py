@@ -1,9 +1,9 @@
 """The state of a run on disk: one writer at a time, exactly one terminal state, and readers that can finish the job.
 
 A supervisor that is killed cannot write its own end. The owner of the run who looks next on the same machine (a
-notebook, the command line) finds its lock free (labkit.runs.liveness) and writes the terminal state in its place. Everybody else
-judges and writes nothing: what is reported about a run of another machine, or about a copy of a directory, is not on
-disk.
+notebook, the command line) finds its lock free (labkit.runs.liveness) and writes the terminal state in its place.
+Everybody else judges and writes nothing: what is reported about a run of another machine, or about a copy of a
+directory, is not on disk.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from labkit.experiment import safe_files
 from labkit.experiment.run_directory import STATES, TERMINAL, RunDirectory, read_json, standby_log, write_json
 from labkit.runs import liveness
 from labkit.runs.leftovers import remove_unfinished
@@ -96,9 +97,7 @@ def cause(kind: str, message: str, **more: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _locked(directory: RunDirectory) -> Iterator[None]:
-    # Opened for reading: that needs no free block, so the lock can be had on a full disk.
-    flags = os.O_RDONLY | (0 if directory.lock.exists() else os.O_CREAT)
-    descriptor = os.open(directory.lock, flags, 0o600)
+    descriptor = safe_files.open_to_lock(directory.lock)
     try:
         deadline = time.monotonic() + LOCK_WAIT_S
         while True:  # bounded: whoever holds it may have been frozen
@@ -116,7 +115,7 @@ def _locked(directory: RunDirectory) -> Iterator[None]:
 
 def reserve(directory: RunDirectory) -> None:
     """Set blocks aside for the last words of the run on a full disk."""
-    descriptor = os.open(directory.reserve, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    descriptor = safe_files.open_to_append(directory.reserve)
     try:
         os.write(descriptor, bytes(RESERVE_BYTES))
     finally:

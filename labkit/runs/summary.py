@@ -38,7 +38,8 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
     row = next(row for row in comparison.rows if row["run_id"] == directory.id)
     final = data.evaluations[-1][2] if data.evaluations else {}
     start = data.rank_starts[0] if data.rank_starts else {}
-    notes = [*row["notes"], *start.get("warnings", [])]
+    told = one.status.get("notes")
+    notes = [*(told if isinstance(told, list) else []), *row["notes"], *start.get("warnings", [])]
     behind = straggler(data)
     if behind is not None:
         notes = [*notes, str(behind)]

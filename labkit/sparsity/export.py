@@ -27,10 +27,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from labkit.experiment import safe_files
+from labkit.experiment.tensor_files import save_file
 from labkit.sparsity import two_four
 from labkit.sparsity.csr import CsrLinear, Pattern, csr_matrix, rows_seen
 from labkit.sparsity.structured import shrink, units_of
@@ -225,10 +226,8 @@ def save(path: Path, model: nn.Module, form: str) -> int:
     kept = model.state_dict().keys()
     named = [*model.named_parameters(), *((name, one) for name, one in model.named_buffers() if name in kept)]
     tensors = dict(named) | {f"{name}.weight": layer.whole() for name, layer in half.items()}
-    # Of its own each: parameters may lie side by side in one buffer.
-    own = {name: one.detach().cpu().clone(memory_format=torch.contiguous_format) for name, one in tensors.items()}
     partial = path.with_name(f".{path.name}.partial")
-    save_file(own, partial, {"labkit": json.dumps(about)})
+    save_file(tensors, partial, {"labkit": json.dumps(about)})
     os.replace(partial, path)
     return path.stat().st_size
 
@@ -241,6 +240,7 @@ def load(path: str | Path, model: nn.Module) -> str:
     """
     device = next(model.parameters()).device
     try:
+        safe_files.size(Path(path))  # a regular file, not a link or a pipe
         with safe_open(path, framework="pt", device=str(device)) as file:
             about = json.loads((file.metadata() or {})["labkit"])
             if about["format"] != FORMAT:

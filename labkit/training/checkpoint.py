@@ -4,101 +4,133 @@ Accelerate's `save_state` pickles optimizer and random state, and nothing in a r
 whole state is gathered by name (labkit.parallel.state) and goes to safetensors. Random state is not saved: everything
 random in a step follows from seed, step and rank.
 
-    step-00000100/
-        model.safetensors        weights by name, loadable anywhere
-        optimizer.safetensors    e.g. `state.blocks.head.weight.exp_avg`
-        model-1.safetensors …    the same of the other ranks of a pipeline, each with its own stages
-        update.safetensors       what the update rule keeps, if it keeps anything
-        checkpoint.json          step and experiment; written last
+What only one rank has (what its compressor has not sent yet, weights between two averages) goes to a file of that rank.
+It is used when the run goes on with the same ranks; on others it is left out, and the run says so (launch/resume.py).
+
+Which files there are, and how they become visible and are believed: labkit.experiment.checkpoint_files.
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from labkit.experiment import Experiment
-from labkit.experiment.run_directory import RunDirectory, read_json, write_json
+from labkit.experiment import Experiment, checkpoint_files, safe_files
+from labkit.experiment.checkpoint_files import Contents, Sum
+from labkit.experiment.run_directory import RunDirectory, write_json
+from labkit.experiment.tensor_files import load_file, save_file
 from labkit.parallel.state import State
 
-FORMAT = 1
+
+@dataclass(frozen=True)
+class Saved:
+    """What one rank brings to a checkpoint."""
+
+    weights: State
+    moments: State
+    part: int | None = 0
+    """Number of this rank's part of weights and moments; None for a rank whose stages another one writes."""
+    more: State = field(default_factory=dict)
+    """What the update rule and the sparsity keep, the same on all ranks."""
+    own: State | None = None
+    """What this rank keeps for itself; None on all ranks where no rank does."""
 
 
 def save(
     directory: RunDirectory,
     step: int,
     experiment: Experiment,
-    weights: State,
-    moments: State,
-    part: int | None = 0,
-    leads: bool = True,
+    saved: Saved,
+    rank: int = 0,
     meet: Callable[[], None] = lambda: None,
-    more: State | None = None,
+    unscheduled: bool = False,
+    code: str = "",
 ) -> Path:
     """Write the state after `step` updates and return the folder.
 
-    `part` is the number of this rank's part, None for a rank that writes nothing. Where there are several parts, all
-    ranks `meet` before and after writing; the one that `leads` makes the folder and completes it, with `more` in it.
+    Where several ranks write, all `meet` before and after; rank 0 makes the folder and completes it. `unscheduled` and
+    `code`: see Contents. When this returns on rank 0, the checkpoint is on the disk, and only then are older ones
+    removed.
     """
     final = directory.checkpoint(step)
     partial = final.with_name(f".{final.name}.partial")
+    leads = rank == 0
     if leads:
-        shutil.rmtree(partial, ignore_errors=True)
+        safe_files.remove_folder(partial)
         partial.mkdir(parents=True, mode=0o700)
     meet()
-    if part is not None:
-        suffix = f"-{part}" if part else ""
-        save_file(weights, partial / f"model{suffix}.safetensors")
-        save_file(moments, partial / f"optimizer{suffix}.safetensors")
+    files: dict[str, State] = {}
+    if saved.part is not None:
+        suffix = f"-{saved.part}" if saved.part else ""
+        files |= {f"model{suffix}.safetensors": saved.weights, f"optimizer{suffix}.safetensors": saved.moments}
+    if saved.own is not None:
+        files[checkpoint_files.of_rank(rank)] = saved.own
+    if leads and saved.more:
+        files["update.safetensors"] = saved.more
+    if files:
+        checkpoint_files.note_sums(partial, rank, _write(partial, files))
     meet()
     if leads:
-        if more:
-            save_file(more, partial / "update.safetensors")
-        content = {"format": FORMAT, "step": step, "experiment": experiment.to_dict()}
-        write_json(partial / "checkpoint.json", content)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        sums = checkpoint_files.collect_sums(partial)
+        content = checkpoint_files.listed(step, experiment.to_dict(), sums, unscheduled, code)
+        write_json(partial / checkpoint_files.LIST, content, durable=True)
+        checkpoint_files.publish(partial, final)
         _forget_old(directory, experiment.training.keep_checkpoints)
     return final
+
+
+def _write(folder: Path, files: dict[str, State]) -> dict[str, Sum]:
+    sums = {}
+    for name, tensors in files.items():
+        save_file(tensors, folder / name)
+        sums[name] = checkpoint_files.seal(folder / name)
+    return sums
 
 
 @dataclass(frozen=True)
 class Stored:
     """What a checkpoint holds, whole, whatever layout wrote it."""
 
-    step: int
-    """Updates done."""
+    contents: Contents
     weights: State
     moments: State
     more: State
-    """What the update rule keeps; equal on all ranks."""
+    """What the update rule and the sparsity keep; equal on all ranks."""
+    own: State | None
+    """What this rank had kept for itself; None if it had kept nothing."""
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.contents.step
 
 
-def read(folder: Path) -> Stored:
-    """Read all parts. ValueError if it is no checkpoint of ours or damaged."""
-    content = read_json(folder / "checkpoint.json")
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("step"), int):
-        raise ValueError(f"{folder} is not a checkpoint of this version of labkit")
-    if not isinstance(content.get("experiment"), dict):
-        raise ValueError(f"the checkpoint {folder.name} is damaged: its experiment cannot be read")
+def read(folder: Path, rank: int = 0) -> Stored:
+    """Read all parts, and what `rank` kept for itself, once their checksums have been compared with the list.
+
+    ValueError (one sentence) if it is no checkpoint of ours or damaged.
+    """
+    contents = checkpoint_files.read_list(folder)
+    wanted = [*contents.parts("model"), *contents.parts("optimizer")]
+    optional = [name for name in ("update.safetensors", checkpoint_files.of_rank(rank)) if name in contents.files]
+    checkpoint_files.verify(folder, contents, [*wanted, *optional])
     with fitting(folder):
-        kept = folder / "update.safetensors"
-        more = load_file(kept) if kept.exists() else {}
-        return Stored(int(content["step"]), _parts(folder, "model"), _parts(folder, "optimizer"), more)
+        kept = {name: load_file(folder / name) for name in optional}
+        weights, moments = (_parts(folder, contents, kind) for kind in ("model", "optimizer"))
+    own = kept.get(checkpoint_files.of_rank(rank))
+    return Stored(contents, weights, moments, kept.get("update.safetensors", {}), own)
 
 
-def _parts(folder: Path, kind: str) -> State:
-    """The first part, which must be there, and those of the other ranks of a pipeline."""
-    found = load_file(folder / f"{kind}.safetensors")
-    for path in sorted(folder.glob(f"{kind}-*.safetensors")):
-        found |= load_file(path)
-    return found
+def _parts(folder: Path, contents: Contents, kind: str) -> State:
+    """The first part and those of the other ranks of a pipeline, together."""
+    together = State()
+    for name in contents.parts(kind):
+        together |= load_file(folder / name)
+    return together
 
 
 @contextlib.contextmanager
@@ -111,6 +143,5 @@ def fitting(folder: Path) -> Iterator[None]:
 
 
 def _forget_old(directory: RunDirectory, keep: int) -> None:
-    folders = sorted(path for path in directory.checkpoints.glob("step-*") if (path / "checkpoint.json").exists())
-    for folder in folders[:-keep]:
-        shutil.rmtree(folder, ignore_errors=True)
+    for step in directory.checkpoint_steps()[:-keep]:
+        safe_files.remove_folder(directory.checkpoint(step))

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null, at any depth."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
+from labkit.experiment import safe_files
 
 
 class EventWriter:
@@ -28,12 +18,12 @@ class EventWriter:
     def __init__(self, path: Path, rank: int) -> None:
         self.rank = rank
         self._lock = threading.Lock()
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._file = safe_files.open_to_append(path)
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event; OSError when the disk does not take it whole (then nothing of it stays)."""
         head = {"event": event, "rank": self.rank, "time": time.time(), "monotonic": time.monotonic()}
-        line = json.dumps(finite(head | fields), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        line = json.dumps(safe_files.finite(head | fields), separators=(",", ":"), allow_nan=False).encode() + b"\n"
         with self._lock:
             written = os.write(self._file, line)
             if written < len(line):

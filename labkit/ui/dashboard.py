@@ -291,7 +291,7 @@ def compared(directories: Sequence[RunDirectory]) -> list[dict[str, Any]]:
     from labkit.runs.compare import compare
 
     with contextlib.suppress(ExperimentError, FileNotFoundError, OSError):
-        return list(compare(directories).rows)
+        return list(compare(directories, skip_unreadable=True).rows)
     return []
 
 

@@ -159,10 +159,10 @@ class Lab:
 
     @property
     def comparison(self) -> Any:
-        """The runs of this lab side by side (labkit.runs.compare.Comparison)."""
+        """The runs of this lab side by side (labkit.runs.compare.Comparison); one that cannot be read is left out."""
         from labkit.runs.compare import compare
 
-        return compare(self.runs)
+        return compare(self.runs, skip_unreadable=True)
 
     def picture(self, against: str = "steps") -> Picture:
         """Loss, metric, throughput and speed-up as they are now, drawn against steps, time or bytes."""

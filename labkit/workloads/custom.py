@@ -76,6 +76,27 @@ class Custom:
             except CannotTravel as error:
                 yield Problem("workload.source", str(error))
 
+    @staticmethod
+    def carries(options: CustomOptions) -> str:
+        """Whose code runs on the ranks, in words: that of a source text in the experiment, or of a file or module."""
+        if options.source:
+            lines = len(options.source.splitlines())
+            return f"the function {options.factory} in {lines} lines of source text that its experiment carries"
+        return f"the function at {options.path}"
+
+    @staticmethod
+    def code_of(options: CustomOptions) -> str:
+        """SHA-256 of the file in which the function stands; empty if there is none, or it cannot be read."""
+        from hashlib import sha256
+
+        from labkit.workloads.locate import file_of
+
+        file = file_of(options.path) if options.path else None
+        try:
+            return sha256(file.read_bytes()).hexdigest() if file is not None else ""
+        except OSError:
+            return ""
+
     @classmethod
     def build(cls, options: Any, seed: int) -> Task:
         """Run the function and take what it returns. `options`: a CustomOptions, a dict of its fields, or a section."""

@@ -38,6 +38,13 @@ def why_not(path: str) -> str:
     return "" if name in _top_level_names(tree) else f"{where} does not define {name}"
 
 
+def file_of(path: str) -> Path | None:
+    """The file that defines the function at `path`; None if it stands in no Python file. Runs nothing."""
+    where = path.rpartition(":")[0]
+    file = Path(where).expanduser() if where.endswith(".py") else _module_file(where)[1]
+    return file if file is not None and file.suffix == ".py" else None
+
+
 def load(path: str) -> Callable[..., Any]:
     """Import the module or file and return the function; raises ValueError where it is not there."""
     reason = why_not(path)
@@ -54,9 +61,13 @@ def load(path: str) -> Callable[..., Any]:
         sys.path.insert(0, str(file.parent))  # so that the file can import its neighbours, as a script could
         spec.loader.exec_module(module)
     else:
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        module = importlib.import_module(where)
+        # Where `why_not` has looked; only meanwhile, because what libraries import later is not meant to be there.
+        here = os.getcwd()
+        sys.path.insert(0, here)
+        try:
+            module = importlib.import_module(where)
+        finally:
+            sys.path.remove(here)
     found = getattr(module, name, None)
     if not callable(found):
         raise ValueError(f"{name} in {where} is not a function")

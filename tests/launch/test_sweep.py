@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from labkit.cli import main
+from labkit.experiment.run_directory import home
+from labkit.launch import sweep as sweep_module
 from labkit.launch.sweep import Sweep, combinations, sweep
 from labkit.plots import plot_pareto
 from labkit.plots.pareto import front
-from tests.launch.helpers import ENDLESS, tiny
+from labkit.runs import Run
+from tests.launch.helpers import ENDLESS, SMALLEST, steps_written, tiny, wait_until
 
 OVER: dict[str, list[Any]] = {
     "sparsity": [{"method": "none"}, {"method": "static", "target": 0.5}],
@@ -99,3 +110,144 @@ def test_the_picture_names_the_best_run_and_every_point() -> None:
         assert any(row["On the front"] for row in picture.rows)
     with pytest.raises(ValueError, match="money"):
         plot_pareto(found.runs, "money")
+
+
+# -- as a process of its own, which may be killed ---------------------------------------------------------------------
+
+RATES = [0.001, 0.002, 0.003]
+
+
+def words(name: str, steps: int) -> list[str]:
+    fields = {
+        "workload": json.dumps(SMALLEST),
+        "training.steps": steps,
+        "training.evaluate_every": 0,
+        "training.checkpoint_every": 0,
+        "launch.device": "cpu",
+    }
+    settings = [f"--set={field}={value}" for field, value in fields.items()]
+    return ["sweep", "vision-ddp", "--ranks=1", *settings, f"--over=optimizer.lr={json.dumps(RATES)}", f"--name={name}"]
+
+
+def begin(name: str, steps: int = 3000) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "labkit", *words(name, steps)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def stored(name: str) -> list[dict[str, Any]]:
+    try:
+        points: list[dict[str, Any]] = json.loads((home() / "sweeps" / f"{name}.json").read_text())["points"]
+    except FileNotFoundError:
+        return []
+    return points
+
+
+def at_work(name: str, steps: int = 20) -> Run | None:
+    """The run of a point that has done some steps."""
+    running = [point["run_id"] for point in stored(name) if point["state"] == "running"]
+    run = Run.attach(running[0]) if running else None
+    return run if run is not None and steps_written(run, 0) >= steps else None
+
+
+def finish(name: str, steps: int = 3000) -> int:
+    return main(words(name, steps))
+
+
+def test_one_process_at_a_time_runs_a_sweep(labkit_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = begin("twice")
+    wait_until(lambda: at_work("twice"), 60, "the first run")
+    assert finish("twice") == 2
+    assert "the sweep twice is being run by another process" in capsys.readouterr().err
+    assert len(Run.all()) == 1, "the second one has launched nothing"
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 0, output
+    assert [point["state"] for point in stored("twice")] == ["finished"] * 3
+    assert len(Run.all()) == 3
+
+
+def test_a_run_that_outlives_its_sweep_is_waited_for(labkit_home: Path) -> None:
+    first = begin("killed")
+    orphan = wait_until(lambda: at_work("killed"), 60, "the first run")
+    first.kill()
+    first.communicate()
+    assert not orphan.done
+    assert finish("killed") == 0
+    assert len(Run.all()) == 3, "no point was begun twice"
+    assert orphan.state == "finished"
+    assert stored("killed")[0]["run_id"] == orphan.id
+
+
+def test_a_run_that_its_sweep_could_not_note_is_found_again(labkit_home: Path) -> None:
+    first = begin("unnoted")
+    orphan = wait_until(lambda: at_work("unnoted"), 60, "the first run")
+    first.kill()
+    first.communicate()
+    path = home() / "sweeps" / "unnoted.json"  # as if it had been killed between the launch and the note
+    content = json.loads(path.read_text())
+    content["points"][0] |= {"state": "waiting", "run_id": None}
+    path.write_text(json.dumps(content))
+    assert finish("unnoted") == 0
+    assert len(Run.all()) == 3
+    assert stored("unnoted")[0]["run_id"] == orphan.id
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_run_and_keeps_the_rest(number: signal.Signals, labkit_home: Path) -> None:
+    process = begin("signalled", ENDLESS)
+    run = wait_until(lambda: at_work("signalled"), 60, "the first run")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert "Traceback" not in output
+    assert run.state == "stopped"
+    assert [point["state"] for point in stored("signalled")] == ["stopped", "waiting", "waiting"]
+
+
+@pytest.mark.parametrize("content", ['{"format": 1, "poi', "", "[]", '{"points": 5}'])
+def test_a_damaged_file_is_named_as_such(content: str, labkit_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = home() / "sweeps" / "damaged.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert finish("damaged") == 2
+    err = capsys.readouterr().err
+    assert "the file of the sweep damaged is damaged" in err
+    assert str(path) in err
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("write", [3, 4])
+def test_a_home_that_cannot_be_written_ends_it_in_a_sentence_and_loses_no_point(
+    code: int, write: int, labkit_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    count, real = 0, sweep_module.write_json
+
+    def fails(path: Path, data: Any) -> None:
+        nonlocal count
+        count += 1
+        if count >= write:
+            raise OSError(code, os.strerror(code), str(path))
+        real(path, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep_module, "write_json", fails)
+        assert finish("full", 20) == 1
+        err = capsys.readouterr().err
+        assert os.strerror(code) in err
+        assert "Traceback" not in err
+    before = {run.id for run in Run.all()}
+    assert before
+    assert finish("full", 20) == 0
+    assert before <= {point["run_id"] for point in stored("full")}, "what had been run was not run again"
+    assert len(Run.all()) == 3
+
+
+def test_a_disk_without_room_spoils_no_point(labkit_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from labkit.launch import client
+
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "LEAST_FREE_BYTES", 2**62)
+        queue = sweep(base(), {"training.seed": [0, 1]}, "no-room").run(progress=lambda _: None)
+    assert "MB are free" in queue.problem
+    assert [point.state for point in queue.points] == ["waiting", "waiting"]
+    assert not queue.running

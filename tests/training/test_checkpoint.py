@@ -67,9 +67,8 @@ class Alone:
 def save(
     directory: RunDirectory, step: int, model: nn.Module, optimizer: Any, experiment: Experiment, writes: bool = True
 ) -> Path:
-    weights, moments = state.gather(Alone(model), optimizer)
-    part = 0 if writes else None
-    return checkpoint.save(directory, step, experiment, weights, moments, part=part, leads=writes)
+    saved = checkpoint.Saved(*state.gather(Alone(model), optimizer), part=0 if writes else None)
+    return checkpoint.save(directory, step, experiment, saved, rank=0 if writes else 1)
 
 
 def load(folder: Path, model: nn.Module, optimizer: Any) -> int:
@@ -147,7 +146,7 @@ def test_a_checkpoint_cut_short_counts_as_absent(directory: RunDirectory, monkey
     model, optimizer = made(0)
     save(directory, 1, model, optimizer, Experiment(), writes=True)
 
-    def full(*arguments: Any) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
@@ -166,7 +165,7 @@ def _other_format(folder: Path) -> None:
 
 
 def _no_numbers(folder: Path) -> None:
-    (folder / "checkpoint.json").write_text('{"format": 1, "step": 1, "optimizer": [1]}')
+    (folder / "checkpoint.json").write_text('{"format": 2, "step": 1, "optimizer": [1]}')
 
 
 def _cut_weights(folder: Path) -> None:

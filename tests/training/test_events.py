@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit.experiment.run_directory import EVENTS
+from labkit.experiment.safe_files import finite
 from labkit.launch.board import Board
-from labkit.training.events import EventWriter, finite
+from labkit.training.events import EventWriter
 from labkit.training.meter import SPANS, Meter
 
 anything = st.recursive(

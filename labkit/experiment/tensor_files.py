@@ -1,0 +1,52 @@
+"""Tensors to and from safetensors files: the one place where either happens.
+
+Imports torch when it is used only: this room is read by forms too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from labkit.experiment import safe_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def save_file(tensors: Mapping[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:
+    """Write named tensors of any device and layout in memory to a new file. A file or link at `path` is replaced."""
+    from safetensors.torch import save_file as write
+
+    path.unlink(missing_ok=True)
+    own: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        own[name] = _by_itself(tensor, storages)
+    write(own, path, about)
+
+
+def _by_itself(tensor: Tensor, storages: set[int]) -> Tensor:
+    """The tensor on the host, contiguous, and sharing its memory with no other one, as the format asks for.
+
+    `storages`: where those before it lie; it is added.
+    """
+    import torch
+
+    tensor = tensor.detach().cpu()
+    storage = tensor.untyped_storage()
+    alone = storage.nbytes() == tensor.numel() * tensor.element_size() and storage.data_ptr() not in storages
+    if not (alone and tensor.is_contiguous()):
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    storages.add(tensor.untyped_storage().data_ptr())
+    return tensor
+
+
+def load_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a regular file, on the host; OSError for a link, SafetensorError where it is damaged."""
+    from safetensors.torch import load_file as read
+
+    safe_files.size(path)
+    found: dict[str, Tensor] = read(path)
+    return found
