@@ -90,11 +90,8 @@ browser: $(VENV)/.set-up-dev ## the tests in the real JupyterLab with headless C
 	@$(call pytest,tests/browser)
 
 .PHONY: gpu
-gpu: $(VENV)/.set-up-dev ## the tests that need an NVIDIA GPU, and a table: step times and losses of number formats and 2:4
-	@mkdir -p test-output && rm -f test-output/gpu.jsonl
-	@export LABKIT_GPU_RESULTS="$(CURDIR)/test-output/gpu.jsonl"; \
-	trap '$(BIN)/python -m tests.gpu.beside test-output/gpu.jsonl' EXIT; \
-	$(call pytest,-m gpu)
+gpu: $(VENV)/.set-up-dev ## everything that needs an NVIDIA GPU, in about 20 minutes; goes on where it was interrupted
+	@$(BIN)/python -m tests.gpu test-output/gpu
 
 .PHONY: benchmarks
 benchmarks: $(VENV)/.set-up-dev ## every script of tests/benchmarks, one after the other

@@ -27,7 +27,7 @@ from labkit.experiment.run_directory import PHASES
 # Everything is a word of 8 bytes, written and read in one piece. (struct.pack_into would not do: it fills its target
 # with zeros first, and another process may look just then.)
 _WORD = 8
-_REQUESTED, _STOP_AT, _HEAD = 0, 1, 2  # stop requested; stop at this step (-1: no)
+_REQUESTED, _STOP_AT, _OPEN, _HEAD = 0, 1, 2, 3  # stop requested; stop at this step (-1: no); the gate is open
 _STEP, _PHASE, _PROGRESS, _LIFE, _MEMORY, _ROW = 0, 1, 2, 3, 4, 5  # where and when
 
 
@@ -94,6 +94,15 @@ class Board:
     def asked_to_stop(self) -> bool:
         """Has the supervisor asked? Ranks that see it must agree in a way of their own when to end."""
         return bool(self._whole[_REQUESTED])
+
+    def open_gate(self) -> None:
+        """Let the other ranks go on, which wait at the gate while one of them works alone. Once in a run."""
+        self._whole[_OPEN] = 1
+
+    @property
+    def gate_open(self) -> bool:
+        """Has the rank that works alone come to its end?"""
+        return bool(self._whole[_OPEN])
 
     # -- the supervisor's side --------------------------------------------------------------------------------------
 

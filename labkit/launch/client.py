@@ -24,7 +24,7 @@ from labkit.experiment.run_directory import RunDirectory, home, standby_log, wri
 from labkit.launch import resuming
 from labkit.runs import logs
 from labkit.runs import status as run_status
-from labkit.runs.processes import boot_id, identity
+from labkit.runs.processes import boot_id, frozen, identity, machine
 from labkit.runs.run import Run
 
 LEAST_FREE_BYTES = 2 * 2**20
@@ -61,6 +61,11 @@ class Standby:
     @property
     def alive(self) -> bool:
         return self.process.poll() is None
+
+    @property
+    def takes_orders(self) -> bool:
+        """Is it alive, and not stopped by a signal? A frozen one would never begin a run."""
+        return self.alive and not frozen(self.process.pid)
 
     def ready(self) -> bool:
         """Has it imported everything?"""
@@ -112,8 +117,10 @@ _leaving: list[Standby] = []
 def _current() -> Standby:
     """The living standby of this process, started if need be. Call with the lock held."""
     global _standby
-    if _standby is not None and not _standby.alive:
-        _standby.close()
+    if _standby is not None and not _standby.takes_orders:
+        if _standby.alive:  # frozen: its orders fail by name, later ones go to another
+            _standby.process.kill()
+        _let_go(_standby)
         _standby = None
     if _standby is None:
         _standby = Standby()
@@ -198,7 +205,6 @@ def launch(
     resolved = experiment.check()
     here = _working_directory()
     directory, start = _prepare(resolved, resume)
-    notes = start.notes if start is not None else []
     order = {
         "run": str(directory.path),
         "requested": requested,
@@ -207,39 +213,48 @@ def launch(
         "baseline": baseline.id if isinstance(baseline, Run) else baseline,
         "resume": None if start is None else str(directory.checkpoint(start.contents.step)),
     } | ({} if entry is None else {"entry": entry})
-    with _lock:
-        standby = _current() if uses_standby() else Standby()
-        status = {
-            "run_id": directory.id,
-            "title": resolved.title,
-            "state": "starting",
-            "created": time.time(),
-            "started": None,
-            "ended": None,
-            "boot": boot_id(),
-            "workload": resolved.workload.name,
-            "layout": str(resolved.layout),
-            "world_size": resolved.layout.world_size,
-            "device": resolved.launch.device,
-            "steps": resolved.training.steps,
-            "warnings": [*(str(warning) for warning in resolved.warnings()), *notes],
-            "notes": notes,
-            "resumed_from": None if start is None else str(start.folder),
-            "launcher": identity(standby.process.pid),
-            "supervisor": None,
-            "ranks": [],
-            "cause": None,
-        }
-        try:
-            run_status.update(directory, **status)
+    try:
+        with _lock:
+            standby = _current() if uses_standby() else Standby()
+            run_status.update(directory, launcher=identity(standby.process.pid))
             standby.order(order)
-        except OSError as error:
-            run_status.update(
-                directory, state="failed", cause=run_status.cause("supervisor", f"cannot launch: {error}")
-            )
-        if not uses_standby():
-            _let_go(standby)
+            if not uses_standby():
+                _let_go(standby)
+    except BaseException as error:
+        # The run is visible, so it ends: also one that has got the order and is broken off here (an interrupt).
+        broken = f"cannot launch: {error}" if isinstance(error, OSError) else "the launch was broken off"
+        with contextlib.suppress(OSError):
+            run_status.update(directory, state="failed", cause=run_status.cause("supervisor", broken))
+        if not isinstance(error, OSError):
+            raise
     return Run(directory)
+
+
+def _first_status(directory: RunDirectory, experiment: Experiment, start: resuming.Start | None) -> dict[str, Any]:
+    """The status of a run that this process is about to launch."""
+    notes = start.notes if start is not None else []
+    return {
+        "run_id": directory.id,
+        "title": experiment.title,
+        "state": "starting",
+        "created": time.time(),
+        "started": None,
+        "ended": None,
+        "boot": boot_id(),
+        "machine": machine(),
+        "workload": experiment.workload.name,
+        "layout": str(experiment.layout),
+        "world_size": experiment.layout.world_size,
+        "device": experiment.launch.device,
+        "steps": experiment.training.steps,
+        "warnings": [*(str(warning) for warning in experiment.warnings()), *notes],
+        "notes": notes,
+        "resumed_from": None if start is None else str(start.folder),
+        "launcher": identity(os.getpid()),
+        "supervisor": None,
+        "ranks": [],
+        "cause": None,
+    }
 
 
 def _working_directory() -> str:
@@ -270,6 +285,8 @@ def _create(experiment: Experiment, start: resuming.Start | None = None) -> RunD
             directory.path.rmdir()
             raise ExperimentError([Problem("LABKIT_HOME", f"only {free / 2**20:.1f} MB are free in {home()}")])
         run_status.reserve(directory)
+        # The experiment makes the run visible, so it comes last.
+        run_status.update(directory, **_first_status(directory, experiment, start))
         if start is not None:
             start.take_along(directory)
         write_json(directory.experiment, experiment.to_dict())

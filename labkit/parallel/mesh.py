@@ -65,7 +65,7 @@ class Mesh:
         Makes groups where the others are for GPUs: all ranks call it.
         """
         group = self.group(*axes)
-        if group is None or dist.get_backend(group) == "gloo":
+        if group is None or self.device_mesh is None or self.device_mesh.device_type == "cpu":
             return group
         found: Any = None
         for family in self._families(self._key(axes)):

@@ -44,6 +44,7 @@ def inexact_parts(
     """
     reasons: list[str] = []
     if task is not None:
+        reasons += [str(note) for note in task.facts().get("notes", [])]
         reasons += _random_data(task)
     if ranks * passes == 1:
         return reasons

@@ -44,6 +44,11 @@ class Board(Protocol):
 
     def asked_to_stop(self) -> bool: ...
 
+    def open_gate(self) -> None: ...
+
+    @property
+    def gate_open(self) -> bool: ...
+
 
 class _Step:
     """The marks of one step, until they are turned into seconds."""

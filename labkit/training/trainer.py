@@ -40,6 +40,7 @@ from labkit.training.compiled import Compiled
 from labkit.training.events import EventWriter
 from labkit.training.exactness import inexact_parts, uneven_loss
 from labkit.training.link import Link
+from labkit.training.loaders import end_with_rank
 from labkit.training.meter import Board, Meter, peak_bytes
 from labkit.training.numbers import Watch
 from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
@@ -435,6 +436,7 @@ class Trainer:
             batch_sampler=passes,  # type: ignore[arg-type]
             collate_fn=as_it_is,  # type: ignore[arg-type]
             num_workers=workers,
+            worker_init_fn=partial(end_with_rank, os.getpid()) if workers else None,
             pin_memory=cuda,
         )
         return map(received, loader)
@@ -512,7 +514,6 @@ class Trainer:
         """The trained network in other forms, if that was asked for (collective; the first rank makes them)."""
         if not afterwards.wanted(self.experiment):
             return
-        looked = self.runtime.folder / "looked"
         with self.update.judged(), self.sparsity.passes(), self.compiled.uncompiled():
             if self.runtime.rank == 0:
                 alive = partial(self.meter.phase, "evaluation")
@@ -527,8 +528,8 @@ class Trainer:
                 )
                 for event, found in afterwards.look(trained):
                     self.events.write(event, **found)
-                looked.touch()
-            while not looked.exists():  # no collective: it would have to end within its own timeout
+                self.board.open_gate()
+            while not self.board.gate_open:  # no collective: it would have to end within its own timeout
                 self.meter.phase("evaluation")
                 time.sleep(WAIT_S)
 

@@ -18,6 +18,7 @@ import torch
 
 import labkit
 from labkit.experiment import Experiment
+from labkit.experiment.failures import message_of
 from labkit.experiment.fault import TaskFault, named
 from labkit.experiment.registry import registry
 from labkit.experiment.run_directory import EXIT_STOPPED, RunDirectory
@@ -130,6 +131,6 @@ def _write_error(events: EventWriter, error: BaseException) -> None:
     """For the reader of the events; the supervisor hears of it through its pipe."""
     trace = "".join(traceback.format_exception(error))[-16_000:]
     try:
-        events.write("error", type=type(error).__name__, message=str(error)[:4000], traceback=trace)
+        events.write("error", type=type(error).__name__, message=message_of(error)[:4000], traceback=trace)
     except OSError:
         print(trace, file=sys.stderr, flush=True)  # noqa: T201  (the log of the rank)

@@ -33,7 +33,7 @@ class LanguageOptions(Options):
     model: Literal["gpt", "transformers"] = "gpt"
     """The network: labkit's own GPT, or a causal model of the transformers library."""
     data: str = Field(default=DOCUMENTATION, min_length=1, max_length=500)
-    """Text: python-docs (no download), a .txt file, a folder of them, a parquet file, or a data set of the hub."""
+    """Text: python-docs (no download), a file or folder of text, JSON, CSV or parquet, or a data set of the hub."""
     context: int = Field(default=64, ge=4, le=65536)
     """Tokens that a sample holds and that the network looks back on (tokens)."""
     width: int = Field(default=128, ge=8, le=8192)
@@ -99,11 +99,11 @@ class Language:
 
         options = read(LanguageOptions, options)
         if options.data == DOCUMENTATION:
-            texts: tuple[str, str | None] = (python_documentation()[: options.max_characters], None)
+            text, held_out, about = python_documentation()[: options.max_characters], None, dict[str, Any]()
         else:
             from labkit.workloads.hub_text import hub_text
 
-            texts = hub_text(options.data, options.text_column, options.max_characters)
+            text, held_out, about = hub_text(options.data, options.text_column, options.max_characters)
         model: nn.Module
         if options.model == "transformers":
             from labkit.workloads.models.transformers import causal_model, encoder
@@ -129,9 +129,9 @@ class Language:
                     options.mlp_growth,
                     options.tied,
                 )
-        corpus = Corpus.from_text(*texts, encode, vocabulary)
+        corpus = Corpus.from_text(text, held_out, encode, vocabulary)
         _refuse_leak(options, model, vocabulary)
-        return LanguageTask(model, corpus, options.context, data=options.data)
+        return LanguageTask(model, corpus, options.context, data=options.data, about=about)
 
 
 def _refuse_leak(options: LanguageOptions, model: nn.Module, vocabulary: int) -> None:
@@ -222,5 +222,6 @@ def _batch_problems(options: LanguageOptions, global_batch: int) -> Iterator[Pro
 
 
 def _plain_text(data: str) -> bool:
-    """An existing .txt file is read without any package."""
-    return data.endswith(".txt") and Path(data).expanduser().is_file()
+    """An existing file of text, JSON or CSV is read without any package."""
+    path = Path(data).expanduser()
+    return path.is_file() and path.suffix.lower() not in (".parquet", ".arrow", ".feather")

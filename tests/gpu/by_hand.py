@@ -1,6 +1,6 @@
 """A GPT trained by a loop written by hand, as fast as plain torch makes it: what labkit's own loop is measured against.
 
-    python -m tests.gpu.by_hand OUT.jsonl [VARIANT …]
+    python -m tests.gpu.by_hand OUT.jsonl [SIZE …] [VARIANT …]
 
 Model FLOPs per token are 6·N + 6·L·T·d for N parameters without the position table (PaLM's convention, Chowdhery et al.
 2022, appendix B, with a causal mask counted as half of the scores); MFU is their rate over the card's measured product
@@ -106,13 +106,19 @@ def measure(
 
 
 def main() -> int:
-    """Measure the named variants (all, if none is named) at every size that fits; append a line each to the file."""
+    """Measure the named variants at the named sizes (all, if none is named); append a line each to the file."""
     cuda = torch.cuda.is_available()
     ceiling = products()["bf16"] if cuda else float("nan")
-    chosen = sys.argv[2:] or list(VARIANTS)
-    with Path(sys.argv[1]).open("a", buffering=1) as file:
-        for name in ("0.4 B", "1.2 B") if cuda else ("tiny",):
+    chosen = [text for text in sys.argv[2:] if text in VARIANTS] or list(VARIANTS)
+    sizes = [text for text in sys.argv[2:] if text in SIZES] or (["0.4 B", "1.2 B"] if cuda else ["tiny"])
+    out = Path(sys.argv[1])
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    measured = {(row["by_hand"], row["size"]) for row in rows if "failed" not in row}
+    with out.open("a", buffering=1) as file:
+        for name in sizes:
             for variant in chosen:
+                if (variant, name) in measured:
+                    continue
                 row: dict[str, Any] = {"by_hand": variant, "size": name, "bf16_products_teraflops": ceiling}
                 try:
                     row |= measure(SIZES[name], **VARIANTS[variant])
