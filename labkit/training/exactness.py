@@ -7,7 +7,6 @@ weights say: what parts of a batch give must add up to what the batch gives. (Is
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from labkit.training.restore import restored
 from labkit.workloads.base import Batch, ClassificationTask, Task
 from labkit.workloads.custom_task import SimpleTask
 from labkit.workloads.language_task import LanguageTask
@@ -87,7 +87,7 @@ def uneven_loss(task: Task, place: Place = lambda batch: batch) -> str | None:
     count = min(LOSS_SAMPLES, len(task.train))
     indices = np.linspace(0, len(task.train) - 1, count).astype(int).tolist()
     model = task.model
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model, task.train), torch.no_grad():
         model.eval()
         try:
             batch = place(task.train.__getitems__(indices))
@@ -126,26 +126,12 @@ def _proved(task: Task) -> bool:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside, the modes and buffers of the model and all random numbers are restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(module, name, tensor) for module in model.modules() for name, tensor in module._buffers.items()]
-    values = [None if tensor is None else tensor.detach().clone() for _, _, tensor in buffers]
-    devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"}
-    ours, theirs = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=sorted(devices)):
-        try:
-            yield
-        finally:
-            random.setstate(ours)
-            np.random.set_state(theirs)
-            with torch.no_grad():
-                for (module, name, tensor), value in zip(buffers, values, strict=True):
-                    module._buffers[name] = tensor
-                    if tensor is not None and value is not None:
-                        tensor.copy_(value)
-            for module, training in modes:
-                module.training = training
+def undisturbed(*parts: Any) -> Iterator[None]:
+    """Whatever runs inside, what the parts (models, data sets) hold and all random numbers are restored."""
+    tensors = (tensor for part in parts if isinstance(part, nn.Module) for tensor in part.parameters())
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    with restored(*parts, device=device):
+        yield
 
 
 def _suspects(model: nn.Module) -> Iterator[nn.Module]:
@@ -167,7 +153,7 @@ def _repeated(model: nn.Module, task: Task, place: Place, times: int) -> list[di
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
         return lambda module, inputs, output: outputs[-1].setdefault(name, output)
 
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model, task.train), torch.no_grad():
         hooks = [module.register_forward_hook(keep(name)) for name, module in model.named_modules()]
         model.train()
         try:
@@ -214,7 +200,7 @@ def _random_data(task: Task) -> Iterator[str]:
         (task.test, "held-out", "so metrics do not repeat"),
     ):
         indices = list(range(min(SAMPLES, len(data))))
-        with undisturbed(nn.Identity()):
+        with undisturbed(data):
             first = data.__getitems__(indices)
             if any(not _same(first, data.__getitems__(indices)) for _ in range(PASSES - 1)):
                 yield f"the {name} samples are others each time they are read (random augmentation?), {meaning}"

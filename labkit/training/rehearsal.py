@@ -60,6 +60,8 @@ class Rehearsed:
     """Parameters to be trained that some pass on some rank left without a gradient."""
     wanders: bool = False
     """The way through the model may depend on the samples, on chance or on the number of the pass, on some rank."""
+    foreign: bool = True
+    """Does the task, or a module of its model, come from somebody else than labkit?"""
     built: str = ""
     """Hash of what the rank has built: equal where two runs train the same task."""
     seconds: float = 0.0
@@ -83,7 +85,7 @@ def rehearse(
     goes on, so that whoever hangs is named. TaskFault with one sentence if the task cannot be trained.
     """
     begun = time.perf_counter()
-    rehearsed = Rehearsed()
+    rehearsed = Rehearsed(foreign=_is_foreign(experiment, task.model))
     seed = experiment.training.seed
     refused = fits.unfinished(task.model) or next(fits.misfits(experiment, task.model), None)
     if refused:
@@ -134,17 +136,21 @@ def _compare(
     trained = {name for name, one in task.model.named_parameters() if one.requires_grad}
     rehearsed.unused = sorted(trained - frozenset.intersection(*(way for ways in by_rank for way in ways)))
     layout = experiment.layout
-    if len({way for ways in by_rank for way in ways}) > 1 and rehearsed.wanders:
+    # In the same pass: where all ranks leave out the same, nobody waits.
+    sometimes = sorted({name for same in zip(*by_rank, strict=False) for way in same for name in way ^ same[0]})
+    if sometimes:
         rehearsed.notes.append(
             "the way through the model depends on the samples of a pass, so ranks differ from one process"
         )
-    # In the same pass: where all ranks leave out the same, nobody waits.
-    sometimes = sorted({name for same in zip(*by_rank, strict=False) for way in same for name in way ^ same[0]})
     if sometimes and layout.dp_shard > 1 and layout.zero_stage == 3:
         raise TaskFault(
             f"{sometimes[0]} is used by some ranks and not by others in the same pass, and ZeRO 3 would wait for ever "
             "for its gradient: set layout.zero_stage to 1 or 2, or use layout.dp_replicate"
         )
+
+
+def _is_foreign(experiment: Experiment, model: nn.Module) -> bool:
+    return experiment.workload.name not in _BUILT_IN or _may_wander(model)
 
 
 def _may_wander(model: nn.Module) -> bool:
@@ -178,7 +184,7 @@ class _Rehearsal:
         indices = self.passes(0)[0].tolist()[:SAMPLES] or [0]
         batch = checked(task.train, indices, "train")
         used = [self._train(batch, indices, wanders)]
-        if wanders is not None or self.experiment.workload.name not in _BUILT_IN:
+        if rehearsed.foreign:
             self._evaluate()
         state = fits.unsaved(model.state_dict()) if self.experiment.training.checkpoint_every != 0 else None
         if state:

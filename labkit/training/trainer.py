@@ -96,7 +96,11 @@ class Trainer:
         self.about_model: dict[str, Any] = {
             "parameters": sum(parameter.numel() for parameter in whole.parameters()),
             "warnings": inexact_parts(
-                whole, 1 if runtime.isolated else runtime.ranks, experiment.gradients.accumulation, task, runtime.place
+                whole,
+                1 if runtime.isolated else runtime.ranks,
+                experiment.gradients.accumulation,
+                task if rehearsed.foreign else None,
+                runtime.place,
             )
             + rehearsed.notes,
         }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from labkit.workloads.accuracy import right_and_counted
 from labkit.workloads.base import Batch, Data, Metric, Task, TensorData
+from labkit.workloads.samples import checked
 from labkit.workloads.seed import seeded
 from labkit.workloads.weights import as_module, batch_weight, mean_loss, trainable
 
@@ -201,6 +202,11 @@ def _refuse_trainable(loss_fn: Any, name: str) -> None:
 
 def _data(given: Any, what: str) -> Data:
     """(x, y) tensors, a torch Dataset of pairs, or a Data."""
+    if type(given).__module__.partition(".")[0] == "datasets":
+        raise ValueError(
+            f"{what} is a datasets.{_kind(given)}, whose rows are dicts: wrap it in a torch Dataset that returns "
+            "pairs (x, y)"
+        )
     if isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(part, Tensor) for part in given):
         x, y = given
         if len(x) != len(y):
@@ -228,7 +234,10 @@ def _dataset(given: Any, what: str) -> Data:
 
 
 def _guess_metric(loss_fn: Any, test: Data) -> str:
-    y = test.__getitems__([0])["y"]
+    try:
+        y: Any = checked(test, [0], "test")["y"]
+    except KeyError:
+        return "loss"
     classes = y.dim() == 1 and not y.is_floating_point()
     crossed = isinstance(loss_fn, nn.CrossEntropyLoss) or loss_fn is nn.functional.cross_entropy
     return "accuracy" if classes and crossed else "loss"

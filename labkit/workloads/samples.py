@@ -65,7 +65,8 @@ def _described(value: Any) -> str:
         return f"a dict of {', '.join(map(str, list(value)[:4]))}"
     if isinstance(value, list | tuple) and value:
         return f"a {type(value).__name__} of {_described(value[0])}"
-    return f"a {type(value).__name__}"
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
 
 
 def _no_batch(data: Data, batch: Any, what: str) -> str:
@@ -118,8 +119,7 @@ def _odd_part(inner: Any, index: int) -> str | None:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         return f"is {_described(pair)}, it must be a pair (x, y)"
     for name, value in zip("xy", pair, strict=True):
-        if value is None or not isinstance(value, Tensor | int | float | bool | str | bytes | dict | list | tuple):
-            known = type(value).__module__ == "numpy"
-            if not known:
-                return f"has {_described(value)} for {name}: it must be a tensor or a number"
+        fits = isinstance(value, Tensor | int | float | bool | str | bytes | dict | list | tuple)
+        if not fits and type(value).__module__ != "numpy":
+            return f"has {_described(value)} for {name}: it must be a tensor or a number"
     return None
