@@ -7,9 +7,7 @@ weights say: what parts of a batch give must add up to what the batch gives. (Is
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from labkit.workloads.base import Batch, ClassificationTask, Task
 from labkit.workloads.custom_task import SimpleTask
 from labkit.workloads.language_task import LanguageTask
+from labkit.workloads.undisturbed import undisturbed
 from labkit.workloads.weights import is_torchs
 
 SAMPLES = 4
@@ -123,29 +122,6 @@ def _proved(task: Task) -> bool:
     if isinstance(task, SimpleTask):
         return task.weight_fn is None and is_torchs(task.loss_fn)
     return getattr(type(task), "loss", None) in (ClassificationTask.loss, LanguageTask.loss)
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside, the modes and buffers of the model and all random numbers are restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(module, name, tensor) for module in model.modules() for name, tensor in module._buffers.items()]
-    values = [None if tensor is None else tensor.detach().clone() for _, _, tensor in buffers]
-    devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"}
-    ours, theirs = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=sorted(devices)):
-        try:
-            yield
-        finally:
-            random.setstate(ours)
-            np.random.set_state(theirs)
-            with torch.no_grad():
-                for (module, name, tensor), value in zip(buffers, values, strict=True):
-                    module._buffers[name] = tensor
-                    if tensor is not None and value is not None:
-                        tensor.copy_(value)
-            for module, training in modes:
-                module.training = training
 
 
 def _suspects(model: nn.Module) -> Iterator[nn.Module]:
