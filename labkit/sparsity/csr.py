@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from labkit.workloads.trial import untouched
+from labkit.workloads.undisturbed import undisturbed
 
 if TYPE_CHECKING:
     from labkit.experiment import Experiment
@@ -193,7 +193,7 @@ def rows_seen(model: nn.Module, names: Iterable[str], sample: Tensor) -> dict[st
 
         if isinstance(module, nn.Linear):
             hooks.append(module.register_forward_pre_hook(see))
-    with untouched(model):
+    with undisturbed(model):
         model(sample)
     for hook in hooks:
         hook.remove()

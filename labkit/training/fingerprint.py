@@ -20,7 +20,7 @@ from torch import Tensor
 
 from labkit.experiment.fault import TaskFault
 from labkit.workloads.base import Data, Task
-from labkit.workloads.samples import fetch
+from labkit.workloads.fetch import fetch
 from labkit.workloads.seed import seed_generators
 
 SAMPLES = 6

@@ -32,7 +32,7 @@ from labkit.training.restore import restored
 from labkit.training.runtime import Runtime
 from labkit.training.sampling import Indices, Order
 from labkit.workloads.base import Batch, Data, Task
-from labkit.workloads.samples import checked, fetch
+from labkit.workloads.fetch import checked, fetch
 from labkit.workloads.seed import seed_generators
 
 SAMPLES = 2

@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 
 from labkit.experiment.fault import TaskFault
 from labkit.workloads.base import Batch, Data
-from labkit.workloads.samples import fetch
+from labkit.workloads.fetch import fetch
 from labkit.workloads.seed import seed_generators
 
 

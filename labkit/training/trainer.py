@@ -52,7 +52,7 @@ from labkit.training.shares import Shares
 from labkit.training.trace import Trace
 from labkit.training.weights import Weight, Weights
 from labkit.workloads.base import Batch, Task
-from labkit.workloads.samples import fetch
+from labkit.workloads.fetch import fetch
 
 DEFAULT_EVALUATIONS = 10
 _BETWEEN_PASSES = 0x9E3779B97F4A7C15

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from labkit.workloads.undisturbed import undisturbed
+
 LONGEST = 512
 """Tokens of the sample at most; the proof costs three forward passes over it."""
 ROUNDING = 1e-5
@@ -69,19 +71,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
     Only weights that `_stir` may change are copied.
     """
-    modes = {module: module.training for module in model.modules()}
     faint = [(tensor, tensor.detach().clone()) for tensor in _faint(model)]
-    buffers = [(tensor, tensor.detach().clone()) for tensor in model.buffers()]
-    random = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(random)
-        with torch.no_grad():
-            for tensor, before in [*faint, *buffers]:
-                tensor.copy_(before)
-        for module, training in modes.items():
-            module.training = training
+    with undisturbed(model):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, before in faint:
+                    tensor.copy_(before)
 
 
 def _faint(model: nn.Module) -> list[Tensor]:

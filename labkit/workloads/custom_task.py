@@ -5,43 +5,28 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from labkit.workloads.accuracy import right_and_counted
-from labkit.workloads.base import Batch, Data, Metric, Task, TensorData
-from labkit.workloads.samples import checked
+from labkit.workloads.base import Batch, Data, Metric, Task
+from labkit.workloads.samples import as_data, kind_of
 from labkit.workloads.seed import seeded
+from labkit.workloads.trial import try_out
 from labkit.workloads.weights import as_module, batch_weight, mean_loss, trainable
 
 _TASK = ("model", "train", "test", "metric", "loss", "evaluate", "metrics", "closed_loop", "facts")
 _FORM = "a Task, a dict with model, train, test and loss_fn, or a tuple (model, train, test, loss_fn)"
 
 
-class PairData:
-    """A torch Dataset of pairs (x, y) as `Data`."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        from torch.utils.data import default_collate
-
-        x, y = default_collate([self.dataset[index] for index in indices])
-        return {"x": x, "y": y}
-
-
 class SimpleTask:
     """Model, data and a loss function of (output, y).
 
     `weight_fn` of y says what the mean loss is a mean over, where that is not the number of samples and the loss is not
-    torch's own. The loss is computed at least in float32, in the widest format of output, target and loss module.
+    torch's own. The loss is computed at least in float32.
     """
 
     def __init__(
@@ -62,10 +47,14 @@ class SimpleTask:
             if self.counts_right
             else Metric("loss", "Held-out loss", False)
         )
-        self.notes: dict[str, Any] = {}
+        self.more: dict[str, Any] = {}
         """More facts."""
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        given: Any = output
+        if not isinstance(given, Tensor):  # scores and more of a model in training mode, for a loss made for that
+            loss: Tensor = self.loss_fn(given, batch["y"])
+            return loss
         output, target = self._alike(output, batch["y"])
         if self.weight_fn is not None and not float(self.weight_fn(batch["y"])):
             return output.flatten()[:0].sum()
@@ -76,19 +65,23 @@ class SimpleTask:
         return batch_weight(self.loss_fn, batch["y"]) if self.weight_fn is None else self.weight_fn(batch["y"])
 
     def _alike(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Output and target in the widest of their formats, and the tensors of the loss moved to it."""
-        if not isinstance(output, Tensor):
-            raise ValueError(f"the model must give one tensor, it gives {_kind(output)}; return the scores alone")
+        """Output and target in the wider format of output (float32 at least) and loss, and the loss moved to it.
+
+        A target is never narrowed with the network: years in bfloat16 would be rounded to multiples of eight.
+        """
         if not output.is_floating_point():
             return output, target
         held = [tensor for tensor in _tensors(self.loss_fn) if tensor.is_floating_point()]
-        formats = [tensor.dtype for tensor in (target, *held) if tensor.is_floating_point()]
+        formats = [tensor.dtype for tensor in held]
         wide = functools.reduce(torch.promote_types, formats, torch.promote_types(output.dtype, torch.float32))
         if any(tensor.dtype != wide or tensor.device != output.device for tensor in held):
             self.loss_fn.to(output.device, wide)
         return output.to(wide), target.to(wide) if target.is_floating_point() else target
 
     def evaluate(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+        given: Any = output
+        if not isinstance(given, Tensor):
+            raise ValueError(f"the model must give one tensor in eval mode, it gives a {kind_of(given)}")
         output, target = self._alike(output, batch["y"])
         weight = torch.as_tensor(self.batch_weight(batch), device=output.device)
         sums = {
@@ -110,7 +103,7 @@ class SimpleTask:
         return {}
 
     def facts(self) -> dict[str, Any]:
-        return {"train_samples": len(self.train), "test_samples": len(self.test)} | self.notes
+        return {"train_samples": len(self.train), "test_samples": len(self.test)} | self.more
 
 
 def _tensors(loss_fn: Any) -> list[Tensor]:
@@ -141,7 +134,7 @@ def as_task(made: Any, name: str) -> Task:
     if not isinstance(made, dict):
         lacking = [attribute for attribute in _TASK if not hasattr(made, attribute)]
         close = f"; as a Task it lacks {', '.join(lacking)}" if len(lacking) < len(_TASK) - 1 else ""
-        raise ValueError(f"{name} must return {_FORM}, it returned {_kind(made)}{close}")
+        raise ValueError(f"{name} must return {_FORM}, it returned {kind_of(made)}{close}")
     missing = [key for key in ("model", "train", "test", "loss_fn") if key not in made]
     unknown = sorted(set(made) - {"model", "train", "test", "loss_fn", "metric", "batch_weight"}, key=str)
     if missing or unknown:
@@ -149,9 +142,9 @@ def as_task(made: Any, name: str) -> Task:
         raise ValueError(f"what {name} returned {fault}; it must be {_FORM}")
     model, loss_fn = made["model"], made["loss_fn"]
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model from {name} must be a torch.nn.Module, it is {_kind(model)}")
+        raise ValueError(f"model from {name} must be a torch.nn.Module, it is {kind_of(model)}")
     if not callable(loss_fn):
-        raise ValueError(f"loss_fn from {name} must be a function of (output, y), it is {_kind(loss_fn)}")
+        raise ValueError(f"loss_fn from {name} must be a function of (output, y), it is {kind_of(loss_fn)}")
     loss_fn = as_module(loss_fn)
     if getattr(loss_fn, "reduction", "mean") not in ("mean", "batchmean"):
         raise ValueError(
@@ -160,12 +153,14 @@ def as_task(made: Any, name: str) -> Task:
     _refuse_trainable(loss_fn, name)
     weight_fn = made.get("batch_weight")
     if weight_fn is not None and not callable(weight_fn):
-        raise ValueError(f"batch_weight from {name} must be a function of y, it is {_kind(weight_fn)}")
-    train, test = _data(made["train"], f"train from {name}"), _data(made["test"], f"test from {name}")
+        raise ValueError(f"batch_weight from {name} must be a function of y, it is {kind_of(weight_fn)}")
+    train, test = as_data(made["train"], f"train from {name}"), as_data(made["test"], f"test from {name}")
     metric = made.get("metric") or _guess_metric(loss_fn, test)
     if metric not in ("accuracy", "loss"):
         raise ValueError(f"metric from {name} must be 'accuracy' or 'loss', it is {metric!r}")
-    return SimpleTask(model, train, test, loss_fn, metric, weight_fn)
+    task = SimpleTask(model, train, test, loss_fn, metric, weight_fn)
+    try_out(task, name)
+    return task
 
 
 def _completed(task: Any, name: str) -> Task:
@@ -200,48 +195,8 @@ def _refuse_trainable(loss_fn: Any, name: str) -> None:
         )
 
 
-def _data(given: Any, what: str) -> Data:
-    """(x, y) tensors, a torch Dataset of pairs, or a Data."""
-    if type(given).__module__.partition(".")[0] == "datasets":
-        raise ValueError(
-            f"{what} is a datasets.{_kind(given)}, whose rows are dicts: wrap it in a torch Dataset that returns "
-            "pairs (x, y)"
-        )
-    if isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(part, Tensor) for part in given):
-        x, y = given
-        if len(x) != len(y):
-            raise ValueError(f"{what} has {len(x)} inputs and {len(y)} targets")
-        data: Data = TensorData(x=x, y=y)
-    elif isinstance(given, torch.utils.data.IterableDataset):
-        raise ValueError(f"{what} is an iterable data set; samples must be found by their index, in any order")
-    elif isinstance(given, torch.utils.data.Dataset):
-        data = _dataset(given, what)
-    elif hasattr(given, "__getitems__") and hasattr(given, "__len__"):
-        data = given
-    else:
-        raise ValueError(f"{what} must be (x, y) tensors, a torch Dataset or a Data, it is {_kind(given)}")
-    if not len(data):
-        raise ValueError(f"{what} is empty")
-    return data
-
-
-def _dataset(given: Any, what: str) -> Data:
-    if not hasattr(given, "__len__"):
-        raise ValueError(f"{what} has no length (__len__)")
-    if len(given) and not (isinstance(given[0], tuple | list) and len(given[0]) == 2):
-        raise ValueError(f"{what} must give pairs (x, y), its first sample is {_kind(given[0])}")
-    return PairData(given)
-
-
 def _guess_metric(loss_fn: Any, test: Data) -> str:
-    try:
-        y: Any = checked(test, [0], "test")["y"]
-    except KeyError:
-        return "loss"
+    y = test.__getitems__([0])["y"]
     classes = y.dim() == 1 and not y.is_floating_point()
     crossed = isinstance(loss_fn, nn.CrossEntropyLoss) or loss_fn is nn.functional.cross_entropy
     return "accuracy" if classes and crossed else "loss"
-
-
-def _kind(value: Any) -> str:
-    return f"{type(value).__name__}" if value is not None else "None"

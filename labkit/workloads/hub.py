@@ -116,8 +116,9 @@ def choose_column(names: list[str], wanted: str, what: str, candidates: list[str
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, else its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of what an exception says (300 characters of it), else its kind."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 300 else f"{line[:300]}…"
 
 
 def sentence(data: str, error: Exception) -> str:

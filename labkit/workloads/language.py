@@ -14,6 +14,7 @@ from pydantic import Field, JsonValue
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options
 from labkit.workloads.rules import extra_missing, hub_data, is_path, nearest_divisor, without_effect
+from labkit.workloads.sizes import SMALL_LLAMA, gpt_parameters, needed_bytes, transformers_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,7 +73,8 @@ class Language:
     @classmethod
     def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         options = LanguageOptions(**experiment.workload.options)
-        yield from _network_problems(options)
+        wrong = list(_network_problems(options))
+        yield from wrong or _memory_problems(options, experiment, machine)
         if options.data == DOCUMENTATION:
             yield from _batch_problems(options, experiment.training.global_batch)
         elif not _plain_text(options.data):
@@ -148,7 +150,8 @@ def _refuse_leak(options: LanguageOptions, model: nn.Module, vocabulary: int) ->
     except (RuntimeError, TypeError, AttributeError, IndexError) as error:
         from labkit.workloads.hub import first_line
 
-        raise ValueError(f"{name} cannot run with these settings: {first_line(error)}") from error
+        hint = "" if not config or "pad_token_id" in config else '; some models need a "pad_token_id"'
+        raise ValueError(f"{name} cannot run with these settings: {first_line(error)}{hint}") from error
 
 
 MASKED_BY_ITSELF = (None, "sdpa", "flash_attention_2", "flash_attention_3")
@@ -179,10 +182,10 @@ def _network_problems(options: LanguageOptions) -> Iterator[Problem]:
             yield Problem(
                 "workload.transformers_config",
                 "a model of transformers needs either its configuration here or a folder or id in workload.pretrained",
-                '{"model_type": "llama"}' if config is None else None,
+                SMALL_LLAMA if config is None else None,
             )
         if config is not None and not isinstance(config.get("model_type"), str):
-            yield Problem("workload.transformers_config", 'has no "model_type"', '{"model_type": "llama"}')
+            yield Problem("workload.transformers_config", 'has no "model_type"', SMALL_LLAMA)
         if options.pretrained and is_path(options.pretrained) and not Path(options.pretrained).expanduser().is_dir():
             yield Problem("workload.pretrained", f"there is no folder {options.pretrained}")
         return
@@ -201,6 +204,28 @@ def _network_problems(options: LanguageOptions) -> Iterator[Problem]:
     for name in ("transformers_config", "pretrained"):
         if getattr(options, name):
             yield Problem(f"workload.{name}", "belongs to model=transformers, the model here is gpt")
+
+
+def _memory_problems(options: LanguageOptions, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """A network that this machine's memory cannot hold while it is trained on the CPU; GPUs are asked when they run."""
+    if options.pretrained or machine.device(experiment.launch.device) != "cpu":
+        return
+    config = options.transformers_config
+    if config is not None:
+        parameters = transformers_parameters(config, BYTES)
+        field, smaller = "workload.transformers_config", SMALL_LLAMA
+    else:
+        parameters = gpt_parameters(options.width, options.depth, options.experts, BYTES, options.context)
+        field, smaller = "workload.width", "128"
+    layout = experiment.layout
+    needed = needed_bytes(parameters, max(1, layout.dp_replicate), max(1, layout.world_size))
+    if needed > machine.memory_bytes:
+        yield Problem(
+            field,
+            f"about {parameters / 1e9:.1f} billion parameters need at least {needed / 2**30:.0f} GiB to be trained in "
+            f"this layout, this machine has {machine.memory_bytes / 2**30:.0f} GiB",
+            smaller,
+        )
 
 
 def _batch_problems(options: LanguageOptions, global_batch: int) -> Iterator[Problem]:

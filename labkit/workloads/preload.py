@@ -24,6 +24,7 @@ MODULES = (
     "labkit.workloads.models.vit",
     "labkit.workloads.options",
     "labkit.workloads.seed",
+    "labkit.workloads.trial",
     "labkit.workloads.vision",
 )
 

@@ -1,125 +1,145 @@
-"""Samples of a data set: what cannot be read or put together is named by its index (issue 11, B 16)."""
+"""A user's samples as batches; one that does not fit is named by its index (issue 11, B16)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from labkit.experiment.fault import TaskFault, named
-from labkit.workloads.base import Batch, Data
+from labkit.workloads.base import Batch, Data, TensorData
+
+_FORMS = "(x, y) tensors, a torch Dataset of pairs (x, y), or a Data"
 
 
-def fetch(data: Data, indices: Sequence[int], what: str) -> Batch:
-    """The samples at `indices` of the data called `what` (`train`, `test`); TaskFault with the one that is at fault."""
-    try:
-        return data.__getitems__(indices)
-    except TaskFault:
-        raise
-    except Exception as error:
-        raise TaskFault(_culprit(data, indices, what, error)) from error
+class PairData:
+    """A torch Dataset of pairs (x, y) as `Data`. `what` names it in sentences, as in `train from make_task`."""
 
+    def __init__(self, dataset: Any, what: str = "the data set") -> None:
+        self.dataset, self.what = dataset, what
 
-def checked(data: Data, indices: Sequence[int], what: str) -> Batch:
-    """The samples, if they are what a task gives: a dict of tensors with one row each; TaskFault if not."""
-    batch = fetch(data, indices, what)
-    if not isinstance(batch, dict):
-        raise TaskFault(_no_batch(data, batch, what))
-    for name, value in batch.items():
-        if not isinstance(value, Tensor):
-            raise TaskFault(f"{name} of {what} is {_described(value)}, and {_ADVICE[_family(value)]}")
-        if not value.dim() or len(value) != len(indices):
-            raise TaskFault(
-                f"{name} of {what} has the shape {list(value.shape)} for {len(indices)} samples: "
-                "the first dimension must count the samples"
-            )
-    if "x" not in batch:
-        raise TaskFault(f"a batch of {what} has no x, only {', '.join(map(str, batch))}")
-    return batch
+    def __len__(self) -> int:
+        return len(self.dataset)
 
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        pairs = [self._pair(index) for index in indices]
+        return {
+            "x": self._stacked(indices, [x for x, _ in pairs], "x"),
+            "y": self._stacked(indices, [y for _, y in pairs], "y"),
+        }
 
-_ADVICE = {
-    "text": "labels must be numbers: give the classes numbers, e.g. classes.index(label)",
-    "dict": "a model gets one tensor: join the parts in the data set and take them apart in the model",
-    "other": "it must become a tensor",
-}
-
-
-def _family(value: Any) -> str:
-    if isinstance(value, dict):
-        return "dict"
-    if isinstance(value, list | tuple) and value and isinstance(value[0], str | bytes):
-        return "text"
-    return "other"
-
-
-def _described(value: Any) -> str:
-    if value is None:
-        return "None"
-    if isinstance(value, str | bytes):
-        return f"text ({value[:20]!r})"
-    if isinstance(value, Tensor):
-        return f"a tensor of {str(value.dtype).removeprefix('torch.')} and shape {list(value.shape)}"
-    if isinstance(value, dict):
-        return f"a dict of {', '.join(map(str, list(value)[:4]))}"
-    if isinstance(value, list | tuple) and value:
-        return f"a {type(value).__name__} of {_described(value[0])}"
-    kind = type(value).__name__
-    return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
-
-
-def _no_batch(data: Data, batch: Any, what: str) -> str:
-    if type(data).__module__.partition(".")[0] == "datasets":
-        return (
-            f"{what} is a datasets.Dataset, whose rows are dicts: wrap it in a torch Dataset that returns pairs (x, y) "
-            "of one row"
-        )
-    return f"a batch of {what} is {_described(batch)}: __getitems__ must return a dict of tensors with an x"
-
-
-def _culprit(data: Data, indices: Sequence[int], what: str, error: Exception) -> str:
-    """Which of these samples cannot be read, or which two do not fit together."""
-    inner = getattr(data, "dataset", None)
-    batches: list[tuple[int, Any]] = []
-    for index in indices:
+    def _pair(self, index: int) -> tuple[Tensor, Tensor]:
         try:
-            batches.append((index, data.__getitems__([index])))
-        except Exception as own:
-            part = _odd_part(inner, index)
-            return f"sample {index} of {what} " + (part or f"cannot be read: {named(own)}")
-    for index, batch in batches[1:]:
-        first, other = batches[0][1], batch
-        if isinstance(first, dict) and isinstance(other, dict):
-            for name in first:
-                one, two = first[name], other.get(name)
-                both = isinstance(one, Tensor)
-                if type(one) is not type(two) or (both and _rest(one) != _rest(two)):
-                    return (
-                        f"samples {batches[0][0]} and {index} of {what} cannot be stacked: {name} is "
-                        f"{_one(one)} in one and {_one(two)} in the other"
-                    )
-    return f"samples {indices[0]} to {indices[-1]} of {what} cannot be read together: {named(error)}"
+            sample = self.dataset[index]
+        except Exception as error:  # the user's own code may raise anything; it is chained
+            reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+            raise ValueError(f"sample {index} of {self.what} cannot be read: {reason}") from error
+        if not isinstance(sample, tuple | list) or len(sample) != 2:
+            raise ValueError(f"sample {index} of {self.what} must be a pair (x, y), it is {kind_of(sample)}")
+        return self._tensor(sample[0], index, "x"), self._tensor(sample[1], index, "y")
+
+    def _tensor(self, value: Any, index: int, name: str) -> Tensor:
+        if isinstance(value, Tensor):
+            return value
+        if isinstance(value, bool | int | float | complex | np.generic | np.ndarray):
+            array = np.asarray(value)
+            if array.dtype.kind in "biufc":
+                return torch.as_tensor(array)
+        raise ValueError(
+            f"sample {index} of {self.what}: its {name} must be a tensor, an array or a number, it is {kind_of(value)}"
+            + (f" ({value[:20]!r})" if isinstance(value, str) else "")
+        )
+
+    def _stacked(self, indices: Sequence[int], tensors: list[Tensor], name: str) -> Tensor:
+        first = tensors[0]
+        for index, tensor in zip(indices, tensors, strict=True):
+            if tensor.shape != first.shape:
+                raise ValueError(
+                    f"samples {indices[0]} and {index} of {self.what} cannot be stacked: their {name} have the shapes "
+                    f"{list(first.shape)} and {list(tensor.shape)}; pad or crop them to one shape"
+                )
+        if len({tensor.dtype for tensor in tensors}) > 1:
+            wide = first.dtype
+            for tensor in tensors:
+                wide = torch.promote_types(wide, tensor.dtype)
+            tensors = [tensor.to(wide) for tensor in tensors]
+        return torch.stack(tensors)
 
 
-def _rest(value: Any) -> list[int]:
-    return list(value.shape[1:])
+class Cast:
+    """`data` with its inputs and targets in other formats; None leaves one as it is."""
+
+    def __init__(self, data: Data, x: torch.dtype | None, y: torch.dtype | None) -> None:
+        self.data = data
+        self.formats = {"x": x, "y": y}
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        batch = self.data.__getitems__(indices)
+        return {name: tensor.to(self.formats.get(name) or tensor.dtype) for name, tensor in batch.items()}
 
 
-def _one(value: Any) -> str:
-    return _described(value[0]) if isinstance(value, Tensor | list | tuple) and len(value) == 1 else _described(value)
+def as_data(given: Any, what: str) -> Data:
+    """(x, y) tensors or arrays, a torch Dataset of pairs, or a Data; ValueError in a sentence that names `what`."""
+    if (
+        isinstance(given, tuple | list)
+        and len(given) == 2
+        and all(isinstance(part, Tensor | np.ndarray) for part in given)
+    ):
+        data = _of_tensors(given, what)
+    elif isinstance(given, torch.utils.data.IterableDataset):
+        raise ValueError(f"{what} is an iterable data set; samples must be found by their index, in any order")
+    elif isinstance(given, torch.utils.data.Dataset):
+        data = _of_dataset(given, what)
+    elif type(given).__module__.partition(".")[0] == "datasets":
+        raise ValueError(
+            f"{what} is a {type(given).__name__} of the library datasets, whose samples are dicts; give {_FORMS}: "
+            'for example (torch.tensor(data["x"]), torch.tensor(data["y"]))'
+        )
+    elif hasattr(given, "__getitems__") and hasattr(given, "__len__"):
+        data = given
+    else:
+        raise ValueError(f"{what} must be (x, y) tensors, a torch Dataset or a Data, it is {kind_of(given)}")
+    if not len(data):
+        raise ValueError(f"{what} is empty")
+    if data is given:
+        _check_batch(data, what)
+    return data
 
 
-def _odd_part(inner: Any, index: int) -> str | None:
-    """What is wrong with a pair (x, y) that can be read, but of which no tensor can be made."""
-    try:
-        pair = inner[index]
-    except Exception:
-        return None
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        return f"is {_described(pair)}, it must be a pair (x, y)"
-    for name, value in zip("xy", pair, strict=True):
-        fits = isinstance(value, Tensor | int | float | bool | str | bytes | dict | list | tuple)
-        if not fits and type(value).__module__ != "numpy":
-            return f"has {_described(value)} for {name}: it must be a tensor or a number"
-    return None
+def _of_tensors(given: Sequence[Any], what: str) -> Data:
+    for name, part in zip("xy", given, strict=True):
+        if isinstance(part, np.ndarray) and part.dtype.kind not in "biufc":
+            raise ValueError(f"{what}: {name} is an array of {part.dtype}, which is no number")
+        if not part.shape:
+            raise ValueError(f"{what}: {name} is a single number, its first axis must be the samples")
+    x, y = (torch.as_tensor(part) for part in given)
+    if len(x) != len(y):
+        raise ValueError(f"{what} has {len(x)} inputs and {len(y)} targets")
+    return TensorData(x=x, y=y)
+
+
+def _of_dataset(given: Any, what: str) -> Data:
+    if not hasattr(given, "__len__"):
+        raise ValueError(f"{what} has no length (__len__)")
+    if len(given) and not (isinstance(first := given[0], tuple | list) and len(first) == 2):
+        raise ValueError(f"{what} must give pairs (x, y), its first sample is {kind_of(first)}")
+    return PairData(given, what)
+
+
+def _check_batch(data: Data, what: str) -> None:
+    batch = data.__getitems__([0])
+    if not isinstance(batch, dict) or not all(isinstance(batch.get(name), Tensor) for name in "xy"):
+        got = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, dict) else kind_of(batch)
+        raise ValueError(
+            f"{what} is a Data, whose __getitems__ must give a dict with the tensors x and y, it gives {got}"
+        )
+
+
+def kind_of(value: Any) -> str:
+    """The type of a value, for a sentence."""
+    return type(value).__name__ if value is not None else "None"

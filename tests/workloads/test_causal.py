@@ -78,11 +78,14 @@ def test_nothing_is_left_behind() -> None:
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])
 def test_an_encoder_is_refused_with_what_to_set(kind: str) -> None:
     with pytest.raises(ValueError, match=rf"{kind} is no causal model: .* set \"is_decoder\": true"):
-        build(model_type=kind, **SMALL)
+        build(model_type=kind, pad_token_id=0, **{name: size for name, size in SMALL.items() if "key" not in name})
 
 
 def test_the_same_encoder_as_a_decoder_is_taken() -> None:
-    assert build(model_type="bert", is_decoder=True, **SMALL).model is not None
+    assert (
+        build(model_type="bert", is_decoder=True, **{k: v for k, v in SMALL.items() if "key" not in k}).model
+        is not None
+    )
 
 
 @pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
@@ -99,7 +102,7 @@ def test_eager_attention_gets_the_librarys_mask(field: str, kind: str) -> None:
 
 
 def test_decoders_of_many_kinds_are_taken() -> None:
-    for kind, more in {"gpt2": {}, "llama": {}, "mistral": {"sliding_window": 8}, "opt": {}}.items():
+    for kind, more in {"llama": {}, "mistral": {"sliding_window": 8}, "opt": {}}.items():
         assert (
             build(
                 model_type=kind,

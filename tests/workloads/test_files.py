@@ -259,8 +259,12 @@ def test_a_bad_image_is_named_before_training(tmp_path: Path) -> None:
         for n in range(4):
             picture(tmp_path / colour / f"{n}.png", colour)
     bad = tmp_path / "red" / "2.png"
-    whole = bad.read_bytes()
-    for content, reason in ((whole[:60], "cannot be read"), (b"no image", "cannot be read: it is no image of a kind")):
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    pytest.importorskip("PIL.Image").fromarray(noise).save(bad)
+    for content, reason in (
+        (bad.read_bytes()[:900], "cannot be read"),
+        (b"no image", "cannot be read: it is no image of a kind"),
+    ):
         bad.write_bytes(content)
         with pytest.raises(ValueError, match=rf"the image .*red/2\.png {reason}"):
             hub_images(str(tmp_path), 8)
