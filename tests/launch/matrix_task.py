@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 SPEC: dict[str, Any] = json.loads(os.environ.get("LABKIT_FAULT") or "{}")
 GUILTY = bool(SPEC) and int(os.environ.get("RANK", "0")) == SPEC.get("rank", 1)
 AT = SPEC.get("at", 10)
-CALLS = dict.fromkeys(("data", "forward", "eval", "loss"), 0)
+CALLS = dict.fromkeys(("data", "loader", "forward", "eval", "loss"), 0)
 
 
 class Wordless(Exception):
@@ -114,7 +115,7 @@ class Data:
         return len(self.x)
 
     def __getitems__(self, indices: Any) -> dict[str, Tensor]:
-        _strike("data")
+        _strike("data" if get_worker_info() is None else "loader")
         chosen = torch.as_tensor(indices)
         return {"x": self.x[chosen], "y": self.y[chosen]}
 

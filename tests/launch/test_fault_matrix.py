@@ -45,9 +45,8 @@ class Case:
     changes: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        loaders = "-in-a-loader" if "training.loader_workers" in self.changes else ""
         stopping = "-while-stopping" if self.stop else ""
-        return f"{self.when}-{self.how}-{self.rank}-of-{self.ranks}{loaders}{stopping}".replace(" ", "_")
+        return f"{self.when}-{self.how}-{self.rank}-of-{self.ranks}{stopping}".replace(" ", "_")
 
 
 LOADER = {"training.loader_workers": 1}
@@ -118,12 +117,14 @@ CASES = [
     Case("forward", "child, exception", ("left a child",)),
     Case("forward", "stdio", state="finished"),
     # loader processes
-    Case("data", "exception", ("rank 1 raised ValueError: bad data of this rank",), at=4, changes=LOADER, always=True),
-    Case("data", "loop", ("rank 1 is silent", "data"), at=4, changes=LOADER, always=True),
-    Case("data", "SIGSTOP", ("rank 1 is silent", "data"), at=4, changes=LOADER),
-    Case("data", "ignore SIGTERM", ("rank 1 is silent", "data"), at=4, changes=LOADER),
-    Case("data", "SIGKILL", ("rank 1", "worker"), at=4, changes=LOADER),
-    Case("data", "segfault", ("rank 1", "worker"), at=4, changes=LOADER),
+    Case(
+        "loader", "exception", ("rank 1 raised ValueError: bad data of this rank",), at=4, changes=LOADER, always=True
+    ),
+    Case("loader", "loop", ("rank 1 is silent", "data"), at=4, changes=LOADER, always=True),
+    Case("loader", "SIGSTOP", ("rank 1 is silent", "data"), at=4, changes=LOADER),
+    Case("loader", "ignore SIGTERM", ("rank 1 is silent", "data"), at=4, changes=LOADER),
+    Case("loader", "SIGKILL", ("rank 1", "worker"), at=4, changes=LOADER),
+    Case("loader", "segfault", ("rank 1", "worker"), at=4, changes=LOADER),
 ]
 
 
