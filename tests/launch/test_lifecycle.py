@@ -1,4 +1,4 @@
-"""From the launch to the last process: what others see meanwhile, and what becomes of a run whose launcher goes wrong."""
+"""From the launch to the last process: what others see meanwhile, and what becomes of a run in odd hands."""
 
 from __future__ import annotations
 
