@@ -308,6 +308,13 @@ def _deliver(options: argparse.Namespace, table: str, data: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from labkit.runs.interrupts import as_interrupts
+
+    with as_interrupts():  # a job that is timed out, a terminal that is closed: as Ctrl-C
+        return _launch_and_follow(options)
+
+
+def _launch_and_follow(options: argparse.Namespace) -> int:
     from labkit.experiment.one_process import one_process
     from labkit.launch import launch
     from labkit.runs import Run

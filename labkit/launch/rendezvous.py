@@ -17,7 +17,7 @@ from labkit.runs import liveness
 from labkit.runs.processes import alive, pid_namespace, start_time
 
 _PREFIX = "labkit-meet-"
-LONGEST = 80
+LONGEST = 88
 """Characters of the folder's path, so that with the name of a socket it stays under the 104 to 108 of unix(7)."""
 _SHORT = "/tmp"
 
@@ -37,7 +37,7 @@ class Meeting:
 def make_folder() -> Meeting:
     """A fresh folder; first, those of supervisors that are gone are removed. OSError (one sentence) if it cannot be."""
     root = Path(tempfile.gettempdir())
-    for folder in root.glob(f"{_PREFIX}*"):
+    for folder in (*root.glob(f"{_PREFIX}*"), *Path(_SHORT).glob(f"{_PREFIX}*")):
         if _abandoned(folder):
             shutil.rmtree(folder, ignore_errors=True)
     pid = os.getpid()

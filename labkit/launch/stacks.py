@@ -12,14 +12,17 @@ INNERMOST = 8
 """A collective stands within so many frames of the top; further down it is only the framework that runs the model."""
 
 
-def waits_for_others(lines: Sequence[str]) -> bool:
-    """True if the main thread, the last one of the last dump in these lines of a log, is in a collective."""
+def main_thread(lines: Sequence[str]) -> list[str]:
+    """The frames of the main thread, innermost first: the last thread of the last dump in these lines of a log."""
     begins = [number for number, line in enumerate(lines) if _THREAD.match(line)]
-    if not begins:
-        return False
-    frames = []
-    for line in lines[begins[-1] + 1 :]:
+    frames: list[str] = []
+    for line in lines[begins[-1] + 1 :] if begins else ():
         if not line.startswith("  File "):
             break
         frames.append(line)
-    return any(place in line for line in frames[:INNERMOST] for place in _MEETING_PLACES)
+    return frames
+
+
+def waits_for_others(lines: Sequence[str]) -> bool:
+    """True if the main thread of the last dump in these lines of a log is in a collective."""
+    return any(place in line for line in main_thread(lines)[:INNERMOST] for place in _MEETING_PLACES)

@@ -28,7 +28,7 @@ from labkit.launch.board import Board
 from labkit.launch.child import Child, fork_rank
 from labkit.launch.descendants import Strays, end_descendants
 from labkit.launch.network import Hosts
-from labkit.launch.stacks import waits_for_others
+from labkit.launch.stacks import main_thread, waits_for_others
 from labkit.runs import environment, liveness, logs, summary
 from labkit.runs import status as run_status
 from labkit.runs.leftovers import remove_unfinished
@@ -46,6 +46,8 @@ HELD_UP_S = 0.5
 """A rank that has not moved for so long when the time to stop is over is the one that the others wait for."""
 
 
+STACKS_S = 2.0
+"""How long ranks get to write their stacks; one that is frozen or floods its log never shows them."""
 STACK_LINES = 60
 """The stacks of all threads of a silent rank; where it hangs stands at the top of the last one."""
 
@@ -185,9 +187,13 @@ class Supervisor:
         for child in self.children:  # each rank writes the stacks of its threads to its log
             if child.running:
                 child.send(signal.SIGUSR1)
-        time.sleep(0.2)
+        patience = time.monotonic() + STACKS_S
+        while True:
+            time.sleep(0.1)
+            stacks = {rank: logs.tail(self.directory.log(rank), STACK_LINES) for rank in guilty}
+            if all(map(main_thread, stacks.values())) or time.monotonic() > patience:
+                break
         # Of those that are equally far, e.g. all in the set-up, one hangs and the others wait for it.
-        stacks = {rank: logs.tail(self.directory.log(rank), STACK_LINES) for rank in guilty}
         guilty = [rank for rank in guilty if not waits_for_others(stacks[rank])] or guilty
         place = self.board.place(guilty[0])
         silence = time.monotonic() - place.progress
