@@ -170,9 +170,11 @@ class _Noted:
         if not plain or value.is_inference() or not self._room_for(size):
             return
         version, copy = value._version, value.detach().clone()
+        # Kernels of batch normalisation write running means without counting a version.
+        counts = isinstance(value, nn.Parameter) or not self._inside
 
         def put_back() -> None:
-            if value._version != version:
+            if value._version != version or not counts:
                 with torch.no_grad():
                     value.detach().copy_(copy)
 
