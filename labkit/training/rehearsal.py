@@ -411,4 +411,6 @@ def _hint(batch: Batch, model: nn.Module) -> str:
     embeds = any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in model.modules())
     if not (x.is_floating_point() or x.is_complex() or embeds):
         return f"; x is {str(x.dtype).removeprefix('torch.')}: give numbers in float32 (x.float())"
+    if model.training and len(x) == 1:
+        return "; a pass of this rank holds one sample: raise training.global_batch or lower gradients.accumulation"
     return ""
