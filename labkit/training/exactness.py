@@ -114,7 +114,8 @@ def uneven_loss(task: Task, place: Place = lambda batch: batch) -> str | None:
         return None
     return (
         f"the loss is no mean over samples: {count} samples give {whole:.6g} together, but {united:.6g} by themselves, "
-        "so parts of a batch do not add up to it; give batch_weight, which says what a batch's loss is a mean over"
+        "so parts of a batch do not add up to it; give batch_weight, which says what a batch's "
+        "loss is a mean over, or train on one rank without accumulation"
     )
 
 

@@ -107,6 +107,8 @@ def _check_classes(task: SimpleTask, output: Tensor, name: str) -> None:
         target = _targets(data)
         if target is None or target.is_floating_point():
             continue
+        if bool((target == task.loss_fn.ignore_index).all()):
+            raise ValueError(f"every target of {part} from {name} is ignore_index ({task.loss_fn.ignore_index})")
         wrong = (target != task.loss_fn.ignore_index) & ((target < 0) | (target >= classes))
         if bool(wrong.any()):
             first = int(wrong.flatten(1).any(1).nonzero()[0]) if target.dim() > 1 else int(wrong.nonzero()[0])

@@ -156,7 +156,7 @@ def test_a_misspelt_field_is_refused(config: dict, sentence: str) -> None:
 MIXTURES = {
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
-    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 8},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 8, "num_experts_per_tok": 2},
 }
 
 
