@@ -4,6 +4,8 @@
 #   PIP_ARGS='...'         further arguments for pip, e.g. a package index of your own or one with another build of torch
 #   LAB_ARGS='...'         further arguments for JupyterLab
 #   PYTEST_ARGS='...'      further arguments for pytest, e.g. PYTEST_ARGS='-k supervisor'
+#   TORCH=2.11.0           another torch than the pinned one, in an environment of its own (.venv-torch-2.11.0); with it
+#                          `make test` runs what depends on torch: layouts, parity, pipelines, number formats
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -11,7 +13,8 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 
-VENV := .venv
+TORCH ?=
+VENV := .venv$(if $(TORCH),-torch-$(TORCH))
 BIN := $(VENV)/bin
 PYTHON ?=
 PIP_ARGS ?=
@@ -60,9 +63,15 @@ lab: $(VENV)/.set-up-lab ## set up, then open JupyterLab on notebook 00
 
 ##@ Check
 .PHONY: test
+ifeq ($(TORCH),)
 test: $(VENV)/.set-up-dev check ## set up, then lint, types and all tests
 	$(BIN)/python tests/browser/find_browser.py --install || echo "No browser: the browser tests are skipped."
 	@$(call pytest,)
+else
+test: $(VENV)/.set-up-dev
+	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
+	@$(call pytest,$(TORCH_TESTS))
+endif
 
 .PHONY: check
 check: $(VENV)/.set-up-dev ## ruff, mypy, notebooks stored without outputs
@@ -81,11 +90,8 @@ browser: $(VENV)/.set-up-dev ## the tests in the real JupyterLab with headless C
 	@$(call pytest,tests/browser)
 
 .PHONY: gpu
-gpu: $(VENV)/.set-up-dev ## the tests that need an NVIDIA GPU, and a table: step times and losses of number formats and 2:4
-	@mkdir -p test-output && rm -f test-output/gpu.jsonl
-	@export LABKIT_GPU_RESULTS="$(CURDIR)/test-output/gpu.jsonl"; \
-	trap '$(BIN)/python tests/gpu.py test-output/gpu.jsonl' EXIT; \
-	$(call pytest,-m gpu)
+gpu: $(VENV)/.set-up-dev ## everything that needs an NVIDIA GPU, in about 20 minutes; goes on where it was interrupted
+	@$(BIN)/python -m tests.gpu test-output/gpu
 
 .PHONY: benchmarks
 benchmarks: $(VENV)/.set-up-dev ## every script of tests/benchmarks, one after the other
@@ -104,7 +110,7 @@ set-up: $(VENV)/.set-up-dev ## the full development environment in .venv
 .PHONY: clean
 clean: ## remove what the demo, the tests and the tools wrote (.venv stays)
 	rm -rf demo-output test-output build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
-	find . -path './$(VENV)' -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 .PHONY: help
 help: ## this list
@@ -118,15 +124,23 @@ pytest = home=$$(mktemp -d -t labkit-test-XXXXXX); failed=0; \
 	rm -rf "$$home"; \
 	exit $$failed
 
+# What another torch may break.
+TORCH_TESTS := tests/training/test_layouts.py tests/training/test_own_models.py tests/parallel tests/quantization
+
+# The pinned versions, with another torch in their place if one was asked for.
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
+$(VENV)/constraints.txt: constraints.txt | $(VENV)/bin/python
+	@{ grep -vE '^(torch|setuptools|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)==' constraints.txt; echo "torch==$(TORCH)"; } > $@
+
 # A stamp per set-up: pip runs again only when what is to be installed has changed.
-$(VENV)/.set-up-lab: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.set-up-lab: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	@echo "Installing labkit and JupyterLab into $(VENV); this takes some minutes."
-	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[lab]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[lab]'
 	@touch $@
 
-$(VENV)/.set-up-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.set-up-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	@echo "Installing labkit with all its extras into $(VENV); this takes some minutes."
-	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[lab,hub,dev]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[lab,hub,dev]'
 	@touch $@ $(VENV)/.set-up-lab
 
 $(VENV)/bin/python:

@@ -213,6 +213,9 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("-o", "--output", type=Path, metavar="FILE.html", help="write a report with the Pareto front")
     validate = add("validate", _validate, "Say whether an experiment can run here, and why not.")
     add_experiment(validate)
+    validate.add_argument(
+        "--rehearse", action="store_true", help="build the task on all ranks and try it too: one minute at most"
+    )
     add("recipes", _recipes, "List the ready-made experiments.")
     add("fields", _fields, "List every field that --set takes.")
     runs = add("runs", _runs, "List the runs.")
@@ -305,6 +308,13 @@ def _deliver(options: argparse.Namespace, table: str, data: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from labkit.runs.interrupts import as_interrupts
+
+    with as_interrupts():  # a job that is timed out, a terminal that is closed: as Ctrl-C
+        return _launch_and_follow(options)
+
+
+def _launch_and_follow(options: argparse.Namespace) -> int:
     from labkit.experiment.one_process import one_process
     from labkit.launch import launch
     from labkit.runs import Run
@@ -524,6 +534,11 @@ def _sweep(options: argparse.Namespace) -> int:
 def _validate(options: argparse.Namespace) -> int:
     experiment = _experiment(options)
     problems, warnings = experiment.problems(), experiment.warnings()
+    if options.rehearse and not problems:
+        from labkit.launch.rehearse import rehearse
+
+        problem = rehearse(experiment)
+        problems = problems if problem is None else [problem]
     if options.json:
         described = [{"field": p.field, "reason": p.reason, "nearest": p.nearest} for p in problems]
         _print_json({"valid": not problems, "problems": described, "warnings": [str(w) for w in warnings]})

@@ -6,6 +6,7 @@ probe alone would take memory on every GPU. NVIDIA's driver is asked through `nv
 
 from __future__ import annotations
 
+import csv
 import os
 import platform
 import re
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 _SMI_FIELDS = "index,uuid,name,memory.total,memory.used"
+SMI_TIMEOUT_S = 60
+"""Eight GPUs without persistence mode take more than ten seconds to answer."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class Machine:
 def _probe() -> Machine:
     model, flags = _cpu()
     gpus, reason = _gpus()
+    if gpus and not _torch_cuda():
+        gpus, reason = (), "there is a GPU, but the installed torch is a build for CPUs: install one for CUDA"
     return Machine(
         cores=_usable_cores(),
         cores_total=os.cpu_count() or 1,
@@ -148,15 +153,16 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
             [smi, f"--query-gpu={_SMI_FIELDS}", "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
-            timeout=10,
+            timeout=SMI_TIMEOUT_S,
             check=True,
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return (), f"nvidia-smi does not answer ({type(error).__name__})"
     capabilities = _capabilities(smi)
     found = []
-    for line in answer.splitlines():
-        index, uuid, name, total, used = (part.strip() for part in line.split(","))
+    for line in csv.reader(answer.splitlines(), skipinitialspace=True):
+        index, uuid, *names, total, used = line
+        name = ", ".join(names)  # nvidia-smi quotes nothing, and a name may hold a comma
         found.append(Gpu(int(index), uuid, name, _mebibytes(total), _mebibytes(used), capabilities.get(uuid)))
     return visible(tuple(found), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
@@ -165,7 +171,7 @@ def _capabilities(smi: str) -> dict[str, tuple[int, int]]:
     """By UUID. A question of its own: drivers before 2021 do not know it, and would answer nothing at all."""
     command = [smi, "--query-gpu=uuid,compute_cap", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        said = subprocess.run(command, capture_output=True, text=True, timeout=SMI_TIMEOUT_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
     rows = re.findall(r"^(\S+), *(\d+)\.(\d+) *$", said, re.M)
@@ -203,7 +209,10 @@ def visible(gpus: tuple[Gpu, ...], wanted: str | None) -> tuple[tuple[Gpu, ...],
     chosen: list[Gpu] = []
     for entry in wanted.split(","):
         entry = entry.strip()
-        match = [gpu for gpu in gpus if entry and (entry == str(gpu.index) or gpu.uuid.startswith(entry))]
+        if entry.startswith("MIG-"):  # a slice of a GPU; nvidia-smi tells its memory for the whole GPU only
+            match = [Gpu(len(chosen), entry, "MIG device", 0, 0)]
+        else:
+            match = [gpu for gpu in gpus if entry and (entry == str(gpu.index) or gpu.uuid.startswith(entry))]
         if len(match) != 1:
             break
         if match[0] in chosen:

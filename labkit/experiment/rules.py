@@ -103,6 +103,31 @@ def device_exists(experiment: Experiment, machine: Machine) -> Iterator[Problem]
         yield Problem("launch.device", f"no GPU can be used: {machine.gpu_reason}", "cpu")
 
 
+def point_to_point_on_shared_gpus(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    ranks, gpus = experiment.layout.world_size, len(machine.gpus)
+    if experiment.launch.device != "cuda" or not 0 < gpus < ranks:
+        return
+    # torch's gloo has no send and receive for tensors on GPUs, and NCCL refuses ranks that share one.
+    reason = (
+        f"needs messages between two ranks, and {ranks} ranks that share {gpus} GPU(s) cannot send any: use the CPU"
+    )
+    if experiment.layout.pp > 1 or experiment.layout.cp > 1:
+        axes = " and ".join(axis for axis in ("pp", "cp") if getattr(experiment.layout, axis) > 1)
+        yield Problem("launch.device", f"{axes} {reason}", "cpu")
+    update = experiment.gradients.update
+    if update.method == "gossip" and getattr(update, "graph", "pairs") == "ring":
+        yield Problem("launch.device", f"the ring of gossip {reason}", "cpu")
+
+
+def compiled_blocks_are_whole(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    layout = experiment.layout
+    if experiment.launch.compile == "blocks" and layout.world_size > layout.dp_replicate * layout.dp_shard:
+        reason = (
+            "blocks are compiled under data parallelism and ZeRO only: elsewhere ranks exchange activations in them"
+        )
+        yield Problem("launch.compile", reason, "off")
+
+
 def memory_is_shared(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     if experiment.launch.transport == "shared_memory" and experiment.launch.device == "cuda":
         yield Problem("launch.transport", "gradients on GPUs do not travel through the host's memory", "auto")
@@ -201,6 +226,8 @@ RULES: list[Rule] = [
     method_rules,
     axis_rules,
     device_exists,
+    point_to_point_on_shared_gpus,
+    compiled_blocks_are_whole,
     memory_is_shared,
     hosts_to_add_up_in,
     ranks_fit,

@@ -9,6 +9,7 @@
         rank-N.jsonl                 one event a line, append-only, one writer each (kinds: see EVENTS)
         rank-N.log                   what the rank printed, size-capped
         supervisor.log
+        .alive                       locked by the supervisor for its life (labkit.runs.liveness); gone after the end
         checkpoints/step-00000100/   safetensors and JSON
         exported.safetensors         the trained network in its fastest form, if that was asked for
         summary.json
@@ -36,6 +37,8 @@ TERMINAL = ("finished", "stopped", "failed")
 STATES = ("starting", "running", "stopping", *TERMINAL)
 
 EVENTS = {
+    "rehearsal": "the task was tried before step 1: seconds, unused (parameters that a pass left without a gradient), "
+    "built (a hash of weights, buffers and samples)",
     "start": "a rank is ready: device, pid, threads, parameters, first (the step it starts from), steps, metric, "
     "facts, effective",
     "first_step": "the first step has ended: seconds since the run was asked for (rank 0)",
@@ -200,6 +203,11 @@ class RunDirectory:
     @property
     def lock(self) -> Path:
         return self.path / ".lock"
+
+    @property
+    def alive(self) -> Path:
+        """The file that the supervisor locks for its life (labkit.runs.liveness)."""
+        return self.path / ".alive"
 
     @property
     def reserve(self) -> Path:

@@ -210,6 +210,8 @@ class Launch(Section):
     """Kind of device: auto takes the GPUs where there are any."""
     threads_per_rank: int = Field(default=1, ge=1, le=1024)
     """CPU threads of each rank; the baseline uses the same."""
+    compile: Literal["auto", "off", "blocks"] = "auto"
+    """Compile the model's blocks with torch.compile: auto does so for large models on GPUs, where it pays."""
     transport: Literal["auto", "shared_memory", "network"] = "auto"
     """How replicas on the CPUs of one machine exchange gradients: auto takes memory that they share."""
     network: Network | None = None

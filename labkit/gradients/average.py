@@ -1,4 +1,4 @@
-"""Means over ranks of what a rank holds: weights, buffers, moments."""
+"""Means over ranks of what a rank holds: weights, buffers, moments. Complex numbers travel as pairs of real ones."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ def trained_of(model: nn.Module) -> list[Tensor]:
 
 
 def buffers_of(model: nn.Module) -> list[Tensor]:
-    """Buffers of floating point (running means), in the order of the model.
+    """Buffers that have a mean (running means, real or complex), in the order of the model.
 
     Like the weights, as data: a pass that is under way in another thread may have noted them for its way back.
     """
-    return [buffer.data for buffer in model.buffers() if buffer.is_floating_point()]
+    return [buffer.data for buffer in model.buffers() if buffer.is_floating_point() or buffer.is_complex()]
+
+
+def counters_of(model: nn.Module) -> list[Tensor]:
+    """Buffers of whole numbers and of truth values (counts of batches), in the order of the model."""
+    return [buffer for buffer in model.buffers() if not (buffer.is_floating_point() or buffer.is_complex())]
 
 
 def state_of(model: nn.Module) -> list[Tensor]:
@@ -40,9 +45,14 @@ def moments_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return found
 
 
+def as_reals(tensor: Tensor) -> Tensor:
+    """A view of complex numbers as pairs of real ones, shape [..., 2]; real numbers as they are."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 def flat(tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """One after the other, in one new stretch of memory."""
-    pieces = [tensor.detach().reshape(-1) for tensor in tensors]
+    pieces = [as_reals(tensor.detach()).reshape(-1) for tensor in tensors]
     return torch.cat([piece.to(dtype) if dtype else piece for piece in pieces]) if pieces else torch.zeros(0)
 
 
@@ -50,7 +60,7 @@ def flat(tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> Tensor:
 def fill(tensors: Iterable[Tensor], values: Tensor) -> None:
     """The inverse of `flat`: copy `values` back into the tensors."""
     begin = 0
-    for tensor in tensors:
+    for tensor in map(as_reals, tensors):
         end = begin + tensor.numel()
         tensor.copy_(values[begin:end].view(tensor.shape))
         begin = end
@@ -64,6 +74,13 @@ def average(tensors: list[Tensor], wire: Wire) -> None:
         by_type.setdefault(tensor.dtype, []).append(tensor)
     for alike in by_type.values():
         fill(alike, wire.all_reduce(flat(alike)).wait().div_(wire.size))
+
+
+@torch.no_grad()
+def take_over(tensors: list[Tensor], wire: Wire) -> None:
+    """Replace each by that of the first rank (collective)."""
+    for tensor in tensors:
+        tensor.copy_(wire.broadcast(tensor.contiguous()).wait())
 
 
 def average_bytes(tensors: list[Tensor], ranks: int) -> int:
@@ -98,8 +115,9 @@ def moved(weights: list[Tensor], by: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def held_aside(model: nn.Module, wire: Wire) -> Iterator[None]:
-    """Meanwhile the model holds the mean of all ranks' weights and buffers."""
-    tensors = state_of(model)
-    with _kept(tensors):
+    """Meanwhile the model holds the mean of all ranks' weights and buffers; counts are those of the first rank."""
+    tensors, counters = state_of(model), counters_of(model)
+    with _kept(tensors + counters):
         average(tensors, wire)
+        take_over(counters, wire)
         yield

@@ -228,8 +228,11 @@ class Compressor:
     def warnings(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         """Where it has no effect."""
         field = "gradients.compression.method"
-        if replicas(experiment.layout) == 1:
-            yield Problem(field, "has no effect: no two ranks see different samples and hold the same weights")
+        if replicas(experiment.layout) == 1 and experiment.layout.dp_shard > 1:
+            said = "has no effect: ZeRO adds gradients up by a reduce-scatter, in which no compressor stands"
+            yield Problem(field, f"{said}, and there are no replicas beside it (layout.dp_replicate)")
+        elif replicas(experiment.layout) == 1:
+            yield Problem(field, "has no effect: no two ranks see different samples")
         elif experiment.launch.isolated:
             yield Problem(field, "has no effect on copies that never talk (launch.isolated)")
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 class Delayed(Rounds):
     """Gradients some updates late."""
 
+    one_batch = True
+
     class Options(BaseOptions):
         delay: int = Field(default=1, ge=0, le=100)
         """By how many updates gradients come late; 0 is synchronous training without overlap."""

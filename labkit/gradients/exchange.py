@@ -171,7 +171,8 @@ class Exchanges:
     """All exchanges of one rank: the compressor that its experiment wants, for every group that gradients go over."""
 
     def __init__(self, experiment: Experiment, steps: int, clock: Clock | None = None) -> None:
-        self._clock = clock
+        self.clock = clock
+        """That of the device that computes; None for the host's."""
         self._gradients, self._seed, self._steps = experiment.gradients, experiment.training.seed, steps
         self._hosts = getattr(experiment.launch.network, "hosts", 1)
         self._optimizer, self._pipeline = experiment.optimizer, experiment.layout.pp > 1
@@ -189,13 +190,13 @@ class Exchanges:
         found = self._made.get(id(group))
         if found is None:
             compressor = self._compressor(group)
-            found = self._made[id(group)] = Exchange(compressor, self._gradients.overlap, summed, self._clock)
+            found = self._made[id(group)] = Exchange(compressor, self._gradients.overlap, summed, self.clock)
         return found
 
     def _compressor(self, group: dist.ProcessGroup) -> Compressor:
         if self._gradients.hierarchical:
-            return Hierarchical(self._method, self._options, self._hosts, self._steps, self._seed, self._clock)
-        made = self._method(self._options, Wire(group, self._clock), self._steps, self._seed)
+            return Hierarchical(self._method, self._options, self._hosts, self._steps, self._seed, self.clock)
+        made = self._method(self._options, Wire(group, self.clock), self._steps, self._seed)
         if self._pipeline:  # stages add up the gradients of weights that they share, and momenta do not add up
             made.momentum = False
         return made

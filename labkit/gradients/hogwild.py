@@ -54,7 +54,7 @@ class Hogwild(Tickets):
         from labkit.gradients.average import state_of
 
         path, parts = self.setting.folder / "hogwild", state_of(self.model)
-        size = sum(part.numel() * part.element_size() for part in parts) + 8 * self.wire.size
+        size = sum(_room(part) for part in parts) + _aligned(8 * self.wire.size)
         token = torch.zeros(1)
         if self.wire.rank == 0:
             path.write_bytes(b"")
@@ -66,14 +66,14 @@ class Hogwild(Tickets):
             path.unlink()
         self._counts = memory[: 8 * self.wire.size].view(torch.int64)
         """Updates made by each rank; each writes its own number only."""
-        begin = 8 * self.wire.size
+        begin = _aligned(8 * self.wire.size)
         places = {}
         for part in parts:
             end = begin + part.numel() * part.element_size()
             places[part.data_ptr()] = memory[begin:end].view(part.dtype).view(part.shape)
             if self.wire.rank == 0:
                 places[part.data_ptr()].copy_(part)
-            begin = end
+            begin += _room(part)
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             tensor.data = places.get(tensor.data_ptr(), tensor.data)
         self.wire.all_reduce(token).wait()
@@ -100,3 +100,13 @@ class Hogwild(Tickets):
         import torch
 
         self.wire.all_reduce(torch.zeros(1)).wait()
+
+
+def _aligned(size: int) -> int:
+    """So many bytes or a few more, so that numbers of any kind may follow (complex ones of float64 take 16)."""
+    return -(-size // 16) * 16
+
+
+def _room(part: Tensor) -> int:
+    """Bytes of a tensor in the shared memory."""
+    return _aligned(part.numel() * part.element_size())

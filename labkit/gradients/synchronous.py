@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Synchronous(Rounds):
     """All ranks wait for the average of all gradients before anyone changes a weight."""
 
-    exchanges = True
+    exchanges = one_batch = True
 
     class Options(BaseOptions):
         pass

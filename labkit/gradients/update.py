@@ -67,6 +67,8 @@ class Rounds:
 
     exchanges: ClassVar[bool] = False
     """Do gradients travel through DistributedDataParallel?"""
+    one_batch: ClassVar[bool] = False
+    """Do all ranks work on one batch in each update, of which every gradient is a part?"""
     draws: bool = False
     """Do ranks draw tickets?"""
     apart: int = 0
@@ -119,9 +121,10 @@ class Rounds:
 
     def consolidate(self, step: int) -> None:
         """All ranks go on from one state (collective): the mean of weights, buffers and optimizer moments."""
-        from labkit.gradients.average import average, moments_of, state_of
+        from labkit.gradients.average import average, counters_of, moments_of, state_of, take_over
 
         average([*state_of(self.model), *moments_of(self.optimizer)], self.wire)
+        take_over(counters_of(self.model), self.wire)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside weights and moments, equal on all ranks after `consolidate`."""

@@ -6,6 +6,7 @@ costs what is sent, a receive nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,6 +92,27 @@ class Wire:
         self.calls += 1
         work = dist.irecv(x, group=self.group, group_src=source, tag=tag)
         return Pending(self, work, x)
+
+    def exchange(self, x: Tensor, peers: Sequence[int]) -> list[Tensor]:
+        """Send `x` to each of the peers (ranks of the group) and return what each has sent, in the order of `peers`.
+
+        All transfers are posted as one batch: NCCL runs those of two ranks one after the other, and ranks that all
+        sent first would wait for each other for ever.
+        """
+        received = [torch.empty_like(x) for _ in peers]
+        operations = [dist.P2POp(dist.isend, x, group=self.group, group_peer=peer) for peer in peers]
+        operations += [
+            dist.P2POp(dist.irecv, into, group=self.group, group_peer=peer)
+            for into, peer in zip(received, peers, strict=True)
+        ]
+        for _ in peers:
+            self._count(_bytes(x))
+            self.calls += 1
+        begun = self.watch.now()
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+        self.watch.add(begun)
+        return received
 
     def receive_from_anyone(self, x: Tensor, tag: int = 0) -> int:
         """Block until somebody has sent to `x`; returns who. For threads that wait all the time: it counts no time."""

@@ -27,7 +27,7 @@ from labkit.experiment.run_directory import PHASES
 # Everything is a word of 8 bytes, written and read in one piece. (struct.pack_into would not do: it fills its target
 # with zeros first, and another process may look just then.)
 _WORD = 8
-_REQUESTED, _STOP_AT, _HEAD = 0, 1, 2  # stop requested; stop at this step (-1: no)
+_REQUESTED, _STOP_AT, _OPEN, _HEAD = 0, 1, 2, 3  # stop requested; stop at this step (-1: no); the gate is open
 _STEP, _PHASE, _PROGRESS, _LIFE, _MEMORY, _ROW = 0, 1, 2, 3, 4, 5  # where and when
 
 
@@ -95,6 +95,15 @@ class Board:
         """Has the supervisor asked? Ranks that see it must agree in a way of their own when to end."""
         return bool(self._whole[_REQUESTED])
 
+    def open_gate(self) -> None:
+        """Let the other ranks go on, which wait at the gate while one of them works alone. Once in a run."""
+        self._whole[_OPEN] = 1
+
+    @property
+    def gate_open(self) -> bool:
+        """Has the rank that works alone come to its end?"""
+        return bool(self._whole[_OPEN])
+
     # -- the supervisor's side --------------------------------------------------------------------------------------
 
     def request_stop(self) -> None:
@@ -131,5 +140,9 @@ class Board:
 
 
 def _patience(phase: str, limit_s: float) -> float:
-    """The set-up reads data and may compile: it gets ten times as long."""
-    return 10 * limit_s if phase == "setup" else limit_s
+    """Return after how many seconds a rank in this phase counts as silent.
+
+    The set-up reads data and may compile, and a checkpoint writes many gigabytes of weights and moments between two
+    signs of progress: both get ten times as long.
+    """
+    return 10 * limit_s if phase in ("setup", "checkpoint") else limit_s

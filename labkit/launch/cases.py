@@ -209,7 +209,7 @@ class Judge:
     def __init__(self, family: str, changes: Mapping[str, Any]) -> None:
         self.family = family
         base = Experiment().set({"workload": FAMILIES[family].workload} | COMMON)
-        self.base = proof(base, STEPS, "fp64").set({"training.evaluate_every": STEPS} | dict(changes))
+        self.base = proof(base, STEPS, "fp64").set({"training.checkpoint_every": 0} | dict(changes))
         self._problems: dict[str, tuple[Problem, ...]] = {}
 
     def experiment(self, row: Row) -> Experiment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -12,9 +13,12 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from errno import EDQUOT, EFBIG, ENOSPC
+from pathlib import Path
 from typing import Any, NoReturn
 
 from labkit.experiment import Experiment, safe_files
+from labkit.experiment.failures import message_of, own_words
+from labkit.experiment.fault import TaskFault
 from labkit.experiment.run_directory import EXIT_STOPPED, RunDirectory
 from labkit.launch.network import Hosts
 from labkit.runs.processes import die_with_parent
@@ -41,7 +45,7 @@ class Child:
     """What the rank said about its exception."""
 
     left_early: bool = False
-    """It ended with exit code 0 before it was done."""
+    """It ended with an exit code that means well before it was done, or before anybody asked it to stop."""
 
     @property
     def running(self) -> bool:
@@ -81,11 +85,13 @@ def fork_rank(
     experiment: Experiment,
     run: Callable[[], None],
     inherited: list[int],
+    temporary: Path,
     hosts: Hosts | None = None,
 ) -> Child:
-    """Fork; the child calls `run` and never returns. `inherited` are pipes of other ranks, closed in the child.
+    """Fork; the child calls `run` and never returns. It closes the descriptors `inherited` from the supervisor.
 
-    `hosts`: the emulated network, if there is one; the child moves to its host.
+    `temporary`: a private folder that is removed when the run has ended. `hosts`: the emulated network, if there is
+    one; the child moves to its host.
     """
     parent = os.getpid()
     reader, writer = os.pipe()
@@ -98,7 +104,7 @@ def fork_rank(
         return Child(rank, pid, reader)
     for descriptor in (reader, *inherited):
         os.close(descriptor)
-    _become_rank(rank, parent, writer, directory, experiment, run, hosts)
+    _become_rank(rank, parent, writer, directory, experiment, run, temporary, hosts)
 
 
 def _become_rank(
@@ -108,6 +114,7 @@ def _become_rank(
     directory: RunDirectory,
     experiment: Experiment,
     run: Callable[[], None],
+    temporary: Path,
     hosts: Hosts | None,
 ) -> NoReturn:
     code = 1
@@ -116,6 +123,8 @@ def _become_rank(
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD, signal.SIGTERM})
+        # Sockets of loader processes lie there: the folder goes with the run, and its path is short.
+        multiprocessing.current_process()._config["tempdir"] = str(temporary)  # type: ignore[attr-defined]
         log = safe_files.open_to_append(directory.log(rank))
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -129,9 +138,9 @@ def _become_rank(
         code = 0
     except BaseException as error:
         if isinstance(error, SystemExit) and error.code == EXIT_STOPPED:
-            code = EXIT_STOPPED
-        else:  # also when somebody's code calls sys.exit(0) in the middle of training
-            _report(pipe, error)
+            code = EXIT_STOPPED  # the supervisor knows whether it was asked to
+        # Also when somebody's code calls sys.exit(0) in the middle of training.
+        _report(pipe, error, quiet=code == EXIT_STOPPED)
     finally:
         try:
             sys.stdout.flush()
@@ -162,28 +171,30 @@ def environment(rank: int, experiment: Experiment) -> dict[str, str]:
     return {name: str(value) for name, value in variables.items()}
 
 
-def _report(pipe: int, error: BaseException) -> None:
-    """Tell the supervisor about the exception through a pipe: that works on a full disk too."""
+def _report(pipe: int, error: BaseException, quiet: bool = False) -> None:
+    """Tell the supervisor about the exception through a pipe: that works on a full disk too. `quiet`: not the log."""
     text = "".join(traceback.format_exception(error))
     # The pipe holds 64 KiB, and JSON may take six bytes for a character.
     report = {
         "type": type(error).__name__[:200],
-        "message": str(error)[:2000],
+        "message": own_words(error)[:2000],
         "traceback": text[-6000:],
         "lost_peer": _lost_peer(error),
+        "task": str(error) if isinstance(error, TaskFault) else None,
         "disk_full": isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG),
     }
     os.set_blocking(pipe, False)
     try:
         os.write(pipe, json.dumps(report).encode())
-        print(text, file=sys.stderr, flush=True)  # noqa: T201  (the log of the rank)
-    except OSError:
+        if not quiet:
+            print(text, file=sys.stderr, flush=True)  # noqa: T201  (the log of the rank)
+    except (OSError, ValueError):  # somebody's code may have closed the log
         pass
 
 
 def _lost_peer(error: BaseException) -> bool:
     """Did this rank fail only because another one was gone? Told by what gloo and NCCL say then."""
-    text = f"{type(error).__name__} {error}".lower()
+    text = f"{type(error).__name__} {message_of(error)}".lower()
     signs = ("connection closed by peer", "connection reset by peer", "broken pipe", "distbackenderror", "gloo", "nccl")
     return not isinstance(error, OSError) and any(sign in text for sign in signs)
 

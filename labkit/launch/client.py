@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,7 +24,7 @@ from labkit.experiment.run_directory import RunDirectory, home, standby_log, wri
 from labkit.launch import resuming
 from labkit.runs import logs
 from labkit.runs import status as run_status
-from labkit.runs.processes import boot_id, identity
+from labkit.runs.processes import boot_id, frozen, identity, machine
 from labkit.runs.run import Run
 
 LEAST_FREE_BYTES = 2 * 2**20
@@ -60,6 +61,11 @@ class Standby:
     @property
     def alive(self) -> bool:
         return self.process.poll() is None
+
+    @property
+    def takes_orders(self) -> bool:
+        """Is it alive, and not stopped by a signal? A frozen one would never begin a run."""
+        return self.alive and not frozen(self.process.pid)
 
     def ready(self) -> bool:
         """Has it imported everything?"""
@@ -111,8 +117,10 @@ _leaving: list[Standby] = []
 def _current() -> Standby:
     """The living standby of this process, started if need be. Call with the lock held."""
     global _standby
-    if _standby is not None and not _standby.alive:
-        _standby.close()
+    if _standby is not None and not _standby.takes_orders:
+        if _standby.alive:  # frozen: its orders fail by name, later ones go to another
+            _standby.process.kill()
+        _let_go(_standby)
         _standby = None
     if _standby is None:
         _standby = Standby()
@@ -142,6 +150,27 @@ def warm(wait: float = 0.0) -> bool:
     return standby.ready()
 
 
+@contextlib.contextmanager
+def standby_of_its_own() -> Iterator[None]:
+    """Runs launched meanwhile come from another standby: they share neither random state nor the order of sets."""
+    before = _exchange_standby(None)
+    try:
+        yield
+    finally:
+        own = _exchange_standby(before)
+        if own is not None:
+            with _lock:
+                _let_go(own)
+
+
+def _exchange_standby(standby: Standby | None) -> Standby | None:
+    """Use this standby for launches from here on, and return the one that was used before."""
+    global _standby
+    with _lock:
+        before, _standby = _standby, standby
+    return before
+
+
 def standby_pid() -> int | None:
     """Process id of the standby, or None if there is none."""
     with _lock:
@@ -163,18 +192,19 @@ def launch(
     *,
     resume: Run | str | None = None,
     baseline: Run | str | None = "auto",
+    entry: str | None = None,
 ) -> Run:
     """Start a run in the background and return its handle at once.
 
     `resume` continues from the last checkpoint of another run. `baseline` names the one-process run that the speed-up
-    refers to; "auto" takes the latest on this machine that fits. Raises ExperimentError, and launches nothing, if the
+    refers to; "auto" takes the latest on this machine that fits. `entry` is what the ranks do instead of training
+    (`module:function`). Raises ExperimentError, and launches nothing, if the
     experiment cannot run here or the run directory cannot be written.
     """
     requested = time.monotonic()
     resolved = experiment.check()
     here = _working_directory()
     directory, start = _prepare(resolved, resume)
-    notes = start.notes if start is not None else []
     order = {
         "run": str(directory.path),
         "requested": requested,
@@ -182,40 +212,49 @@ def launch(
         "environment": {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)},
         "baseline": baseline.id if isinstance(baseline, Run) else baseline,
         "resume": None if start is None else str(directory.checkpoint(start.contents.step)),
-    }
-    with _lock:
-        standby = _current() if uses_standby() else Standby()
-        status = {
-            "run_id": directory.id,
-            "title": resolved.title,
-            "state": "starting",
-            "created": time.time(),
-            "started": None,
-            "ended": None,
-            "boot": boot_id(),
-            "workload": resolved.workload.name,
-            "layout": str(resolved.layout),
-            "world_size": resolved.layout.world_size,
-            "device": resolved.launch.device,
-            "steps": resolved.training.steps,
-            "warnings": [*(str(warning) for warning in resolved.warnings()), *notes],
-            "notes": notes,
-            "resumed_from": None if start is None else str(start.folder),
-            "launcher": identity(standby.process.pid),
-            "supervisor": None,
-            "ranks": [],
-            "cause": None,
-        }
-        try:
-            run_status.update(directory, **status)
+    } | ({} if entry is None else {"entry": entry})
+    try:
+        with _lock:
+            standby = _current() if uses_standby() else Standby()
+            run_status.update(directory, launcher=identity(standby.process.pid))
             standby.order(order)
-        except OSError as error:
-            run_status.update(
-                directory, state="failed", cause=run_status.cause("supervisor", f"cannot launch: {error}")
-            )
-        if not uses_standby():
-            _let_go(standby)
+            if not uses_standby():
+                _let_go(standby)
+    except BaseException as error:
+        # The run is visible, so it ends: also one that has got the order and is broken off here (an interrupt).
+        broken = f"cannot launch: {error}" if isinstance(error, OSError) else "the launch was broken off"
+        with contextlib.suppress(OSError):
+            run_status.update(directory, state="failed", cause=run_status.cause("supervisor", broken))
+        if not isinstance(error, OSError):
+            raise
     return Run(directory)
+
+
+def _first_status(directory: RunDirectory, experiment: Experiment, start: resuming.Start | None) -> dict[str, Any]:
+    """The status of a run that this process is about to launch."""
+    notes = start.notes if start is not None else []
+    return {
+        "run_id": directory.id,
+        "title": experiment.title,
+        "state": "starting",
+        "created": time.time(),
+        "started": None,
+        "ended": None,
+        "boot": boot_id(),
+        "machine": machine(),
+        "workload": experiment.workload.name,
+        "layout": str(experiment.layout),
+        "world_size": experiment.layout.world_size,
+        "device": experiment.launch.device,
+        "steps": experiment.training.steps,
+        "warnings": [*(str(warning) for warning in experiment.warnings()), *notes],
+        "notes": notes,
+        "resumed_from": None if start is None else str(start.folder),
+        "launcher": identity(os.getpid()),
+        "supervisor": None,
+        "ranks": [],
+        "cause": None,
+    }
 
 
 def _working_directory() -> str:
@@ -246,6 +285,8 @@ def _create(experiment: Experiment, start: resuming.Start | None = None) -> RunD
             directory.path.rmdir()
             raise ExperimentError([Problem("LABKIT_HOME", f"only {free / 2**20:.1f} MB are free in {home()}")])
         run_status.reserve(directory)
+        # The experiment makes the run visible, so it comes last.
+        run_status.update(directory, **_first_status(directory, experiment, start))
         if start is not None:
             start.take_along(directory)
         write_json(directory.experiment, experiment.to_dict())

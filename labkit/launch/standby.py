@@ -12,6 +12,7 @@ Orders are JSON lines on standard input: {"run": directory, "requested": monoton
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -25,7 +26,6 @@ from typing import Any
 
 from labkit.experiment.run_directory import RunDirectory
 from labkit.runs import status
-from labkit.runs.processes import identity
 
 # What a rank imports before its first step. Named, not imported: the two wings meet on disk only.
 ENGINE_PRELOAD = "labkit.training.preload"
@@ -57,29 +57,46 @@ def main() -> int:
             return 0
         *lines, pending = (pending + chunk).split(b"\n")
         for line in lines:
-            _fork_supervisor(supervise, json.loads(line))
+            _carry_out(supervise, line)
+
+
+def _carry_out(supervise: Any, line: bytes) -> None:
+    """Fork a supervisor for one order. An order that cannot be carried out fails its own run at most."""
+    try:
+        order = json.loads(line)
+        run = RunDirectory(Path(order["run"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        print(f"labkit: not an order: {line[:200]!r}", file=sys.stderr, flush=True)
+        return
+    try:
+        _fork_supervisor(supervise, order)
+    except OSError as error:
+        traceback.print_exc()
+        with contextlib.suppress(Exception):  # e.g. the directory has been removed
+            said = f"the launcher cannot start a process: {error.strerror or error}"
+            status.update(run, state="failed", cause=status.cause("supervisor", said))
 
 
 def _fork_supervisor(supervise: Any, order: dict[str, Any]) -> None:
-    pid = os.fork()
-    if pid:
-        # From now on the run lives and dies with its supervisor, also if this process ends at once.
-        status.update(RunDirectory(Path(order["run"])), supervisor=identity(pid))
+    """The child locks the run and notes itself before anything else: what becomes of this process does not matter."""
+    if os.fork():
         return
     code = 1
     try:
         os.setsid()
         # Neither the kernel's pipe nor its output may stay open here: the run outlives the kernel.
         nowhere = os.open(os.devnull, os.O_RDWR)
-        log = os.open(os.path.join(order["run"], "supervisor.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        log = os.open(os.path.join(order["run"], "supervisor.log"), flags, 0o600)
         for descriptor, target in ((nowhere, 0), (log, 1), (log, 2)):
             os.dup2(descriptor, target)
         code = supervise(order)
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
 
 

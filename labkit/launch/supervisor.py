@@ -1,32 +1,38 @@
 """The supervisor of one run: forks the ranks, watches them, ends the run in exactly one terminal state.
 
-It has one thread and never waits for a rank without a bound. It reads `stop.json` and the shared board, reaps ranks,
-names the one at fault, and writes status, progress and summary. Ranks die when it dies.
+It holds the lock of the run for its life. It has one thread and never waits for a rank without a bound. It reads
+`stop.json` and the shared board, reaps ranks, names the one at fault, and writes status, progress and summary. Ranks
+die when it dies, and before it writes the end, everything that they have started is gone.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from labkit.experiment import Experiment
-from labkit.experiment.run_directory import RunDirectory, read_json, write_json
+from labkit.experiment.failures import message_of
+from labkit.experiment.run_directory import EXIT_STOPPED, TERMINAL, RunDirectory, read_json, write_json
 from labkit.launch import rendezvous
 from labkit.launch.board import Board
 from labkit.launch.child import Child, fork_rank
+from labkit.launch.descendants import Strays, end_descendants
 from labkit.launch.network import Hosts
-from labkit.runs import environment, logs, summary
+from labkit.launch.stacks import main_thread, waits_for_others
+from labkit.runs import environment, liveness, logs, summary
 from labkit.runs import status as run_status
-from labkit.runs.processes import identity
+from labkit.runs.leftovers import remove_unfinished
+from labkit.runs.processes import adopt_orphans, identity
 
 RANK_ENTRY = "labkit.training.worker:main"
 """Named, not imported: this side and the ranks' side meet in the experiment and on disk only."""
@@ -40,6 +46,8 @@ HELD_UP_S = 0.5
 """A rank that has not moved for so long when the time to stop is over is the one that the others wait for."""
 
 
+STACKS_S = 2.0
+"""How long ranks get to write their stacks; one that is frozen or floods its log never shows them."""
 STACK_LINES = 60
 """The stacks of all threads of a silent rank; where it hangs stands at the top of the last one."""
 
@@ -47,8 +55,21 @@ STACK_LINES = 60
 class Supervisor:
     """Everything that one run needs while it runs."""
 
-    def __init__(self, directory: RunDirectory, experiment: Experiment, order: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: RunDirectory,
+        experiment: Experiment,
+        order: dict[str, Any],
+        known: dict[str, Any],
+        lock: liveness.Lock | None,
+    ) -> None:
         self.directory, self.experiment, self.order = directory, experiment, order
+        self.known = known
+        """The status as last written: the file may be damaged while the run goes on."""
+        self.written: tuple[int, int] | None = None
+        """Inode and time of the status as last written."""
+        self.lock = lock
+        self.strays = Strays()
         self.board = Board(experiment.layout.world_size)
         self.started = time.monotonic()
         self.children: list[Child] = []
@@ -61,7 +82,7 @@ class Supervisor:
         self.held_up_by: list[int] = []
         """Ranks for which the others were still waiting when the time to stop was over."""
         self.next_progress = 0.0
-        self.rendezvous = rendezvous.make_folder()
+        self.meeting = rendezvous.make_folder()
 
     def start(self) -> None:
         """Fork the ranks. Called in the only thread of this process: the parent-death signal is tied to it."""
@@ -76,12 +97,13 @@ class Supervisor:
                 experiment=self.experiment,
                 rank=rank,
                 board=self.board,
-                rendezvous=str(self.rendezvous / "store"),
+                rendezvous=str(self.meeting.path / "store"),
                 requested=self.order["requested"],
                 resume=self.order.get("resume"),
             )
-            pipes = [child.pipe for child in self.children]
-            self.children.append(fork_rank(rank, self.directory, self.experiment, run, pipes, hosts))
+            own = [child.pipe for child in self.children] + [self.meeting.lock.descriptor]
+            own += [self.lock.descriptor] if self.lock is not None else []
+            self.children.append(fork_rank(rank, self.directory, self.experiment, run, own, self.meeting.path, hosts))
         if hosts is not None:
             hosts.close()
 
@@ -95,8 +117,10 @@ class Supervisor:
                 self._begin_stop("stop", "the supervisor was asked to end (SIGTERM)")
             for child in self.children:
                 if child.reap():
-                    # Native code may leave with exit code 0 in the middle of the training.
-                    child.left_early = child.exit_code == 0 and self.board.place(child.rank).phase != "done"
+                    # Code of others may leave with an exit code that means well in the middle of the training.
+                    means_well = child.exit_code == 0 or (child.exit_code == EXIT_STOPPED and self.stop is not None)
+                    done = self.board.place(child.rank).phase == "done"
+                    child.left_early = child.exit_code in (0, EXIT_STOPPED) and not (means_well and done)
                     if child.failed:
                         self._end_by(time.monotonic() + SETTLE_S)
             self._look_for_stop()
@@ -134,7 +158,24 @@ class Supervisor:
         grace_s = float(grace) if believable else self.experiment.launch.grace_s
         self._end_by(time.monotonic() + grace_s)
         self.board.request_stop()
-        self._try(lambda: run_status.update(self.directory, state="stopping"))
+        self.note(state="stopping")
+
+    def note(self, **changes: Any) -> None:
+        """Change the status. Where somebody has written an end, the ranks end too: one run never shows two states."""
+
+        def write() -> None:
+            self.known = run_status.update(self.directory, known=self.known, **changes)
+            self.written = _signature(self.directory)
+
+        self._try(write)
+        if self.known.get("state") in TERMINAL:
+            self.fault = self.fault or run_status.cause("supervisor", "another process has written the end of this run")
+            self._end_by(time.monotonic())
+
+    def _look_at_status(self) -> None:
+        """Nobody else writes the status while the run goes on: what has become of it is mended, an end is obeyed."""
+        if self.fault is None and self.written is not None and _signature(self.directory) != self.written:
+            self.note()
 
     def _look_for_standstill(self) -> None:
         if self.deadline is not None:
@@ -146,7 +187,14 @@ class Supervisor:
         for child in self.children:  # each rank writes the stacks of its threads to its log
             if child.running:
                 child.send(signal.SIGUSR1)
-        time.sleep(0.2)
+        patience = time.monotonic() + STACKS_S
+        while True:
+            time.sleep(0.1)
+            stacks = {rank: logs.tail(self.directory.log(rank), STACK_LINES) for rank in guilty}
+            if all(map(main_thread, stacks.values())) or time.monotonic() > patience:
+                break
+        # Of those that are equally far, e.g. all in the set-up, one hangs and the others wait for it.
+        guilty = [rank for rank in guilty if not waits_for_others(stacks[rank])] or guilty
         place = self.board.place(guilty[0])
         silence = time.monotonic() - place.progress
         self.fault = run_status.cause(
@@ -154,7 +202,7 @@ class Supervisor:
             f"{_ranks(guilty)} {'is' if len(guilty) == 1 else 'are'} silent for {silence:.0f} s, in {place.phase} "
             f"of step {place.step} (launch.timeout_s is {limit:g})",
             rank=guilty[0],
-            log=logs.tail(self.directory.log(guilty[0]), STACK_LINES),
+            log=stacks[guilty[0]],
         )
         self._end_by(time.monotonic())
 
@@ -180,6 +228,10 @@ class Supervisor:
         if now < self.next_progress:
             return
         self.next_progress = now + PROGRESS_EVERY_S
+        self.strays.reap({child.pid for child in self.children if child.running})
+        if self.lock is not None:
+            self._try(self.lock.beat)
+        self._look_at_status()
         ranks = []
         for child in self.children:
             place = self.board.place(child.rank)
@@ -193,8 +245,11 @@ class Supervisor:
                 }
             )
         self._try(lambda: write_json(self.directory.progress, {"time": time.time(), "ranks": ranks}))
-        for child in self.children:
-            self._try(partial(logs.cap, self.directory.log(child.rank)))
+        self._cap_logs()
+
+    def _cap_logs(self) -> None:
+        for path in (*(self.directory.log(child.rank) for child in self.children), self.directory.supervisor_log):
+            self._try(partial(logs.cap, path))
 
     @staticmethod
     def _try(action: Callable[[], Any]) -> None:
@@ -234,13 +289,17 @@ class Supervisor:
             hint = "; the machine may have run out of memory" if child.signal == signal.SIGKILL else ""
             said = f"rank {child.rank} was killed by {name}{hint}"
             return run_status.cause("signal", said, rank=child.rank, signal=name, log=log)
-        report = child.report or {
-            "type": "SystemExit",
-            "message": f"exit code {child.exit_code}" + (" before it was done" if child.left_early else ""),
-        }
+        report = child.report or {"type": "SystemExit", "message": f"exit code {child.exit_code}"}
+        if report.get("task"):  # a request gone wrong: one sentence, and no stack of ours (the log has it)
+            return run_status.cause("task", str(report["task"]), rank=child.rank)
         exception = f"{report['type']}: {report['message']}"
         first_line = exception.splitlines()[0][:500]
-        if report.get("disk_full"):
+        if child.left_early or child.report is None:
+            early = " before it was done" if self.board.place(child.rank).phase != "done" else ""
+            early = early or (", which means that it was asked to stop; nobody asked it" if child.left_early else "")
+            by = f" ({first_line})" if child.report else ""
+            kind, said = "exception", f"rank {child.rank} left with exit code {child.exit_code}{early}{by}"
+        elif report.get("disk_full"):
             kind, said = (
                 "disk",
                 f"rank {child.rank} cannot write: the disk under the run directory is full ({first_line})",
@@ -251,24 +310,44 @@ class Supervisor:
         return run_status.cause(kind, said, rank=child.rank, exception=exception, log=log)
 
     def clean_up(self) -> None:
-        shutil.rmtree(self.rendezvous, ignore_errors=True)
+        """End whatever the run has started, and remove what only running processes need."""
+        for child in self.children:
+            if child.running:  # only if the watch itself has failed
+                child.send(signal.SIGKILL)
+        for pid in end_descendants():
+            _say(f"process {pid} does not end on SIGKILL; it is left behind")
+        self.meeting.remove()
+        self._cap_logs()
+        remove_unfinished(self.directory)
 
 
 def supervise(order: dict[str, Any]) -> int:
     """Carry out one order to its terminal state; returns the exit code of the supervisor process."""
     directory = RunDirectory(Path(order["run"]))
+    try:
+        lock = liveness.hold(directory.alive)
+    except (BlockingIOError, PermissionError):
+        _say("this run has a supervisor already")
+        return 1
+    except OSError as error:
+        _say(f"this file system has no locks, so readers judge this run by its processes: {error}")
+        lock = None
     supervisor: Supervisor | None = None
+    adopt_orphans()
+    # Before anything else: from now on the run lives and dies with this process, whatever becomes of its launcher.
+    known = run_status.update(directory, supervisor=identity(os.getpid()))
+    if known.get("state") in TERMINAL:
+        _say("the end of this run was written before it began")
+        return 1
     try:
         os.chdir(order["cwd"])
         sys.path.append(order["cwd"])  # behind the libraries: a file there must not stand in for one of theirs
         os.environ.update(order.get("environment", {}))
-        supervisor = Supervisor(directory, Experiment.of_run(directory), order)
+        supervisor = Supervisor(directory, Experiment.of_run(directory), order, known, lock)
         supervisor.start()
-        run_status.update(
-            directory,
+        supervisor.note(
             state="running",
             started=time.time(),
-            supervisor=identity(os.getpid()),
             ranks=[{"rank": child.rank} | identity(child.pid) for child in supervisor.children],
         )
         # After the fork, so that it costs the first step nothing.
@@ -276,18 +355,62 @@ def supervise(order: dict[str, Any]) -> int:
         changes = supervisor.watch()
     except BaseException as error:
         traceback.print_exc()
-        said = f"the supervisor failed: {type(error).__name__}: {error}"
+        said = f"the supervisor failed: {type(error).__name__}: {message_of(error)}"
         changes = {"state": "failed", "cause": run_status.cause("supervisor", said)}
-    finally:
+    known = known if supervisor is None else supervisor.known
+    with _beating(lock):
         if supervisor is not None:
             supervisor.clean_up()
-    try:
-        summary.write(directory, changes["state"], order.get("baseline"))
-    except Exception as error:
-        # A full disk, or events that nobody can read: the state matters more than its summary.
-        _say(f"no summary: {error!r}")
-    run_status.update(directory, **changes)
+        try:
+            summary.write(directory, changes["state"], order.get("baseline"))
+        except Exception as error:
+            # A full disk, or events that nobody can read: the state matters more than its summary.
+            _say(f"no summary: {error!r}")
+        _write_end(directory, known, changes)
+    if lock is not None:
+        lock.release(remove=True)
     return 0 if changes["state"] == "finished" else 1
+
+
+def _write_end(directory: RunDirectory, known: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Write the terminal state; if its cause cannot be written, a plain one."""
+    try:
+        run_status.update(directory, known=known, **changes)
+    except Exception as error:
+        traceback.print_exc()
+        if not directory.path.is_dir():
+            return
+        said = f"the run ended as {changes['state']}, but why cannot be written: {type(error).__name__}"
+        cause = None if changes["state"] == "finished" else run_status.cause("supervisor", said)
+        run_status.update(directory, known=known, state=changes["state"], cause=cause)
+
+
+@contextmanager
+def _beating(lock: liveness.Lock | None) -> Iterator[None]:
+    """Show life meanwhile: a summary of a long run may take longer than readers wait. Nothing is forked any more."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while lock is not None and not ended.wait(PROGRESS_EVERY_S):
+            with suppress(OSError):
+                lock.beat()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _signature(directory: RunDirectory) -> tuple[int, int]:
+    """What changes whenever the status is written."""
+    try:
+        info = os.stat(directory.status, follow_symlinks=False)
+    except OSError:
+        return 0, 0
+    return info.st_ino, info.st_mtime_ns
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from labkit.experiment.layout import Layout
 from labkit.parallel import stages
+from labkit.parallel.cast import as_reals, widened
 from labkit.workloads.base import Batch, Blocks, Task
+from labkit.workloads.undisturbed import undisturbed
 
 REPEATS = 5
 """Of which the first only warms up."""
@@ -49,7 +51,8 @@ def _agreed(task: Task, device: torch.device, sample: Sample) -> list[float]:
     assert isinstance(task.model, Blocks)
     costs = torch.zeros(len(task.model.blocks), dtype=torch.float64, device=device)
     if dist.get_rank() == 0:
-        costs.copy_(torch.tensor(measured(task, sample()), dtype=torch.float64))
+        with undisturbed(task.model):
+            costs.copy_(torch.tensor(measured(task, sample()), dtype=torch.float64))
     dist.broadcast(costs, 0)
     return [float(cost) for cost in costs.tolist()]
 
@@ -62,11 +65,11 @@ def measured(task: Task, batch: Batch) -> list[float]:
     for _ in range(REPEATS):
         x: Tensor = batch["x"]
         for number, block in enumerate(blocks):
-            x = x.detach().requires_grad_(x.is_floating_point())
+            x = x.detach().requires_grad_(x.is_floating_point() or x.is_complex())
             begun = _now(x)
             out: Tensor = block(x)
             last = number == len(blocks) - 1
-            loss = task.loss(out, batch) if last else out.sum()
+            loss = task.loss(widened(out), batch) if last else as_reals(out).sum()
             loss.backward()
             found[number].append(_now(x) - begun)
             x = out

@@ -35,7 +35,7 @@ class Entries:
         found: dict[str, Tensor] = {}
         if self._model.sharded:
             for bucket in self._buckets:
-                for name, value in bucket.gathered(read(bucket.own)).items():
+                for name, value in bucket.gathered(bucket.joined(read, bucket.values.dtype)).items():
                     if name in self._parameters:
                         found[name] = whole_of(value, self._holding(name), self._mesh)
         else:
@@ -43,20 +43,13 @@ class Entries:
                 found[name] = whole_of(read(parameter), self._holding(name), self._mesh)
         return {name: found[name] for name in self._parameters}
 
-    def parts(self, whole: Mapping[str, Tensor], otherwise: float) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """The optimizer's parameters, each with its part of `whole`, in the parameter's own number format.
-
-        A bucket may hold other parameters too: their places get `otherwise`.
-        """
+    def parts(self, whole: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """The optimizer's parameters, each with its part of `whole`, in the parameter's own number format."""
         if self._model.sharded:
-            for bucket in self._buckets:
-                values = {
-                    name: part_of(whole[name], self._model, name)
-                    if name in self._parameters
-                    else torch.full_like(parameter, otherwise)
-                    for name, parameter in zip(bucket.names, bucket.parameters, strict=True)
-                }
-                yield bucket.own, bucket.taken(values, otherwise)
+            for piece in (piece for bucket in self._buckets for piece in bucket.pieces):
+                if piece.name in self._parameters:
+                    part = piece.of(part_of(whole[piece.name], self._model, piece.name))
+                    yield piece.own, part.to(piece.own.device, piece.own.dtype, copy=True)
         else:
             yield from self.held_parts(whole)
 

@@ -59,6 +59,20 @@ class Mesh:
         key = self._key(axes)
         return self._groups[key] if key else None
 
+    def on_host(self, *axes: str) -> dist.ProcessGroup | None:
+        """The same ranks as in `group`, to talk about numbers in the host's memory: no rank waits for its GPU then.
+
+        Makes groups where the others are for GPUs: all ranks call it.
+        """
+        group = self.group(*axes)
+        if group is None or self.device_mesh is None or self.device_mesh.device_type == "cpu":
+            return group
+        found: Any = None
+        for family in self._families(self._key(axes)):
+            made = dist.new_group(family, backend="gloo")
+            found = made if self.rank in family else found
+        return found
+
     def sub(self, *axes: str) -> DeviceMesh:
         """The part of the `DeviceMesh` along these axes, which are all larger than one."""
         assert self.device_mesh is not None

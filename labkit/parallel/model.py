@@ -22,6 +22,7 @@ from labkit.experiment import Experiment, Layout
 from labkit.gradients.exchange import Counters, Exchanges
 from labkit.parallel import balance, context, expert, loss, recompute, stages, tensor
 from labkit.parallel.asynchronous import AsynchronousPipeline
+from labkit.parallel.cast import as_reals, at_least_float32, placed, widened
 from labkit.parallel.communication import Axes, Communication
 from labkit.parallel.cut import holding
 from labkit.parallel.mesh import Mesh
@@ -30,6 +31,7 @@ from labkit.parallel.shard import FullySharded
 from labkit.parallel.sync import GradientSync, ShardedBucket
 from labkit.parallel.tie import Ties
 from labkit.parallel.timeline import Timeline
+from labkit.parallel.weigh import counts_samples, is_nothing, loss_of, weight_of
 from labkit.workloads.base import Batch, Blocks, Task
 
 Phase = Callable[[str], None]
@@ -99,7 +101,8 @@ class ParallelModel:
         else:
             stage = layout.zero_stage if layout.dp_shard > 1 else 0
             trained = [(name, one, self.holdings[name]) for name, one in named if one.requires_grad]
-            self._gradients = GradientSync(trained, mesh, stage, experiment.gradients, exchanges)
+            sees_use = not _is_asynchronous(experiment)  # there, stashed weights take the place of the parameters
+            self._gradients = GradientSync(trained, mesh, stage, experiment.gradients, exchanges, sees_use)
         self.averaged_over = self._gradients.averaged_over
         for module in self.stages.values():
             expert.weigh_samples(module, self.averaged_over / experiment.training.global_batch)
@@ -121,13 +124,14 @@ class ParallelModel:
         if not isinstance(model, Blocks):
             raise ValueError("a pipeline needs a model that is a chain of blocks (labkit.workloads.base.Blocks)")
         names = list(model.blocks)
-        dtype = next(model.parameters()).dtype
+        dtype = next(one.dtype for one in model.parameters() if one.is_floating_point())
 
         def microbatch() -> Batch:
             samples = experiment.training.global_batch // layout.data_parallel // experiment.gradients.accumulation
             pieces = 1 if _is_asynchronous(experiment) else layout.microbatches
             batch = self.task.train.__getitems__(list(range(max(1, samples // pieces))))
-            return {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in batch.items()}
+            wide = at_least_float32(dtype)
+            return {name: placed(x, device, dtype if name == "x" else wide) for name, x in batch.items()}
 
         lengths = balance.lengths(layout, self.task, device, microbatch)
         whole: dict[int, nn.Module] = {
@@ -176,7 +180,8 @@ class ParallelModel:
             phase("backward")  # the schedule's own backward passes lie between its forward passes
         else:
             with self._autocast():
-                loss = self.task.loss(self.stages[0](batch["x"]), batch)
+                output = self.stages[0](batch["x"])
+            loss = loss_of(self.task, output, batch, counts=not is_nothing(weight))
             phase("backward")
             (loss * weight).backward()
         self._gradients.end_pass(last)
@@ -186,15 +191,21 @@ class ParallelModel:
 
     def _run_schedule(self, pipeline: Pipeline, batch: Batch, weight: float) -> Tensor | None:
         samples = len(next(iter(batch.values())))
-        self._batch, self._weight = batch, weight / samples
+        whole = 0.0 if is_nothing(weight) else weight_of(self.task, batch) if pipeline.last else 1.0
+        self._batch, self._weight = batch, weight / whole if whole else 0.0
         with self._autocast():
             losses = pipeline.run(batch["x"], samples)
         self._batch = {}
-        return torch.stack(losses).sum() / weight if losses else None
+        if not losses:
+            return None
+        total = torch.stack(losses).sum()
+        return total / weight if whole else total
 
     def _stage_loss(self, output: Tensor, index: Tensor) -> Tensor:
         part = {name: value[index] for name, value in self._batch.items()}
-        return self.task.loss(output, part) * (len(index) * self._weight)
+        counted = float(len(index)) if counts_samples(self.task) else weight_of(self.task, part)
+        with torch.autocast(output.device.type, enabled=False):  # the schedule runs under that of the run
+            return loss_of(self.task, output, part, counts=counted > 0) * (counted * self._weight)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Which pass exchanges gradients is told to `run_pass`."""
@@ -208,7 +219,9 @@ class ParallelModel:
 
     def _own_square(self) -> Tensor:
         """What this rank adds to the square of the norm."""
-        parts = [gradient.detach().double().square().sum() * share for gradient, share in self._gradients.terms()]
+        parts = [
+            as_reals(gradient.detach()).double().square().sum() * share for gradient, share in self._gradients.terms()
+        ]
         return torch.stack(parts).sum().to(self._device)
 
     def clip(self, limit: float) -> Tensor | None:
@@ -259,7 +272,7 @@ class ParallelModel:
         """Output of the whole model; None on ranks that do not hold the last stage. All ranks call it together."""
         with self._autocast():
             out: Tensor | None = self.stages[0](x) if self._pipeline is None else self._pipeline.forward(x)
-        return None if out is None else out.to(torch.promote_types(out.dtype, torch.float32))
+        return None if out is None else widened(out)
 
     def output_everywhere(self, x: Tensor) -> Tensor:
         """Output of the whole model, on all ranks."""

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from labkit.experiment.layout import Layout
+from labkit.parallel.cast import as_reals
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.stages import places
 from labkit.parallel.timeline import TimedStage, Timeline
+from labkit.workloads.undisturbed import undisturbed
 
 SCHEDULES = {
     "naive": "ScheduleGPipe",
@@ -53,7 +55,7 @@ class _Held(nn.Module):
 
     Before the first batch torch runs every stage to find out shapes, on memory that nobody has written. What is there
     differs from rank to rank, so that ranks that share a mixture of experts would route tokens differently and break
-    off. Unless it `computes` what belongs to a batch, a stage sees zeros.
+    off. Unless it `computes` what belongs to a batch, a stage sees zeros, and its buffers stay as they are.
     """
 
     def __init__(self, inner: nn.Module) -> None:
@@ -61,8 +63,12 @@ class _Held(nn.Module):
         self.inner, self.computes = inner, False
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.computes:
-            x = torch.zeros_like(x, requires_grad=x.requires_grad)
+        if self.computes:
+            return self._run(x)
+        with undisturbed(self.inner):
+            return self._run(torch.zeros_like(x, requires_grad=x.requires_grad))
+
+    def _run(self, x: Tensor) -> Tensor:
         if x.requires_grad:
             x = _Contiguous.apply(x)  # type: ignore[no-untyped-call]
         out: Tensor = self.inner(x)
@@ -139,7 +145,17 @@ class Pipeline:
 
 # Kind, number of dimensions and shape go ahead of a tensor whose receiver does not know them.
 HEAD = 8
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
+_DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.bool,
+    torch.complex64,
+    torch.complex128,
+)
 
 
 def head(x: Tensor) -> Tensor:
@@ -156,12 +172,12 @@ def empty(described: Tensor) -> Tensor:
 
 def _send(x: Tensor, to: int, group: dist.ProcessGroup) -> None:
     dist.send(head(x), to, group)
-    dist.send(x.contiguous(), to, group)
+    dist.send(as_reals(x.contiguous()), to, group)
 
 
 def _receive(source: int, group: dist.ProcessGroup, device: torch.device) -> Tensor:
     described = torch.zeros(HEAD, dtype=torch.int64, device=device)
     dist.recv(described, source, group)
     x = empty(described)
-    dist.recv(x, source, group)
+    dist.recv(as_reals(x), source, group)
     return x

@@ -47,8 +47,11 @@ class Replicate:
         """The keyword handler that Accelerate passes to DistributedDataParallel."""
         from accelerate import DistributedDataParallelKwargs
 
-        # Gradients live in the buckets: no copy in or out.
-        return DistributedDataParallelKwargs(bucket_cap_mb=experiment.gradients.bucket_mb, gradient_as_bucket_view=True)
+        # Gradients live in the buckets: no copy in or out. Buffers are united after each update (buffers.py); sent by
+        # DDP, those of the first rank would take the place of what the others have seen.
+        return DistributedDataParallelKwargs(
+            bucket_cap_mb=experiment.gradients.bucket_mb, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
 
     @staticmethod
     def apply(accelerator: Accelerator, model: nn.Module) -> nn.Module:
@@ -170,9 +173,12 @@ class ReplicatedModel:
 
     def run_pass(self, batch: Batch, weight: float, last: bool, phase: Callable[[str], None]) -> Tensor:
         """Forward and backward; the mean over the ranks is the update's gradient, hence `averaged_over`."""
+        from labkit.parallel.weigh import is_nothing, loss_of
+
         phase("forward")
         with self._autocast():
-            loss: Tensor = self.task.loss(self.wrapped(batch["x"]), batch)
+            output: Tensor = self.wrapped(batch["x"])
+        loss = loss_of(self.task, output, batch, counts=not is_nothing(weight))
         phase("backward")
         (loss * weight).backward()
         self._updates += bool(getattr(self.wrapped, "require_backward_grad_sync", True))
@@ -204,18 +210,19 @@ class ReplicatedModel:
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer has stepped. DDP's gradients stay in its buckets: a new one would have to be copied in."""
         if self.through_ddp and self.averaged_over > 1:
-            optimizer.zero_grad(set_to_none=False)
+            # What no rank has used keeps no gradient, as in one process: zeros would let it decay.
+            optimizer.zero_grad(set_to_none=bool(getattr(self.wrapped, "find_unused_parameters", False)))
         else:
             self.working.zero_grad()
         self.then()
 
     def output(self, x: Tensor) -> Tensor:
         """Output of the model for evaluation, computed as in training."""
-        import torch
+        from labkit.parallel.cast import widened
 
         with self._autocast():
             out: Tensor = self.bare(x)
-        return out.to(torch.promote_types(out.dtype, torch.float32))
+        return widened(out)
 
     @property
     def exchange(self) -> str:

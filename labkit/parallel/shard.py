@@ -28,6 +28,8 @@ from labkit.workloads.base import Blocks
 
 AXES = ("dp_replicate", "dp_shard")
 """Over these `fully_shard` adds gradients up, and divides by the number of ranks."""
+FINALIZES = hasattr(FSDPModule, "finalize_backward")
+"""Can the end of a backward pass be said from outside (torch 2.15)?"""
 
 
 class FullySharded:
@@ -48,6 +50,8 @@ class FullySharded:
         for module in self._modules:
             module.set_requires_gradient_sync(last and not scheduled)
             if scheduled:
+                if FINALIZES:
+                    _as_any(module).set_manual_backward_finalization(True)
                 module.set_reshard_after_backward(False)
                 module.set_reshard_after_forward(False)
                 for part in _sharded_parts(module):
@@ -108,6 +112,8 @@ def _shard(module: nn.Module, mesh: Mesh, offload: bool) -> FSDPModule:
     owns lies in the host's memory and is brought to the GPU for as long as a block is gathered.
     """
     policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    for parameter in module.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP takes no others; most are so already
     grid = mesh.sub(*(axis for axis in AXES if mesh.size(axis) > 1))
     blocks = list(module.blocks.values()) if isinstance(module, Blocks) else []
     held = Counter(parameter for block in blocks for parameter in block.parameters())
@@ -123,15 +129,32 @@ def _sharded_parts(module: Any) -> Iterable[FSDPModule]:
 
 def _exchange(module: FSDPModule) -> None:
     """Reduce-scatter the gradients of all microbatches, free the gathered parameters."""
-    module.set_is_last_backward(True)
     module.set_reshard_after_backward(True)
     module.set_requires_gradient_sync(True)
-    # As torch's own pipeline stage does: there is no public call for it (torch.distributed.pipelining.stage).
+    if FINALIZES:
+        _as_any(module).finalize_backward()
+        _as_any(module).set_manual_backward_finalization(False)
+        return
+    module.set_is_last_backward(True)
+    # As torch's own pipeline stage does (torch.distributed.pipelining.stage): before 2.15 there is no public call.
     state: Any = fully_shard.state(module)  # type: ignore[attr-defined]
     for member in state._state_ctx.all_states:
-        for group in member._fsdp_param_groups:
+        for group in _groups(member):
             group.post_backward()
     state._root_post_backward_final_callback()
+
+
+def _as_any(module: Any) -> Any:
+    """The module, for calls that the pinned torch does not have."""
+    return module
+
+
+def _groups(state: Any) -> list[Any]:
+    """The groups of parameters of one module under `fully_shard`; before torch 2.12 there is at most one."""
+    several = getattr(state, "_fsdp_param_groups", None)
+    if several is not None:
+        return list(several)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from labkit.parallel.collectives import gathered
 from labkit.parallel.cut import Holding
@@ -53,7 +53,7 @@ def gather(model: Spread, optimizer: torch.optim.Optimizer, own: bool = False) -
     def keep(found: State, key: str, name: str, value: Tensor) -> None:
         value = whole_of(value, _holding(model, name), model.mesh) if value.dim() else value
         if keeps:
-            found[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            found[key] = _as_stored(value.detach().cpu()).clone(memory_format=torch.contiguous_format)
 
     for name, parameter in parameters_of(model):
         if not _holding(model, name).copy:
@@ -74,9 +74,10 @@ def restore(model: Spread, optimizer: torch.optim.Optimizer, weights: State, mom
     if model.mesh.size("pp") == 1 and set(weights) != known:
         raise ValueError(f"it holds {', '.join(sorted(set(weights) ^ known)[:3])} or lacks it")
     for name, parameter in parameters_of(model):
-        _copy(part_of(weights[_original(model, name)], model, name, like=parameter), local(parameter))
+        weight = _as_kept(weights[_original(model, name)], parameter)
+        _copy(part_of(weight, model, name, like=parameter), local(parameter))
     for name, buffer in _buffers(model):
-        _copy(weights[name], buffer)
+        _copy(_as_kept(weights[name], buffer), buffer)
     if not moments:  # an optimizer without memory (SGD without momentum) has nothing to restore
         return
     by_name: dict[str, State] = {}
@@ -84,15 +85,17 @@ def restore(model: Spread, optimizer: torch.optim.Optimizer, weights: State, mom
         name, _, key = path.removeprefix("state.").rpartition(".")
         by_name.setdefault(name, {})[key] = value
     if model.sharded:
-        for bucket in model.sharded:
-            stored = {name: by_name[_original(model, name)] for name in bucket.names}
-            for key, value in stored[bucket.names[0]].items():
+        for piece in (piece for bucket in model.sharded for piece in bucket.pieces if piece.name):
+            for key, value in by_name.get(_original(model, piece.name), {}).items():
+                value = _as_kept(value, piece.own)
                 if value.dim():
-                    value = bucket.taken({name: part_of(found[key], model, name) for name, found in stored.items()})
-                optimizer.state[bucket.own][key] = value.to(bucket.own.device, copy=True)
+                    value = piece.of(part_of(value, model, piece.name))
+                optimizer.state[piece.own][key] = value.to(piece.own.device, copy=True)
         return
     for name, parameter in parameters_of(model):
-        for key, value in by_name[_original(model, name)].items() if parameter.requires_grad else ():
+        # An optimizer keeps nothing of a parameter that never had a gradient.
+        for key, value in by_name.get(_original(model, name), {}).items() if parameter.requires_grad else ():
+            value = _as_kept(value, parameter)
             if value.dim():
                 value = part_of(value, model, name, like=parameter)
             value = value.to(parameter.device, copy=True)
@@ -127,9 +130,7 @@ def _moments(model: Spread, optimizer: torch.optim.Optimizer) -> Iterator[tuple[
     """Name of the parameter, key, and value: gathered along dp_shard where ZeRO shards it."""
     if model.sharded:
         for bucket in model.sharded:
-            for key, value in _remembered(optimizer, bucket.own).items():
-                values = bucket.gathered(value) if value.dim() else dict.fromkeys(bucket.names, value)
-                yield from ((name, key, one) for name, one in values.items())
+            yield from bucket.remembered(lambda own: _remembered(optimizer, own))
         return
     for name, parameter in parameters_of(model):
         for key, value in _remembered(optimizer, parameter).items():
@@ -154,7 +155,7 @@ def _original(model: Spread, name: str) -> str:
 
 def whole_of(local: Tensor, holding: Holding, mesh: Mesh) -> Tensor:
     """The uncut tensor from this rank's part (collective)."""
-    tensor = (local.full_tensor() if isinstance(local, DTensor) else local).detach()
+    tensor = (_unsharded(local) if isinstance(local, DTensor) else local).detach()
     if holding.pattern is not None:
         return holding.pattern.spread(tensor)
     for axis, dim in reversed(holding.cuts.items()):
@@ -162,6 +163,23 @@ def whole_of(local: Tensor, holding: Holding, mesh: Mesh) -> Tensor:
         assert group is not None
         tensor = gathered(tensor, group, dim)
     return tensor
+
+
+def _unsharded(tensor: DTensor) -> Tensor:
+    """Return the whole tensor from the rows that `fully_shard` has left on each rank (collective).
+
+    It uses an ordinary collective: the functional one behind `full_tensor()` crashes (SIGSEGV) on a GPU that ranks
+    share over gloo (seen with torch 2.11 on an H200).
+    """
+    part = tensor.to_local().detach()
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):
+            assert placement.dim == 0, "fully_shard cuts along the first dimension"
+            group = tensor.device_mesh.get_group(axis)
+            padded = part.new_zeros((-(-tensor.shape[0] // group.size()), *tensor.shape[1:]))
+            padded[: len(part)] = part
+            part = gathered(padded, group, 0)[: tensor.shape[0]]
+    return part
 
 
 def part_of(tensor: Tensor, model: Spread, name: str, like: Tensor | None = None) -> Tensor:
@@ -175,6 +193,17 @@ def part_of(tensor: Tensor, model: Spread, name: str, like: Tensor | None = None
         rows, index = tensor.chunk(mesh.size("dp_shard"), 0), mesh.index("dp_shard")
         tensor = rows[index] if index < len(rows) else tensor[:0]
     return tensor
+
+
+def _as_stored(tensor: Tensor) -> Tensor:
+    """The tensor as a file of safetensors can hold it: it knows complex numbers of float32 only, others go as pairs."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.dtype == torch.complex128 else tensor
+
+
+def _as_kept(stored: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_as_stored`, for a parameter or buffer `like` this one; its scalars stay as they are."""
+    paired = like.is_complex() and not stored.is_complex() and stored.dim()
+    return torch.view_as_complex(stored.contiguous()) if paired else stored
 
 
 def _copy(source: Tensor, target: Tensor) -> None:

@@ -2,8 +2,9 @@
 
 Kinds: F forward, B whole backward, I backward to the inputs alone, W backward to the weights alone (the two halves into
 which zero-bubble schedules split B: Qi et al. 2023, arXiv:2401.10241). Moments are seconds of CLOCK_MONOTONIC, the same
-clock for all processes of a machine. On a GPU a traced step is computed chunk by chunk: the rank waits for the device
-before and after each.
+clock for all processes of a machine. On a GPU a traced step is computed chunk by chunk: the rank waits for the stream
+that computes before and after each. It does not wait for the whole device: receives that were posted ahead end only
+when another stage has come past its own wait.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 
@@ -43,7 +45,7 @@ class Timeline:
 
     def now(self) -> float:
         if self._cuda:
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
         return time.monotonic()
 
     def keep(self, kind: str, stage: int, microbatch: int, begin: float) -> None:
@@ -80,6 +82,14 @@ class TimedStage(PipelineStage):
     def __init__(self, *given: Any, timeline: Timeline, **named: Any) -> None:
         super().__init__(*given, **named)
         self._timeline = timeline
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """The first messages to neighbours, without those that a stage of a V would send to its own rank.
+
+        gloo refuses them, and torch 2.11 makes them all the same.
+        """
+        own = dist.get_rank()
+        return [operation for operation in super()._get_init_p2p_neighbors_ops() if operation.peer != own]
 
     def _timed(self, kind: str, microbatch: int, compute: Callable[[], Any]) -> Any:
         return self._timeline.timed(kind, self.stage_index, microbatch, compute)

@@ -16,6 +16,7 @@ from labkit.quantization.codes import (
     int8_codes,
     on_int4,
     on_int8,
+    scaled,
     ternary_codes,
 )
 from labkit.quantization.linear import Arithmetic, Operand
@@ -58,7 +59,7 @@ class Int8Arithmetic(Arithmetic):
         """A [m, k] · b [k, n] in float: a scale for each row of a and each column of b."""
         left, rows = int8_codes(a, 1, self.noise if a_is_gradient and self._stochastic else None)
         right, columns = int8_codes(b, 0)
-        return self.multiply(left, right).to(a.dtype).mul_(rows).mul_(columns)
+        return scaled(self.multiply(left, right), a.dtype, rows, columns)
 
 
 class _Int8Product(torch.autograd.Function):

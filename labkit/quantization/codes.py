@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from labkit.quantization.fused import fused
+
 INT8, INT4 = 127, 7
 """The highest codes."""
 GROUP = 32
@@ -38,10 +40,24 @@ def scale_of(x: Tensor, dim: int, highest: int) -> Tensor:
 
 def int8_codes(x: Tensor, dim: int = -1, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Codes (int8, shape of x) and scale (1 along `dim`): all numbers along `dim` share one."""
+    noise = None if generator is None else torch.empty_like(x).uniform_(generator=generator)
+    return _int8_codes(x, dim, noise)
+
+
+@fused
+def _int8_codes(x: Tensor, dim: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `int8_codes`, rounded stochastically by `noise`, uniform between 0 and 1 and shaped like x."""
     scale = scale_of(x, dim, INT8)
     # Multiplied, because dividing takes several times as long; up to rounding the same grid.
-    codes = rounded(x * scale.reciprocal(), generator)
+    steps = x * scale.reciprocal()
+    codes = steps.round() if noise is None else steps.add_(noise).floor_()
     return codes.clamp_(-INT8, INT8).to(torch.int8), scale
+
+
+@fused
+def scaled(product: Tensor, dtype: torch.dtype, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return a product of codes [m, n] as float numbers: times the scales of its rows [m, 1] and columns [1, n]."""
+    return product.to(dtype).mul_(rows).mul_(columns)
 
 
 def on_int8(x: Tensor, dim: int = -1, generator: torch.Generator | None = None) -> Tensor:
@@ -91,7 +107,11 @@ def to_bfloat16(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """
     if generator is None:
         return x.to(torch.bfloat16)
-    bits = x.contiguous().view(torch.int32)
     noise = torch.randint(0, 1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
-    cut = (bits + noise).bitwise_and_(-(1 << 16)).view(torch.float32)
+    return _cut_to_bfloat16(x.contiguous(), noise)
+
+
+@fused
+def _cut_to_bfloat16(x: Tensor, noise: Tensor) -> Tensor:
+    cut = (x.view(torch.int32) + noise).bitwise_and_(-(1 << 16)).view(torch.float32)
     return torch.where(x.isfinite(), cut, x).to(torch.bfloat16)

@@ -18,6 +18,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from labkit.quantization.fused import fused
+
 BLOCK = 256
 PER_OCTAVE = 12
 SMALLEST = 4096
@@ -37,14 +39,20 @@ def pack(x: Tensor, signed: bool, generator: torch.Generator) -> tuple[Tensor, T
     """Codes (uint8) [blocks · 256] and scales (float32) [blocks, 1] of a float32 tensor."""
     flat = x.reshape(-1)
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    noise = torch.empty_like(blocks).uniform_(generator=generator)
+    return _pack(blocks, noise, _values(127 if signed else 255, x.device), signed)
+
+
+@fused
+def _pack(blocks: Tensor, noise: Tensor, values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """As `pack`, of whole blocks [blocks, 256], rounded by `noise`, uniform between 0 and 1."""
     scale = blocks.abs().amax(1, keepdim=True)
-    top = 127 if signed else 255
-    values = _values(top, x.device)
+    top = len(values) - 1
     part = blocks.abs().div_(scale.clamp_min(torch.finfo(torch.float32).tiny))
     low = part.log2().mul_(PER_OCTAVE).add_(top).floor_().clamp_(0, top).to(torch.int32)
     below, above = values[low], values[(low + 1).clamp_max_(top)]
     chance = (part - below) / (above - below).clamp_min_(torch.finfo(torch.float32).tiny)
-    codes = low + (torch.empty_like(part).uniform_(generator=generator) < chance)
+    codes = low + (noise < chance)
     if signed:
         codes = codes + 128 * (blocks < 0)
     else:
@@ -54,8 +62,14 @@ def pack(x: Tensor, signed: bool, generator: torch.Generator) -> tuple[Tensor, T
 
 def unpack(codes: Tensor, scale: Tensor, signed: bool, like: Tensor) -> Tensor:
     """The float32 tensor, shaped `like` another, that they stand for."""
+    numbers = _unpack(codes.view(-1, BLOCK), scale, _values(127 if signed else 255, codes.device), signed)
+    return numbers.view(-1)[: like.numel()].view(like.shape)
+
+
+@fused
+def _unpack(codes: Tensor, scale: Tensor, values: Tensor, signed: bool) -> Tensor:
     index = codes.int()
-    values = _values(127, codes.device)[index & 127] if signed else _values(255, codes.device)[index]
-    if signed:
-        values = torch.where(index < 128, values, -values)
-    return values.view(-1, BLOCK).mul(scale).view(-1)[: like.numel()].view(like.shape)
+    if not signed:
+        return values[index] * scale
+    numbers = values[index & 127]
+    return torch.where(index < 128, numbers, -numbers) * scale

@@ -30,10 +30,15 @@ class Float8(Single):
 
     @staticmethod
     def handlers() -> list[Any]:
-        """The recipe of torchao."""
-        from accelerate.utils import AORecipeKwargs
+        """Return Accelerate's recipe for torchao: one scale per tensor, weights that stay ordinary float32 tensors.
 
-        return [AORecipeKwargs()]
+        Accelerate's default lets FSDP gather weights in fp8; each weight then becomes a subclass of Tensor without
+        storage of its own, which no checkpoint and no trace can read.
+        """
+        from accelerate.utils import AORecipeKwargs
+        from torchao.float8 import Float8LinearConfig
+
+        return [AORecipeKwargs(config=Float8LinearConfig(pad_inner_dim=True))]
 
     @staticmethod
     def missing(machine: Machine) -> str:

@@ -93,13 +93,23 @@ class Arithmetic:
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
-    """torch._int_mm; on GPUs it wants more than 16 rows and multiples of 8, so zeros are added there and cut off."""
-    if a.is_cuda:
-        rows, inner, columns = a.shape[0], a.shape[1], b.shape[1]
-        a = nn.functional.pad(a, (0, -inner % 8, 0, max(-rows % 8, 24 - rows)))
-        b = nn.functional.pad(b, (0, -columns % 8, 0, -inner % 8))
-        return torch._int_mm(a, b)[:rows, :columns]
-    return torch._int_mm(a, b)
+    """Multiply int8 matrices a [m, k] and b [k, n] exactly: int32 [m, n], by `torch._int_mm`."""
+    if not a.is_cuda:
+        return torch._int_mm(a, b)
+    rows, columns = a.shape[0], b.shape[1]
+    return torch._int_mm(*cublas_operands(a, b))[:rows, :columns]
+
+
+def cublas_operands(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a [m, k] and b [k, n] as cuBLAS multiplies int8 on every GPU: a row-major, b column-major.
+
+    Zeros are added so that there are more than 16 rows and every size is a multiple of 8. Other layouts are refused
+    with CUBLAS_STATUS_NOT_SUPPORTED, always (a column-major) or on some GPUs (pytorch #169956, #169961).
+    """
+    rows, inner, columns = a.shape[0], a.shape[1], b.shape[1]
+    a = nn.functional.pad(a, (0, -inner % 8, 0, max(-rows % 8, 24 - rows))).contiguous()
+    b = nn.functional.pad(b.t(), (0, -inner % 8, 0, -columns % 8)).contiguous()
+    return a, b.t()
 
 
 class NarrowLinear(nn.Linear):

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from labkit.experiment import Optimizer
 from labkit.quantization.codes import to_bfloat16
 from labkit.quantization.eight_bit import SMALLEST, pack, unpack
+from labkit.quantization.fused import fused
 
 State = dict[str, Any]
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
@@ -116,11 +117,9 @@ class NarrowAdamW(Narrow):
         first, second = self.settings.momentum, 0.999
         known = self.plain(state, weight)
         m, v = (_local(known[name]) if name in known else torch.zeros_like(gradient) for name in SIGNED)
-        m.lerp_(gradient, 1 - first)
-        v.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        denominator = v.sqrt().div_((1 - second**step) ** 0.5).add_(self.settings.eps)
-        weight.addcdiv_(m, denominator, value=-group["lr"] / (1 - first**step))
+        kept = 1 - group["lr"] * group["weight_decay"]
+        root, rate = (1 - second**step) ** 0.5, group["lr"] / (1 - first**step)
+        _adamw(weight, gradient, m, v, first, second, kept, root, self.settings.eps, rate)
         for (name, signed), moment in zip(SIGNED.items(), (m, v), strict=True):
             if packs:
                 state.pop(name, None)
@@ -135,6 +134,26 @@ class NarrowAdamW(Narrow):
             if f"{name}_codes" in state:
                 found[name] = unpack(state[f"{name}_codes"], state[f"{name}_scale"], signed, like)
         return found
+
+
+@fused
+def _adamw(
+    weight: Tensor,
+    gradient: Tensor,
+    m: Tensor,
+    v: Tensor,
+    first: float,
+    second: float,
+    kept: float,
+    root: float,
+    eps: float,
+    rate: float,
+) -> None:
+    """Update weight and moments in place: w ← kept·w - rate · m / (√v / root + eps)."""
+    m.lerp_(gradient, 1 - first)
+    v.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+    weight.mul_(kept)
+    weight.addcdiv_(m, v.sqrt().div_(root).add_(eps), value=-rate)
 
 
 def _local(tensor: Any) -> Tensor:

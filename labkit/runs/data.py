@@ -213,6 +213,8 @@ class RunData:
         """When rank 0 went on after what was no update, and how long that had taken."""
         self._grad_norm = GrowingArray(np.float64)  # the parity proof compares it to 1e-9
         self._lr = GrowingArray(np.float32)
+        self.rehearsal_seconds: dict[int, float] = {}
+        """How long each rank tried the task before step 1 (s)."""
         self._stamps: dict[str, tuple[int, int, int]] = {}
         self._turn = 0
         self._drawn = False
@@ -616,6 +618,13 @@ class RunData:
         self.exported = found
         return True
 
+    def _rehearsal(self, number: int, event: dict[str, Any]) -> bool:
+        """Take what the trial of the task before step 1 took; what it found is said by the run's warnings."""
+        seconds = _number(event.get("seconds"))
+        if seconds is not None and 0 <= seconds < 1e9:
+            self.rehearsal_seconds[number] = seconds
+        return number in self.rehearsal_seconds
+
     def _memory(self, number: int, event: dict[str, Any]) -> bool:
         peak = _integer(event.get("peak_bytes"), 0, 2**62)
         if peak is not None:
@@ -821,6 +830,7 @@ class RunData:
 
 
 _HANDLERS = {
+    "rehearsal": RunData._rehearsal,
     "start": RunData._start,
     "first_step": RunData._first_step,
     "steps": RunData._steps,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import signal
 import sys
-import threading
 import time
 from typing import Any
 
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from labkit.experiment.run_directory import TERMINAL
 from labkit.experiment.safe_files import printable
 from labkit.runs.data import RunData
+from labkit.runs.interrupts import endings
 from labkit.runs.run import Run
 
 REFRESH_S = 0.2
@@ -42,33 +42,28 @@ def follow(run: Run, quiet: bool = False) -> Run:
         nonlocal asked
         asked += 1
 
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, interrupted) if in_main else None
     obeyed = 0
-    try:
-        with live:
-            task = live.add_task(f"{name} starting", total=None, figures="")
-            while True:
-                data.refresh(0.05)
-                state = run.state
-                live.update(
-                    task,
-                    description=f"{name} {state}",
-                    total=data.total_steps,
-                    completed=data.first + data.steps,
-                    figures=figures(data),
-                )
-                if state in TERMINAL:
-                    return run
-                if asked > obeyed:
-                    said = "ending it" if asked > 1 else "stopping after this step; once more to end it at once"
+    with endings(interrupted), live:
+        task = live.add_task(f"{name} starting", total=None, figures="")
+        while True:
+            data.refresh(0.05)
+            state = run.state
+            live.update(
+                task,
+                description=f"{name} {state}",
+                total=data.total_steps,
+                completed=data.first + data.steps,
+                figures=figures(data),
+            )
+            if state in TERMINAL:
+                return run
+            if asked > obeyed:
+                said = "ending it" if asked > 1 else "stopping after this step; once more to end it at once"
+                run.request_stop(0.0 if asked > 1 else None)
+                obeyed = asked
+                with contextlib.suppress(OSError):  # the terminal may be closed
                     console.print(said)
-                    run.request_stop(0.0 if asked > 1 else None)
-                    obeyed = asked
-                time.sleep(REFRESH_S)
-    finally:
-        if in_main:
-            signal.signal(signal.SIGINT, before)
+            time.sleep(REFRESH_S)
 
 
 def figures(data: RunData) -> str:

@@ -24,7 +24,7 @@ def cap(path: Path, most: int = LOG_CAP_BYTES) -> None:
         return
     with path.open("rb") as file:
         file.seek(-most // 4, os.SEEK_END)
-        end = file.read()
+        end = file.read(most // 4)  # and no more: a writer may be faster than a reader, who would never come to an end
     with path.open("r+b") as file:
         file.truncate(0)
     with path.open("ab") as file:

@@ -10,11 +10,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from labkit.experiment import Experiment, ExperimentError
-from labkit.experiment.run_directory import TERMINAL, RunDirectory, read_json, write_json
+from labkit.experiment.run_directory import TERMINAL, RunDirectory, read_json
 from labkit.runs import logs
 from labkit.runs import status as run_status
 from labkit.runs.data import RunData
-from labkit.runs.processes import boot_id, kill
+from labkit.runs.liveness import Life, look
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def status(self) -> dict[str, Any]:
-        """The status as on disk; if the supervisor is gone, its terminal state is written now."""
+        """The status as far as it can be told from here; the owner of a run whose supervisor is gone writes its end."""
         return run_status.reconcile(self.directory)
 
     @property
@@ -84,7 +84,9 @@ class Run:
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self.done:
             if deadline is not None and time.monotonic() > deadline:
-                raise TimeoutError(f"run {self.id} is still {self.state} after {timeout:g} s; it goes on")
+                status = self.status
+                why = status.get("notice") or "it goes on"
+                raise TimeoutError(f"run {self.id} is still {status['state']} after {timeout:g} s; {why}")
             time.sleep(POLL_S)
         return self
 
@@ -99,21 +101,22 @@ class Run:
 
         `grace` (s) is the time for that before ranks are ended by force; None takes launch.grace_s.
         """
-        if not self.done:
-            write_json(self.directory.stop, {"requested": time.time(), "grace_s": grace})
+        status = run_status.stored(self.directory)
+        if status is None or status["state"] not in TERMINAL or look(self.directory.alive) is Life.ALIVE:
+            request = {"requested": time.time(), "grace_s": grace}
+            run_status.write_even_if_full(self.directory, self.directory.stop, request)
 
     def stop(self, grace: float | None = None) -> Run:
-        """Ask the run to stop and wait for its end. Bounded: a supervisor that does not obey is killed."""
+        """Ask the run to stop and wait for its end. Bounded: a supervisor that does not obey is killed.
+
+        TimeoutError if it has not ended then and cannot be ended from here.
+        """
         self.request_stop(grace)
         bound = (self._grace_s() if grace is None else grace) + OVERTIME_S
         try:
             return self.wait(bound)
         except TimeoutError:
-            status = run_status.read(self.directory)
-            # A directory that somebody else wrote may name any process.
-            if status.get("boot") == boot_id() and self.directory.path.stat().st_uid == os.getuid():
-                kill(status.get("supervisor"))
-                kill(None if status.get("supervisor") else status.get("launcher"))
+            run_status.end_by_force(self.directory)
             return self.wait(OVERTIME_S)
 
     def _grace_s(self) -> float:

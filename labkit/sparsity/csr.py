@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from labkit.workloads.undisturbed import undisturbed
+
 if TYPE_CHECKING:
     from labkit.experiment import Experiment
 
@@ -191,7 +193,8 @@ def rows_seen(model: nn.Module, names: Iterable[str], sample: Tensor) -> dict[st
 
         if isinstance(module, nn.Linear):
             hooks.append(module.register_forward_pre_hook(see))
-    model(sample)
+    with undisturbed(model):
+        model(sample)
     for hook in hooks:
         hook.remove()
     return rows

@@ -23,7 +23,7 @@ class Entries(Protocol):
 
     def whole(self, read: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]: ...
 
-    def parts(self, whole: Mapping[str, Tensor], otherwise: float) -> Iterator[tuple[nn.Parameter, Tensor]]: ...
+    def parts(self, whole: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]: ...
 
     def held_parts(self, whole: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]: ...
 
@@ -82,7 +82,7 @@ class Masks:
         # Weights where passes compute with them: with ZeRO, a rank optimizes a part, which lies in the same memory.
         for parameter, keeps in self._entries.held_parts(come_or_gone):
             _multiply(parameter, keeps)
-        for parameter, keeps in self._entries.parts(come_or_gone, 1.0):
+        for parameter, keeps in self._entries.parts(come_or_gone):
             for value in self._moments(parameter):
                 _multiply(value, keeps)
         return churn
@@ -101,7 +101,7 @@ class Masks:
         return [value for value in values if isinstance(value, Tensor) and value.dim()]
 
     def _spread(self) -> None:
-        self._parts = list(self._entries.parts({n: m.to(torch.float32) for n, m in self.whole.items()}, 1.0))
+        self._parts = list(self._entries.parts({n: m.to(torch.float32) for n, m in self.whole.items()}))
 
     def hold_gradients(self) -> None:
         """Masked weights get no gradient."""
@@ -111,7 +111,7 @@ class Masks:
 
     def add_to_gradients(self, whole: dict[str, Tensor]) -> None:
         """Add to the gradients that the optimizer sees."""
-        for parameter, part in self._entries.parts(whole, 0.0):
+        for parameter, part in self._entries.parts(whole):
             if parameter.grad is not None:
                 _own(parameter.grad).add_(part)
 

@@ -108,6 +108,10 @@ class Sparsifier:
         """
         return {}
 
+    def notes(self) -> list[str]:
+        """What a person should know before the training begins, one sentence each, e.g. a target out of reach."""
+        return []
+
     def begin(self) -> None:
         """Before the first update of a new run."""
 

@@ -17,5 +17,6 @@ class SparseEvolutionaryTraining(Dynamic):
         """Chance, the same on every rank."""
         import torch
 
-        generator = torch.Generator().manual_seed((self.seed * 100_003 + number) * 1_000_003 + step + 1)
+        seed = (self.seed * 100_003 + number) * 1_000_003 + step + 1
+        generator = torch.Generator().manual_seed(seed % 2**63)
         return torch.rand(weight.shape, generator=generator).to(weight.device)

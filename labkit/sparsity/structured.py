@@ -10,6 +10,7 @@ normalised otherwise, so they stay.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
+
+
+NEAR = 0.02
+"""A sparsity that differs from its target by no more is met."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,28 @@ class Structured(Cubic):
         """All of the whole network."""
         return units_of(model)
 
+    def notes(self) -> list[str]:
+        """Units go whole and each module keeps one at least, so few units cannot come close to every target."""
+        shapes, units = self.setting.shapes, self.setting.units
+        zeros = weights = 0.0
+        for each in units:
+            size = sum(math.prod(shapes[name]) for name in (*each.into, each.out))
+            weights += size
+            zeros += size * (1 - self._kept(self.target, each.number) / each.number)
+        reached = zeros / weights
+        if abs(reached - self.target) <= NEAR:
+            return []
+        fewest = min(each.number for each in units)
+        return [
+            f"sparsity.target {self.target:g} is out of reach for structured sparsity, which ends at {reached:.2f}: "
+            f"units and heads go whole, some modules have only {fewest}, and each keeps at least one"
+        ]
+
+    @staticmethod
+    def _kept(sparsity: float, number: int) -> int:
+        """How many of so many units stay."""
+        return max(1, round((1 - sparsity) * number))
+
     def choose(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Keep the strongest units of each module."""
         from labkit.sparsity.choose import largest
@@ -68,7 +95,7 @@ class Structured(Cubic):
                 continue  # another stage's
             squares = sum(_parts(weights[name], units.number).square().sum((1, 2)) for name in units.into)
             squares = squares + _parts(weights[units.out].t(), units.number).square().sum((1, 2))
-            kept = largest(squares, max(1, round((1 - self.sparsity(step + 1)) * units.number)))
+            kept = largest(squares, self._kept(self.sparsity(step + 1), units.number))
             for name in units.into:
                 masks[name] = _spread(kept, weights[name])
             masks[units.out] = _spread(kept, weights[units.out].t()).t().contiguous()

@@ -10,6 +10,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from labkit.parallel.cast import placed
 from labkit.quantization.converted import plain
 from labkit.sparsity.export import ordinary
 from labkit.training.evaluation import BATCH
@@ -33,7 +34,7 @@ def bare(model: nn.Module) -> nn.Module:
 def fetched(data: Data, indices: list[int], device: torch.device) -> Batch:
     """Samples in float32."""
     batch = data.__getitems__(indices)
-    return {name: x.to(device, torch.float32 if x.is_floating_point() else None) for name, x in batch.items()}
+    return {name: placed(x, device, torch.float32) for name, x in batch.items()}
 
 
 def inputs(task: Task, size: int, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from labkit.experiment import Experiment
 from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel
 from labkit.training.numbers import Watch
@@ -17,27 +18,40 @@ from labkit.training.runtime import Runtime
 from labkit.workloads.base import Task
 
 BATCH = 256
+"""Held-out samples that one rank evaluates at once, at most."""
 Model = ReplicatedModel | ParallelModel
 
 
-def evaluate(
-    task: Task, model: Model, runtime: Runtime, alive: Callable[[], None], watch: Watch | None = None
-) -> dict[str, float]:
-    """Sums over the whole held-out set, equal on all ranks. `alive` is called before every batch.
+def batch_size(experiment: Experiment, device: torch.device) -> int:
+    """Return how many held-out samples one rank evaluates at once.
 
-    `watch` sees the layers of this rank in the first one.
+    On a GPU it is never more than a training pass has: what fits in training must not run out of memory afterwards
+    (a vocabulary of 32,000 and a context of 1,024 make 33 GB of scores for 256 samples).
+    """
+    if device.type != "cuda":
+        return BATCH
+    shares = experiment.layout.data_parallel * experiment.gradients.accumulation
+    return min(BATCH, math.ceil(experiment.training.global_batch / shares))
+
+
+def evaluate(
+    task: Task, model: Model, runtime: Runtime, alive: Callable[[], None], size: int, watch: Watch | None = None
+) -> dict[str, float]:
+    """Return sums over the whole held-out set, equal on all ranks, computed over `size` samples at once.
+
+    `alive` is called before every batch; `watch` sees the layers of this rank in the first one.
     """
     index, shares = runtime.mesh.samples
     mine = np.array_split(np.arange(len(task.test)), shares)[index]
     # Ranks that work together on a sample must all run, and as often: every share has as many batches as the longest.
     longest = math.ceil(len(task.test) / shares)
-    rounds = max(1, math.ceil(longest / BATCH))
+    rounds = max(1, math.ceil(longest / size))
     totals: dict[str, float] = {}
     model.train(False)
     with torch.no_grad():
         for turn in range(rounds):
             alive()
-            indices = mine[turn * BATCH : (turn + 1) * BATCH]
+            indices = mine[turn * size : (turn + 1) * size]
             empty = not len(indices)
             batch = runtime.place(task.test.__getitems__([0] if empty else indices.tolist()))
             with watch.over(len(batch["x"])) if watch and not turn else nullcontext():

@@ -12,7 +12,9 @@ import os
 import resource
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -41,6 +43,11 @@ class Board(Protocol):
     def stops_at(self) -> int | None: ...
 
     def asked_to_stop(self) -> bool: ...
+
+    def open_gate(self) -> None: ...
+
+    @property
+    def gate_open(self) -> bool: ...
 
 
 class _Step:
@@ -87,7 +94,13 @@ class Meter:
         """Seconds of processor time so far that went into waiting for others."""
         self._spun = 0.0
         self.busy = self.samples = 0.0
-        """Seconds that the last step computed, waiting left out (on a GPU not known), and its samples."""
+        """Seconds that were computed, waiting left out, and for how many samples.
+
+        On a CPU those of the last step. On a GPU those of the steps that it has finished since the step before, and
+        of them the forward passes: nothing waits for other ranks there.
+        """
+        self._unmeasured: deque[_Step] = deque()
+        """Steps that a GPU has not finished yet."""
         self._step: _Step | None = None
         self._waiting: list[_Step] = []
         self._lock = threading.Lock()
@@ -183,8 +196,8 @@ class Meter:
         step = self._step
         assert step is not None
         step.ended = time.monotonic()
-        self.busy, self.samples = step.busy, step.samples
         step.marks.append(("", self._clock.now()))
+        self.busy, self.samples = (step.busy, step.samples) if self._device.type == "cpu" else self._finished(step)
         self._step = None
         with self._lock:
             self._waiting.append(step)
@@ -196,6 +209,17 @@ class Meter:
                 self.events.write("first_step", seconds=time.monotonic() - self.requested)
         if self._failure is not None:
             self.raise_failure()
+
+    def _finished(self, step: _Step) -> tuple[float, float]:
+        """Return seconds of forward passes and samples of the steps that the GPU has finished since the last call."""
+        self._unmeasured.append(step)
+        seconds = samples = 0.0
+        while self._unmeasured and self._clock.passed(self._unmeasured[0].marks[-1][1]):
+            finished = self._unmeasured.popleft()
+            pairs = zip(finished.marks, finished.marks[1:], strict=False)
+            forward = sum(self._clock.seconds(begin, end) for (name, begin), (_, end) in pairs if name == "forward")
+            seconds, samples = seconds + forward + finished.busy, samples + finished.samples
+        return seconds, samples
 
     def raise_failure(self) -> None:
         """Raise what went wrong in the background thread (a full disk) in the loop."""
@@ -227,13 +251,14 @@ class Meter:
                 ready.append(self._waiting.pop(0))
         if not ready:
             return
+        losses = iter(_read([loss for step in ready for loss, _ in step.losses]))
         columns: dict[str, list[Any]] = {name: [] for name in ("loss", "samples", "seconds", *SPANS, "compute")}
         on_gpu = self._device.type == "cuda"
         for step in ready:
             spans = dict.fromkeys(SPANS, 0.0)
             for (name, begin), (_, end) in zip(step.marks, step.marks[1:], strict=False):
                 spans[name] += self._clock.seconds(begin, end)
-            total = sum(float(loss) * samples for loss, samples in step.losses)
+            total = sum(next(losses) * samples for _, samples in step.losses)
             columns["loss"].append(total / (step.samples or 1))
             columns["samples"].append(step.samples)
             columns["seconds"].append(round(self._clock.seconds(step.marks[0][1], step.marks[-1][1]), 7))
@@ -257,6 +282,26 @@ class Meter:
         if any(step.staleness is not None for step in ready):
             columns["staleness"] = [step.staleness for step in ready]
         self.events.write("steps", first=ready[0].number, **columns)
+
+
+def _read(losses: list[Tensor]) -> list[float]:
+    """Return numbers that the device has computed, with one copy to the host for all of them.
+
+    On a GPU the copy runs on a stream of its own: on the stream of the training loop it would wait for all the steps
+    that are queued there, one copy per pass.
+    """
+    if not losses:
+        return []
+    if losses[0].device.type != "cuda":
+        return [float(loss) for loss in losses]
+    with torch.cuda.stream(_copies(losses[0].device)):
+        numbers: list[float] = torch.stack([loss.double() for loss in losses]).tolist()
+    return numbers
+
+
+@lru_cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def resident_bytes() -> int:

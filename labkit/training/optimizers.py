@@ -30,11 +30,13 @@ def make_optimizer(
     groups = [group for group in groups if group["params"]]
     if make is not None:
         return make(groups)
+    # The fused kernels know real numbers only; the others take a complex one as two real ones.
+    fused = not any(parameter.is_complex() for parameter, _ in pairs)
     if settings.name == "sgd":
         # With torch 2.13 the fused kernel of SGD, unlike that of AdamW, does not know sharded parameters.
-        fused = not any(isinstance(parameter, DTensor) for parameter, _ in pairs)
+        fused = fused and not any(isinstance(parameter, DTensor) for parameter, _ in pairs)
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999), eps=settings.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999), eps=settings.eps, fused=fused)
 
 
 def learning_rate(settings: Optimizer, step: int, steps: int) -> float:

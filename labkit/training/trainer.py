@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from labkit.experiment import Experiment
+from labkit.experiment.fault import TaskFault
 from labkit.experiment.registry import registry
 from labkit.experiment.resume import same_ranks, task_code
 from labkit.experiment.run_directory import RunDirectory
@@ -21,10 +23,12 @@ from labkit.gradients.exchange import Counters, Exchanges
 from labkit.gradients.update import Setting
 from labkit.gradients.wire import Wire
 from labkit.parallel import shared_memory, state
+from labkit.parallel.buffers import Buffers
+from labkit.parallel.cast import at_least_float32, place_module
 from labkit.parallel.cut import Holding
 from labkit.parallel.entries import Entries
 from labkit.parallel.model import ParallelModel
-from labkit.parallel.replicate import ReplicatedModel, share_weight
+from labkit.parallel.replicate import ReplicatedModel
 from labkit.quantization.narrowing import Narrowing
 from labkit.quantization.scaling import LossScaling
 from labkit.sparsity.csr import CsrLinear
@@ -32,19 +36,27 @@ from labkit.sparsity.masks import Masks
 from labkit.sparsity.method import Setting as SparsitySetting
 from labkit.training import afterwards, checkpoint, evaluation, slow
 from labkit.training.clock import clock
+from labkit.training.compiled import Compiled
 from labkit.training.events import EventWriter
-from labkit.training.exactness import inexact_parts
+from labkit.training.exactness import inexact_parts, uneven_loss
 from labkit.training.link import Link
+from labkit.training.loaders import end_with_rank
 from labkit.training.meter import Board, Meter, peak_bytes
 from labkit.training.numbers import Watch
 from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
+from labkit.training.rehearsal import rehearse
 from labkit.training.runtime import Runtime
+from labkit.training.samples import Loaded, Passes, as_it_is, received
 from labkit.training.sampling import Order, PassSampler
 from labkit.training.shares import Shares
 from labkit.training.trace import Trace
+from labkit.training.weights import Weight, Weights
 from labkit.workloads.base import Batch, Task
+from labkit.workloads.fetch import fetch
 
 DEFAULT_EVALUATIONS = 10
+_BETWEEN_PASSES = 0x9E3779B97F4A7C15
+"""Between the seeds of the passes of one update in loader processes: far from those of other updates."""
 WAIT_S = 0.02
 """Between two looks of a rank that waits for another one, which may take long."""
 
@@ -66,7 +78,14 @@ class Trainer:
         self.runtime, self.meter, self.board = runtime, meter, board
         self.events: EventWriter = meter.events
         training = experiment.training
-        whole = task.model.to(runtime.device, runtime.dtype)
+        whole = place_module(task.model, runtime.device, runtime.dtype)
+        if isinstance(loss_module := getattr(task, "loss_module", None), nn.Module):
+            place_module(loss_module, runtime.device, at_least_float32(runtime.dtype))
+        self.order = Order(len(task.train), training.global_batch, training.seed)
+        rehearsed = rehearse(experiment, task, runtime, self.order, meter.phase)
+        self.events.write("rehearsal", **rehearsed.event())
+        if rehearsed.irregular:
+            experiment = runtime.expect_gaps(experiment)
         sparsity = registry("sparsity")[experiment.sparsity.method].load()
         sparsity_options = sparsity.Options(**experiment.sparsity.options)
         shapes = sparsity.shapes(whole, sparsity_options)
@@ -74,15 +93,27 @@ class Trainer:
         sparse_layers = sparsity.prepare(
             whole, experiment, sparsity_options, shapes, lambda: runtime.place(task.train.__getitems__([0]))["x"]
         )
-        self.about_model = {
+        self.about_model: dict[str, Any] = {
             "parameters": sum(parameter.numel() for parameter in whole.parameters()),
-            "warnings": inexact_parts(whole, runtime.ranks),
+            "warnings": inexact_parts(
+                whole,
+                1 if runtime.isolated else runtime.ranks,
+                experiment.gradients.accumulation,
+                task if rehearsed.foreign else None,
+                runtime.place,
+            )
+            + rehearsed.notes,
         }
-        self.order = Order(len(task.train), training.global_batch, training.seed)
+        if not runtime.isolated and runtime.ranks * experiment.gradients.accumulation > 1:
+            uneven = uneven_loss(task, runtime.place)
+            if uneven is not None and experiment.gradients.update.method == "synchronous":
+                raise TaskFault(uneven)
+            self.about_model["warnings"] += [] if uneven is None else [uneven]
         self.steps = training.steps or self.order.steps(training.epochs or 1)
         place = runtime.mesh.index("dp_replicate", "dp_shard", "pp", "cp", "ep")
         self.narrowing = Narrowing(experiment, place, self.steps, runtime.device)
         self.narrowing.convert(whole)
+        self.compiled = Compiled(experiment, whole, runtime.device)
         del whole  # a layout may free the parts that other ranks hold
         scaler = runtime.accelerator.scaler
         self.scaling = LossScaling(scaler, runtime.device) if scaler is not None else None
@@ -138,6 +169,7 @@ class Trainer:
         masks = Masks(Entries(self.model, shapes), self.optimizer)
         setting = SparsitySetting(experiment, sparsity_options, masks, shapes, self.steps, sparse_layers, sparse_units)
         self.sparsity = sparsity(setting)
+        self.about_model["warnings"] += self.sparsity.notes()
         self.first = self._load(Path(resume)) if resume else self._begin_anew()
         self.exchanges.resume(self.first)
         self.narrowing.start(self.model.stages.values(), self.optimizer, self.first)
@@ -148,6 +180,15 @@ class Trainer:
         """What all updates of this run have cost."""
         if isinstance(self.model, ReplicatedModel):
             self.model.use(self.update.works_on())
+        self.weights = Weights(
+            task,
+            runtime,
+            training.global_batch,
+            self.model.averaged_over,
+            self.update.one_batch and not runtime.isolated,
+        )
+        self.buffers = Buffers(self.model.stages, runtime.mesh) if self.update.one_batch else None
+        """Those that the ranks hold in common; under other rules each has its own until they meet."""
         follow = experiment.training.shares == "speed" and runtime.ranks > 1 and not runtime.isolated
         self.shares = Shares(runtime.ranks, follow, runtime.device)
         self.watch: Watch | None = None
@@ -162,17 +203,30 @@ class Trainer:
         """Train to the end or until asked to stop; True if it was stopped before its end."""
         self._write_start()
         self._write_sparsity(self.first)
+        self._compute_once_uncompiled()
         self.model.train()
         stopped = self._draw_tickets() if self.update.draws else self._go_through_rounds()
         self.events.write("memory", peak_bytes=peak_bytes(self.runtime.device))
         if not stopped:
             self._look_afterwards()
         if stopped and self.done > self._saved_at and self.experiment.training.checkpoint_every != 0:
+            if self.buffers is not None:
+                self.buffers.settle()
             self._save(self.done, unscheduled=not self._due(self.done, self._evaluate_every))
         if not self.update.draws:
             self.update.close()
         self._write_figures()
         return stopped
+
+    def _compute_once_uncompiled(self) -> None:
+        """Let hooks that wait for their first call (which types are at work) have it before blocks are compiled.
+
+        A hook that is there when a block is compiled splits it in two, in all blocks that share what was compiled.
+        """
+        if self.compiled.blocks:
+            self.model.train(False)
+            with torch.no_grad(), self.compiled.uncompiled():
+                self.model.output(self.runtime.place(self.task.train.__getitems__([0]))["x"])
 
     def _go_through_rounds(self) -> bool:
         """Every rank does every update; True if they were stopped."""
@@ -230,13 +284,12 @@ class Trainer:
         self.narrowing.begin(step)
         rule.pull()
         shares = self.runtime.mesh.samples[1]
-        for number, indices in enumerate(self.order.passes(step, share, shares, self.passes)):
-            if number:
-                meter.phase("data")
-            batch = runtime.place(self.task.train.__getitems__(indices.tolist()))
-            loss = self.run_pass(batch, self._weight(len(indices)), number == self.passes - 1, meter.phase)
+        indices = self.order.passes(step, share, shares, self.passes)
+        batches = (runtime.place(fetch(self.task.train, chosen.tolist(), "train")) for chosen in indices)
+        for number, (batch, weight) in enumerate(self._weighed(batches)):
+            loss = self.run_pass(batch, self._scaled(weight.gradient), number == self.passes - 1, meter.phase)
             assert loss is not None
-            meter.loss(loss, len(indices))
+            meter.loss(loss * weight.shown, len(next(iter(batch.values()))))
         meter.phase("optimizer")
         self._measure_gradient()
         stale = rule.push(ticket)
@@ -252,7 +305,7 @@ class Trainer:
 
     def _traced_step(self, step: int, batches: Iterator[Batch]) -> None:
         """One update, and what it looked like on this rank."""
-        with self.trace as trace:
+        with self.trace as trace, self.compiled.uncompiled():
             self._step(step, batches, trace)
         self.events.write("trace", step=step + 1, **trace.found())
 
@@ -265,16 +318,15 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         runtime.seed(self._random_state(step, runtime.rank))
         self.narrowing.begin(step)
-        for number in range(self.passes):
-            if number:
-                meter.phase("data")
-            batch = next(batches)
+        seen = 0
+        for number, (batch, weight) in enumerate(self._weighed(batches)):
             samples = len(next(iter(batch.values())))
+            seen += samples
             last = number == self.passes - 1
             with self.update.passes(self.model, last, step), self.sparsity.passes(step):
-                loss = self.run_pass(batch, self._weight(samples), last, meter.phase)
+                loss = self.run_pass(batch, self._scaled(weight.gradient), last, meter.phase)
             if loss is not None:
-                meter.loss(loss, samples * self.model.counted)
+                meter.loss(loss if weight.shown == 1 else loss * weight.shown, samples * self.model.counted)
         meter.phase("optimizer")
         self.update.before_update(step)
         self.sparsity.before_update(step)
@@ -287,6 +339,8 @@ class Trainer:
         if stale is not None:
             meter.staleness(stale)
         self.model.after_update(self.optimizer)
+        if self.buffers is not None:
+            self.buffers.after_update(seen)
         meter.exchanged(self._exchanged())
         meter.end()
         self.shares.computed(step, meter.busy, meter.samples)
@@ -339,10 +393,21 @@ class Trainer:
         self._sum += found
         return found
 
-    def _weight(self, samples: int) -> Any:
-        """Weight of the mean loss over `samples` so that the update is the mean over the global batch."""
-        weight = share_weight(samples, self.experiment.training.global_batch, self.model.averaged_over)
-        return weight if self.scaling is None else self.scaling.scaled(weight)
+    def _weighed(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Weight]]:
+        """The passes of one update and what each counts; fetched one by one where that is known before."""
+        if not self.weights.by_samples:
+            passes = [batch for _, batch in zip(range(self.passes), batches, strict=False)]
+            yield from zip(passes, self.weights.of(passes), strict=True)
+            return
+        for number in range(self.passes):
+            if number:
+                self.meter.phase("data")
+            batch = next(batches)
+            yield batch, self.weights.of_samples(len(next(iter(batch.values()))))
+
+    def _scaled(self, weight: float) -> Any:
+        """The weight of a mean loss, times the scale that keeps small gradients of float16 from vanishing."""
+        return weight if self.scaling is None or not weight else self.scaling.scaled(weight)
 
     def _batches(self) -> Iterator[Batch]:
         """The passes of this rank, in order.
@@ -361,18 +426,28 @@ class Trainer:
             self.passes,
             lambda: self.shares.weights if follow else None,
         )
+        data = Loaded(self.task.train, self.runtime.seed if self.runtime.spread else None)
+        passes = Passes(sampler, self._seeds_of_pass)
         workers, cuda = self.experiment.training.loader_workers, self.runtime.device.type == "cuda"
         if not workers and not cuda:
-            return map(self.task.train.__getitems__, sampler)
-        return iter(
-            DataLoader(
-                self.task.train,  # type: ignore[arg-type]
-                batch_sampler=sampler,
-                collate_fn=_as_it_is,  # type: ignore[arg-type]
-                num_workers=workers,
-                pin_memory=cuda,
-            )
+            return map(received, map(data.__getitems__, passes))
+        loader: Any = DataLoader(
+            data,  # type: ignore[arg-type]
+            batch_sampler=passes,  # type: ignore[arg-type]
+            collate_fn=as_it_is,  # type: ignore[arg-type]
+            num_workers=workers,
+            worker_init_fn=partial(end_with_rank, os.getpid()) if workers else None,
+            pin_memory=cuda,
         )
+        return map(received, loader)
+
+    def _seeds_of_pass(self, number: int) -> tuple[int, int]:
+        """Seeds of the pass with this number in the row of this run's passes: for its samples, and for the rest."""
+        step, part = divmod(number, self.passes)
+        places = (self.runtime.mesh.samples[0], self.runtime.rank)
+        states = (self._random_state(self.first + step, place) for place in places)
+        for_samples, for_the_rest = ((state + part * _BETWEEN_PASSES) % 2**63 for state in states)
+        return for_samples, for_the_rest
 
     # -- between updates ----------------------------------------------------------------------------------------------
 
@@ -384,6 +459,8 @@ class Trainer:
         if not (evaluates or saves):
             return
         with self.link.paused():
+            if self.buffers is not None:
+                self.buffers.settle()
             if evaluates:
                 self._evaluate(step, last=step == self.steps)
             if saves:
@@ -422,8 +499,9 @@ class Trainer:
         mesh = self.runtime.mesh
         if last and mesh.rank == mesh.writer:
             self.watch = Watch(self.model.stages, self.model.holdings, mesh)
-        with self.update.judged(), self.sparsity.passes():
-            sums = evaluation.evaluate(self.task, self.model, self.runtime, alive, self.watch)
+        with self.update.judged(), self.sparsity.passes(), self.compiled.uncompiled():
+            size = evaluation.batch_size(self.experiment, self.runtime.device)
+            sums = evaluation.evaluate(self.task, self.model, self.runtime, alive, size, self.watch)
             if last:
                 sums |= evaluation.drive(self.task, self.model, self.runtime, self.experiment.training.seed, alive)
         if self.runtime.rank == 0:
@@ -436,8 +514,7 @@ class Trainer:
         """The trained network in other forms, if that was asked for (collective; the first rank makes them)."""
         if not afterwards.wanted(self.experiment):
             return
-        looked = self.runtime.folder / "looked"
-        with self.update.judged(), self.sparsity.passes():
+        with self.update.judged(), self.sparsity.passes(), self.compiled.uncompiled():
             if self.runtime.rank == 0:
                 alive = partial(self.meter.phase, "evaluation")
                 trained = afterwards.Trained(
@@ -451,8 +528,8 @@ class Trainer:
                 )
                 for event, found in afterwards.look(trained):
                     self.events.write(event, **found)
-                looked.touch()
-            while not looked.exists():  # no collective: it would have to end within its own timeout
+                self.board.open_gate()
+            while not self.board.gate_open:  # no collective: it would have to end within its own timeout
                 self.meter.phase("evaluation")
                 time.sleep(WAIT_S)
 
@@ -555,6 +632,7 @@ class Trainer:
                 "dtype": str(runtime.dtype).removeprefix("torch."),
                 "products": str(runtime.product_type()).removeprefix("torch."),
                 "compressor": self.exchanges.installed,
+                "compiled": self.compiled.effective(),
                 "sparse_kernel": f"{self.sparsity.kernel} in {len(layers)} layers" if layers else "none",
                 "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else "none",
                 "exchange": self.model.exchange,
@@ -600,8 +678,3 @@ class Trainer:
             "compression_seconds": counted.compression_seconds / updates,
             "method": self.exchanges.installed,
         }
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    """Data sets hand out whole batches; there is nothing left to collate."""
-    return batch

@@ -93,8 +93,21 @@ class Task(Protocol):
     test: Data
     metric: Metric
 
+    loss_module: nn.Module | None
+    """The loss as a module, if it is one: it holds tensors (class weights) that move and are cast with the run."""
+
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """Mean loss over the samples of the batch (a scalar). The loop weighs it by the rank's share of the batch."""
+        """Mean loss of the batch (a scalar). The loop weighs it by `batch_weight`, so that parts make up the whole.
+
+        Zero, and no NaN, for a batch whose weight is zero.
+        """
+        ...
+
+    def batch_weight(self, batch: Batch) -> Tensor | float:
+        """What the batch's mean loss is a mean over: the number of samples, or of valid targets, or a sum of weights.
+
+        Proportional to the divisor of `loss`; it depends on the batch alone. Zero for a batch that counts nothing.
+        """
         ...
 
     def evaluate(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -124,7 +137,11 @@ class ClassificationTask:
     def __init__(self, model: nn.Module, train: Data, test: Data, **facts: Any) -> None:
         self.model, self.train, self.test = model, train, test
         self.metric = Metric("accuracy", "Held-out accuracy", True, "%")
+        self.loss_module: nn.Module | None = None
         self._facts = facts
+
+    def batch_weight(self, batch: Batch) -> Tensor | float:
+        return float(len(batch["y"]))
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         return nn.functional.cross_entropy(output, batch["y"])

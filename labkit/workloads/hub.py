@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 import socket
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from labkit.workloads.files import kind, split_of_file, walk
 from labkit.workloads.rules import is_path
-
-TEST_NAMES = ("test", "validation", "valid", "dev", "eval")
+from labkit.workloads.splits import choose
 
 
 def use_cache_when_offline() -> None:
@@ -32,8 +33,8 @@ def use_cache_when_offline() -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def load(data: str) -> tuple[Any, Any | None]:
-    """The training and the held-out part of `data` as `datasets.Dataset`; the latter is None where there is none.
+def load(data: str) -> tuple[Any, Any | None, dict[str, Any]]:
+    """The training and the held-out part of `data` as `datasets.Dataset` (None for none), and what was taken.
 
     `data` is a folder, a .parquet file, or a name on the hub: `name`, `owner/name` or `owner/name:configuration`.
     Raises ValueError in one sentence where nothing can be loaded.
@@ -45,12 +46,12 @@ def load(data: str) -> tuple[Any, Any | None]:
     datasets.disable_progress_bars()  # a rank writes to a log
     path = Path(data).expanduser()
     try:
-        if is_path(data):
-            found = (
-                datasets.load_dataset(str(path))
-                if path.is_dir()
-                else datasets.load_dataset("parquet", data_files={"train": str(path)})
-            )
+        if is_path(data) and path.is_dir():
+            found = datasets.load_dataset(**({"path": str(path)} | _data_files(path)))
+        elif is_path(data):
+            if path.exists() and kind(path) != "parquet":
+                raise ValueError("it is no parquet file")
+            found = datasets.load_dataset("parquet", data_files={"train": str(path)})
         else:
             name, _, configuration = data.partition(":")
             found = datasets.load_dataset(name, configuration or None)
@@ -59,29 +60,76 @@ def load(data: str) -> tuple[Any, Any | None]:
     return split(found)
 
 
-def split(found: Any) -> tuple[Any, Any | None]:
-    """Pick the training and the held-out part of a `datasets.DatasetDict` by their names."""
-    names = list(found)
-    train = "train" if "train" in names else names[0]
-    test = next((name for name in TEST_NAMES if name in names and name != train), None)
-    return found[train], None if test is None else found[test]
+def _data_files(folder: Path) -> dict[str, Any]:
+    """How to load a folder of parquet files, by the splits that their names say; {} for other folders."""
+    files, _ = walk(folder)
+    parquet = [file for file in files if kind(file) == "parquet"]
+    if not parquet:
+        return {}
+    parquet_file = import_module("pyarrow.parquet").ParquetFile
+    for file in parquet:
+        try:
+            parquet_file(file).close()
+        except (OSError, ValueError) as error:  # pyarrow's own errors are kinds of these
+            raise ValueError(f"{file.relative_to(folder)} is damaged: {first_line(error)}") from error
+    parts: dict[str, list[str]] = {}
+    for file in parquet:
+        parts.setdefault(split_of_file(file, folder) or "all", []).append(str(file))
+    return {"path": "parquet", "data_files": parts}
 
 
-def column(dataset: Any, wanted: str, kind: str, candidates: list[str], option: str) -> str:
-    """The column to use: `wanted` if given, else the only candidate; ValueError names the columns and the option."""
-    names = ", ".join(dataset.column_names)
+def split(found: Any) -> tuple[Any, Any | None, dict[str, Any]]:
+    """Pick the training and the held-out part of a `datasets.DatasetDict` by their names; what is held out is told."""
+    train, test, left_out = choose(list(found), "the data set")
+    if len(train) > 1:
+        raise ValueError(
+            f"the data set has several parts to train on: {', '.join(train)}; give one of them as a folder"
+        )
+    about = {
+        "train_split": train[0],
+        "held_out": f"split {test[0]}" if test else "a part of the training split",
+        "splits_left_out": [*test[1:], *left_out],
+    }
+    return found[train[0]], found[test[0]] if test else None, about
+
+
+def column(dataset: Any, wanted: str, what: str, candidates: list[str], option: str) -> str:
+    """The column of a data set to use; see `choose_column`."""
+    return choose_column(dataset.column_names, wanted, what, candidates, option)
+
+
+def choose_column(names: list[str], wanted: str, what: str, candidates: list[str], option: str) -> str:
+    """The column to use: `wanted` if given, else the only candidate.
+
+    Raises ValueError with the columns and the option where the column is not there, or where there is a choice.
+    """
+    listing = ", ".join(map(str, names))
     if wanted:
-        if wanted not in dataset.column_names:
-            raise ValueError(f"there is no column {wanted!r} ({option}); columns: {names}")
+        if wanted not in names:
+            raise ValueError(f"there is no column {wanted!r} ({option}); columns: {listing}")
         return wanted
     if not candidates:
-        raise ValueError(f"no column looks like {kind}; name it with {option}; columns: {names}")
+        raise ValueError(f"no column looks like {what}; name it with {option}; columns: {listing}")
+    if len(candidates) > 1:
+        raise ValueError(f"several columns may be the {what}: {', '.join(candidates)}; name it with {option}")
     return candidates[0]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says (300 characters of it), else its kind."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 300 else f"{line[:300]}…"
 
 
 def sentence(data: str, error: Exception) -> str:
     """Why `data` cannot be loaded and what to do instead, from whatever was raised."""
-    first = (str(error).strip().splitlines() or [""])[0]
+    first = first_line(error)
+    cause = error.__cause__ or error.__context__
+    while cause is not None:  # datasets says that "an error occurred"; its causes say which
+        if str(cause).strip() and first_line(cause) not in first:
+            first = f"{first.rstrip('.')}: {first_line(cause)}"
+            break
+        cause = cause.__cause__ or cause.__context__
     if is_path(data):
         return f"cannot read {data}: {first or type(error).__name__}"
     said = first.lower()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,16 @@ from numpy.typing import NDArray
 from labkit.workloads import hub
 from labkit.workloads.base import Batch
 from labkit.workloads.digits import stratified_split
+from labkit.workloads.image_folder import ImageFolder, read_folder
 from labkit.workloads.images import Images, majority_share
+from labkit.workloads.pixels import GROUND, rgb
+from labkit.workloads.rules import is_path
+
+Source = Callable[[int], tuple[Path | bytes, str]]
+"""An index to (a path or the bytes of a file, its name for people)."""
+Part = tuple[Source, NDArray[np.int64]]
+TRIED_S = 1.0
+"""How long the images of a part are tried before training."""
 
 MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
 DEVIATION = np.array([0.229, 0.224, 0.225], dtype=np.float32)
@@ -22,49 +34,143 @@ _LABEL_NAMES = ("label", "labels", "class", "target", "fine_label", "coarse_labe
 
 
 class StoredImages:
-    """Rows of a `datasets.Dataset`: `x` [N, 3, side, side] float32 (RGB, normalised), `y` [N] int64."""
+    """Encoded images: `x` [N, 3, side, side] float32 (RGB, normalised), `y` [N] int64.
 
-    def __init__(self, rows: Any, image_column: str, labels: NDArray[np.int64], side: int) -> None:
-        self.rows, self.column, self.labels, self.side = rows, image_column, labels, side
+    `source` gives what an index holds, a path or the bytes of a file, and its name for people.
+    """
+
+    def __init__(self, source: Source, labels: NDArray[np.int64], side: int) -> None:
+        self.source, self.labels, self.side = source, labels, side
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         chosen = list(indices)
-        pixels = np.stack([self._pixels(image) for image in self.rows[chosen][self.column]])
+        pixels = np.stack([self.pixels(index) for index in chosen])
         x = torch.from_numpy((pixels - MEAN) / DEVIATION).permute(0, 3, 1, 2).contiguous()
         return {"x": x, "y": torch.from_numpy(self.labels[chosen])}
 
-    def _pixels(self, image: Any) -> NDArray[np.float32]:
-        from PIL.Image import Resampling
+    def pixels(self, index: int) -> NDArray[np.float32]:
+        """The image as [side, side, 3]; ValueError names one that cannot be read."""
+        from PIL import Image, UnidentifiedImageError
 
-        small = image.convert("RGB").resize((self.side, self.side), Resampling.BILINEAR)
-        return np.asarray(small, dtype=np.float32) / np.float32(255)
+        held, name = self.source(index)
+        try:
+            with Image.open(held if isinstance(held, Path) else io.BytesIO(held)) as image:
+                return rgb(image, self.side)
+        except UnidentifiedImageError:
+            raise ValueError(f"the image {name} cannot be read: it is no image of a kind that is known here") from None
+        except ValueError as error:
+            raise ValueError(f"the image {name} {error}") from None
+        except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, struct.error, …
+            raise ValueError(f"the image {name} cannot be read: {hub.first_line(error)}") from error
+
+    def try_all(self, seconds: float = TRIED_S) -> None:
+        """Decode every image, as far as there is time: a bad one is better known before training."""
+        until = time.monotonic() + seconds
+        for index in range(len(self)):
+            if time.monotonic() > until:
+                return
+            self.pixels(index)
 
 
 def hub_images(data: str, side: int, image_column: str = "", label_column: str = "") -> Images:
-    """Load with `datasets`, find the columns, and hold out a stratified fifth if there is no held-out part."""
-    train, test = hub.load(data)
-    image = hub.column(train, image_column, "images", _image_columns(train), "workload.image_column")
-    label = hub.column(train, label_column, "labels", _label_columns(train), "workload.label_column")
-    train = _decoded(train, image)
-    names, train_labels = _labels(train, label)
+    """Labelled images of a folder, a file or the hub; a stratified fifth is held out if there is no held-out part."""
+    path = Path(data).expanduser()
+    folder = read_folder(path) if is_path(data) and path.is_dir() and not _described(path) else None
+    if folder is not None:
+        for option, column in (("image_column", image_column), ("label_column", label_column)):
+            if column:
+                raise ValueError(f"there is no column {column!r} (workload.{option}): {data} is a folder of images")
+        parts = _of_folder(folder, path)
+        about: dict[str, Any] = {
+            "held_out": f"files named {folder.split}" if folder.split else "a fifth of each class",
+            "skipped_files": folder.skipped,
+        }
+        names = sorted({name for _, name in folder.train})
+    else:
+        names, parts, about = _of_table(data, image_column, label_column)
+    (train_source, train_labels), test = parts
     if test is None:
         train_rows, test_rows = stratified_split(train_labels)
-        parts = [(train.select(rows), train_labels[rows]) for rows in (train_rows, test_rows)]
-    else:
-        parts = [(train, train_labels), (_decoded(test, image), _labels(test, label, names)[1])]
-    if not all(len(labels) for _, labels in parts):
+        test = (_selected(train_source, test_rows), train_labels[test_rows])
+        train_source, train_labels = _selected(train_source, train_rows), train_labels[train_rows]
+    test_source, test_labels = test
+    if not len(train_labels) or not len(test_labels):
         raise ValueError(f"{data} has too few images to hold some out")
-    (train, train_labels), (test, test_labels) = parts
+    if len(names) < 2:
+        raise ValueError(f"{data} has one class only ({names[0]}): there is nothing to tell apart")
+    absent = [name for number, name in enumerate(names) if number not in set(test_labels.tolist())]
+    if absent:
+        about["classes_not_held_out"] = absent
+        about["notes"] = [f"the held-out part has no image of {', '.join(absent[:5])}: they count nothing in accuracy"]
+    stored = StoredImages(train_source, train_labels, side), StoredImages(test_source, test_labels, side)
+    for part in stored:
+        part.try_all()
+    counts = {name: int((train_labels == number).sum()) for number, name in enumerate(names)}
     return Images(
-        StoredImages(train, image, train_labels, side),
-        StoredImages(test, image, test_labels, side),
+        *stored,
         channels=3,
         classes=names,
         majority_share=majority_share(test_labels),
+        about=about | {"images_per_class": counts, "ground": GROUND},
     )
+
+
+def _described(path: Path) -> bool:
+    """Whether a file beside the images says what they are, as `datasets` reads it."""
+    return any(path.rglob("metadata.csv")) or any(path.rglob("metadata.jsonl"))
+
+
+def _of_folder(folder: ImageFolder, root: Path) -> tuple[Part, Part | None]:
+    names = sorted({name for _, name in folder.train})
+    unknown = sorted({name for _, name in folder.held_out} - set(names))
+    if unknown:
+        raise ValueError(f"{root} has held-out classes that are not trained on: {', '.join(unknown)}")
+    number = {name: index for index, name in enumerate(names)}
+
+    def part(files: list[tuple[Path, str]]) -> Part:
+        paths = [path for path, _ in files]
+        labels = np.array([number[name] for _, name in files], dtype=np.int64)
+        return (lambda index: (paths[index], str(paths[index]))), labels
+
+    return part(folder.train), part(folder.held_out) if folder.held_out else None
+
+
+def _of_table(
+    data: str, image_column: str, label_column: str
+) -> tuple[list[str], tuple[Part, Part | None], dict[str, Any]]:
+    train, test, about = hub.load(data)
+    image = hub.column(train, image_column, "images", _image_columns(train), "workload.image_column")
+    label = hub.column(train, label_column, "labels", _label_columns(train), "workload.label_column")
+    names, train_labels = _labels(train, label)
+    parts = (_source(_encoded(train, image), image, "training"), train_labels), None
+    about |= {"image_column": image, "label_column": label}
+    if test is None:
+        return names, parts, about
+    for column in (image, label):
+        if column not in test.column_names:
+            raise ValueError(f"the held-out part has no column {column!r}; columns: {', '.join(test.column_names)}")
+    held_out = _source(_encoded(test, image), image, "held-out"), _labels(test, label, names)[1]
+    return names, (parts[0], held_out), about
+
+
+def _source(rows: Any, column: str, part: str) -> Source:
+    def read(index: int) -> tuple[Path | bytes, str]:
+        stored = rows[index][column]
+        name = f"in row {index} of the {part} part"
+        if stored is None or (stored["bytes"] is None and not stored["path"]):
+            raise ValueError(f"the image {name} is missing")
+        if stored["bytes"] is not None:
+            return stored["bytes"], f"{name} ({stored['path']})" if stored["path"] else name
+        return Path(stored["path"]), stored["path"]
+
+    return read
+
+
+def _selected(source: Source, rows: NDArray[np.int64]) -> Source:
+    return lambda index: source(int(rows[index]))
 
 
 def _image_columns(rows: Any) -> list[str]:
@@ -82,18 +188,18 @@ def _label_columns(rows: Any) -> list[str]:
     return typed or [name for name in _LABEL_NAMES if name in rows.column_names]
 
 
-def _decoded(rows: Any, image_column: str) -> Any:
-    """Rows whose images come as PIL images, whatever the file said about the column's type."""
+def _encoded(rows: Any, image_column: str) -> Any:
+    """Rows whose images come as bytes or paths, whatever the file said about the column's type."""
     import datasets
 
     feature = rows.features[image_column]
     if isinstance(feature, datasets.Image):
-        return rows
+        return rows.cast_column(image_column, datasets.Image(decode=False))
     if getattr(feature, "dtype", "") in ("string", "large_string"):
         # Would be taken as paths or addresses: a foreign data set could have files of this machine opened.
         raise ValueError(f"column {image_column!r} does not hold images, it holds text")
     try:
-        return rows.cast_column(image_column, datasets.Image())
+        return rows.cast_column(image_column, datasets.Image(decode=False))
     except Exception as error:  # pyarrow and datasets raise many kinds here
         raise ValueError(f"column {image_column!r} does not hold images") from error
 

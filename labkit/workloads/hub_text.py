@@ -1,56 +1,134 @@
-"""Text from a .txt file, a folder, a parquet file or the hub."""
+"""Text from files of any kind, from a folder of them, or from the hub."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from labkit.workloads.files import Folder, Kind, kind, read_text, rows, texts_of
+from labkit.workloads.rules import is_path
 
 _NAMES = ("text", "content", "document", "sentence", "story", "article")
 _TEST_SHARE_OF_LIMIT = 10
 """The held-out part is read up to a tenth of the limit: enough to judge by, and evaluation stays short."""
+_LOOKED_AT = 200
+"""Rows by which a column is judged to hold text."""
+
+Row = tuple[str, dict[str, Any]]
+"""(its place in words, values by column)."""
 
 
-def hub_text(data: str, text_column: str, max_characters: int) -> tuple[str, str | None]:
-    """The training text and the held-out text (None: cut from the end of the training text).
+def hub_text(data: str, text_column: str, max_characters: int) -> tuple[str, str | None, dict[str, Any]]:
+    """The training text, the held-out text (None: cut from the end of the training text), and what was taken.
 
-    Rows are joined by an empty line, in their order, until there are `max_characters`. Raises ValueError in a sentence.
+    Files and folders named as splits are splits. Rows are joined by an empty line, in their order, until there are
+    `max_characters`. Raises ValueError in a sentence.
     """
+    limit = max(1000, max_characters // _TEST_SHARE_OF_LIMIT)
+    if not is_path(data):
+        from labkit.workloads import hub
+
+        train, test, about = hub.load(data)
+        parts = [_dataset_rows(train, "training"), None if test is None else _dataset_rows(test, "held-out")]
+        return _from_rows(parts[0] or [], parts[1], text_column, max_characters, limit, about)
     path = Path(data).expanduser()
-    if path.is_file() and path.suffix == ".txt":
-        return _read(path)[:max_characters], None
-    if path.is_dir() and any(path.glob("*.txt")):
-        files = sorted(path.glob("*.txt"))
-        return "\n\n".join(_read(file) for file in files)[:max_characters], None
-
-    from labkit.workloads import hub
-
-    train, test = hub.load(data)
-    column = hub.column(train, text_column, "text", _text_columns(train), "workload.text_column")
-    held_out = None if test is None else _join(test, column, max(1000, max_characters // _TEST_SHARE_OF_LIMIT))
-    return _join(train, column, max_characters), held_out
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    folder = texts_of(path) if path.is_dir() else Folder(train=[path], kind=_kind_of_one(path))
+    about = {
+        "files": len(folder.train),
+        "held_out": f"{len(folder.held_out)} files named {folder.split}" if folder.split else "the end of the text",
+        "held_out_files": [str(file.relative_to(path)) for file in folder.held_out][:20],
+        "skipped_files": folder.skipped,
+    }
+    if folder.kind == "text":
+        if text_column:
+            raise ValueError(f"there is no column {text_column!r} (workload.text_column): {data} is plain text")
+        held_out = _joined(folder.held_out)[:limit] if folder.held_out else None
+        return _joined(folder.train)[:max_characters], held_out, about
+    test_rows = _rows_of(folder.held_out, folder.kind) if folder.held_out else None
+    return _from_rows(_rows_of(folder.train, folder.kind), test_rows, text_column, max_characters, limit, about)
 
 
-def _text_columns(rows: Any) -> list[str]:
-    strings = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in _STRINGS]
-    return [name for name in _NAMES if name in strings] or strings
+def _kind_of_one(path: Path) -> Kind:
+    what = kind(path)
+    if what in ("image", "other"):
+        raise ValueError(f"cannot read {path}: it holds no text that is known here (parquet, JSON, CSV, plain text)")
+    return what
 
 
-_STRINGS = ("string", "large_string")
+def _joined(files: list[Path]) -> str:
+    return "\n\n".join(read_text(file) for file in files)
 
 
-def _join(rows: Any, column: str, limit: int) -> str:
+def _rows_of(files: list[Path], what: Kind) -> Iterator[Row]:
+    for file in files:
+        yield from rows(file, what)
+
+
+def _dataset_rows(dataset: Any, name: str) -> Iterator[Row]:
+    for number, row in enumerate(dataset):
+        yield f"row {number} of the {name} part", row
+
+
+def _from_rows(
+    train: Iterable[Row],
+    test: Iterable[Row] | None,
+    text_column: str,
+    most: int,
+    most_held_out: int,
+    about: dict[str, Any],
+) -> tuple[str, str | None, dict[str, Any]]:
+    ahead = []
+    iterator = iter(train)
+    for row in iterator:
+        ahead.append(row)
+        if len(ahead) == _LOOKED_AT:
+            break
+    if not ahead:
+        raise ValueError("the training part has no rows")
+    column = _column([row for _, row in ahead], text_column)
+    empty = [0]
+
+    def whole() -> Iterator[Row]:
+        yield from ahead
+        yield from iterator
+
+    text = _join(whole(), column, most, empty)
+    held_out = None if test is None else _join(test, column, most_held_out, empty)
+    return text, held_out, about | {"text_column": column, "empty_rows": empty[0]}
+
+
+def _column(seen: list[dict[str, Any]], text_column: str) -> str:
+    from labkit.workloads.hub import choose_column
+
+    names = list(dict.fromkeys(name for row in seen for name in row))
+    strings = [
+        name
+        for name in names
+        if any(isinstance(row.get(name), str) for row in seen)
+        and all(isinstance(row.get(name), str | None) for row in seen)
+    ]
+    known = [name for name in _NAMES if name in strings]
+    return choose_column(names, text_column, "text", known or strings, "workload.text_column")
+
+
+def _join(table: Iterable[Row], column: str, limit: int, empty: list[int]) -> str:
+    """The column's texts with an empty line between them; rows without any are counted in `empty`."""
     parts, length = [], 0
-    for row in rows.select_columns([column]):
-        text = row[column] or ""
+    for place, row in table:
+        text = row.get(column)
+        if text is None or text == "":
+            empty[0] += 1
+            continue
+        if not isinstance(text, str):
+            raise ValueError(f"{place}: column {column!r} does not hold text, it holds {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{place}: column {column!r} holds half a character (the lone surrogate {text[error.start]!a}), "
+                "which is no text"
+            ) from None
         parts.append(text)
         length += len(text) + 2
         if length >= limit:

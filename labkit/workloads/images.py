@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +25,8 @@ class Images:
     classes: list[str]
     majority_share: float
     """Share of the most frequent class in the held-out part: what always guessing it would score."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What was taken, as facts."""
 
 
 def majority_share(labels: Any) -> float:

@@ -14,6 +14,7 @@ from pydantic import Field, JsonValue
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options
 from labkit.workloads.rules import extra_missing, hub_data, is_path, nearest_divisor, without_effect
+from labkit.workloads.sizes import SMALL_LLAMA, gpt_parameters, needed_bytes, transformers_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +34,7 @@ class LanguageOptions(Options):
     model: Literal["gpt", "transformers"] = "gpt"
     """The network: labkit's own GPT, or a causal model of the transformers library."""
     data: str = Field(default=DOCUMENTATION, min_length=1, max_length=500)
-    """Text: python-docs (no download), a .txt file, a folder of them, a parquet file, or a data set of the hub."""
+    """Text: python-docs (no download), a file or folder of text, JSON, CSV or parquet, or a data set of the hub."""
     context: int = Field(default=64, ge=4, le=65536)
     """Tokens that a sample holds and that the network looks back on (tokens)."""
     width: int = Field(default=128, ge=8, le=8192)
@@ -72,7 +73,8 @@ class Language:
     @classmethod
     def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         options = LanguageOptions(**experiment.workload.options)
-        yield from _network_problems(options)
+        wrong = list(_network_problems(options))
+        yield from wrong or _memory_problems(options, experiment, machine)
         if options.data == DOCUMENTATION:
             yield from _batch_problems(options, experiment.training.global_batch)
         elif not _plain_text(options.data):
@@ -99,11 +101,11 @@ class Language:
 
         options = read(LanguageOptions, options)
         if options.data == DOCUMENTATION:
-            texts: tuple[str, str | None] = (python_documentation()[: options.max_characters], None)
+            text, held_out, about = python_documentation()[: options.max_characters], None, dict[str, Any]()
         else:
             from labkit.workloads.hub_text import hub_text
 
-            texts = hub_text(options.data, options.text_column, options.max_characters)
+            text, held_out, about = hub_text(options.data, options.text_column, options.max_characters)
         model: nn.Module
         if options.model == "transformers":
             from labkit.workloads.models.transformers import causal_model, encoder
@@ -129,18 +131,47 @@ class Language:
                     options.mlp_growth,
                     options.tied,
                 )
-        corpus = Corpus.from_text(*texts, encode, vocabulary)
-        return LanguageTask(model, corpus, options.context, data=options.data)
+        corpus = Corpus.from_text(text, held_out, encode, vocabulary)
+        _refuse_leak(options, model, vocabulary)
+        return LanguageTask(model, corpus, options.context, data=options.data, about=about)
 
 
+def _refuse_leak(options: LanguageOptions, model: nn.Module, vocabulary: int) -> None:
+    from labkit.workloads.causal import refuse_leak
+
+    config = options.transformers_config or {}
+    name, advice = options.pretrained or str(config.get("model_type", "gpt")), ""
+    if config and not config.get("is_decoder"):
+        advice = 'set "is_decoder": true in workload.transformers_config, or choose a decoder such as llama'
+    elif options.model == "transformers":
+        advice = "choose a decoder such as llama"
+    try:
+        refuse_leak(model, vocabulary, options.context, name, advice)
+    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+        from labkit.workloads.hub import first_line
+
+        hint = "" if not config or "pad_token_id" in config else '; some models need a "pad_token_id"'
+        raise ValueError(f"{name} cannot run with these settings: {first_line(error)}{hint}") from error
+
+
+MASKED_BY_ITSELF = (None, "sdpa", "flash_attention_2", "flash_attention_3")
+"""Kinds of attention that are causal where they are given no mask, as in a chain of blocks."""
 CHAINED = ("llama", "mistral", "qwen2", "qwen3")
 """Kinds of transformers models that labkit can take apart into blocks."""
 
 
 def is_chain(config: Mapping[str, Any], context: int) -> bool:
-    """Can such a model of transformers be cut: a known kind, and no token looks back less far than `context`?"""
+    """Can such a model of transformers be cut: a known kind, and no token looks back less far than `context`?
+
+    Its attention must also be causal by itself, without the mask that the library would make.
+    """
     window = config.get("sliding_window")
-    return config.get("model_type") in CHAINED and (not isinstance(window, int) or window >= context)
+    kinds = [config.get(name) for name in ("attn_implementation", "_attn_implementation")]
+    return (
+        config.get("model_type") in CHAINED
+        and (not isinstance(window, int) or window >= context)
+        and all(kind in MASKED_BY_ITSELF for kind in kinds)
+    )
 
 
 def _network_problems(options: LanguageOptions) -> Iterator[Problem]:
@@ -151,10 +182,10 @@ def _network_problems(options: LanguageOptions) -> Iterator[Problem]:
             yield Problem(
                 "workload.transformers_config",
                 "a model of transformers needs either its configuration here or a folder or id in workload.pretrained",
-                '{"model_type": "llama"}' if config is None else None,
+                SMALL_LLAMA if config is None else None,
             )
         if config is not None and not isinstance(config.get("model_type"), str):
-            yield Problem("workload.transformers_config", 'has no "model_type"', '{"model_type": "llama"}')
+            yield Problem("workload.transformers_config", 'has no "model_type"', SMALL_LLAMA)
         if options.pretrained and is_path(options.pretrained) and not Path(options.pretrained).expanduser().is_dir():
             yield Problem("workload.pretrained", f"there is no folder {options.pretrained}")
         return
@@ -173,6 +204,28 @@ def _network_problems(options: LanguageOptions) -> Iterator[Problem]:
     for name in ("transformers_config", "pretrained"):
         if getattr(options, name):
             yield Problem(f"workload.{name}", "belongs to model=transformers, the model here is gpt")
+
+
+def _memory_problems(options: LanguageOptions, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """A network that this machine's memory cannot hold while it is trained on the CPU; GPUs are asked when they run."""
+    if options.pretrained or machine.device(experiment.launch.device) != "cpu":
+        return
+    config = options.transformers_config
+    if config is not None:
+        parameters = transformers_parameters(config, BYTES)
+        field, smaller = "workload.transformers_config", SMALL_LLAMA
+    else:
+        parameters = gpt_parameters(options.width, options.depth, options.experts, BYTES, options.context)
+        field, smaller = "workload.width", "128"
+    layout = experiment.layout
+    needed = needed_bytes(parameters, max(1, layout.dp_replicate), max(1, layout.world_size))
+    if needed > machine.memory_bytes:
+        yield Problem(
+            field,
+            f"about {parameters / 1e9:.1f} billion parameters need at least {needed / 2**30:.0f} GiB to be trained in "
+            f"this layout, this machine has {machine.memory_bytes / 2**30:.0f} GiB",
+            smaller,
+        )
 
 
 def _batch_problems(options: LanguageOptions, global_batch: int) -> Iterator[Problem]:
@@ -194,5 +247,6 @@ def _batch_problems(options: LanguageOptions, global_batch: int) -> Iterator[Pro
 
 
 def _plain_text(data: str) -> bool:
-    """An existing .txt file is read without any package."""
-    return data.endswith(".txt") and Path(data).expanduser().is_file()
+    """An existing file of text, JSON or CSV is read without any package."""
+    path = Path(data).expanduser()
+    return path.is_file() and path.suffix.lower() not in (".parquet", ".arrow", ".feather")

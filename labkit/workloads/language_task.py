@@ -21,11 +21,14 @@ class LanguageTask:
 
     metric = Metric("bits_per_character", "Held-out bits per character", False, "bits")
 
-    def __init__(self, model: nn.Module, corpus: Corpus, context: int, data: str) -> None:
+    def __init__(
+        self, model: nn.Module, corpus: Corpus, context: int, data: str, about: Mapping[str, Any] | None = None
+    ) -> None:
         self.model, self.corpus = model, corpus
         self.train: Data = Windows(corpus.train, context)
         self.test: Data = Windows(corpus.test, context)
-        self._data = data
+        self.loss_module: nn.Module | None = None
+        self._data, self._about = data, dict(about or {})
         self.nats: Nats = mean_nats
         """Mean loss over the tokens; layouts that cut sequence or vocabulary put their own there."""
         for part, name in ((self.train, "training"), (self.test, "held-out")):
@@ -35,6 +38,10 @@ class LanguageTask:
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Nats per token. Windows have one length, so the mean over tokens is the mean over samples."""
         return self.nats(output, batch["y"])
+
+    def batch_weight(self, batch: Batch) -> Tensor | float:
+        """The number of samples: every window has the same number of tokens."""
+        return float(len(batch["y"]))
 
     def evaluate(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
         samples = len(batch["y"])
@@ -59,4 +66,4 @@ class LanguageTask:
             "uniform_entropy_nats": math.log(self.corpus.vocabulary),
             "unigram_entropy_nats": unigram,
             "unigram_entropy_bits": self.corpus.bits_per_character(unigram),
-        }
+        } | self._about

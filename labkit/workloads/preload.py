@@ -15,6 +15,7 @@ MODULES = (
     "labkit.workloads.custom_task",
     "labkit.workloads.driving",
     "labkit.workloads.driving_task",
+    "labkit.workloads.fetch",
     "labkit.workloads.images",
     "labkit.workloads.language",
     "labkit.workloads.language_task",
@@ -24,6 +25,7 @@ MODULES = (
     "labkit.workloads.models.vit",
     "labkit.workloads.options",
     "labkit.workloads.seed",
+    "labkit.workloads.trial",
     "labkit.workloads.vision",
 )
 

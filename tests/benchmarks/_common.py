@@ -19,6 +19,9 @@ from labkit.launch import launch
 from labkit.runs import Run
 from labkit.runs.environment import versions
 
+# These scripts compare runs with loops on CPUs; `auto` would put the runs on a GPU where there is one (tests.gpu).
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 def arguments(description: str, repeats: int = 5) -> argparse.Namespace:
     """--repeats and --json, and a run directory of the benchmark's own."""

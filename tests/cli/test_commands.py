@@ -174,7 +174,8 @@ def test_check_gives_exit_code_by_its_verdict(home: Path, file: str, capsys: pyt
     assert found["steps"] == 3
     workload = json.dumps({"name": "custom", "path": f"{FAULTY}:cannot_be_built"})
     assert main(["check", "--set", f"workload={workload}", "--steps", "2"]) == 1
-    assert "the check could not be made: rank 0 raised RuntimeError: no such data here" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "the check could not be made: cannot_be_built raised RuntimeError: no such data here (faulty.py, line" in err
 
 
 def test_a_detached_run_goes_on_and_stop_ends_it(file: str, capsys: pytest.CaptureFixture[str]) -> None:

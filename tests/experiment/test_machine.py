@@ -40,6 +40,25 @@ def test_capabilities_go_to_their_gpus_and_the_least_one_counts(
     assert replace(here, gpus=()).capability is None
 
 
+def test_a_gpu_that_torch_cannot_use_is_not_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi(tmp_path, monkeypatch, "exit 2")
+    for built_for, count in (("", 0), ("13.0", 2)):
+        monkeypatch.setattr(machine, "_torch_cuda", lambda built_for=built_for: built_for)
+        here = machine._probe.__wrapped__()
+        assert len(here.gpus) == count
+        assert here.device("auto") == ("cuda" if count else "cpu")
+        assert ("build for CPUs" in here.gpu_reason) == (not count)
+
+
+def test_a_comma_in_the_name_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi(tmp_path, monkeypatch, "exit 2")
+    program = tmp_path / "nvidia-smi"
+    program.write_text(program.read_text().replace("NVIDIA H100", "NVIDIA H100, 80 GB"))
+    first, second = machine._gpus()[0]
+    assert (first.name, second.name) == ("NVIDIA H100, 80 GB", "NVIDIA A100")
+    assert first.memory_bytes == 81559 * 2**20
+
+
 @pytest.mark.parametrize("capabilities", ["exit 2", "echo nonsense", 'echo "GPU-a, [N/A]"'])
 def test_a_driver_that_does_not_know_them_hides_no_gpu(
     capabilities: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -31,6 +31,18 @@ def problems(changes: str, machine: Machine = CPU) -> list[str]:
         ("layout=dp2 gradients.accumulation=3 training.global_batch=5", CPU, ["training.global_batch"]),
         ("layout=dp2 gradients.accumulation=3 training.global_batch=6", CPU, []),
         ("layout=cp2", CPU, ["layout.cp"]),
+        # Ranks that share a GPU talk over gloo, which sends no tensors of a GPU from one rank to another.
+        ("layout=pp8 layout.microbatches=8 workload.depth=8 launch.device=cuda", SERVER, ["launch.device"]),
+        ("layout=pp4 layout.microbatches=4 launch.device=cuda", SERVER, []),
+        (
+            "layout=dp8 gradients.update.method=gossip gradients.update.graph=ring launch.device=cuda",
+            SERVER,
+            ["launch.device"],
+        ),
+        ("layout=dp8 gradients.update.method=gossip launch.device=cuda", SERVER, []),
+        ("layout=dp4 gradients.update.method=gossip gradients.update.graph=ring launch.device=cuda", SERVER, []),
+        ("layout=tp2 launch.compile=blocks", CPU, ["launch.compile"]),
+        ("layout=shard2 launch.compile=blocks", CPU, []),
         ("layout=dp2·tp2 launch.isolated=true", CPU, ["launch.isolated"]),
         ("layout=dp2 launch.isolated=true", CPU, []),
         ("layout=tp3 workload.name=language", CPU, ["layout.tp", "layout.tp"]),
@@ -142,6 +154,12 @@ def test_visible_gpus_are_those_that_cuda_shows(wanted: str | None, found: list[
     gpus, reason = visible(GPUS, wanted)
     assert [gpu.index for gpu in gpus] == found
     assert bool(reason) == (not found)
+
+
+def test_a_slice_of_a_gpu_is_one_device() -> None:
+    gpus, reason = visible(GPUS, "MIG-11111111-2222-3333-4444-555555555555")
+    assert [gpu.uuid for gpu in gpus] == ["MIG-11111111-2222-3333-4444-555555555555"]
+    assert not reason
 
 
 def test_no_gpu_has_a_reason() -> None:

@@ -81,7 +81,7 @@ def test_momentum_correction_is_for_sgd_with_momentum() -> None:
     [
         ({"layout": {"dp_replicate": 1}}, "no two ranks"),
         ({"layout": {"tp": 2}}, "no two ranks"),
-        ({"layout": {"dp_shard": 2, "zero_stage": 1}}, "no two ranks"),
+        ({"layout": {"dp_shard": 2, "zero_stage": 1}}, "reduce-scatter"),
         ({"launch__isolated": True}, "never talk"),
     ],
 )

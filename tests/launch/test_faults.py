@@ -198,9 +198,12 @@ def test_odd_ends_of_a_rank_are_named_too(function: str, said: str) -> None:
 
 
 def test_a_rank_that_raises_alone_or_before_its_first_step() -> None:
-    for ranks, function, said in ((1, "raises", "bad"), (2, "cannot_be_built", "no such data here")):
+    for ranks, function, kind, said in (
+        (1, "raises", "exception", "bad"),
+        (2, "cannot_be_built", "task", "cannot_be_built raised RuntimeError: no such data here (faulty.py, line "),
+    ):
         with Watched(start(faulty(function, ranks=ranks, steps=ENDLESS))) as watch:
-            cause = watch.ends("failed", within=20, kind="exception")
+            cause = watch.ends("failed", within=20, kind=kind)
         assert said in cause["message"]
 
 

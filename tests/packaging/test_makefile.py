@@ -73,3 +73,11 @@ def test_the_set_up_runs_again_only_when_the_requirements_change(tmp_path: Path)
     later = (tmp_path / ".venv/.set-up-dev").stat().st_mtime + 5
     os.utime(tmp_path / "constraints.txt", (later, later))
     assert installs() == 2
+
+
+def test_another_torch_has_an_environment_of_its_own() -> None:
+    planned = make("-n", "test", "TORCH=2.11.0")
+    assert planned.returncode == 0, planned.stderr
+    assert ".venv-torch-2.11.0/bin/python -m pytest tests/training/test_layouts.py" in planned.stdout
+    assert 'echo "torch==2.11.0"' in planned.stdout
+    assert ".venv/bin/python" not in planned.stdout

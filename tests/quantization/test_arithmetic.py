@@ -17,7 +17,7 @@ from labkit.quantization.arithmetic import (
 )
 from labkit.quantization.codes import ternary_codes
 from labkit.quantization.converted import Int4WeightLinear, Int8DynamicLinear, convert, plain
-from labkit.quantization.linear import Arithmetic, NarrowLinear, chosen, int8_product, narrow
+from labkit.quantization.linear import Arithmetic, NarrowLinear, chosen, cublas_operands, int8_product, narrow
 from tests.quantization.networks import small, tokens
 
 
@@ -209,3 +209,22 @@ def test_the_last_layer_is_narrowed_on_request_only_and_nothing_to_narrow_is_an_
     assert [name for name, _ in chosen(small(), True)] == ["first", "second", "back", "head"]
     with pytest.raises(ValueError, match=r"quantization\.head"):
         narrow(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)), GridArithmetic, head=False)
+
+
+@pytest.mark.parametrize("turned", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("sizes", [(64, 64, 64), (30, 60, 10), (1, 7, 9), (17, 8, 8)])
+def test_operands_are_laid_out_as_cublas_multiplies_int8(
+    turned: tuple[bool, bool], sizes: tuple[int, int, int]
+) -> None:
+    """Torch's own tests expect CUBLAS_STATUS_NOT_SUPPORTED of every other layout (test_linalg, `_int_mm`)."""
+    rows, inner, columns = sizes
+    torch.manual_seed(0)
+    a = torch.randint(-127, 128, (inner, rows) if turned[0] else (rows, inner), dtype=torch.int8)
+    b = torch.randint(-127, 128, (columns, inner) if turned[1] else (inner, columns), dtype=torch.int8)
+    a, b = (a.t() if turned[0] else a), (b.t() if turned[1] else b)
+    left, right = cublas_operands(a, b)
+    assert left.is_contiguous()
+    assert right.t().is_contiguous()
+    assert left.shape[0] > 16
+    assert all(size % 8 == 0 for size in (*left.shape, *right.shape))
+    assert torch.equal((left.int() @ right.int())[:rows, :columns], a.int() @ b.int())

@@ -9,7 +9,7 @@ import pytest
 from labkit.experiment.machine import Machine
 from labkit.launch import launch
 from labkit.quantization.fp8 import Float8
-from tests.gpu import beside
+from tests.gpu.beside import beside
 from tests.quantization.networks import wanted
 
 pytestmark = pytest.mark.gpu

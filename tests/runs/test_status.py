@@ -158,16 +158,41 @@ def test_a_run_of_another_machine_is_left_alone_while_it_shows_life(tmp_path: Pa
         run.wait(0.1)
     old = time.time() - 3600
     os.utime(directory.status, (old, old))
-    assert run.state == "failed"
-    assert "no sign of life for 60 min" in (run.cause or {})["message"]
+    assert run.state == "running", "times of files are those of another clock"
 
 
-def test_progress_is_a_sign_of_life(tmp_path: Path) -> None:
+def test_silence_is_what_this_process_has_seen_and_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status, "FOREIGN_SILENCE_S", 0.4)
     directory = record(tmp_path, "one", state="running", boot="another boot")
-    old = time.time() - 3600
-    os.utime(directory.status, (old, old))
+    before = directory.status.read_bytes()
+    run = Run(directory)
+    for number in range(8):  # longer than the bound, but something is written all the time
+        write_json(directory.progress, {"ranks": [], "number": number})
+        assert run.state == "running"
+        time.sleep(0.1)
+    assert run.wait(5).state == "failed"
+    assert "no sign of life" in (run.cause or {})["message"]
+    assert directory.status.read_bytes() == before
     write_json(directory.progress, {"ranks": []})
+    assert run.state == "running", "it was only slow"
+
+
+def test_a_clock_that_is_ahead_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = record(tmp_path, "one", state="running", boot="another boot")
+    ahead = time.time() + 1e6
+    monkeypatch.setattr(time, "time", lambda: ahead)
     assert Run(directory).state == "running"
+    assert read_json(directory.status)["state"] == "running"
+
+
+def test_a_restarted_machine_runs_nothing_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "machine", lambda: "this one")
+    directory = record(tmp_path, "one", state="running", boot="the boot before", machine="this one")
+    assert Run(directory).state == "failed"
+    assert "restarted" in (Run(directory).cause or {})["message"]
+    assert read_json(directory.status)["state"] == "running"
 
 
 def test_stopping_a_run_of_another_machine_is_bounded(

@@ -6,7 +6,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit.sparsity import block, n_m
@@ -75,6 +75,17 @@ def test_blocks_are_whole(rows: int, columns: int, size: int) -> None:
         for j in range(0, columns, size):
             part = mask[i : i + size, j : j + size]
             assert part.all() or not part.any()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 7), st.sampled_from([(1, 2), (2, 4), (4, 8), (1, 4)]), st.booleans())
+def test_comparing_all_pairs_ranks_as_topk_does(rows: int, nm: tuple[int, int], ties: bool) -> None:
+    n, m = nm
+    groups = torch.randn(rows, m, generator=torch.Generator().manual_seed(rows), dtype=torch.float64).abs()
+    groups = groups.round() if ties else groups
+    mask = n_m._by_comparing(groups, n)
+    assert (mask.sum(1) == n).all()
+    torch.testing.assert_close((groups * mask).sum(1), groups.topk(n, 1).values.sum(1))
 
 
 @given(st.integers(1, 7), st.integers(1, 30), st.sampled_from([(1, 2), (2, 4), (4, 8)]))

@@ -13,7 +13,7 @@ from labkit.experiment.machine import Machine
 from labkit.experiment.registry import registry
 from labkit.sparsity import export
 from labkit.sparsity.semi_structured import missing
-from tests.gpu import beside
+from tests.gpu.beside import beside
 
 pytestmark = pytest.mark.gpu
 
@@ -39,7 +39,8 @@ for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(compressed(weight).to_dense(), weight)
         held = compressed(weight)
         size = sum(part.numel() * part.element_size() for part in (held.packed, held.meta) if part is not None)
-        assert size < 0.6 * weight.numel() * weight.element_size(), size
+        # Half of the numbers and two bits for each of them: 9/16. cuSPARSELt rounds the size of small ones up.
+        assert size <= (0.5625 if weight.numel() > 1 << 19 else 0.65) * weight.numel() * weight.element_size(), size
 print(found.BACKEND)
 """
 
@@ -84,7 +85,7 @@ def test_the_trained_network_is_exported_with_the_kernels(
 ) -> None:
     from labkit.experiment import Experiment
     from labkit.launch import launch
-    from tests.gpu import WIDE
+    from tests.gpu.beside import WIDE
 
     changes = ["quantization.training=bf16", "sparsity.method=n_m", "sparsity.export=true"]
     run = launch(Experiment().set(WIDE).replace(*changes), baseline=None)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import pytest
 
 from labkit.experiment import Experiment, Machine
@@ -53,3 +57,27 @@ def test_this_process_made_no_cuda_context() -> None:
     import torch
 
     assert not torch.cuda.is_initialized()
+
+
+def used_bytes() -> int:
+    """Memory in use on all visible GPUs, as the driver tells it."""
+    from labkit.experiment import machine
+
+    return sum(gpu.used_bytes for gpu in machine._gpus()[0])
+
+
+@pytest.mark.parametrize("how", ["stop", "kill the supervisor"])
+def test_nothing_stays_on_the_card(how: str) -> None:
+    before = used_bytes()
+    run = launch(short("layout.dp_replicate=1", "training.steps=1000000"), baseline=None)
+    deadline = time.monotonic() + 60
+    while not len(run.data().loss) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert used_bytes() > before + 2**27, "a context and a model"
+    if how == "stop":
+        assert run.stop(30).state == "stopped"
+    else:
+        os.kill(run.status["supervisor"]["pid"], signal.SIGKILL)
+    while used_bytes() > before + 2**26 and time.monotonic() < deadline + 30:
+        time.sleep(0.2)
+    assert used_bytes() <= before + 2**26

@@ -60,7 +60,7 @@ def test_a_name_of_full_length_can_be_checked() -> None:
 # Each of these is a mistake that somebody has made in a real data-parallel code.
 MISTAKES = {
     "the mean is weighted as if the batch were even": (
-        "import labkit.training.trainer as broken\nbroken.share_weight = lambda samples, batch, ranks: 1.0\n"
+        "import labkit.training.weights as broken\nbroken.share_weight = lambda samples, batch, ranks: 1.0\n"
     ),
     "gradients are not averaged at all": (
         "import labkit.parallel.replicate as broken\n"
@@ -72,7 +72,7 @@ MISTAKES = {
         "SharedMemory.all_reduce = lambda self, flat: self._meet()\n"
     ),
     "gradients are added instead of averaged": (
-        "import labkit.training.trainer as broken\n"
+        "import labkit.training.weights as broken\n"
         "right = broken.share_weight\n"
         "broken.share_weight = lambda samples, batch, ranks: right(samples, batch, ranks) * ranks\n"
     ),
@@ -83,15 +83,15 @@ MISTAKES = {
         "import labkit.training.trainer as trainer\n"
         "from labkit.training.sampling import Order\n"
         "whole = Order.passes\n"
-        "Order.passes = lambda self, step, rank, ranks, n, weights: [whole(self, step, rank, ranks, n)[-1]] * n\n"
+        "Order.passes = lambda self, step, rank, ranks, n, weights=None: [whole(self, step, rank, ranks, n)[-1]] * n\n"
     ),
     "every rank sees the same samples": (
         "from labkit.training.sampling import Order\n"
         "right = Order.passes\n"
-        "Order.passes = lambda self, step, rank, ranks, passes, weights: right(self, step, 0, ranks, passes)\n"
+        "Order.passes = lambda self, step, rank, ranks, passes, weights=None: right(self, step, 0, ranks, passes)\n"
     ),
     "a rank is a millionth off": (
-        "import labkit.training.trainer as broken\n"
+        "import labkit.training.weights as broken\n"
         "right = broken.share_weight\n"
         "broken.share_weight = lambda samples, batch, ranks: right(samples, batch, ranks) * (1 + 1e-6 * (ranks > 1))\n"
     ),

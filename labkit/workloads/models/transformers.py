@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import re
 from collections.abc import Mapping
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from labkit.workloads import hub
 from labkit.workloads.language import is_chain
@@ -17,6 +23,10 @@ from labkit.workloads.rules import is_path
 from labkit.workloads.seed import seeded
 from labkit.workloads.text import Encode
 
+_ALWAYS = {"attn_implementation", "_attn_implementation", "experts_implementation", "dtype", "torch_dtype"}
+_ALWAYS |= {"rope_scaling", "rope_theta", "is_decoder", "add_cross_attention", "name_or_path", "architectures"}
+"""Fields that every kind of model takes, whatever its configuration lists."""
+GROUPED = "grouped_mm"
 _POSITIONS = ("max_position_embeddings", "n_positions")
 
 
@@ -26,8 +36,15 @@ class CausalModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        config: Any = model.config
+        self._experts = getattr(config, "_experts_implementation", None) if _has_experts(config) else None
+        """How the library computes a mixture's experts; its grouped products know no float64."""
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if self._experts == GROUPED:
+            exact = next(self.model.parameters()).dtype == torch.float64
+            config: Any = self.model.config
+            config._experts_implementation = "eager" if exact else GROUPED
         logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         return logits
 
@@ -49,7 +66,7 @@ def causal_model(
             loaded = AutoModelForCausalLM.from_pretrained(pretrained, dtype="float32", trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(hub.sentence(pretrained, error)) from error
-        _switch_off_dropout(loaded, {})
+        _switch_off_dropout(loaded)
         _check_sizes(loaded.config, context, vocabulary)
         return _as_blocks(loaded.train(), context)
     wanted = dict(config or {})
@@ -59,14 +76,15 @@ def causal_model(
         try:
             model = AutoModelForCausalLM.from_config(built)  # type: ignore[no-untyped-call]
         except (ValueError, TypeError) as error:
-            raise ValueError(f"transformers cannot build {wanted['model_type']!r}: {_first_line(error)}") from error
-    _switch_off_dropout(model, wanted)
+            raise ValueError(f"transformers cannot build {wanted['model_type']!r}: {hub.first_line(error)}") from error
+    if not _asks_for_dropout(wanted):
+        _switch_off_dropout(model)
     return _as_blocks(model.float().train(), context)
 
 
 def _as_blocks(model: Any, context: int) -> nn.Module:
     _keep_float64(model)
-    settings = model.config.to_dict()
+    settings = model.config.to_dict() | {"attn_implementation": model.config._attn_implementation}
     return chain(model) if is_chain(settings, context) else CausalModel(model)
 
 
@@ -94,11 +112,15 @@ def _configuration(wanted: Mapping[str, Any], context: int, vocabulary: int) -> 
     try:
         # Token numbers of the model's original vocabulary (begin, end, padding) mean nothing among bytes.
         special = {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name not in wanted}
-        built = AutoConfig.for_model(wanted["model_type"], **special, **overrides)
+        AutoConfig.for_model(wanted["model_type"])
+        unknown = _unknown(wanted)
+        built = None if unknown else AutoConfig.for_model(wanted["model_type"], **special, **overrides)
     except KeyError:
         raise ValueError('the configuration of a transformers model needs a "model_type"') from None
     except (ValueError, TypeError) as error:
-        raise ValueError(f"transformers refuses this configuration: {_first_line(error)}") from error
+        raise ValueError(f"transformers refuses this configuration: {hub.first_line(error)}") from error
+    if built is None:
+        raise ValueError(unknown)
     for name in _POSITIONS:
         if name not in wanted and 0 < (getattr(built, name, None) or 0) < context:
             setattr(built, name, context)
@@ -113,15 +135,70 @@ def _check_sizes(config: Any, context: int, vocabulary: int) -> None:
             raise ValueError(f"the model looks back on {getattr(config, name)} tokens ({name}), context is {context}")
 
 
-def _switch_off_dropout(model: nn.Module, wanted: Mapping[str, Any]) -> None:
-    if any("drop" in name for name in wanted):
-        return
+def _has_experts(config: Any) -> bool:
+    return any("expert" in name for name in config.to_dict())
+
+
+def _asks_for_dropout(wanted: Mapping[str, Any]) -> bool:
+    return any("drop" in name and value for name, value in wanted.items())
+
+
+def _switch_off_dropout(model: nn.Module) -> None:
+    """Set every chance of leaving something out to zero: in modules and in the configurations that they read.
+
+    What is left is found by trying (labkit.training.exactness). Whatever its name contains "drop" is one: dropout,
+    attention_dropout, hidden_dropout, resid_pdrop, layerdrop, … (issue 11, A8).
+    """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, _DropoutNd):
             module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        _zero(module)
+        _zero_config(getattr(module, "config", None))
+
+
+def _zero_config(config: Any) -> None:
+    """The same in a configuration and in those inside it."""
+    if config is None or not hasattr(config, "to_dict"):
+        return
+    _zero(config)
+    for inner in list(vars(config).values()):
+        _zero_config(inner)
+
+
+def _zero(holder: Any) -> None:
+    for name, value in list(vars(holder).items()):
+        if "drop" in name.lower() and isinstance(value, float):
+            setattr(holder, name, 0.0)
+
+
+def _source_of_model(configuration: str) -> str:
+    """What the library's model is written in: some fields are read there and listed nowhere. Empty if not there."""
+    spec = find_spec(configuration.replace("configuration_", "modeling_"))
+    return Path(spec.origin).read_text(encoding="utf-8") if spec is not None and spec.origin else ""
+
+
+def _unknown(wanted: Mapping[str, Any]) -> str:
+    """A sentence about a key that this kind of model does not know; empty for none.
+
+    The library would store it and do nothing with it, as with a misspelt `hiden_size`.
+    """
+    from transformers import AutoConfig
+
+    kind = wanted["model_type"]
+    default: Any = AutoConfig.for_model(kind)
+    known = {name for name in (*default.to_dict(), *vars(default), *default.attribute_map) if not name.startswith("_")}
+    for part in type(default).__mro__:
+        known |= set(vars(part).get("__annotations__", {}))
+        if "__init__" in vars(part):
+            known |= set(inspect.signature(vars(part)["__init__"]).parameters)
+    known |= _ALWAYS
+    read = _source_of_model(type(default).__module__)
+    for name in wanted:
+        if name not in known and not re.search(rf"""[."']{re.escape(name)}\b""", read):
+            close = difflib.get_close_matches(name, sorted(known), 1)
+            meant = f"; did you mean {close[0]!r}?" if close else ""
+            return f"a configuration of {kind!r} has no field {name!r}{meant}"
+    return ""
 
 
 def _keep_float64(model: nn.Module) -> None:
@@ -139,7 +216,3 @@ def _norm(module: Any, otherwise: Any, x: Tensor) -> Tensor:
         return otherwise(x)
     scale: Tensor = torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
     return module.weight * (x * scale)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

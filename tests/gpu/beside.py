@@ -1,6 +1,6 @@
 """What the tests on GPUs measure, written down, and the table of it (`make gpu`).
 
-    python tests/gpu.py test-output/gpu.jsonl
+    python -m tests.gpu.beside test-output/gpu.jsonl
 
 Each line of the file is one comparison on one device: a way to train beside the plain one, runs of both in turn (A B A
 B), the median time of a step after the warm-up and the loss over the held-out set.

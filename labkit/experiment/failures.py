@@ -1,0 +1,34 @@
+"""What an exception says, whatever it is: the same words for the events of a rank and for its supervisor."""
+
+from __future__ import annotations
+
+import re
+
+_OF_A_LOADER = re.compile(r"Caught (\S+) in DataLoader worker process (\d+)\.\n")
+_TRACEBACK = "Traceback (most recent call last):"
+
+
+def message_of(error: BaseException) -> str:
+    """The text of an exception; a substitute in brackets where its own `__str__` raises."""
+    try:
+        return str(error)
+    except BaseException as second:
+        return f"<its message cannot be made: {type(second).__name__}>"
+
+
+def own_words(error: BaseException) -> str:
+    """The same, but an exception of a loader process in its own words instead of the trace that torch makes of it."""
+    message = message_of(error)
+    caught = _OF_A_LOADER.match(message)
+    if caught is None or _TRACEBACK not in message:
+        return message
+    lines = message.rpartition(_TRACEBACK)[2].splitlines()
+    # What stands behind the indented frames is `package.Type: message`, of one line or more.
+    begin = next((number for number, line in enumerate(lines) if line and not line[0].isspace()), None)
+    if begin is None:
+        return message
+    text = "\n".join(lines[begin:]).strip()
+    kind, _, words = text.partition(": ")
+    own = words if kind.rpartition(".")[2] == caught[1].rpartition(".")[2] else text
+    first, *others = (own or caught[1]).splitlines()
+    return "\n".join([f"{first} (in loader process {caught[2]})", *others])

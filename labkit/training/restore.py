@@ -1,0 +1,248 @@
+"""A rehearsal leaves no trace: what it touches is as it was, to the last bit.
+
+Copying a task is no way: models with the old weight normalisation cannot be copied, and large ones would not fit
+twice. So the state is noted before and put back afterwards: parameters and buffers from a copy, gradients, the
+attributes of every module, data set and loss, what lies in their lists, dicts and closures, and generators of random
+numbers. Module-level variables of a file are not seen.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from labkit.workloads.seed import unchanged_generators
+
+MOST_BYTES = 2**29
+"""Copies of tensors and arrays take so much memory at most (bytes); what lies beyond is put back by reference only."""
+MOST_OBJECTS, MOST_ITEMS, DEEPEST = 20_000, 10_000, 6
+"""Objects that are looked at, entries of a list or dict that is noted, and how far from the task."""
+LARGEST_OUTSIDE = 2**20
+"""Tensors and arrays outside of modules are copied up to this size (bytes): data sets are read, not written."""
+_ATOMS = (int, float, complex, bool, str, bytes, type(None), type, BuiltinFunctionType, ModuleType)
+_LIBRARIES = ("datasets", "pyarrow", "transformers", "tokenizers", "PIL", "pandas")
+"""Their objects hold files and tables, and nothing that a step could depend on."""
+_PLAIN = frozenset(
+    getattr(nn, name)
+    for name in (
+        *("Linear", "Conv1d", "Conv2d", "Embedding", "LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm1d", "BatchNorm2d"),
+        *("ReLU", "GELU", "SiLU", "Tanh", "Flatten", "Dropout", "Identity", "MaxPool2d", "AdaptiveAvgPool2d"),
+    )
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@contextmanager
+def restored(*roots: Any, device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Put back afterwards what the `roots` (a task, a module, a data set) hold, and all generators of random numbers.
+
+    Gives a function that tells whether a plain attribute of a module has changed since the beginning.
+    """
+    noted = _Noted()
+    for root in roots:
+        noted.note(root, 0)
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    with unchanged_generators():
+        try:
+            yield noted.changed
+        finally:
+            noted.undo()
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda, device)
+
+
+class _Noted:
+    """What was found, as functions that put it back."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], Any]] = []
+        self._seen: dict[int, Any] = {}
+        self._bytes = 0
+        self._inside = False
+        """Is what is noted part of a module?"""
+        self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
+
+    def undo(self) -> None:
+        """Put everything back."""
+        for action in self._undo:
+            action()
+
+    def changed(self) -> bool:
+        """Has a number, a text or a reference among the attributes of a module changed?"""
+        for module, before in self._attributes:
+            now = vars(module)
+            if now.keys() != before.keys():
+                return True
+            for name, value in before.items():
+                if name != "training" and now[name] is not value and not _same(now[name], value):
+                    return True
+        return False
+
+    def note(self, value: Any, depth: int) -> None:
+        """Note one value and what it holds."""
+        if isinstance(value, _ATOMS) or id(value) in self._seen:
+            return
+        if len(self._seen) >= MOST_OBJECTS or (depth > DEEPEST and not isinstance(value, nn.Module | Tensor)):
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, Tensor):
+            self._note_tensor(value)
+        elif isinstance(value, nn.Module):
+            if type(value) in _PLAIN and not any(vars(value)[name] for name in _HOOKS):
+                return self._note_plain(value)
+            self._attributes.append((value, dict(vars(value))))
+            inside, self._inside = self._inside, True
+            self._note_attributes(value, 0)  # however deep it stands in the model
+            self._inside = inside
+        elif isinstance(value, FunctionType):
+            for cell in value.__closure__ or ():
+                self._note_cell(cell, depth)
+        elif isinstance(value, partial):
+            self.note([value.func, *value.args, *value.keywords.values()], depth)
+        elif isinstance(value, np.ndarray):
+            self._note_array(value)
+        elif self._note_generator(value):
+            pass
+        elif isinstance(value, list | tuple | deque | dict | set):
+            self._note_items(value, depth)
+        elif isinstance(value, MethodType):
+            self.note(value.__self__, depth)
+        elif _has_attributes(value):
+            self._note_attributes(value, depth)
+
+    def _note_attributes(self, value: Any, depth: int) -> None:
+        attributes = vars(value)
+        before = dict(attributes)
+        self._undo.append(lambda: _put_back(attributes, before))
+        for inner in before.values():
+            self.note(inner, depth + 1)
+
+    def _note_plain(self, module: nn.Module) -> None:
+        """A layer of torch's own without hooks, noted in a tenth of the time: only its tensors can change."""
+        before = dict(vars(module))
+        held = dict(module._parameters), dict(module._buffers)
+        self._undo.append(lambda: _put_back_plain(module, before, *held))
+        for value in (*held[0].values(), *held[1].values()):
+            if value is not None and id(value) not in self._seen:
+                self._seen[id(value)] = value
+                inside, self._inside = self._inside, True
+                self._note_tensor(value)
+                self._inside = inside
+
+    def _note_cell(self, cell: Any, depth: int) -> None:
+        try:
+            before = cell.cell_contents
+        except ValueError:  # nothing in it yet
+            return
+        self._undo.append(lambda: setattr(cell, "cell_contents", before))
+        self.note(before, depth + 1)
+
+    def _note_items(self, value: Any, depth: int) -> None:
+        if len(value) > MOST_ITEMS:
+            return
+        if isinstance(value, dict):
+            pairs = dict(value)
+            self._undo.append(lambda: _put_back(value, pairs))
+        elif isinstance(value, set):
+            members = set(value)
+            self._undo.append(lambda: _replace(value, members))
+        elif isinstance(value, list | deque):
+            entries = list(value)
+            self._undo.append(lambda: _refill(value, entries))
+        for inner in list(value.values()) if isinstance(value, dict) else list(value):
+            self.note(inner, depth + 1)
+
+    def _note_tensor(self, value: Tensor) -> None:
+        if value.is_leaf:
+            gradient = value.grad
+            self._undo.append(lambda: setattr(value, "grad", gradient))
+        size = value.numel() * value.element_size()
+        plain = type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.layout is torch.strided
+        if not plain or value.is_inference() or not self._room_for(size):
+            return
+        version, copy = value._version, value.detach().clone()
+
+        def put_back() -> None:
+            # Batch normalisation writes its running statistics past the counter.
+            if value._version != version or not isinstance(value, nn.Parameter):
+                with torch.no_grad():
+                    value.detach().copy_(copy)
+
+        self._undo.append(put_back)
+
+    def _note_array(self, value: np.ndarray[Any, Any]) -> None:
+        if value.dtype.hasobject or not value.flags.writeable or not self._room_for(value.nbytes):
+            return
+        copy = value.copy()
+        self._undo.append(lambda: np.copyto(value, copy))
+
+    def _note_generator(self, value: Any) -> bool:
+        """Is it a generator of random numbers? Then its state is noted."""
+        if isinstance(value, np.random.Generator):
+            value = value.bit_generator
+        if isinstance(value, np.random.BitGenerator):
+            state: Any = value.state
+            self._undo.append(lambda: setattr(value, "state", state))
+        elif isinstance(value, np.random.RandomState):
+            state = value.get_state()
+            self._undo.append(lambda: value.set_state(state))
+        elif isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
+            state = value.getstate()
+            self._undo.append(lambda: value.setstate(state))
+        elif isinstance(value, torch.Generator):
+            state = value.get_state()
+            self._undo.append(lambda: value.set_state(state))
+        else:
+            return False
+        return True
+
+    def _room_for(self, size: int) -> bool:
+        if self._bytes + size > MOST_BYTES or (size > LARGEST_OUTSIDE and not self._inside):
+            return False
+        self._bytes += size
+        return True
+
+
+def _put_back_plain(module: nn.Module, before: dict[str, Any], parameters: Any, buffers: Any) -> None:
+    _put_back(vars(module), before)
+    _put_back(module._parameters, parameters)
+    _put_back(module._buffers, buffers)
+
+
+def _put_back(target: dict[Any, Any], before: dict[Any, Any]) -> None:
+    if target.keys() != before.keys() or any(target[key] is not value for key, value in before.items()):
+        target.clear()
+        target.update(before)
+
+
+def _replace(target: set[Any], members: set[Any]) -> None:
+    if target != members:
+        target.clear()
+        target.update(members)
+
+
+def _refill(target: Any, entries: list[Any]) -> None:
+    if len(target) != len(entries) or any(a is not b for a, b in zip(target, entries, strict=True)):
+        target.clear()
+        target.extend(entries)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Are two attributes the same as far as a branch could depend on them?"""
+    if isinstance(one, _ATOMS) and isinstance(other, _ATOMS):
+        return bool(one == other)
+    return type(one) is type(other)
+
+
+def _has_attributes(value: Any) -> bool:
+    library = type(value).__module__.partition(".")[0]
+    return isinstance(getattr(value, "__dict__", None), dict) and library not in _LIBRARIES

@@ -1,0 +1,125 @@
+"""Samples of a data set: what cannot be read or put together is named by its index (issue 11, B 16)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from labkit.experiment.fault import TaskFault, named
+from labkit.workloads.base import Batch, Data
+
+
+def fetch(data: Data, indices: Sequence[int], what: str) -> Batch:
+    """The samples at `indices` of the data called `what` (`train`, `test`); TaskFault with the one that is at fault."""
+    try:
+        return data.__getitems__(indices)
+    except TaskFault:
+        raise
+    except Exception as error:
+        raise TaskFault(_culprit(data, indices, what, error)) from error
+
+
+def checked(data: Data, indices: Sequence[int], what: str) -> Batch:
+    """The samples, if they are what a task gives: a dict of tensors with one row each; TaskFault if not."""
+    batch = fetch(data, indices, what)
+    if not isinstance(batch, dict):
+        raise TaskFault(_no_batch(data, batch, what))
+    for name, value in batch.items():
+        if not isinstance(value, Tensor):
+            raise TaskFault(f"{name} of {what} is {_described(value)}, and {_ADVICE[_family(value)]}")
+        if not value.dim() or len(value) != len(indices):
+            raise TaskFault(
+                f"{name} of {what} has the shape {list(value.shape)} for {len(indices)} samples: "
+                "the first dimension must count the samples"
+            )
+    if "x" not in batch:
+        raise TaskFault(f"a batch of {what} has no x, only {', '.join(map(str, batch))}")
+    return batch
+
+
+_ADVICE = {
+    "text": "labels must be numbers: give the classes numbers, e.g. classes.index(label)",
+    "dict": "a model gets one tensor: join the parts in the data set and take them apart in the model",
+    "other": "it must become a tensor",
+}
+
+
+def _family(value: Any) -> str:
+    if isinstance(value, dict):
+        return "dict"
+    if isinstance(value, list | tuple) and value and isinstance(value[0], str | bytes):
+        return "text"
+    return "other"
+
+
+def _described(value: Any) -> str:
+    if value is None:
+        return "None"
+    if isinstance(value, str | bytes):
+        return f"text ({value[:20]!r})"
+    if isinstance(value, Tensor):
+        return f"a tensor of {str(value.dtype).removeprefix('torch.')} and shape {list(value.shape)}"
+    if isinstance(value, dict):
+        return f"a dict of {', '.join(map(str, list(value)[:4]))}"
+    if isinstance(value, list | tuple) and value:
+        return f"a {type(value).__name__} of {_described(value[0])}"
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
+
+
+def _no_batch(data: Data, batch: Any, what: str) -> str:
+    if type(data).__module__.partition(".")[0] == "datasets":
+        return (
+            f"{what} is a datasets.Dataset, whose rows are dicts: wrap it in a torch Dataset that returns pairs (x, y) "
+            "of one row"
+        )
+    return f"a batch of {what} is {_described(batch)}: __getitems__ must return a dict of tensors with an x"
+
+
+def _culprit(data: Data, indices: Sequence[int], what: str, error: Exception) -> str:
+    """Which of these samples cannot be read, or which two do not fit together."""
+    inner = getattr(data, "dataset", None)
+    batches: list[tuple[int, Any]] = []
+    for index in indices:
+        try:
+            batches.append((index, data.__getitems__([index])))
+        except Exception as own:
+            part = _odd_part(inner, index)
+            return f"sample {index} of {what} " + (part or f"cannot be read: {named(own)}")
+    for index, batch in batches[1:]:
+        first, other = batches[0][1], batch
+        if isinstance(first, dict) and isinstance(other, dict):
+            for name in first:
+                one, two = first[name], other.get(name)
+                both = isinstance(one, Tensor)
+                if type(one) is not type(two) or (both and _rest(one) != _rest(two)):
+                    return (
+                        f"samples {batches[0][0]} and {index} of {what} cannot be stacked: {name} is "
+                        f"{_one(one)} in one and {_one(two)} in the other"
+                    )
+    return f"samples {indices[0]} to {indices[-1]} of {what} cannot be read together: {named(error)}"
+
+
+def _rest(value: Any) -> list[int]:
+    return list(value.shape[1:])
+
+
+def _one(value: Any) -> str:
+    return _described(value[0]) if isinstance(value, Tensor | list | tuple) and len(value) == 1 else _described(value)
+
+
+def _odd_part(inner: Any, index: int) -> str | None:
+    """What is wrong with a pair (x, y) that can be read, but of which no tensor can be made."""
+    try:
+        pair = inner[index]
+    except Exception:
+        return None
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        return f"is {_described(pair)}, it must be a pair (x, y)"
+    for name, value in zip("xy", pair, strict=True):
+        fits = isinstance(value, Tensor | int | float | bool | str | bytes | dict | list | tuple)
+        if not fits and type(value).__module__ != "numpy":
+            return f"has {_described(value)} for {name}: it must be a tensor or a number"
+    return None

@@ -1,0 +1,145 @@
+"""A user's samples as batches; one that does not fit is named by its index (issue 11, B16)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from labkit.workloads.base import Batch, Data, TensorData
+
+_FORMS = "(x, y) tensors, a torch Dataset of pairs (x, y), or a Data"
+
+
+class PairData:
+    """A torch Dataset of pairs (x, y) as `Data`. `what` names it in sentences, as in `train from make_task`."""
+
+    def __init__(self, dataset: Any, what: str = "the data set") -> None:
+        self.dataset, self.what = dataset, what
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        pairs = [self._pair(index) for index in indices]
+        return {
+            "x": self._stacked(indices, [x for x, _ in pairs], "x"),
+            "y": self._stacked(indices, [y for _, y in pairs], "y"),
+        }
+
+    def _pair(self, index: int) -> tuple[Tensor, Tensor]:
+        try:
+            sample = self.dataset[index]
+        except Exception as error:  # the user's own code may raise anything; it is chained
+            reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+            raise ValueError(f"sample {index} of {self.what} cannot be read: {reason}") from error
+        if not isinstance(sample, tuple | list) or len(sample) != 2:
+            raise ValueError(f"sample {index} of {self.what} must be a pair (x, y), it is {kind_of(sample)}")
+        return self._tensor(sample[0], index, "x"), self._tensor(sample[1], index, "y")
+
+    def _tensor(self, value: Any, index: int, name: str) -> Tensor:
+        if isinstance(value, Tensor):
+            return value
+        if isinstance(value, bool | int | float | complex | np.generic | np.ndarray):
+            array = np.asarray(value)
+            if array.dtype.kind in "biufc":
+                return torch.as_tensor(array)
+        raise ValueError(
+            f"sample {index} of {self.what}: its {name} must be a tensor, an array or a number, it is {kind_of(value)}"
+            + (f" ({value[:20]!r})" if isinstance(value, str) else "")
+        )
+
+    def _stacked(self, indices: Sequence[int], tensors: list[Tensor], name: str) -> Tensor:
+        first = tensors[0]
+        for index, tensor in zip(indices, tensors, strict=True):
+            if tensor.shape != first.shape:
+                raise ValueError(
+                    f"samples {indices[0]} and {index} of {self.what} cannot be stacked: their {name} have the shapes "
+                    f"{list(first.shape)} and {list(tensor.shape)}; pad or crop them to one shape"
+                )
+        if len({tensor.dtype for tensor in tensors}) > 1:
+            wide = first.dtype
+            for tensor in tensors:
+                wide = torch.promote_types(wide, tensor.dtype)
+            tensors = [tensor.to(wide) for tensor in tensors]
+        return torch.stack(tensors)
+
+
+class Cast:
+    """`data` with its inputs and targets in other formats; None leaves one as it is."""
+
+    def __init__(self, data: Data, x: torch.dtype | None, y: torch.dtype | None) -> None:
+        self.data = data
+        self.formats = {"x": x, "y": y}
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        batch = self.data.__getitems__(indices)
+        return {name: tensor.to(self.formats.get(name) or tensor.dtype) for name, tensor in batch.items()}
+
+
+def as_data(given: Any, what: str) -> Data:
+    """(x, y) tensors or arrays, a torch Dataset of pairs, or a Data; ValueError in a sentence that names `what`."""
+    if (
+        isinstance(given, tuple | list)
+        and len(given) == 2
+        and all(isinstance(part, Tensor | np.ndarray) for part in given)
+    ):
+        data = _of_tensors(given, what)
+    elif isinstance(given, torch.utils.data.IterableDataset):
+        raise ValueError(f"{what} is an iterable data set; samples must be found by their index, in any order")
+    elif isinstance(given, torch.utils.data.Dataset):
+        data = _of_dataset(given, what)
+    elif type(given).__module__.partition(".")[0] == "datasets":
+        raise ValueError(
+            f"{what} is a {type(given).__name__} of the library datasets, whose samples are dicts; give {_FORMS}: "
+            'for example (torch.tensor(data["x"]), torch.tensor(data["y"]))'
+        )
+    elif hasattr(given, "__getitems__") and hasattr(given, "__len__"):
+        data = given
+    else:
+        raise ValueError(f"{what} must be (x, y) tensors, a torch Dataset or a Data, it is {kind_of(given)}")
+    if not len(data):
+        raise ValueError(f"{what} is empty")
+    if data is given:
+        _check_batch(data, what)
+    return data
+
+
+def _of_tensors(given: Sequence[Any], what: str) -> Data:
+    for name, part in zip("xy", given, strict=True):
+        if isinstance(part, np.ndarray) and part.dtype.kind not in "biufc":
+            raise ValueError(f"{what}: {name} is an array of {part.dtype}, which is no number")
+        if not part.shape:
+            raise ValueError(f"{what}: {name} is a single number, its first axis must be the samples")
+    x, y = (torch.as_tensor(part) for part in given)
+    if len(x) != len(y):
+        raise ValueError(f"{what} has {len(x)} inputs and {len(y)} targets")
+    return TensorData(x=x, y=y)
+
+
+def _of_dataset(given: Any, what: str) -> Data:
+    if not hasattr(given, "__len__"):
+        raise ValueError(f"{what} has no length (__len__)")
+    if len(given) and not (isinstance(first := given[0], tuple | list) and len(first) == 2):
+        raise ValueError(f"{what} must give pairs (x, y), its first sample is {kind_of(first)}")
+    return PairData(given, what)
+
+
+def _check_batch(data: Data, what: str) -> None:
+    batch = data.__getitems__([0])
+    if not isinstance(batch, dict) or not all(isinstance(batch.get(name), Tensor) for name in "xy"):
+        got = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, dict) else kind_of(batch)
+        raise ValueError(
+            f"{what} is a Data, whose __getitems__ must give a dict with the tensors x and y, it gives {got}"
+        )
+
+
+def kind_of(value: Any) -> str:
+    """The type of a value, for a sentence."""
+    return type(value).__name__ if value is not None else "None"

@@ -1,0 +1,160 @@
+"""A user's task is tried on two samples when it is built: formats are fitted, and what cannot work is named.
+
+Whatever fails inside the model itself is left to the rehearsal, which has the device, the layout and both modes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from labkit.workloads.accuracy import right_and_counted
+from labkit.workloads.base import Batch, Data, TensorData
+from labkit.workloads.causal import refuse_leak
+from labkit.workloads.samples import Cast, kind_of
+from labkit.workloads.undisturbed import undisturbed
+from labkit.workloads.weights import is_of_classes, is_of_numbers
+
+if TYPE_CHECKING:
+    from labkit.workloads.custom_task import SimpleTask
+
+_BROADCAST = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
+
+
+def try_out(task: SimpleTask, name: str) -> None:
+    """Fit the formats of inputs and targets to model and loss, and raise ValueError in a sentence for what misfits."""
+    _fit_targets(task)
+    with undisturbed(task.model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again in training, where they belong
+        task.model.eval()
+        batch, output = _fit_inputs(task)
+        if output is None:
+            return
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"the model from {name} must give one tensor in eval mode, it gives a {_parts(output)}: "
+                "return the scores alone"
+            )
+        _try_loss(task, output, batch, name)
+        if task.counts_right:
+            try:
+                right_and_counted(task.loss_fn, output, batch["y"])
+            except ValueError as error:
+                raise ValueError(f"metric from {name}: {error}") from None
+    _check_classes(task, output, name)
+    _check_causal(task, output, batch, name)
+
+
+def _fit_targets(task: SimpleTask) -> None:
+    """Class indices become int64, targets of losses of numbers float32."""
+    target = task.train.__getitems__([0])["y"]
+    if target.is_floating_point() or target.is_complex():
+        return
+    wanted = torch.float32 if is_of_numbers(task.loss_fn) else None if target.dtype == torch.bool else torch.int64
+    if wanted is not None and (wanted != target.dtype or task.test.__getitems__([0])["y"].dtype != wanted):
+        task.train, task.test = Cast(task.train, None, wanted), Cast(task.test, None, wanted)
+
+
+def _fit_inputs(task: SimpleTask) -> tuple[Batch, Any]:
+    """A held-out batch and what the model makes of it; None if it cannot be run here.
+
+    Whole numbers that the model refuses are given to it as float32, unscaled, if it takes those.
+    """
+    indices = list(range(min(2, len(task.test))))
+    batch = task.test.__getitems__(indices)
+    x = batch["x"]
+    own = next((p.dtype for p in task.model.parameters() if p.is_floating_point()), torch.float32)
+    output = _run(task.model, x.to(own) if x.is_floating_point() else x)
+    if output is None and not (x.is_floating_point() or x.is_complex()):
+        output = _run(task.model, x.to(own))
+        if output is not None:
+            task.more["inputs"] = f"{str(x.dtype)[6:]}, given to the model as float32 without scaling"
+            task.train, task.test = (Cast(data, torch.float32, None) for data in (task.train, task.test))
+    return batch, output
+
+
+def _run(model: nn.Module, x: Tensor) -> Any:
+    try:
+        return model(x)
+    except Exception:  # the user's own code: the rehearsal tells what it raises
+        return None
+
+
+def _try_loss(task: SimpleTask, output: Tensor, batch: Batch, name: str) -> None:
+    target = batch["y"]
+    shapes = f"outputs {list(output.shape)} and targets {list(target.shape)} of {str(target.dtype)[6:]}"
+    if isinstance(task.loss_fn, _BROADCAST) and output.shape != target.shape:
+        raise ValueError(f"loss_fn from {name} would stretch {shapes} to one shape: give both the same shape")
+    try:
+        loss = task.loss(output, batch)
+    except Exception as error:  # the user's own code, or torch's checks of shapes and formats
+        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        raise ValueError(f"loss_fn from {name} fails for {shapes}: {reason}") from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else kind_of(loss)
+        raise ValueError(f"loss_fn from {name} must give the mean over the samples, one number; it gives {got}")
+
+
+def _check_classes(task: SimpleTask, output: Tensor, name: str) -> None:
+    """Class indices beyond the classes, where all targets lie in memory."""
+    if not is_of_classes(task.loss_fn) or output.dim() < 2:
+        return
+    classes = output.shape[1]
+    for data, part in ((task.train, "train"), (task.test, "test")):
+        target = _targets(data)
+        if target is None or target.is_floating_point():
+            continue
+        wrong = (target != task.loss_fn.ignore_index) & ((target < 0) | (target >= classes))
+        if bool(wrong.any()):
+            first = int(wrong.flatten(1).any(1).nonzero()[0]) if target.dim() > 1 else int(wrong.nonzero()[0])
+            value = int(target[wrong][0])
+            raise ValueError(
+                f"sample {first} of {part} from {name} has the class {value}, but the model gives {classes} classes "
+                f"(0 to {classes - 1})"
+            )
+
+
+def _targets(data: Data) -> Tensor | None:
+    while isinstance(data, Cast):
+        data = data.data
+    return data.tensors["y"] if isinstance(data, TensorData) else None
+
+
+def _check_causal(task: SimpleTask, output: Tensor, batch: Batch, name: str) -> None:
+    """Targets that are the inputs one token later: then the model may not see them."""
+    x, y = batch["x"], batch["y"]
+    if x.is_floating_point() or x.dim() != 2 or x.shape != y.shape or x.shape[1] < 4 or output.dim() != 3:
+        return
+    if not torch.equal(x[:, 1:], y[:, :-1]) or bool((x == x[:, :1]).all()):
+        return
+    first_axes = output.shape[:2] == x.shape
+    if not first_axes and (output.shape[0], output.shape[2]) != tuple(x.shape):
+        return
+    vocabulary = output.shape[2] if first_axes and not (is_of_classes(task.loss_fn)) else output.shape[1]
+    highest = int(max(x.max(), y.max())) + 1
+    model = task.model if vocabulary == output.shape[2] and first_axes else _ClassesLast(task.model)
+    try:
+        refuse_leak(
+            model, min(highest, vocabulary), x.shape[1], f"the model from {name}", "give its attention a causal mask"
+        )
+    except (RuntimeError, IndexError, TypeError):
+        return  # the rehearsal tells
+
+
+class _ClassesLast(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.model(x).transpose(1, 2)
+        return output
+
+
+def _parts(output: Any) -> str:
+    if isinstance(output, dict):
+        return f"dict of {', '.join(map(str, output))}"
+    return f"{kind_of(output)} of {len(output)}" if isinstance(output, tuple | list) else kind_of(output)
