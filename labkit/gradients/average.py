@@ -18,8 +18,11 @@ def trained_of(model: nn.Module) -> list[Tensor]:
 
 
 def buffers_of(model: nn.Module) -> list[Tensor]:
-    """Buffers that have a mean (running means, real or complex), in the order of the model."""
-    return [buffer for buffer in model.buffers() if buffer.is_floating_point() or buffer.is_complex()]
+    """Buffers that have a mean (running means, real or complex), in the order of the model.
+
+    Like the weights, as data: a pass that is under way in another thread may have noted them for its way back.
+    """
+    return [buffer.data for buffer in model.buffers() if buffer.is_floating_point() or buffer.is_complex()]
 
 
 def counters_of(model: nn.Module) -> list[Tensor]:

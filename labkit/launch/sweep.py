@@ -42,6 +42,8 @@ from labkit.runs.run import Run
 
 MAX_POINTS = 10_000
 MAX_FILE_BYTES = 256 * 2**20
+STOP_WAIT_S = 60.0
+"""How long the end of a stopped run is waited for, so that it can be written down."""
 STOPPING = (signal.SIGTERM, signal.SIGHUP)
 """Signals that stop a sweep as an interrupt does; one that is ignored (nohup) stays so."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -138,8 +140,9 @@ class Sweep:
         self._stopping.set()
         current = self._current
         if current is not None:
-            current.stop()
-        return self.wait()
+            with contextlib.suppress(TimeoutError):  # a busy machine: what it came to is still waited for and kept
+                current.stop()
+        return self.wait(STOP_WAIT_S)
 
     def wait(self, timeout: float | None = None) -> Sweep:
         """Until all is done or stopped, or `timeout` seconds have passed."""

@@ -94,8 +94,8 @@ def test_show_says_that_a_run_executes_code(foreign: tuple[Path, Path], capsys: 
 
 
 def test_a_builtin_workload_needs_no_trust(labkit_home: Path, tmp_path: Path) -> None:
-    arguments = [f"--set=workload={json.dumps(SMALLEST)}", "--set=training.evaluate_every=0", "--set=launch.device=cpu"]
-    assert main(["run", "vision-ddp", "--ranks=1", *arguments, "--set=training.steps=4", "--json"]) == 0
+    fields = {"workload": json.dumps(SMALLEST), "layout.dp_replicate": 1, "training.steps": 4, "launch.device": "cpu"}
+    assert main(["run", "vision-ddp", *(f"--set={field}={value}" for field, value in fields.items()), "--json"]) == 0
     copy = tmp_path / "copy"
     shutil.copytree(Run.attach("last").directory.path, copy)
     assert main(["run", "--resume", str(copy), "--set=training.steps=8", "--json"]) == 0

@@ -20,7 +20,7 @@ from labkit.runs.follow import summary_text
 from tests.launch.helpers import SMALLEST, tiny
 from tests.runs.record import record
 
-RUN = ["run", "vision-ddp", "--ranks=1", "--set=training.steps=3", "--set=launch.device=cpu"]
+RUN = ["run", "vision-ddp", "--set=layout.dp_replicate=1", "--set=training.steps=3", "--set=launch.device=cpu"]
 
 
 def to_a_full_disk(*words: str) -> subprocess.CompletedProcess[str]:

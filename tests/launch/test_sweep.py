@@ -120,16 +120,17 @@ RATES = [0.001, 0.002, 0.003]
 def words(name: str, steps: int) -> list[str]:
     fields = {
         "workload": json.dumps(SMALLEST),
+        "layout.dp_replicate": 1,
         "training.steps": steps,
         "training.evaluate_every": 0,
         "training.checkpoint_every": 0,
         "launch.device": "cpu",
     }
     settings = [f"--set={field}={value}" for field, value in fields.items()]
-    return ["sweep", "vision-ddp", "--ranks=1", *settings, f"--over=optimizer.lr={json.dumps(RATES)}", f"--name={name}"]
+    return ["sweep", "vision-ddp", *settings, f"--over=optimizer.lr={json.dumps(RATES)}", f"--name={name}"]
 
 
-def begin(name: str, steps: int = 3000) -> subprocess.Popen[str]:
+def begin(name: str, steps: int = 600) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "labkit", *words(name, steps)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -149,7 +150,7 @@ def at_work(name: str, steps: int = 20) -> Run | None:
     return run if run is not None and steps_written(run, 0) >= steps else None
 
 
-def finish(name: str, steps: int = 3000) -> int:
+def finish(name: str, steps: int = 600) -> int:
     return main(words(name, steps))
 
 

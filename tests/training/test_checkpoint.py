@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from labkit.experiment import Experiment, Layout, Optimizer
+from labkit.experiment import Experiment, Layout, Optimizer, checkpoint_files
 from labkit.experiment.run_directory import RunDirectory
+from labkit.experiment.tensor_files import load_file, save_file
 from labkit.parallel import state
 from labkit.parallel.decay import by_shape
 from labkit.parallel.mesh import Mesh
@@ -200,3 +203,183 @@ def test_a_checkpoint_of_another_model_is_refused(directory: RunDirectory) -> No
     other = nn.Linear(4, 7)
     with pytest.raises(ValueError, match="does not fit this model"):
         load(folder, other, make_optimizer(Optimizer(), by_shape(other.parameters())))
+
+
+# -- damage that a parser does not see --------------------------------------------------------------------------------
+
+
+def _flip(name: str) -> Any:
+    """One bit of the last byte, which belongs to a number."""
+
+    def damage(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[-1] ^= 1
+        (folder / name).write_bytes(data)
+
+    return damage
+
+
+def _other_step(folder: Path) -> None:
+    content = json.loads((folder / "checkpoint.json").read_text())
+    (folder / "checkpoint.json").write_text(json.dumps(content | {"step": 7}))
+
+
+def _weight_is_nan(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["embedding.weight"].view(-1)[0] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _remove(name: str) -> Any:
+    return lambda folder: (folder / name).unlink()
+
+
+def _extra_part(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "model-1.safetensors")
+
+
+def _link_to(name: str) -> Any:
+    def damage(folder: Path) -> None:
+        (folder / name).rename(folder.parent / name)
+        (folder / name).symlink_to(folder.parent / name)
+
+    return damage
+
+
+def _listed_pickle(folder: Path) -> None:
+    (folder / "evil.pkl").write_bytes(b"x")
+
+
+DAMAGES: dict[str, tuple[Any, str]] = {
+    "a bit of the weights": (_flip("model.safetensors"), "model.safetensors"),
+    "a bit of the moments": (_flip("optimizer.safetensors"), "optimizer.safetensors"),
+    "a bit of what the rule keeps": (_flip("update.safetensors"), "update.safetensors"),
+    "a bit of what a rank keeps": (_flip("rank-0.safetensors"), "rank-0.safetensors"),
+    "another step": (_other_step, "checkpoint.json"),
+    "a weight that is no number": (_weight_is_nan, "model.safetensors"),
+    "the rule's file is gone": (_remove("update.safetensors"), "update.safetensors"),
+    "a rank's file is gone": (_remove("rank-1.safetensors"), "rank-1.safetensors"),
+    "a further part": (_extra_part, "model-1.safetensors"),
+    "a further file": (_listed_pickle, "evil.pkl"),
+    "the weights are a link": (_link_to("model.safetensors"), "model.safetensors"),
+    "the list is a link": (_link_to("checkpoint.json"), "step-00000001"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_noticed_before_a_number_is_used(directory: RunDirectory, name: str) -> None:
+    damage, words = DAMAGES[name]
+    model, optimizer = made(0)
+    train(model, optimizer, 0, 1)
+    own = {"compressor.0.errors.0": torch.arange(5.0)}
+    saved = checkpoint.Saved(*state.gather(Alone(model), optimizer), more={"anchor": torch.ones(3)}, own=own)
+    folder = directory.checkpoint(1)
+    meetings: list[int] = []
+
+    def meet() -> None:  # the other rank writes between the two meetings
+        meetings.append(len(meetings))
+        if len(meetings) == 2:
+            partial = folder.with_name(f".{folder.name}.partial")
+            save_file(own, partial / "rank-1.safetensors")
+            known = checkpoint_files.seal(partial / "rank-1.safetensors")
+            checkpoint_files.note_sums(partial, 1, {"rank-1.safetensors": known})
+
+    checkpoint.save(directory, 1, Experiment(), saved, meet=meet)
+    stored = checkpoint.read(folder)
+    assert stored.own is not None
+    assert stored.own["compressor.0.errors.0"].tolist() == [0, 1, 2, 3, 4]
+    assert stored.contents.ranks == 2
+    damage(folder)
+    with pytest.raises(ValueError, match=r"step-00000001") as refusal:
+        checkpoint.read(folder)
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_any_flipped_bit_of_any_file_is_noticed(directory: RunDirectory) -> None:
+    model, optimizer = made(0)
+    folder = save(directory, 1, model, optimizer, Experiment(), writes=True)
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        for place in range(0, len(whole), max(1, len(whole) // 40)):
+            for bit in (0, 5):
+                data = bytearray(whole)
+                data[place] ^= 1 << bit
+                path.write_bytes(data)
+                if path.suffix == ".json" and _same_json(bytes(data), whole):
+                    continue  # white space between two values
+                with pytest.raises(ValueError, match="step-00000001"):
+                    checkpoint.read(folder)
+        path.write_bytes(whole)
+    assert checkpoint.read(folder).step == 1
+
+
+def _same_json(one: bytes, other: bytes) -> bool:
+    try:
+        return bool(json.loads(one) == json.loads(other))
+    except ValueError:
+        return False
+
+
+def test_everything_is_on_the_disk_before_it_is_visible_and_before_older_ones_go(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = made(0)
+    experiment = Experiment().replace("training.keep_checkpoints=1")
+    save(directory, 1, model, optimizer, experiment, writes=True)
+    happened: list[str] = []
+    real_fsync, real_rename, real_rmtree = os.fsync, os.rename, shutil.rmtree
+
+    def fsync(descriptor: int) -> None:
+        happened.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name.lstrip('.')[:10]}")
+        real_fsync(descriptor)
+
+    def rename(source: Any, target: Any) -> None:
+        happened.append(f"show {Path(target).name}")
+        real_rename(source, target)
+
+    def rmtree(path: Any, *more: Any, **options: Any) -> None:
+        if Path(path).exists():
+            happened.append(f"remove {Path(path).name}")
+        real_rmtree(path, *more, **options)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    save(directory, 2, model, optimizer, experiment, writes=True)
+    shown, removed = happened.index("show step-00000002"), happened.index("remove step-00000001")
+    before = happened[:shown]
+    for name in ("model.safe", "optimizer.", "checkpoint", "step-00000"):
+        assert f"sync {name}" in before, happened
+    assert "sync checkpoint" in happened[shown:removed], "the folder of the checkpoints"
+    assert shown < removed
+
+
+def test_tensors_of_every_kind_of_memory_can_be_saved(tmp_path: Path) -> None:
+    whole = torch.arange(24.0).view(4, 6)
+    tied = torch.ones(3)
+    tensors = {
+        "columns": whole[:, :5],
+        "transposed": whole.T,
+        "side by side": whole[1],
+        "expanded": torch.ones(1).expand(4),
+        "tied": tied,
+        "tied again": tied,
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.5, requires_grad=True),
+    }
+    save_file(tensors, tmp_path / "file.safetensors")
+    found = load_file(tmp_path / "file.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(found[name], tensor.detach(), rtol=0, atol=0)
+
+
+def test_a_link_is_neither_written_through_nor_read(tmp_path: Path) -> None:
+    (tmp_path / "outside").write_bytes(b"mine")
+    (tmp_path / "file.safetensors").symlink_to(tmp_path / "outside")
+    with pytest.raises(OSError, match="link"):
+        load_file(tmp_path / "file.safetensors")
+    save_file({"a": torch.ones(1)}, tmp_path / "file.safetensors")
+    assert (tmp_path / "outside").read_bytes() == b"mine"
+    assert not (tmp_path / "file.safetensors").is_symlink()
