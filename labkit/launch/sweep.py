@@ -74,6 +74,8 @@ class Sweep:
         self.points, self.path = list(points), path
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
+        self._ended = threading.Event()
+        """Set when the thread is at its end; a join that a signal interrupts takes a thread for ended that is not."""
         self._current: Run | None = None
         self._lock = threading.Lock()
         self._held: int | None = None
@@ -125,6 +127,7 @@ class Sweep:
             if not self.running:
                 self._hold()
                 self._stopping.clear()
+                self._ended.clear()
                 self.problem = ""
                 self._thread = threading.Thread(target=self._work, name="labkit-sweep", daemon=True)
                 self._thread.start()
@@ -133,7 +136,7 @@ class Sweep:
     @property
     def running(self) -> bool:
         """Is it going on?"""
-        return self._thread is not None and self._thread.is_alive()
+        return self._thread is not None and not self._ended.is_set()
 
     def stop(self) -> Sweep:
         """Stop the run that goes on and start no other; returns when it has ended."""
@@ -147,7 +150,7 @@ class Sweep:
     def wait(self, timeout: float | None = None) -> Sweep:
         """Until all is done or stopped, or `timeout` seconds have passed."""
         if self._thread is not None:
-            self._thread.join(timeout)
+            self._ended.wait(timeout)
         return self
 
     def _hold(self) -> None:
@@ -188,6 +191,7 @@ class Sweep:
             held, self._held = self._held, None
             if held is not None:
                 os.close(held)
+            self._ended.set()
 
     def _adopt(self) -> None:
         """After a process that ended without a word: its runs that the file does not name belong to their points."""
