@@ -58,11 +58,11 @@ def test_a_stop_that_cannot_be_written_is_one_sentence(
 ) -> None:
     run = launch(tiny(1, 1_000_000), baseline=None)
 
-    def full(path: Path, data: Any, *more: Any, **options: Any) -> None:
+    def full(directory: Any, path: Path, data: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr("labkit.runs.run.write_json", full)
+        patched.setattr("labkit.runs.status.write_even_if_full", full)
         code = main(["stop", run.id])
     err = capsys.readouterr().err
     assert "Traceback" not in err
