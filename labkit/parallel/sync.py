@@ -369,6 +369,8 @@ class GradientSync:
         self._splits = mesh.layout.pp > 1 and mesh.layout.schedule in SPLITTING
         """Do gradients of weights come outside of autograd's own run, where no hook sees them?"""
         self._on_host = mesh.on_host(*REDUCED) if sees_use else None
+        self._sent_about_use = 0
+        """Bytes by which this rank has told the others which parameters it has used, so far."""
         compresses = exchanges.wanted and replicas(mesh.layout) > 1
         self._exchanges = exchanges if compresses else None
         # On a GPU by events of the stream: the wait of NCCL returns to the host at once.
@@ -455,6 +457,7 @@ class GradientSync:
         if self._on_host is None:
             return lambda: None
         used = torch.tensor([used for bucket in self.buckets for used in bucket.used], dtype=torch.uint8)
+        self._sent_about_use += all_reduce_bytes(_bytes(used), self._on_host.size())
         work: Any = dist.all_reduce(used, dist.ReduceOp.MAX, group=self._on_host, async_op=True)
 
         def agree() -> None:
@@ -478,7 +481,7 @@ class GradientSync:
 
     def counters(self) -> Counters:
         """What combining gradients has cost so far, the gathering of parameters after an update included."""
-        sent, waited = sum(bucket.sent for bucket in self.buckets), self._watch.seconds
+        sent, waited = self._sent_about_use + sum(bucket.sent for bucket in self.buckets), self._watch.seconds
         counted = self._exchanges.counters() if self._exchanges is not None else Counters()
         return Counters(
             sent + counted.bytes,
