@@ -91,6 +91,12 @@ def restore(model: Spread, optimizer: torch.optim.Optimizer, weights: State, mom
                 if value.dim():
                     value = piece.of(part_of(value, model, piece.name))
                 optimizer.state[piece.own][key] = value.to(piece.own.device, copy=True)
+        # What fills up a bucket has moments of zeros; compressors ask for those of all pieces.
+        sample = next(iter(by_name.values()))
+        for own in (piece.own for bucket in model.sharded for piece in bucket.pieces if not piece.name):
+            for key, value in sample.items():
+                filled = own.new_zeros(own.shape, dtype=value.dtype) if value.dim() else value.to(own.device, copy=True)
+                optimizer.state[own][key] = filled
         return
     for name, parameter in parameters_of(model):
         # An optimizer keeps nothing of a parameter that never had a gradient.
