@@ -82,7 +82,7 @@ CASES = [
     Case("forward", "exception", ("rank 0 raised ValueError: bad data",), rank=0, ranks=4),
     Case("data", "exception", ("rank 0 raised ValueError: bad data",), rank=0, ranks=1),
     Case("backward", "exception", ("rank 1 raised ValueError: bad data",)),
-    Case("eval", "exception", ("rank 0 raised ValueError: bad data",), rank=0, at=3, changes=JUDGES),
+    Case("eval", "exception", ("rank 0 raised ValueError: bad data",), rank=0, at=6, steps=50, changes=JUDGES),
     Case("forward", "surrogate", ("rank 1 raised ValueError: bad file",), always=True),
     Case("forward", "control", ("rank 1 raised ValueError",)),
     Case("forward", "wordless", ("rank 1 raised Wordless",), always=True),
@@ -92,7 +92,7 @@ CASES = [
     Case("data", "stop iteration", ("rank 1 raised", "StopIteration")),
     # a rank that hangs
     Case("build", "loop", ("rank 1 is silent", "setup"), within=90, always=True),
-    Case("eval", "loop", ("rank 1 is silent", "evaluation"), at=3, changes=JUDGES, always=True),
+    Case("eval", "loop", ("rank 1 is silent", "evaluation"), at=6, steps=50, changes=JUDGES, always=True),
     Case("forward", "loop", ("rank 1 is silent", "forward")),
     Case("forward", "loop with the lock", ("rank 1 is silent",)),
     Case("forward", "ignore SIGTERM", ("rank 1 is silent",)),
@@ -118,7 +118,7 @@ CASES = [
     Case("forward", "stdio", state="finished"),
     # loader processes
     Case(
-        "loader", "exception", ("rank 1 raised ValueError: bad data of this rank",), at=4, changes=LOADER, always=True
+        "loader", "exception", ("of train", "ValueError: bad data of this rank"), at=4, changes=LOADER, always=True
     ),
     Case("loader", "loop", ("rank 1 is silent", "data"), at=4, changes=LOADER, always=True),
     Case("loader", "SIGSTOP", ("rank 1 is silent", "data"), at=4, changes=LOADER),
