@@ -117,9 +117,7 @@ CASES = [
     Case("forward", "child, exception", ("left a child",)),
     Case("forward", "stdio", state="finished"),
     # loader processes
-    Case(
-        "loader", "exception", ("of train", "ValueError: bad data of this rank"), at=4, changes=LOADER, always=True
-    ),
+    Case("loader", "exception", ("of train", "ValueError: bad data of this rank"), at=4, changes=LOADER, always=True),
     Case("loader", "loop", ("rank 1 is silent", "data"), at=4, changes=LOADER, always=True),
     Case("loader", "SIGSTOP", ("rank 1 is silent", "data"), at=4, changes=LOADER),
     Case("loader", "ignore SIGTERM", ("rank 1 is silent", "data"), at=4, changes=LOADER),

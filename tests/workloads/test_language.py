@@ -72,13 +72,13 @@ def test_gradients_of_a_split_batch_average_to_those_of_the_whole(experts: int) 
 
 
 def one_by_one(block: MixtureOfExperts, x: torch.Tensor, room: int | None = None) -> torch.Tensor:
-    """The mixture, token by token: first choices are served before second ones, then whoever comes first."""
+    """The mixture, token by token: whoever comes first is served first, and no later token takes its place."""
     out = torch.zeros_like(x)
     for sample, tokens in enumerate(x):
         best, chosen = block.router(tokens).topk(block.experts_per_token, dim=-1)
         weights, taken = best.softmax(-1), dict.fromkeys(range(len(block.experts.up)), 0)
-        for choice in range(block.experts_per_token):
-            for place, token in enumerate(tokens):
+        for place, token in enumerate(tokens):
+            for choice in range(block.experts_per_token):
                 expert = int(chosen[place, choice])
                 taken[expert] += 1
                 if room is None or taken[expert] <= room:

@@ -39,9 +39,9 @@ class Experts(nn.Module):
 class MixtureOfExperts(nn.Module):
     """out = Σ over the k chosen experts of weight · expert(x): [N, T, width] to [N, T, width].
 
-    `capacity`: an expert takes at most ⌈capacity · k·T/E⌉ tokens of each sequence, first choices before second ones,
-    earlier tokens before later ones; what is beyond is dropped, its share of the result is zero (GShard,
-    arXiv:2006.16668). 0 for no limit.
+    `capacity`: an expert takes at most ⌈capacity · k·T/E⌉ tokens of each sequence, earlier tokens before later ones;
+    what is beyond is dropped, its share of the result is zero. 0 for no limit. GShard (arXiv:2006.16668) takes all first
+    choices before any second one; then a later token can push an earlier one out, and the model is no longer causal.
 
     `balance_loss`: factor of E/(k·T) · Σ_e (tokens that chose e) · (mean probability of e), summed over sequences. It
     is felt by the gradient only; the reported loss stays comparable.
@@ -92,9 +92,9 @@ class MixtureOfExperts(nn.Module):
         _, length, k = chosen.shape
         experts = self.router.out_features
         room = math.ceil(self.capacity * k * length / experts)
-        queue = chosen.transpose(1, 2).flatten(1)  # first choices of all tokens, then second ones: [N, k·T]
+        queue = chosen.flatten(1)  # token by token, each with its first choice first: [N, T·k]
         place = nn.functional.one_hot(queue, experts).cumsum(1).gather(2, queue.unsqueeze(-1)).squeeze(-1)
-        return (place <= room).unflatten(1, (k, length)).transpose(1, 2)
+        return (place <= room).unflatten(1, (length, k))
 
     def _imbalance(self, scores: Tensor, chosen: Tensor) -> Tensor:
         """Σ over sequences of E/(k·T²) · Σ_e count_e · Σ_t probability; 1 each where all experts are chosen alike."""
