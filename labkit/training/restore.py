@@ -1,9 +1,9 @@
 """A rehearsal leaves no trace: what it touches is as it was, to the last bit.
 
 Copying a task is no way: models with the old weight normalisation cannot be copied, and large ones would not fit
-twice. So the state is noted before and put back afterwards: parameters and buffers (from a copy, where their version
-counter says that they were written to), gradients, the attributes of every module, data set and loss, what lies in
-their lists, dicts and closures, and generators of random numbers. Module-level variables of a file are not seen.
+twice. So the state is noted before and put back afterwards: parameters and buffers from a copy, gradients, the
+attributes of every module, data set and loss, what lies in their lists, dicts and closures, and generators of random
+numbers. Module-level variables of a file are not seen.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class _Noted:
                 return self._note_plain(value)
             self._attributes.append((value, dict(vars(value))))
             inside, self._inside = self._inside, True
-            self._note_attributes(value, depth)
+            self._note_attributes(value, 0)  # however deep it stands in the model
             self._inside = inside
         elif isinstance(value, FunctionType):
             for cell in value.__closure__ or ():
@@ -170,11 +170,10 @@ class _Noted:
         if not plain or value.is_inference() or not self._room_for(size):
             return
         version, copy = value._version, value.detach().clone()
-        # Kernels of batch normalisation write running means without counting a version.
-        counts = isinstance(value, nn.Parameter) or not self._inside
 
         def put_back() -> None:
-            if value._version != version or not counts:
+            # Batch normalisation writes its running statistics past the counter.
+            if value._version != version or not isinstance(value, nn.Parameter):
                 with torch.no_grad():
                     value.detach().copy_(copy)
 

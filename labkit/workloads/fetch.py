@@ -18,7 +18,8 @@ def fetch(data: Data, indices: Sequence[int], what: str) -> Batch:
     except TaskFault:
         raise
     except Exception as error:
-        raise TaskFault(_culprit(data, indices, what, error)) from error
+        named_already = str(error).startswith(("sample ", "samples "))  # by the data set itself (samples.py)
+        raise TaskFault(error if named_already else _culprit(data, indices, what, error)) from error
 
 
 def checked(data: Data, indices: Sequence[int], what: str) -> Batch:

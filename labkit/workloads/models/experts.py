@@ -40,8 +40,8 @@ class MixtureOfExperts(nn.Module):
     """out = Σ over the k chosen experts of weight · expert(x): [N, T, width] to [N, T, width].
 
     `capacity`: an expert takes at most ⌈capacity · k·T/E⌉ tokens of each sequence, earlier tokens before later ones;
-    what is beyond is dropped, its share of the result is zero. 0 for no limit. GShard (arXiv:2006.16668) takes all first
-    choices before any second one; then a later token can push an earlier one out, and the model is no longer causal.
+    what is beyond is dropped, its share of the result is zero. 0 for no limit. GShard (arXiv:2006.16668) takes all
+    first choices before any second one; then a later token can push an earlier one out, and nothing is causal.
 
     `balance_loss`: factor of E/(k·T) · Σ_e (tokens that chose e) · (mean probability of e), summed over sequences. It
     is felt by the gradient only; the reported loss stays comparable.
