@@ -14,7 +14,7 @@ COLLECTIVE = [
 ]
 LOOP = [
     "Current thread 0x00007f02 (most recent call first):",
-    '  File "/home/me/model.py", line 3 in forward',
+    '  File "/srv/me/model.py", line 3 in forward',
     *[f'  File "/x/torch/nn/modules/module.py", line {number} in _call_impl' for number in range(10)],
     '  File "/x/torch/distributed/fsdp.py", line 1 in forward',
 ]
