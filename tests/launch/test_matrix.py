@@ -25,6 +25,8 @@ from labkit.launch.matrix_log import MatrixLog
 from labkit.runs import Run
 from tests.launch.helpers import FAULTY, wait_until
 
+pytestmark = pytest.mark.timeout(900)  # listing all cases takes minutes of processor time
+
 
 @pytest.fixture(scope="module")
 def all_cases() -> list[Case]:

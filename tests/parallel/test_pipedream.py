@@ -25,6 +25,8 @@ from labkit.training.optimizers import learning_rate, make_optimizer, set_learni
 from labkit.training.sampling import Order
 from tests.launch.helpers import events, start, steps_written, wait_until
 
+pytestmark = pytest.mark.timeout(900)  # whole recipes are trained
+
 CHAIN = Path(__file__).parents[1] / "training" / "chain_task.py"
 STEPS, BATCH, WITHIN = 12, 8, 1e-9
 
