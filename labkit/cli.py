@@ -71,10 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-        said = str(error) if error.errno is None else f"{where}{error.strerror}"
+        reason = str(error) if error.errno is None else f"{where}{error.strerror}"
         if not options.launched:
-            return _refuse(said)
-        _say(f"{said} (the run was launched)")
+            return _refuse(reason)
+        _say(f"{reason} (the run was launched)")
         return 1
     except KeyboardInterrupt:
         _say("interrupted")

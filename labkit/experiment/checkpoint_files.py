@@ -58,8 +58,8 @@ class Contents:
 
     def parts(self, kind: str) -> list[str]:
         """Names of all files of a kind (`model`, `optimizer`), the first part first."""
-        found = [name for name in self.files if re.fullmatch(rf"{kind}(-[0-9]+)?\.safetensors", name)]
-        return sorted(found, key=lambda name: (len(name), name))
+        parts = [name for name in self.files if re.fullmatch(rf"{kind}(-[0-9]+)?\.safetensors", name)]
+        return sorted(parts, key=lambda name: (len(name), name))
 
     @property
     def ranks(self) -> int:

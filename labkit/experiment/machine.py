@@ -171,10 +171,10 @@ def _capabilities(smi: str) -> dict[str, tuple[int, int]]:
     """By UUID. A question of its own: drivers before 2021 do not know it, and would answer nothing at all."""
     command = [smi, "--query-gpu=uuid,compute_cap", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=SMI_TIMEOUT_S, check=True).stdout
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=SMI_TIMEOUT_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
-    rows = re.findall(r"^(\S+), *(\d+)\.(\d+) *$", said, re.M)
+    rows = re.findall(r"^(\S+), *(\d+)\.(\d+) *$", answer, re.M)
     return {uuid: (int(major), int(minor)) for uuid, major, minor in rows}
 
 

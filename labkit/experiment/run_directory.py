@@ -144,8 +144,8 @@ class RunDirectory:
             paths = [runs / name for name in os.listdir(runs)]
         except (FileNotFoundError, NotADirectoryError):
             return
-        found = [path for path in paths if safe_files.is_regular(path / "experiment.json")]
-        yield from (cls(path) for path in sorted(found, key=lambda path: (_made(path), path.name)))
+        visible = [path for path in paths if safe_files.is_regular(path / "experiment.json")]
+        yield from (cls(path) for path in sorted(visible, key=lambda path: (_made(path), path.name)))
 
     def come_last(self) -> None:
         """Make this the latest run of its home, also where the clock was put back since an earlier one.
@@ -230,8 +230,8 @@ class RunDirectory:
         except OSError:
             return []
         steps = [int(match[1]) for match in map(_CHECKPOINT.fullmatch, names) if match]
-        found = {step for step in steps if safe_files.is_folder(self.checkpoint(step))}
-        return sorted(step for step in found if safe_files.is_regular(self.checkpoint(step) / "checkpoint.json"))
+        folders = {step for step in steps if safe_files.is_folder(self.checkpoint(step))}
+        return sorted(step for step in folders if safe_files.is_regular(self.checkpoint(step) / "checkpoint.json"))
 
     def remove_partial_checkpoints(self) -> None:
         """Remove what was being written when its rank ended; called when no rank is left."""
