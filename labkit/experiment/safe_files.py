@@ -58,6 +58,16 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def _checked_regular(descriptor: int, path: Path) -> int:
+    """Return the descriptor if it is that of a regular file; else close it and raise OSError."""
+    try:
+        _insist_on_regular(os.fstat(descriptor).st_mode, path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def _insist_on_regular(mode: int, path: Path) -> None:
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
@@ -77,12 +87,7 @@ def open_to_read(path: Path) -> int:
         if error.errno == errno.ELOOP:
             raise NotRegularError(errno.EINVAL, "this is a link, not a regular file", str(path)) from None
         raise
-    try:
-        _insist_on_regular(os.fstat(descriptor).st_mode, path)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+    return _checked_regular(descriptor, path)
 
 
 @contextlib.contextmanager
@@ -151,12 +156,7 @@ def open_to_append(path: Path) -> int:
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(path, flags, 0o600)
-    try:
-        _insist_on_regular(os.fstat(descriptor).st_mode, path)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+    return _checked_regular(descriptor, path)
 
 
 def open_to_lock(path: Path) -> int:
