@@ -4,6 +4,7 @@
 #   PIP_ARGS='...'         further arguments for pip, e.g. a package index of your own or one with another build of torch
 #   LAB_ARGS='...'         further arguments for JupyterLab
 #   PYTEST_ARGS='...'      further arguments for pytest, e.g. PYTEST_ARGS='-k supervisor'
+#   PYTEST_WORKERS=4       how many tests run side by side; the default is one per core, at most 4
 #   TORCH=2.11.0           another torch than the pinned one, in an environment of its own (.venv-torch-2.11.0); with it
 #                          `make test` runs what depends on torch: layouts, parity, pipelines, number formats
 
@@ -20,6 +21,7 @@ PYTHON ?=
 PIP_ARGS ?=
 LAB_ARGS ?=
 PYTEST_ARGS ?=
+PYTEST_WORKERS ?= logical
 
 # Whatever a notebook or a test starts by name comes from the set-up.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -64,14 +66,24 @@ lab: $(VENV)/.set-up-lab ## set up, then open JupyterLab on notebook 00
 ##@ Check
 .PHONY: test
 ifeq ($(TORCH),)
-test: $(VENV)/.set-up-dev check ## set up, then lint, types and all tests
-	$(BIN)/python tests/browser/find_browser.py --install || echo "No browser: the browser tests are skipped."
-	@$(call pytest,)
+test: $(VENV)/.set-up-dev check ## set up, then lint, types and the tests of the first tier, side by side
+	@$(call pytest,$(SIDE_BY_SIDE) -m "not slow and not exhaustive and not browser and not gpu and not alone")
+	@$(call pytest,-m "alone and not slow and not exhaustive and not gpu")
 else
 test: $(VENV)/.set-up-dev
 	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
-	@$(call pytest,$(TORCH_TESTS))
+	@$(call pytest,-m "not exhaustive and not gpu" $(TORCH_TESTS))
 endif
+
+.PHONY: proofs
+proofs: $(VENV)/.set-up-dev ## the second tier: every lesson, the browser, samples of all layouts and combinations, ...
+	$(BIN)/python tests/browser/find_browser.py --install || echo "No browser: the browser tests are skipped."
+	@$(call pytest,$(SIDE_BY_SIDE) -m "slow and not exhaustive and not browser and not gpu and not alone")
+	@$(call pytest,-m "(browser or (slow and alone)) and not exhaustive and not gpu")
+
+.PHONY: exhaustive
+exhaustive: $(VENV)/.set-up-dev ## the third tier, hours: the sets of cases of which the other two run samples
+	@$(call pytest,-m "exhaustive and not gpu")
 
 .PHONY: check
 check: $(VENV)/.set-up-dev ## ruff, mypy, notebooks stored without outputs
@@ -82,7 +94,7 @@ check: $(VENV)/.set-up-dev ## ruff, mypy, notebooks stored without outputs
 
 .PHONY: notebooks
 notebooks: $(VENV)/.set-up-dev ## execute every notebook with papermill
-	@$(call pytest,tests/notebooks)
+	@$(call pytest,-m "not exhaustive" tests/notebooks)
 
 .PHONY: browser
 browser: $(VENV)/.set-up-dev ## the tests in the real JupyterLab with headless Chromium
@@ -119,10 +131,15 @@ help: ## this list
 
 # Tests get a home of their own with a short path (it holds sockets), and nothing of theirs stays behind.
 pytest = home=$$(mktemp -d -t labkit-test-XXXXXX); failed=0; \
-	LABKIT_TEST_HOME="$$home" $(BIN)/python -m pytest $(1) $(PYTEST_ARGS) || failed=$$?; \
-	LABKIT_HOME="$$home" $(BIN)/labkit stop --all >/dev/null || failed=1; \
+	LABKIT_TEST_HOME="$$home" $(BIN)/python -m pytest --durations=20 $(1) $(PYTEST_ARGS) || failed=$$?; \
+	for own in "$$home" "$$home"/gw*; do \
+		[ ! -d "$$own" ] || LABKIT_HOME="$$own" $(BIN)/labkit stop --all >/dev/null || failed=1; \
+	done; \
 	rm -rf "$$home"; \
 	exit $$failed
+
+# Whoever stands in one file stays together: the runs that its tests compare with are made once.
+SIDE_BY_SIDE = -n $(PYTEST_WORKERS) --maxprocesses=4 --dist=loadfile
 
 # What another torch may break.
 TORCH_TESTS := tests/training/test_layouts.py tests/training/test_own_models.py tests/parallel tests/quantization

@@ -25,8 +25,12 @@ HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 def pytest_configure(config: pytest.Config) -> None:
     # Before collection, and for the whole session: no test may see or touch the runs of the person who tests.
     given = os.environ.get("LABKIT_TEST_HOME")
+    worker = os.environ.get("PYTEST_XDIST_WORKER")  # side by side, each with a home of its own
+    if given and worker:
+        given = str(Path(given) / worker)
     config.labkit_home = given or tempfile.mkdtemp(prefix="labkit-test-")  # type: ignore[attr-defined]
     config.labkit_home_is_ours = given is None  # type: ignore[attr-defined]
+    config.option.markexpr = config.option.markexpr or "not exhaustive"
     os.environ["LABKIT_HOME"] = config.labkit_home  # type: ignore[attr-defined]
     os.environ[MARK] = uuid.uuid4().hex
     os.environ.pop("LABKIT_UI", None)

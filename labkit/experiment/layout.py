@@ -7,6 +7,7 @@ equation); the axis names are those of Accelerate's `ParallelismConfig`, with `p
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from math import prod
 from typing import Any, Literal
 
@@ -99,6 +100,7 @@ class Layout(BaseModel):
         return sizes
 
     @classmethod
+    @lru_cache(maxsize=4096)
     def parse(cls, text: str) -> Layout:
         """Read the short form: `dp2·tp2·pp2` (also with `*`, `x`, a comma or a space between)."""
         return cls(**cls._parse(text))

@@ -15,6 +15,7 @@ The experiment layer finds a room by its dotted name and imports it only when a 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
@@ -53,8 +54,7 @@ class Method:
         """Import and return the class that implements the method."""
         if self.target is None:
             raise ValueError(f"{self.key} is not in this version of labkit yet")
-        module, _, name = self.target.partition(":")
-        return getattr(import_module(module), name)
+        return _attribute(self.target)
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,18 @@ ROOMS: dict[str, str] = {
 
 
 def registry(knob: str) -> Registry:
-    """The registry of a knob, e.g. `registry("gradients.compression")`."""
-    module, _, name = ROOMS[knob].partition(":")
-    found: Registry = getattr(import_module(module), name)
-    return found
+    """Return the registry of a knob, e.g. `registry("gradients.compression")`."""
+    methods: Registry = _attribute(ROOMS[knob])
+    return methods
+
+
+def _attribute(target: str) -> Any:
+    """Return what `module:name` names; the module is imported the first time.
+
+    Rules ask thousands of times, and `import_module` is slow even for a module that is there.
+    """
+    module, _, name = target.partition(":")
+    return getattr(sys.modules.get(module) or import_module(module), name)
 
 
 def registries() -> Iterable[tuple[str, Registry]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import combinations, product
 from math import prod
 from typing import Any, Literal, get_args, get_origin
@@ -183,6 +184,7 @@ def _workload_options(family: str) -> dict[str, Any]:
     return {name: about.default for name, about in fields.items()}
 
 
+@cache
 def _default(family: str, name: str) -> Any:
     section, _, option = name.partition(".")
     if section == "workload":

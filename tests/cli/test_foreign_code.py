@@ -186,6 +186,7 @@ def test_git_runs_nothing_that_a_repository_names(repository: tuple[Path, Path])
     assert len(state["commit"]) == 40
 
 
+@pytest.mark.alone
 def test_a_git_that_hangs_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 30\n")
     (tmp_path / "git").chmod(0o755)

@@ -106,11 +106,12 @@ def said(run: Run) -> list[str]:
 
 
 def cases() -> list[Any]:
-    """All of them, of which a few stand for the others where there is little time."""
+    """Return every method, stopped and killed: a few of them in `make test`, the others later."""
     always = ("plain", "topk", "int8", "local_sgd", "streaming_diloco")
-    marks = {name: [] if name in always else [pytest.mark.slow] for name in EXACT}
-    both = [pytest.param(name, "stop", marks=marks[name], id=f"{name}, stopped") for name in EXACT]
-    return both + [pytest.param(name, "kill", marks=pytest.mark.slow, id=f"{name}, killed") for name in EXACT]
+    marks = {name: () if name in always else pytest.mark.slow for name in EXACT}
+    stopped = [pytest.param(name, "stop", marks=marks[name], id=f"{name}, stopped") for name in EXACT]
+    marks = {name: pytest.mark.slow if name in always else pytest.mark.exhaustive for name in EXACT}
+    return stopped + [pytest.param(name, "kill", marks=marks[name], id=f"{name}, killed") for name in EXACT]
 
 
 @pytest.mark.parametrize(("name", "how"), cases())

@@ -21,7 +21,7 @@ import pytest
 
 from tests.notebooks.lesson import LESSONS, Lesson
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(480)]  # lessons compare times
 
 # A lesson is meant to end within about two minutes on two cores; the limit leaves room for a busy machine.
 LIMIT_S = 360

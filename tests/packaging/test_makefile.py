@@ -31,7 +31,20 @@ def test_make_alone_lists_what_there_is() -> None:
     shown = make()
     assert shown.returncode == 0
     targets = set(re.findall(r"^  make ([a-z-]+) ", shown.stdout, re.M))
-    assert {"demo", "lab", "test", "check", "notebooks", "browser", "gpu", "benchmarks", "clean", "help"} <= targets
+    assert {
+        "demo",
+        "lab",
+        "test",
+        "proofs",
+        "exhaustive",
+        "check",
+        "notebooks",
+        "browser",
+        "gpu",
+        "benchmarks",
+        "clean",
+        "help",
+    } <= targets
 
 
 def test_an_old_python_gets_one_clear_sentence(tmp_path: Path) -> None:
@@ -78,6 +91,7 @@ def test_the_set_up_runs_again_only_when_the_requirements_change(tmp_path: Path)
 def test_another_torch_has_an_environment_of_its_own() -> None:
     planned = make("-n", "test", "TORCH=2.11.0")
     assert planned.returncode == 0, planned.stderr
-    assert ".venv-torch-2.11.0/bin/python -m pytest tests/training/test_layouts.py" in planned.stdout
+    assert ".venv-torch-2.11.0/bin/python -m pytest " in planned.stdout
+    assert "tests/training/test_layouts.py" in planned.stdout
     assert 'echo "torch==2.11.0"' in planned.stdout
     assert ".venv/bin/python" not in planned.stdout

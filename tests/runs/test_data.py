@@ -465,6 +465,7 @@ def test_arrays_handed_out_cannot_be_changed(writer: Writer) -> None:
         data.samples[0] = 7
 
 
+@pytest.mark.alone
 def test_a_budget_spreads_the_reading_and_loses_nothing(tmp_path: Path) -> None:
     writer = Writer(tmp_path / "run", world_size=64, steps=2000)
     for rank in range(64):
@@ -564,6 +565,7 @@ def test_growing_array_keeps_what_it_holds() -> None:
     assert (array.values[gaps] == -1).all()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_64_ranks_of_100000_steps_fit_into_300_mb(tmp_path: Path) -> None:
     writer = Writer(tmp_path / "run", world_size=64, steps=100_000, state="finished")

@@ -103,6 +103,7 @@ def test_convolutions_are_measured_too() -> None:
     assert found["left_out"] == 0
 
 
+@pytest.mark.alone
 def test_it_takes_a_bounded_time() -> None:
     """A pass of this layer over all its rows takes seconds: it is measured on some of them."""
     model = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 10))

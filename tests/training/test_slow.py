@@ -80,6 +80,7 @@ def test_a_thread_that_has_no_core_computes_more_slowly() -> None:
             other.wait()
 
 
+@pytest.mark.alone
 def test_a_pass_is_stretched_by_its_computing_alone() -> None:
     clock, measured = PassClock(), []
 
