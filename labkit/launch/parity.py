@@ -131,6 +131,8 @@ def _metric_difference(one: RunData, other: RunData, precision: str) -> float | 
         for name in mine.keys() | theirs.keys():
             if precision == "fp64" or name == "loss":
                 a, b = mine.get(name, float("nan")), theirs.get(name, float("nan"))
+                if a != a and b != b and name in mine and name in theirs:
+                    continue  # in neither run a finite number, e.g. an accuracy without a single target
                 difference = abs(a - b) / max(1.0, abs(b))
                 differences.append(difference if difference == difference else float("inf"))
     return max(differences)
