@@ -463,6 +463,7 @@ def _combinations(options: argparse.Namespace) -> int:
 
 def _methods(options: argparse.Namespace) -> int:
     from labkit.launch import methods
+    from labkit.runs.checked import formatted
 
     known = {case.method for case in methods.cases([("", Experiment())], [2])}
     if unknown := [name for name in options.method if name not in known]:
@@ -478,7 +479,7 @@ def _methods(options: argparse.Namespace) -> int:
     try:
         for one in methods.run(cases):
             learned.append(one)
-            what = f"loss {one.loss:.4f}" if one.loss is not None else one.reason
+            what = f"loss {formatted(one.loss, '.4f')}" if one.loss is not None else one.reason
             said = (
                 f"{len(learned)} of {len(cases)}: {one.case.recipe}, {one.case.ranks} ranks, {one.case.method}: {what}"
             )
@@ -491,6 +492,7 @@ def _methods(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace) -> int:
     from labkit.launch.sweep import sweep
+    from labkit.runs.checked import NOT_FINITE
 
     over = {}
     for field, values in map(parse_assignment, options.over):
@@ -527,6 +529,7 @@ def _sweep(options: argparse.Namespace) -> int:
     else:
         for row in rows:
             figures = [f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float)]
+            figures += [f"{name} {value}" for name, value in row.items() if value == NOT_FINITE]
             _print_lines(f"{row['point']}: {row['state']} {row['run']} {', '.join(figures)} {row['reason']}".rstrip())
     return 0 if all(point.state in ("finished", "refused") for point in queue.points) else 1
 
@@ -631,6 +634,7 @@ def _stop(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     from labkit.runs import Run, compare
+    from labkit.runs.checked import figure_or_words
 
     if bool(options.runs) == options.all:
         raise UsageError("name the runs to compare, or say --all")
@@ -646,7 +650,7 @@ def _compare(options: argparse.Namespace) -> int:
         _say(f"left out: {reason}")
     if options.json:
         named = {"baseline_run_id": comparison.baseline_run_id, "left_out": comparison.left_out}
-        _print_json(named | {"rows": comparison.rows, "text": comparison.text()})
+        _print_json(named | {"rows": figure_or_words(comparison.rows), "text": comparison.text()})
     else:
         _print_lines(str(comparison))
     return 0

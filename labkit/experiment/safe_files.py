@@ -42,19 +42,35 @@ class TooLargeError(OSError):
     """The file is larger than anything that labkit writes under that name."""
 
 
+def _insist_on_name(path: Path) -> None:
+    """Raise OSError for a name that no file can have, where Python raises one of two kinds of ValueError."""
+    try:
+        possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise OSError(errno.EINVAL, "no file can have this name", str(path))
+
+
+def _about(path: Path) -> os.stat_result:
+    """What stands at `path` itself; OSError if there is nothing."""
+    _insist_on_name(path)
+    return os.lstat(path)
+
+
 def is_regular(path: Path) -> bool:
     """Does a regular file stand at `path` itself (a link to one does not count)?"""
     try:
-        return stat.S_ISREG(os.lstat(path).st_mode)
-    except (OSError, ValueError):
+        return stat.S_ISREG(_about(path).st_mode)
+    except OSError:
         return False
 
 
 def is_folder(path: Path) -> bool:
     """Does a folder stand at `path` itself (a link to one does not count)?"""
     try:
-        return stat.S_ISDIR(os.lstat(path).st_mode)
-    except (OSError, ValueError):
+        return stat.S_ISDIR(_about(path).st_mode)
+    except OSError:
         return False
 
 
@@ -80,7 +96,7 @@ def open_to_read(path: Path) -> int:
 
     Opening never waits (a pipe without a writer) and never follows a link at `path` itself.
     """
-    _insist_on_regular(os.lstat(path).st_mode, path)  # opening a device may already do something
+    _insist_on_regular(_about(path).st_mode, path)  # opening a device may already do something
     try:
         descriptor = os.open(path, _READ)
     except OSError as error:
@@ -133,7 +149,7 @@ def read_tail(path: Path, length: int) -> bytes:
 
 def size(path: Path) -> int:
     """Bytes of the regular file at `path`; OSError if there is none."""
-    about = os.lstat(path)
+    about = _about(path)
     _insist_on_regular(about.st_mode, path)
     return about.st_size
 
@@ -141,7 +157,7 @@ def size(path: Path) -> int:
 def changed(path: Path) -> int:
     """When the file itself was last changed (ns); 0 if there is none."""
     try:
-        return os.lstat(path).st_mtime_ns
+        return _about(path).st_mtime_ns
     except OSError:
         return 0
 
@@ -154,9 +170,22 @@ def open_to_append(path: Path) -> int:
 
     OSError if a link, a pipe or a device stands there.
     """
+    with contextlib.suppress(FileNotFoundError):
+        _insist_on_regular(_about(path).st_mode, path)
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(path, flags, 0o600)
     return _checked_regular(descriptor, path)
+
+
+def keep_end(path: Path, length: int, head: bytes = b"") -> None:
+    """Cut the regular file at `path` to `head` and its last `length` bytes; who appends to it goes on behind them."""
+    end = read_tail(path, length)
+    descriptor = open_to_append(path)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, head + end)
+    finally:
+        os.close(descriptor)
 
 
 def open_to_lock(path: Path) -> int:
@@ -179,7 +208,7 @@ def replace(path: Path, data: bytes, durable: bool = False, mode: int = 0o600) -
     or lists it later still has to sync the folder.
     """
     with contextlib.suppress(FileNotFoundError):
-        present = os.lstat(path).st_mode
+        present = _about(path).st_mode
         if not stat.S_ISLNK(present):
             _insist_on_regular(present, path)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -210,7 +239,8 @@ def sync_folder(path: Path) -> None:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Let the regular file `source` also be at `target`, which must not exist: by a hard link, else by a copy."""
-    _insist_on_regular(os.lstat(source).st_mode, source)
+    _insist_on_regular(_about(source).st_mode, source)
+    _insist_on_name(target)
     try:
         os.link(source, target, follow_symlinks=False)
     except FileNotFoundError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from labkit.experiment import safe_files
 
@@ -41,6 +41,15 @@ def _by_itself(tensor: Tensor, storages: set[int]) -> Tensor:
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     storages.add(tensor.untyped_storage().data_ptr())
     return tensor
+
+
+def load_arrays(path: Path) -> dict[str, Any]:
+    """The same as numpy's arrays, without torch."""
+    from safetensors.numpy import load_file as read
+
+    safe_files.size(path)
+    arrays: dict[str, Any] = read(path)
+    return arrays
 
 
 def load_file(path: Path) -> dict[str, Tensor]:

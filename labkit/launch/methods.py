@@ -16,6 +16,7 @@ from labkit.experiment.machine import Machine
 from labkit.experiment.registry import registry
 from labkit.experiment.rules import CHOICES
 from labkit.launch.finish import finished
+from labkit.runs.checked import figure_or_words, formatted
 from labkit.runs.environment import versions
 from labkit.runs.run import RunFailed
 
@@ -57,7 +58,9 @@ class Learned:
         """For JSON."""
         case = self.case
         named = {"recipe": case.recipe, "ranks": case.ranks, "method": case.method}
-        return named | {name: value for name, value in vars(self).items() if name not in ("case", "metric_title")}
+        return named | {
+            name: figure_or_words(value) for name, value in vars(self).items() if name not in ("case", "metric_title")
+        }
 
 
 def cases(recipes: Iterable[tuple[str, Experiment]], ranks: Iterable[int], only: Sequence[str] = ()) -> list[Case]:
@@ -91,7 +94,8 @@ def run(found: Iterable[Case]) -> Iterator[Learned]:
             yield Learned(case, f"failed: {error}")
             continue
         summary = one.summary()
-        metrics, about = summary["metrics"], summary["metric"] or {}
+        evaluations, about = one.data().evaluations, summary["metric"] or {}
+        metrics = evaluations[-1][2] if evaluations else {}
         loss, key = metrics.get("loss"), (case.recipe, case.ranks)
         if case.method == PLAIN:
             plain[key] = loss
@@ -150,7 +154,7 @@ def markdown(learned: Sequence[Learned], asked: int, command: str, seconds: floa
 
 
 def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    return "" if value is None else formatted(value, form)
 
 
 def _cell(text: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from labkit.experiment import Experiment, ExperimentError, Problem
+from labkit.experiment import Experiment, ExperimentError, Problem, safe_files
 from labkit.experiment.one_process import one_process
 from labkit.experiment.registry import registry
 from labkit.launch.client import standby_of_its_own
@@ -28,6 +28,8 @@ from labkit.runs.run import Run, RunFailed
 
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-4}
 STEPS = 20
+BEGINNING_BYTES = 2**20
+"""Of a file of events: the rehearsal is among the first."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ def _metric_difference(one: RunData, other: RunData, precision: str) -> float | 
         for name in mine.keys() | theirs.keys():
             if precision == "fp64" or name == "loss":
                 a, b = mine.get(name, float("nan")), theirs.get(name, float("nan"))
+                if a != a and b != b and name in mine and name in theirs:
+                    continue  # in neither run a finite number, e.g. an accuracy without a single target
                 difference = abs(a - b) / max(1.0, abs(b))
                 differences.append(difference if difference == difference else float("inf"))
     return max(differences)
@@ -145,7 +149,7 @@ _OTHER_TASK = (
 def _built(run: Run) -> str | None:
     """The hash of what the first rank of a run has built; None where it was not written down."""
     try:
-        lines = run.directory.events(0).read_bytes().splitlines()
+        *lines, _ = safe_files.read_piece(run.directory.events(0), 0, BEGINNING_BYTES).split(b"\n")
     except OSError:
         return None
     for line in lines:

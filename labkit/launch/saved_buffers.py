@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.experiment.tensor_files import load_arrays
 from labkit.runs.run import Run
 
 Array = NDArray[Any]
@@ -34,18 +35,16 @@ def buffer_difference(run: Run, reference: Run) -> tuple[float, str] | None:
 
 
 def _untrained(folder: Path) -> dict[str, Array]:
-    from safetensors.numpy import load_file
-
     kept = {
         key.removeprefix("state.").rpartition(".")[0]
         for path in folder.glob("optimizer*.safetensors")
-        for key in load_file(path)
+        for key in load_arrays(path)
     }
     if not kept:  # an optimizer without memory: nothing tells weights and buffers apart
         return {}
     held: dict[str, Array] = {}
     for path in folder.glob("model*.safetensors"):
-        held |= load_file(path)
+        held |= load_arrays(path)
     return {name: value for name, value in held.items() if name not in kept}
 
 

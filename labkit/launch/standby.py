@@ -24,6 +24,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from labkit.experiment import safe_files
 from labkit.experiment.run_directory import RunDirectory
 from labkit.runs import status
 
@@ -86,8 +87,7 @@ def _fork_supervisor(supervise: Any, order: dict[str, Any]) -> None:
         os.setsid()
         # Neither the kernel's pipe nor its output may stay open here: the run outlives the kernel.
         nowhere = os.open(os.devnull, os.O_RDWR)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-        log = os.open(os.path.join(order["run"], "supervisor.log"), flags, 0o600)
+        log = safe_files.open_to_append(RunDirectory(Path(order["run"])).supervisor_log)
         for descriptor, target in ((nowhere, 0), (log, 1), (log, 2)):
             os.dup2(descriptor, target)
         code = supervise(order)

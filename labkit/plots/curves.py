@@ -116,6 +116,8 @@ def metric_finding(runs: Sequence[Shown]) -> str:
         if len(y) and not one.is_ceiling:
             unit = f" {theme.plain(one.data.metric['unit'])}" if one.data.metric.get("unit") else ""
             title = theme.plain(one.data.metric["title"])
+            if not np.isfinite(y[-1]):
+                return f"{title} is not finite after {int(x[-1])} steps"
             return f"{title} {theme.number(float(y[-1]))}{unit} after {int(x[-1])} steps"
     return "Held-out metric: no evaluation yet"
 
@@ -238,5 +240,5 @@ def _ends(label: str, points: Line, title: str) -> Row:
         f"{title}, first": theme.number(float(y[0]) if len(y) else None),
         "lowest": theme.number(float(y.min()) if len(y) else None),
         "highest": theme.number(float(y.max()) if len(y) else None),
-        "last": theme.number(float(y[-1]) if len(y) else None),
+        "last": theme.figure(float(points[1][-1]) if len(points[1]) else None),
     }

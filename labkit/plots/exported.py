@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +10,7 @@ from labkit.experiment.after_training import FORMS
 from labkit.plots import theme, traced, wording
 from labkit.plots.picture import Picture, Row
 from labkit.plots.shown import Shown, shown
+from labkit.runs.checked import NOT_FINITE
 
 DENSE = next(iter(FORMS))
 ALIKE = 1.05
@@ -130,6 +132,8 @@ def _gap(one: Shown, form: str) -> tuple[str, str] | None:
         return None
     change = ours - theirs
     word = theme.plain(str(key).replace("_", " "), 40)
+    if not math.isfinite(change):
+        return word, NOT_FINITE
     return (word, "the same") if abs(change) < 1e-4 else (word, f"{change:+.4f}")
 
 
@@ -145,6 +149,6 @@ def _row(name: str, one: Shown, form: str, sizes: list[int]) -> Row:
     metrics = found["metrics"].get(form, {})
     for key in dict.fromkeys(["loss", one.data.metric.get("key")]):
         if key in metrics:
-            row[f"Held-out {theme.plain(key, 40)}"] = theme.number(metrics[key], 5)
+            row[f"Held-out {theme.plain(key, 40)}"] = theme.figure(metrics[key], 5)
     row["In the file"] = "yes" if form == found["saved"] else ""
     return row

@@ -148,8 +148,8 @@ def twin(runs: Sequence[Shown], rows: Rows) -> list[dict[str, Any]]:
                 "Run": one.label,
                 "State": theme.plain(one.data.state),
                 "Steps": one.data.steps,
-                "Last loss": theme.number(float(loss[-1]) if len(loss) else None),
-                curves.metric_title([one]): theme.number(float(held_out[-1]) if len(held_out) else None),
+                "Last loss": theme.figure(float(loss[-1]) if len(loss) else None),
+                curves.metric_title([one]): theme.figure(float(held_out[-1]) if len(held_out) else None),
                 "Samples/s": theme.number(curves.throughput(one.data, period(one.experiment))),
             }
         )

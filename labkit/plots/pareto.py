@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,7 +29,7 @@ def cost_of(one: Shown, cost: str) -> float | None:
 
 
 def gain_of(one: Shown) -> float | None:
-    """The metric of the last evaluation."""
+    """The metric of the last evaluation; NaN where it is not finite."""
     key = one.data.metric.get("key")
     return one.data.evaluations[-1][2].get(key) if key and one.data.evaluations else None
 
@@ -51,9 +52,12 @@ def pareto(runs: Iterable[Any] | Any, cost: str = "time") -> Picture:
     if cost not in COSTS:
         raise ValueError(f"cost {cost!r} is not one of {', '.join(COSTS)}")
     found = [(one, cost_of(one, cost), gain_of(one)) for one in shown(runs) if not one.is_ceiling]
-    many = [(one, paid, gain) for one, paid, gain in found if paid is not None and gain is not None]
+    measured = [(one, paid, gain) for one, paid, gain in found if paid is not None and gain is not None]
+    many = [(one, paid, gain) for one, paid, gain in measured if math.isfinite(gain)]
+    diverged = len(measured) - len(many)
     if not many:
-        return traced.nothing("No Pareto front to show: 0 runs have both a metric and a cost")
+        said = f"; the metric of {diverged} is not finite" if diverged else ""
+        return traced.nothing(f"No Pareto front to show: 0 runs have both a metric and a cost{said}")
     about = many[0][0].data.metric
     higher, unit = bool(about.get("higher_is_better", True)), str(about.get("unit", ""))
     scale = 100.0 if unit == "%" else 1.0
@@ -68,6 +72,9 @@ def pareto(runs: Iterable[Any] | Any, cost: str = "time") -> Picture:
         f"{'its' if len(best) == 1 else 'their'} cost; {names[top]} gets furthest, "
         f"{theme.number(points[top][1])}{' %' if unit == '%' else ''} for {theme.number(points[top][0])} {short}"
     )
+    if diverged:
+        runs_are = "run is" if diverged == 1 else "runs are"
+        sentence += f"; {diverged} {runs_are} left out, whose metric is not finite"
     rest = [at for at in range(len(many)) if at not in best]
     metric = str(about.get("title") or about.get("key"))
     traces: list[dict[str, Any]] = []

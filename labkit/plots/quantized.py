@@ -8,6 +8,7 @@ from typing import Any
 from labkit.plots import theme, traced, wording
 from labkit.plots.picture import Picture, Row
 from labkit.plots.shown import Shown, shown
+from labkit.runs.checked import formatted
 
 MOST_RUNS = 4
 """So many runs are drawn; the table has all."""
@@ -102,7 +103,7 @@ def _finding(name: str, one: Shown, sizes: list[int]) -> str:
     if smaller is not None:
         said.append(f"{smaller:.1f} times fewer bytes")
     if gap is not None:
-        said.append(f"{gap[0]} {gap[1]:+.2g}")
+        said.append(f"{gap[0]} {formatted(gap[1], '+.2g')}")
     sentence = f"{name}: {', '.join(said)}"
     return f"{sentence}; {_short(worst[0])} suffers most" if worst is not None and worst[1] > 0 else sentence
 
@@ -132,6 +133,6 @@ def _row(name: str, one: Shown, sizes: list[int]) -> Row:
         row[f"Speed, batch {size:,}"] = "–" if speed is None else f"{speed:.2f} ×"
     smaller, gap, worst = _smaller(one), _gap(one), _worst(one)
     row["Bytes of its layers"] = "–" if smaller is None else f"{smaller:.1f} × fewer"
-    row["Change"] = "–" if gap is None else f"{gap[0]} {gap[1]:+.4f}"
+    row["Change"] = "–" if gap is None else f"{gap[0]} {formatted(gap[1], '+.4f')}"
     row["Suffers most"] = "–" if worst is None else f"{_short(worst[0])} ({worst[1]:+.2g})"
     return row

@@ -32,7 +32,7 @@ def runs_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "Speed-up": _speedup(row),
             "Efficiency": _percent(row["efficiency"]),
             "Ceiling": theme.number(row["ceiling"]),
-            "Held-out": f"{row['metric']} {theme.number(row['final'])}" if row["final"] is not None else "–",
+            "Held-out": f"{row['metric']} {theme.figure(row['final'])}" if row["final"] is not None else "–",
             "Remarks": "; ".join([*_role(row), *row["notes"]]),
         }
         for row in rows

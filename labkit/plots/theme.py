@@ -11,6 +11,8 @@ import textwrap
 import unicodedata
 from typing import Any
 
+from labkit.runs.checked import NOT_FINITE
+
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross")
@@ -109,6 +111,11 @@ def number(value: float | None, digits: int = 3) -> str:
     if size < -4:
         return f"{value:.{digits - 1}e}"
     return f"{value:.{digits - 1 - size}f}"
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """A measured figure for people: as `number`, and `not finite` where it is NaN or infinite."""
+    return number(value, digits) if value is None or math.isfinite(value) else NOT_FINITE
 
 
 def ranks(count: int) -> str:

@@ -12,6 +12,7 @@ from labkit.plots.pareto import gain_of
 from labkit.plots.picture import Picture, Row
 from labkit.plots.shown import Shown, shown
 from labkit.runs import dense, kernels, steady
+from labkit.runs.checked import formatted
 from labkit.runs.methods import period
 from labkit.runs.steady import Steady
 
@@ -70,11 +71,11 @@ class _Line:
             ]
             if ends[0] is None or ends[1] is None:
                 return ""
-            said = f"loss {ends[0] - ends[1]:+.3g}"
+            said = f"loss {formatted(ends[0] - ends[1], '+.3g')}"
         elif about.get("unit") == "%":
-            said = f"{words} {100 * (mine - others):+.1f} points"
+            said = f"{words} {formatted(100 * (mine - others), '+.1f')} points"
         else:
-            said = f"{words} {mine - others:+.3g}"
+            said = f"{words} {formatted(mine - others, '+.3g')}"
         steps = [one.data.first + one.data.steps for one in (self.one, self.base)]
         said = said.replace("-", MINUS)
         return said if steps[0] == steps[1] else f"{said} ({steps[0]:,} against {steps[1]:,} updates)"
@@ -212,7 +213,7 @@ def _row(line: _Line) -> Row:
         "Step (times)": theme.number(line.step),
         "Interval": "{1:.2f}–{2:.2f}".format(*line.steps) if line.steps else "–",
         "Step (ms)": theme.number(traced.step_ms(line.one)),
-        metric: theme.number(gain),
+        metric: theme.figure(gain),
         "Gap": line.gap or "–",
         "Layers not measured": str(left_out),
     }

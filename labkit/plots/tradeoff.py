@@ -6,6 +6,7 @@ would be worth on a slow network.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -291,8 +292,8 @@ def _row(line: _Line, aim: float | None) -> Row:
     held_out = curves.metric_line(data)[1]
     row: Row = {
         "Run": line.name,
-        "Final loss": theme.number(line.final),
-        curves.metric_title([line.shown]): theme.number(float(held_out[-1]) if len(held_out) else None),
+        "Final loss": theme.figure(math.nan if line.final is None and data.steps else line.final),
+        curves.metric_title([line.shown]): theme.figure(float(held_out[-1]) if len(held_out) else None),
         "Samples": f"{int(data.samples.sum()):,}",
         "Time (s)": theme.number(float(data.training_seconds[-1])),
         "Sent": "–" if np.isnan(sent).all() else traced.size(float(np.nansum(sent))),

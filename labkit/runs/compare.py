@@ -19,6 +19,7 @@ from labkit.experiment import Experiment, ExperimentError, Problem
 from labkit.experiment.one_process import is_one_process
 from labkit.experiment.run_directory import RunDirectory, read_json
 from labkit.runs import methods, steady
+from labkit.runs.checked import formatted
 from labkit.runs.data import RunData
 from labkit.runs.status import reconcile
 
@@ -230,7 +231,7 @@ def _count(ranks: int) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return "-" if value is None else formatted(value, form)
 
 
 def compare(runs: Iterable[Any], baseline: Any = None, skip_unreadable: bool = False) -> Comparison:

@@ -20,6 +20,7 @@ from labkit.experiment.after_training import FORMS
 from labkit.experiment.memory import KINDS
 from labkit.experiment.run_directory import TERMINAL, RunDirectory, read_json
 from labkit.runs import kernels, numbers
+from labkit.runs.checked import figure as _figure
 from labkit.runs.checked import integer as _integer
 from labkit.runs.checked import number as _number
 from labkit.runs.pipeline import Action
@@ -143,7 +144,10 @@ class RunData:
         self.first = 0
         """Step from which this run started (above zero when it was resumed)."""
         self.evaluations: list[tuple[int, float, dict[str, float]]] = []
-        """(updates done, seconds since the first step began, metrics), in the order of the file."""
+        """(updates done, seconds since the first step began, metrics), in the order of the file.
+
+        A metric that is no finite number is NaN.
+        """
         self.communication: dict[str, float] | None = None
         """As last reported, the largest over the ranks: bytes_per_step, exposed_seconds_per_step; of combining
         gradients counted_bytes_per_step, formula_bytes_per_step and compression_seconds, per update too.
@@ -473,7 +477,7 @@ class RunData:
         step, metrics = _integer(event.get("step"), 0, MAX_STEPS), event.get("metrics")
         if step is None or not isinstance(metrics, dict) or len(self.evaluations) >= MAX_EVENTS:
             return False
-        numbers = {str(key)[:100]: value for key, item in metrics.items() if (value := _number(item)) is not None}
+        numbers = {str(key)[:100]: value for key, item in metrics.items() if (value := _figure(item)) is not None}
         now = _number(event.get("monotonic"))
         self._note_pause(number, event)
         elapsed = 0.0 if now is None or self._origin is None else min(max(0.0, now - self._origin), 1e10)
@@ -566,7 +570,7 @@ class RunData:
         metrics, latency = event.get("metrics"), event.get("latency_seconds")
         if number or self.quantized or not isinstance(metrics, dict) or not isinstance(latency, dict):
             return False
-        found["metrics"] = {name: _numbers(metrics.get(name)) for name in BESIDE}
+        found["metrics"] = {name: _figures(metrics.get(name)) for name in BESIDE}
         sizes = [(_size(size), _pair(both)) for size, both in list(latency.items())[:MAX_SIZES]]
         found["latency_seconds"] = {size: both for size, both in sizes if size is not None and both}
         rows = event.get("sensitivity")
@@ -606,7 +610,7 @@ class RunData:
         found: dict[str, Any] = {name: _integer(event.get(name), 0, 2**62) for name in ("samples", "file_bytes")}
         found["seconds"] = _number(event.get("seconds"))
         found["saved"] = event.get("saved") if event.get("saved") in tuple(FORMS) else ""
-        found["metrics"] = {form: _numbers(metrics[form]) for form in FORMS if form in metrics}
+        found["metrics"] = {form: _figures(metrics[form]) for form in FORMS if form in metrics}
         found["bytes"] = _by_form(event.get("bytes"))
         found["layers"] = {form: int(count) for form, count in _by_form(event.get("layers")).items()}
         sizes = [(_size(size), _by_form(seconds)) for size, seconds in list(latency.items())[:MAX_SIZES]]
@@ -892,6 +896,12 @@ def _numbers(value: Any) -> dict[str, float]:
     """The numbers of a dict by name."""
     items = list(value.items())[:MAX_EFFECTIVE] if isinstance(value, dict) else []
     return {str(key)[:100]: number for key, item in items if (number := _number(item)) is not None}
+
+
+def _figures(value: Any) -> dict[str, float]:
+    """The figures of a dict by name; NaN where one is not finite."""
+    items = list(value.items())[:MAX_EFFECTIVE] if isinstance(value, dict) else []
+    return {str(key)[:100]: figure for key, item in items if (figure := _figure(item)) is not None}
 
 
 def _pair(value: Any) -> dict[str, float]:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from labkit.experiment.run_directory import TERMINAL
 from labkit.experiment.safe_files import printable
+from labkit.runs.checked import NOT_FINITE, formatted
 from labkit.runs.data import RunData
 from labkit.runs.interrupts import endings
 from labkit.runs.run import Run
@@ -70,10 +71,10 @@ def figures(data: RunData) -> str:
     """Loss, metric and throughput, as known now."""
     parts = []
     if data.steps:
-        parts.append(f"loss {data.loss[-1]:.4g}")
+        parts.append(f"loss {formatted(data.loss[-1], '.4g')}")
     key = data.metric.get("key") if data.metric else None
     if data.evaluations and key in data.evaluations[-1][2]:
-        parts.append(f"{key} {data.evaluations[-1][2][key]:.4g}")
+        parts.append(f"{key} {formatted(data.evaluations[-1][2][key], '.4g')}")
     return "  ".join(parts)
 
 
@@ -96,7 +97,7 @@ def _summary_text(summary: dict[str, Any]) -> str:
     line("layout", f"{summary.get('layout')} ({summary.get('world_size')} ranks on {summary.get('device')})")
     line("steps", summary.get("steps"))
     for key, value in (summary.get("metrics") or {}).items():
-        line(key.replace("_", " "), value, "{:.4g}")
+        line(key.replace("_", " "), value, "{}" if value == NOT_FINITE else "{:.4g}")
     line("throughput", summary.get("samples_per_second"), "{:.1f} samples/s")
     step = summary.get("step_seconds") or {}
     if step.get("median"):

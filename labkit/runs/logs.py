@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from labkit.experiment import safe_files
@@ -20,12 +19,10 @@ def tail(path: Path, lines: int = 20) -> list[str]:
 
 def cap(path: Path, most: int = LOG_CAP_BYTES) -> None:
     """Shorten a log that has grown beyond `most` bytes to its end. Its writer appends, so it goes on behind that."""
-    if not path.exists() or path.stat().st_size <= most:
-        return
-    with path.open("rb") as file:
-        file.seek(-most // 4, os.SEEK_END)
-        end = file.read(most // 4)  # and no more: a writer may be faster than a reader, who would never come to an end
-    with path.open("r+b") as file:
-        file.truncate(0)
-    with path.open("ab") as file:
-        file.write(b"[labkit: this log grew too long; only its end is kept]\n" + end)
+    try:
+        if safe_files.size(path) <= most:
+            return
+    except OSError:
+        return  # there is none, or something else stands there
+    # No more than that is read: a writer may be faster than a reader, who would never come to an end.
+    safe_files.keep_end(path, most // 4, b"[labkit: this log grew too long; only its end is kept]\n")

@@ -11,6 +11,7 @@ import numpy as np
 from labkit.experiment import Experiment
 from labkit.experiment.run_directory import RunDirectory, write_json
 from labkit.runs import kernels
+from labkit.runs.checked import figure_or_words, number
 from labkit.runs.compare import Measured, compare, find_baseline
 from labkit.runs.data import RunData
 from labkit.runs.pipeline import bubble_of, of_one_pipeline
@@ -46,6 +47,11 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
     diverged = np.flatnonzero(~np.isfinite(data.loss))
     if len(diverged):
         notes = [*notes, f"the loss is no finite number from step {data.first + int(diverged[0]) + 1} on"]
+    broken = [name.replace("_", " ") for name, figure in final.items() if not math.isfinite(figure)]
+    if broken:
+        verb = "is" if len(broken) == 1 else "are"
+        step = data.evaluations[-1][0]
+        notes = [*notes, f"the held-out {' and '.join(broken)} after step {step} {verb} not finite"]
     return {
         "run_id": directory.id,
         "title": experiment.title,
@@ -57,8 +63,8 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
         "global_batch": experiment.training.global_batch,
         "steps": data.first + data.steps,
         "loss": _thinned(data.loss, data.first),
-        "accuracy": final.get("accuracy"),
-        "metrics": final,
+        "accuracy": number(final.get("accuracy")),
+        "metrics": figure_or_words(final),
         "metric": data.metric,
         "facts": data.facts,
         "samples_per_second": None if steady.complaint else one.samples_per_second,
@@ -81,9 +87,9 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
         "peak_memory_bytes": [data.peak_memory.get(rank) for rank in range(ranks)],
         "parameters": start.get("parameters"),
         "effective": start.get("effective", {}) | _sparsity(data) | _multiplied(data),
-        "quantized": data.quantized or None,
+        "quantized": figure_or_words(data.quantized) or None,
         "kernels": _kernels(data),
-        "exported": data.exported or None,
+        "exported": figure_or_words(data.exported) or None,
         "baseline_run_id": row["baseline_run_id"] if ranks > 1 else None,
         "speedup": row["speedup"] if ranks > 1 else None,
         "speedup_interval": [row["speedup_low"], row["speedup_high"]] if ranks > 1 and row["speedup"] else None,

@@ -42,3 +42,12 @@ def test_a_log_that_grows_too_long_keeps_its_end(tmp_path: Path, size: int) -> N
 
 def test_a_log_that_is_not_there_is_no_trouble(tmp_path: Path) -> None:
     logs.cap(tmp_path / "nowhere.log")
+
+
+def test_a_link_in_place_of_a_log_is_not_followed(tmp_path: Path) -> None:
+    outside, path = tmp_path / "outside", tmp_path / "rank-0.log"
+    outside.write_bytes(b"x" * 5000)
+    path.symlink_to(outside)
+    logs.cap(path, most=1000)
+    assert outside.read_bytes() == b"x" * 5000
+    assert path.is_symlink()
