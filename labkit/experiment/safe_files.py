@@ -253,9 +253,18 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and what is in it, as far as possible; a link at `path` is left alone."""
-    if is_folder(path):
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove a folder and what is in it, as far as possible; a link at `path` is left alone.
+
+    Raises ValueError, and removes nothing, if the home directory, the current folder or the folder of temporary files
+    is at `path` or below it: no run directory holds any of these, so that the path was put together wrongly.
+    """
+    if not is_folder(path):
+        return
+    place = os.path.realpath(path)
+    for kept in map(os.path.realpath, (os.path.expanduser("~"), ".", tempfile.gettempdir())):
+        if os.path.commonpath((place, kept)) == place:
+            raise ValueError(f"{place} is never removed: {kept} is in it")
+    shutil.rmtree(path, ignore_errors=True)
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------------

@@ -293,7 +293,7 @@ def _create(experiment: Experiment, start: resuming.Start | None = None) -> RunD
         directory.come_last()
     except (OSError, resuming.VanishedError) as error:
         if directory is not None:
-            shutil.rmtree(directory.path, ignore_errors=True)
+            safe_files.remove_folder(directory.path)
         if not isinstance(error, OSError):
             raise
         why = error.strerror or str(error)

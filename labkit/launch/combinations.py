@@ -10,14 +10,13 @@ from __future__ import annotations
 import functools
 import math
 import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from labkit.experiment import Experiment, Problem
+from labkit.experiment import Experiment, Problem, safe_files
 from labkit.experiment.layout import Layout
 from labkit.experiment.registry import registry
 from labkit.experiment.rules import CHOICES
@@ -217,7 +216,7 @@ def run(found: Iterable[Combination]) -> Iterator[Result]:
             continue
         result = _judged(case, one, plain, time.monotonic() - begun)
         if result.outcome in GOOD:
-            shutil.rmtree(one.directory.path, ignore_errors=True)
+            safe_files.remove_folder(one.directory.path)
         yield result
 
 
@@ -225,7 +224,7 @@ def _plain() -> float:
     """What training in one process, with no method at all, takes off the held-out loss."""
     one = finished(Experiment().set(BASE))
     off = _fall(one)
-    shutil.rmtree(one.directory.path, ignore_errors=True)
+    safe_files.remove_folder(one.directory.path)
     return off
 
 

@@ -7,14 +7,13 @@ Losses and gradient norms of ten updates and the held-out metrics after them are
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from labkit.experiment import Experiment, Problem
+from labkit.experiment import Experiment, Problem, safe_files
 from labkit.experiment.machine import Machine
 from labkit.experiment.one_process import one_process
 from labkit.launch.cases import DEADLINE_S, STEPS, Case, cases, sample
@@ -71,7 +70,7 @@ def run(found: Iterable[Case]) -> Iterator[Result]:
             yield _result(case, references, lambda begun=begun: time.monotonic() - begun)  # type: ignore[misc]
     finally:
         for reference in references.values():
-            shutil.rmtree(reference.directory.path, ignore_errors=True)
+            safe_files.remove_folder(reference.directory.path)
 
 
 def _result(case: Case, references: dict[str, Run], elapsed: Callable[[], float]) -> Result:
@@ -91,7 +90,7 @@ def _result(case: Case, references: dict[str, Run], elapsed: Callable[[], float]
         return Result(case, "FAILED", str(error), seconds=elapsed())
     if not parity.parity:
         return Result(case, "DIFFERS", str(parity), parity, elapsed(), one.id)
-    shutil.rmtree(one.directory.path, ignore_errors=True)
+    safe_files.remove_folder(one.directory.path)
     return Result(case, "equal", "", parity, elapsed())
 
 

@@ -8,11 +8,11 @@ supervisor left behind is swept away by the next.
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from labkit.experiment import safe_files
 from labkit.runs import liveness
 from labkit.runs.processes import alive, pid_namespace, start_time
 
@@ -30,7 +30,7 @@ class Meeting:
     lock: liveness.Lock
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        safe_files.remove_folder(self.path)
         self.lock.release()
 
 
@@ -39,7 +39,7 @@ def make_folder() -> Meeting:
     root = Path(tempfile.gettempdir())
     for folder in (*root.glob(f"{_PREFIX}*"), *Path(_SHORT).glob(f"{_PREFIX}*")):
         if _abandoned(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            safe_files.remove_folder(folder)
     pid = os.getpid()
     prefix = f"{_PREFIX}{pid}-{start_time(pid) or 0:.0f}-{pid_namespace()}-"
     longest = len(str(root)) + 1 + len(prefix) + 8
