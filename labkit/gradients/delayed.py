@@ -54,15 +54,17 @@ class Delayed(Rounds):
 
     def before_update(self, step: int) -> None:
         """Send this update's gradient, and put in its place the mean of the one whose time has come."""
-        from labkit.gradients.average import average_bytes, fill, flat
+        from labkit.gradients.cost import all_reduce_bytes
+        from labkit.gradients.gradient_vector import GradientVector
 
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-        self._under_way.append(self.wire.all_reduce(flat(gradients)))
-        self.formula_bytes += average_bytes(gradients, self.wire.size)
+        gradients = GradientVector(self.model, self.setting.irregular)
+        vector = gradients.read()
+        self.formula_bytes += all_reduce_bytes(vector.numel() * vector.element_size(), self.wire.size)
+        self._under_way.append(self.wire.all_reduce(vector))
         self._applied = len(self._under_way) > self.options.delay
         if self._applied:
-            fill(gradients, self._under_way.popleft().wait().div_(self.wire.size))
+            gradients.write(self._under_way.popleft().wait().div_(self.wire.size))
         else:
             for parameter in trained:
                 parameter.grad = None  # the optimizer leaves such parameters alone

@@ -100,12 +100,14 @@ class ParameterServer(Tickets):
         """Make the group in which ranks talk to the server (collective)."""
         import torch.distributed as dist
 
+        from labkit.gradients.gradient_vector import GradientVector
         from labkit.gradients.server import Local, Remote, Server
         from labkit.gradients.wire import Wire
 
         wire = Wire(dist.new_group(backend="gloo"))
         self._server = Server(self.setting, wire) if wire.rank == 0 else None
-        self._line: Local | Remote = Local(self._server) if self._server else Remote(wire, self.model)
+        gradient_bytes = GradientVector(self.model, self.setting.irregular).nbytes
+        self._line: Local | Remote = Local(self._server) if self._server else Remote(wire, self.model, gradient_bytes)
         self._to_server = wire
 
     def open(self, first: int, last: int) -> None:
@@ -129,10 +131,9 @@ class ParameterServer(Tickets):
 
     def push(self, ticket: int) -> int | None:
         """Bring the gradient, wait until it has been used or dropped; the answer holds the next ticket."""
-        from labkit.gradients.average import flat
+        from labkit.gradients.gradient_vector import GradientVector
 
-        trained = [parameter for parameter in self._working.parameters() if parameter.requires_grad]
-        gradient = flat(p.new_zeros(p.shape) if p.grad is None else p.grad for p in trained).cpu()
+        gradient = GradientVector(self._working, self.setting.irregular).read().cpu()
         self._next = self._line.push(self._next, gradient)
         return None if self._next.dropped else self._next.staleness
 

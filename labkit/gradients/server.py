@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from labkit.gradients.average import fill, flat, trained_of
+from labkit.gradients.average import flat, trained_of
+from labkit.gradients.gradient_vector import GradientVector
 from labkit.gradients.update import Setting
 from labkit.gradients.wire import Pending, Wire
 
@@ -29,7 +30,7 @@ HEAD_BYTES, ANSWER_BYTES = 24, 32
 
 
 def size_of(model: nn.Module) -> int:
-    """Bytes of its trained weights, and of a gradient."""
+    """Bytes of its trained weights."""
     return sum(one.numel() * one.element_size() for one in model.parameters() if one.requires_grad)
 
 
@@ -65,7 +66,7 @@ class Server:
         self._model, self._optimizer = setting.model, setting.optimizer
         self._noisier = setting.experiment.optimizer.name == "adamw"
         self._lower_momentum()
-        self._trained = [parameter for parameter in setting.model.parameters() if parameter.requires_grad]
+        self._gradients = GradientVector(setting.model, setting.irregular)
         self.changed = threading.Condition()
         """Held while anything changes, the counters too."""
         self._computing: dict[int, int] = {}
@@ -115,7 +116,7 @@ class Server:
 
     def _listen(self) -> None:
         head = torch.zeros(3, dtype=torch.int64)
-        gradient = torch.empty_like(flat(trained_of(self._model)), device="cpu")
+        gradient = self._gradients.empty()
         present = self.wire.size - 1
         try:
             while present:
@@ -193,9 +194,7 @@ class Server:
         if self._noisier and not self.options.backup:
             part *= math.sqrt(self.wire.size / len(used))
         rate = self.setting.rate(min(one.ticket for one in used) // self.wire.size)
-        for parameter in self._trained:
-            parameter.grad = torch.empty_like(parameter)
-        fill([parameter.grad for parameter in self._trained if parameter.grad is not None], mean)
+        self._gradients.write(mean)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * part
         self._optimizer.step()
@@ -265,10 +264,10 @@ class Local:
 class Remote:
     """The way to the server from another rank."""
 
-    def __init__(self, wire: Wire, model: nn.Module) -> None:
+    def __init__(self, wire: Wire, model: nn.Module, gradient_bytes: int) -> None:
         self._wire = wire
         self._weights = torch.empty_like(flat(trained_of(model)), device="cpu")
-        self._gradient_bytes = size_of(model)
+        self._gradient_bytes = gradient_bytes
         self.formula_bytes = 0
         """What it has said and brought so far."""
 

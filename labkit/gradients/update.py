@@ -57,6 +57,8 @@ class Setting:
     """A private local folder of the run."""
     timeout_s: float
     """How long a rank waits for another one."""
+    irregular: bool
+    """May a pass leave parameters without a gradient?"""
     until: Callable[[int], int]
     """After how many updates, as known when update t begins, the ranks stand still: for an evaluation, a checkpoint, a
     stop or the end."""

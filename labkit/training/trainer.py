@@ -158,6 +158,7 @@ class Trainer:
                 self._rate,
                 runtime.folder,
                 runtime.timeout_s,
+                rehearsed.irregular,
                 self._until,
             )
         )

@@ -210,6 +210,21 @@ def test_what_no_rank_uses_in_an_update_stays_as_it_is(name: str, layout: dict[s
     assert_as_by_hand(finished(experiment(name, layout)), by_hand(name))
 
 
+RULES: list[dict[str, Any]] = [{"method": "delayed", "delay": 0}, {"method": "parameter_server", "staleness": 0}]
+"""Synchronous training by rules that send gradients themselves."""
+
+
+@pytest.mark.parametrize("rule", RULES, **NAMED)
+@pytest.mark.parametrize("name", ["branch", "branch_by_batch", "never_used"])
+def test_so_it_does_under_rules_that_send_gradients_themselves(name: str, rule: dict[str, Any]) -> None:
+    run = finished(experiment(name, {"dp_replicate": 2}, **{"gradients.update": rule}))
+    hand = by_hand(name)
+    assert run.data().loss == pytest.approx(hand.loss, abs=EXACT)
+    state = saved(run)
+    for weight, value in hand.model.named_parameters():
+        assert (state[weight] - value.detach()).abs().max() <= EXACT, weight
+
+
 @pytest.mark.parametrize("layout", [PIPE, {**PIPE, "dp_shard": 2, "zero_stage": 1}, FOLDED], **NAMED)
 def test_so_it_does_in_a_pipeline(layout: dict[str, Any]) -> None:
     assert_as_by_hand(finished(experiment("never_used", layout)), by_hand("never_used"))
