@@ -26,7 +26,6 @@ import fcntl
 import itertools
 import os
 import re
-import signal
 import sys
 import threading
 import time
@@ -38,14 +37,13 @@ from typing import Any
 from labkit.experiment import Experiment, ExperimentError, safe_files
 from labkit.experiment.run_directory import home, read_json, write_json
 from labkit.launch.client import launch
+from labkit.runs.interrupts import as_interrupts
 from labkit.runs.run import Run
 
 MAX_POINTS = 10_000
 MAX_FILE_BYTES = 256 * 2**20
 STOP_WAIT_S = 60.0
 """How long the end of a stopped run is waited for, so that it can be written down."""
-STOPPING = (signal.SIGTERM, signal.SIGHUP)
-"""Signals that stop a sweep as an interrupt does; one that is ignored (nohup) stays so."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -110,7 +108,7 @@ class Sweep:
         ValueError if another process runs the sweep of this name. `problem` says afterwards whether it could not go on.
         """
         tell = progress or _print
-        with _as_interrupts(STOPPING):
+        with as_interrupts(replace=False):
             self.start()
             try:
                 while self.running:
@@ -351,25 +349,6 @@ class Sweep:
 
 class _CannotGoOnError(Exception):
     """Nothing can be launched here any more; the points that are left are not at fault."""
-
-
-@contextlib.contextmanager
-def _as_interrupts(signals: Sequence[signal.Signals]) -> Iterator[None]:
-    """Meanwhile these signals do what Ctrl-C does; in the main thread only, where alone handlers can be set."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in signals:
-            if signal.getsignal(number) == signal.SIG_DFL:
-                before[number] = signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def sweep(base: Experiment, over: Mapping[str, Sequence[Any]], name: str = "sweep") -> Sweep:

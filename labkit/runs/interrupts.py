@@ -12,17 +12,20 @@ ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def endings(handler: Callable[[int, Any], Any]) -> Iterator[None]:
+def endings(handler: Callable[[int, Any], Any], replace: bool = True) -> Iterator[None]:
     """Give all of them to `handler` meanwhile. One that is ignored (nohup) stays ignored.
 
-    Outside the main thread nothing changes.
+    With `replace` False, so does one that somebody else handles already (a kernel handles SIGINT), which Python's own
+    KeyboardInterrupt is not. Outside the main thread nothing changes.
     """
+    own = (signal.SIG_DFL, signal.default_int_handler)
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in ENDINGS:
             previous = signal.getsignal(number)
-            if previous is not signal.SIG_IGN and previous is not None:
-                before[number] = signal.signal(number, handler)
+            if previous in (signal.SIG_IGN, None) or not (replace or previous in own):
+                continue
+            before[number] = signal.signal(number, handler)
     try:
         yield
     finally:
@@ -31,7 +34,7 @@ def endings(handler: Callable[[int, Any], Any]) -> Iterator[None]:
 
 
 @contextmanager
-def as_interrupts() -> Iterator[None]:
-    """Raise KeyboardInterrupt in the main thread on each of them."""
-    with endings(signal.default_int_handler):
+def as_interrupts(replace: bool = True) -> Iterator[None]:
+    """Raise KeyboardInterrupt in the main thread on each of them; `replace` as for `endings`."""
+    with endings(signal.default_int_handler, replace):
         yield
