@@ -22,6 +22,7 @@ from labkit.plots.closeup import closeups, combining, computing, sparse, worth
 from labkit.plots.picture import Picture
 from labkit.plots.shown import Shown, shown
 from labkit.plots.table import html_table, runs_rows
+from labkit.runs.data_used import data_used
 
 LOG_LINES = 40
 MAX_VALUE = 400
@@ -177,6 +178,8 @@ def _run(one: Shown) -> list[str]:
         f"<h2>{html.escape(one.label)}</h2>",
         f'<p class="muted">{html.escape(theme.plain(data.directory.id))}, {html.escape(theme.plain(data.state))}</p>',
     ]
+    if used := html.escape(theme.plain(data_used(data.facts), 400)):
+        parts.append(f'<p class="muted">Data: {used}.</p>')
     cause = status.get("cause")
     if isinstance(cause, dict):
         parts += _cause(cause)

@@ -15,6 +15,7 @@ from labkit.experiment.run_directory import TERMINAL
 from labkit.experiment.safe_files import printable
 from labkit.runs.checked import NOT_FINITE, formatted
 from labkit.runs.data import RunData
+from labkit.runs.data_used import data_used
 from labkit.runs.interrupts import endings
 from labkit.runs.run import Run
 
@@ -95,6 +96,7 @@ def _summary_text(summary: dict[str, Any]) -> str:
 
     line("run", summary.get("run_id"))
     line("layout", f"{summary.get('layout')} ({summary.get('world_size')} ranks on {summary.get('device')})")
+    line("data", data_used(summary.get("facts")) or None)
     line("steps", summary.get("steps"))
     for key, value in (summary.get("metrics") or {}).items():
         line(key.replace("_", " "), value, "{}" if value == NOT_FINITE else "{:.4g}")

@@ -24,6 +24,7 @@ from labkit.plots.against import TITLES
 from labkit.plots.shown import Shown, shown
 from labkit.plots.table import html_table, runs_rows
 from labkit.runs.data import RunData
+from labkit.runs.data_used import data_used
 from labkit.runs.methods import key, period
 from labkit.runs.steady import Steady
 from labkit.ui.closeup import Closeup
@@ -280,7 +281,9 @@ class Dashboard:
             rows = ranks.rank_rows(self._data[run.id])
             sentence = html.escape(ranks.finding(rows))
             body = html_table(ranks.twin(rows), caption=f"Ranks of {run.title}")
-            _put(self.strip, f'<div class="labkit-scroll"><b>{sentence}.</b>{body}</div>')
+            used = html.escape(theme.plain(data_used(self._data[run.id].facts), 400))
+            about_data = f"<p>Data: {used}.</p>" if used else ""
+            _put(self.strip, f'<div class="labkit-scroll"><b>{sentence}.</b>{body}{about_data}</div>')
         if self.rows:
             body = html_table(runs_rows(self.rows), caption="Runs of this lab")
             _put(self.table, f'<div class="labkit-scroll">{body}</div>')

@@ -36,7 +36,7 @@ def hub_text(data: str, text_column: str, max_characters: int) -> tuple[str, str
     folder = texts_of(path) if path.is_dir() else Folder(train=[path], kind=_kind_of_one(path))
     about = {
         "files": len(folder.train),
-        "held_out": f"{len(folder.held_out)} files named {folder.split}" if folder.split else "the end of the text",
+        "held_out": f"{_files(len(folder.held_out))} named {folder.split}" if folder.split else "the end of the text",
         "held_out_files": [str(file.relative_to(path)) for file in folder.held_out][:20],
         "skipped_files": folder.skipped,
     }
@@ -47,6 +47,10 @@ def hub_text(data: str, text_column: str, max_characters: int) -> tuple[str, str
         return _joined(folder.train)[:max_characters], held_out, about
     test_rows = _rows_of(folder.held_out, folder.kind) if folder.held_out else None
     return _from_rows(_rows_of(folder.train, folder.kind), test_rows, text_column, max_characters, limit, about)
+
+
+def _files(count: int) -> str:
+    return f"{count} file" if count == 1 else f"{count} files"
 
 
 def _kind_of_one(path: Path) -> Kind:

@@ -69,7 +69,7 @@ def test_a_test_split_is_held_out_and_never_trained_on(
     assert train == "alpha\n\nalpha\n\nalpha"
     held_out = {"test": "gamma", "validation": "beta"}[split]
     assert test == "\n\n".join([held_out] * 3)
-    assert about["held_out"] == f"1 files named {split}"
+    assert about["held_out"] == f"1 file named {split}"
     assert about["files"] == 1
     if split == "test":
         assert about["skipped_files"] == {"validation split, beside a test split": 1}
@@ -98,7 +98,7 @@ def test_what_was_taken_stands_in_the_facts(tmp_path: Path) -> None:
     write(tmp_path / "test.jsonl", ["other text", ""] * 20)
     facts = Language.build({"data": str(tmp_path), "context": 16, "width": 16, "depth": 1}, 0).facts()
     assert facts["text_column"] == "text"
-    assert facts["held_out"] == "1 files named test"
+    assert facts["held_out"] == "1 file named test"
     assert facts["held_out_files"] == ["test.jsonl"]
     assert facts["empty_rows"] == 20
 
