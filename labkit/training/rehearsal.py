@@ -28,11 +28,11 @@ from labkit.experiment import Experiment
 from labkit.experiment.fault import TaskFault, named
 from labkit.parallel.cast import widened
 from labkit.training import fingerprint, fits
-from labkit.training.restore import restored
 from labkit.training.runtime import Runtime
 from labkit.training.sampling import Indices, Order
 from labkit.workloads.base import Batch, Data, Task
 from labkit.workloads.fetch import checked, fetch
+from labkit.workloads.restore import restored
 from labkit.workloads.seed import seed_generators
 
 SAMPLES = 2
@@ -90,12 +90,12 @@ def rehearse(
     refused = fits.unfinished(task.model) or next(fits.misfits(experiment, task.model), None)
     if refused:
         raise TaskFault(refused)
-    with restored(task, task.model, task.train, task.test, device=runtime.device) as changed:
+    with restored(task, task.model, task.train, task.test, device=runtime.device) as noted:
         phase("data")
         mine = fingerprint.Fingerprint.of(task, seed)
         rehearsed.built = mine.total
         seed_generators(seed)
-        rehearsal = _Rehearsal(experiment, task, runtime, phase, changed, order)
+        rehearsal = _Rehearsal(experiment, task, runtime, phase, noted.changed, order)
         if _roomy(task.model, runtime.device):
             used = rehearsal.run(rehearsed)
         else:

@@ -38,9 +38,10 @@ from labkit.training import afterwards, checkpoint, evaluation, slow
 from labkit.training.clock import clock
 from labkit.training.compiled import Compiled
 from labkit.training.events import EventWriter
-from labkit.training.exactness import inexact_parts, uneven_loss
+from labkit.training.exactness import inexact_parts
 from labkit.training.link import Link
 from labkit.training.loaders import end_with_rank
+from labkit.training.loss_proof import prove_loss
 from labkit.training.meter import Board, Meter, peak_bytes
 from labkit.training.numbers import Watch
 from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
@@ -105,10 +106,10 @@ class Trainer:
             + rehearsed.notes,
         }
         if not runtime.isolated and runtime.ranks * experiment.gradients.accumulation > 1:
-            uneven = uneven_loss(task, runtime.place)
-            if uneven is not None and experiment.gradients.update.method == "synchronous":
-                raise TaskFault(uneven)
-            self.about_model["warnings"] += [] if uneven is None else [uneven]
+            proof = prove_loss(task, runtime.place)
+            if proof.uneven is not None and experiment.gradients.update.method == "synchronous":
+                raise TaskFault(proof.uneven)
+            self.about_model["warnings"] += proof.notes + ([] if proof.uneven is None else [proof.uneven])
         self.steps = training.steps or self.order.steps(training.epochs or 1)
         place = runtime.mesh.index("dp_replicate", "dp_shard", "pp", "cp", "ep")
         self.narrowing = Narrowing(experiment, place, self.steps, runtime.device)

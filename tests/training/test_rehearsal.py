@@ -16,7 +16,7 @@ from labkit.launch import launch, rehearse
 from labkit.launch.cases import FAMILIES
 from labkit.runs import Run
 from labkit.training.fingerprint import Fingerprint, compared, digest
-from labkit.training.restore import restored
+from labkit.workloads.restore import restored
 from tests.launch.helpers import changed_ranks, events
 from tests.training import odd_tasks
 
@@ -216,8 +216,8 @@ def test_everything_that_a_task_holds_is_put_back() -> None:
     own = data.own.bit_generator.state
     random_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     buffer = model.mean
-    with restored(task, model, data, device=torch.device("cpu")) as changed:
-        assert not changed()
+    with restored(task, model, data, device=torch.device("cpu")) as noted:
+        assert not noted.changed()
         model.train()
         model(torch.stack([data[index][0] for index in range(4)])).sum().backward()
         with torch.no_grad():
@@ -229,7 +229,7 @@ def test_everything_that_a_task_holds_is_put_back() -> None:
         model.odd["new"] = model.new = 1
         model.eval()
         closing()
-        assert changed()
+        assert noted.changed()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert (model.passes, model.history, model.training, held) == (0, [0], True, [0])
