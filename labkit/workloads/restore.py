@@ -38,6 +38,8 @@ _PLAIN = frozenset(
         *("ReLU", "GELU", "SiLU", "Tanh", "Flatten", "Dropout", "Identity", "MaxPool2d", "AdaptiveAvgPool2d"),
     )
 )
+_OWN = frozenset(vars(nn.Module())) | {"_reversed_padding_repeated_twice"}
+"""Attributes that torch's layers have beside their settings."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -126,7 +128,7 @@ class Noted:
         if isinstance(value, Tensor):
             self._note_tensor(value)
         elif isinstance(value, nn.Module):
-            if type(value) in _PLAIN and not any(vars(value)[name] for name in _HOOKS):
+            if _is_plain(value):
                 return self._note_plain(value)
             self._attributes.append((value, dict(vars(value))))
             inside, self._inside = self._inside, True
@@ -256,6 +258,14 @@ def _add(counter: Tensor, steps: int) -> None:
 def _overlaps(tensor: Tensor) -> bool:
     """Does it store several numbers in one place (expand)? Then nobody can write it in place."""
     return any(size > 1 and not step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Is it a layer of torch's own, without hooks and without anything that somebody has attached to it?"""
+    attributes = vars(module)
+    if type(module) not in _PLAIN or any(attributes[name] for name in _HOOKS):
+        return False
+    return all(isinstance(attributes[name], (*_ATOMS, tuple)) for name in attributes.keys() - _OWN)
 
 
 def _put_back_plain(module: nn.Module, before: dict[str, Any], parameters: Any, buffers: Any) -> None:
