@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from labkit.training import hooks
 from labkit.training.coupling import Outputs, Place, coupled_part, first_differing, watched
 from labkit.workloads.base import Task
 from labkit.workloads.restore import Noted, undisturbed
@@ -50,6 +51,9 @@ def inexact_parts(
     mixing = coupled_part(model, task, place) if task is not None else None
     if mixing is not None:
         reasons.append(f"{mixing}: mixes the samples of a batch and sees one {where}'s samples, {differ}")
+    name_of_hooked = hooks.nonlinear(model)
+    if name_of_hooked is not None:
+        reasons.append(f"{name_of_hooked}: its hook sees the gradient of one {where}'s samples, {differ}")
     culprit = random_part(model, task, place)
     if culprit is not None:
         name, kind = culprit

@@ -34,7 +34,7 @@ from labkit.quantization.scaling import LossScaling
 from labkit.sparsity.csr import CsrLinear
 from labkit.sparsity.masks import Masks
 from labkit.sparsity.method import Setting as SparsitySetting
-from labkit.training import afterwards, checkpoint, evaluation, slow
+from labkit.training import afterwards, checkpoint, evaluation, hooks, slow
 from labkit.training.clock import clock
 from labkit.training.compiled import Compiled
 from labkit.training.events import EventWriter
@@ -110,6 +110,7 @@ class Trainer:
             if proof.uneven is not None and experiment.gradients.update.method == "synchronous":
                 raise TaskFault(proof.uneven)
             self.about_model["warnings"] += proof.notes + ([] if proof.uneven is None else [proof.uneven])
+        with_hooks = hooks.hooked(whole)
         self.steps = training.steps or self.order.steps(training.epochs or 1)
         place = runtime.mesh.index("dp_replicate", "dp_shard", "pp", "cp", "ep")
         self.narrowing = Narrowing(experiment, place, self.steps, runtime.device)
@@ -136,6 +137,8 @@ class Trainer:
                 self.model.exchange_through(folder, runtime.timeout_s)
                 if (memory := self.model.memory) is not None:
                     meter.spun = lambda: memory.spun
+        if lost := hooks.lost_in(with_hooks, self.model.stages.values()):
+            raise TaskFault(lost)
         factor = experiment.launch.slowdown.get(runtime.rank, 1.0)
         self.run_pass = slow.stretched(self.model.run_pass, factor, runtime.device, meter)
         self.link = Link(experiment, runtime)

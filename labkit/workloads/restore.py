@@ -196,6 +196,8 @@ class Noted:
         if value.is_leaf:
             gradient = value.grad
             self._undo.append(lambda: setattr(value, "grad", gradient))
+        for hook in _hooks_of(value):
+            self.note(hook, 0)
         size = value.numel() * value.element_size()
         plain = type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.layout is torch.strided
         if isinstance(value, nn.Parameter) and not self._weights:
@@ -245,6 +247,11 @@ class Noted:
             return False
         self._bytes += size
         return True
+
+
+def _hooks_of(tensor: Tensor) -> list[Any]:
+    tables = (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None))
+    return [hook for table in tables if table for hook in table.values()]
 
 
 def _set_forward(module: nn.Module, name: str, value: int, steps: int) -> None:
