@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import torch
@@ -197,3 +198,35 @@ def hook_afterwards() -> dict[str, Any]:
     model = Net()
     model.body.weight.register_post_accumulate_grad_hook(lambda weight: weight.grad.mul_(2))
     return task(model)
+
+
+# -- ranks that have other samples in a few places --------------------------------------------------------------------
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def one_label_differs() -> dict[str, Any]:
+    x, y = samples()
+    y[41] = (y[41] + _rank()) % 3
+    return task(Net(), train=(x, y))
+
+
+def one_label_differs_in_a_subset() -> dict[str, Any]:
+    x, y = samples()
+    y[53] = (y[53] + _rank()) % 3
+    whole = torch.utils.data.TensorDataset(x, y)
+    return task(Net(), train=torch.utils.data.Subset(whole, list(range(10, 90))))
+
+
+def other_order_of_a_subset() -> dict[str, Any]:
+    whole = torch.utils.data.TensorDataset(*samples())
+    order = list(range(96))
+    if _rank():
+        order[50], order[51] = 51, 50
+    return task(Net(), test=torch.utils.data.Subset(whole, order))
+
+
+def one_row_differs() -> dict[str, Any]:
+    return rows(lambda x, y, index: (x + (_rank() if index == 22 else 0), y))

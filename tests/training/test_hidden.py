@@ -87,3 +87,55 @@ def test_a_hook_that_is_lost_in_any_other_way_is_named() -> None:
     assert hooks.lost_in(before, [model]) is None
     model.body.weight = nn.Parameter(model.body.weight.detach().clone())
     assert str(hooks.lost_in(before, [model])).startswith("body.weight has a hook (register_hook), and this experiment")
+
+
+# -- all samples are compared -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("one_label_differs", "the whole of y of train differs between rank 0 and rank 1: draw"),
+        ("one_label_differs_in_a_subset", "the whole of tensor 1 of train differs between rank 0 and rank 1: draw"),
+        ("other_order_of_a_subset", "the whole of the indices of test differs between rank 0 and rank 1: draw"),
+        ("one_row_differs", "sample 22 of train differs between rank 0 and rank 1: draw"),
+    ],
+)
+def test_a_single_sample_that_differs_between_ranks_is_noticed(function: str, words: str) -> None:
+    message = sentence(custom(function, "dp2"))
+    assert words in message, message
+
+
+def test_a_long_tensor_is_looked_at_whole() -> None:
+    import torch
+
+    from labkit.training.fingerprint import digest
+
+    long = torch.zeros(300_001, dtype=torch.uint8)
+    one, other = long.clone(), long.clone()
+    one[12_345], other[12_346] = 1, 1
+    assert len({digest(tensor) for tensor in (long, one, other)}) == 3
+    hot = torch.eye(1024, dtype=torch.float64)
+    assert digest(hot) != digest(hot.flip(0))
+    assert digest(hot) == digest(hot.clone()) == digest(hot.T.contiguous())
+    assert digest(hot[:, ::2]) == digest(hot[:, ::2].clone())
+
+
+def test_comparing_built_in_data_costs_little() -> None:
+    """A few milliseconds; the bound leaves room for a machine that does other things."""
+    import time
+
+    from labkit.experiment.registry import registry
+    from labkit.training import fingerprint
+
+    for name in ("vision", "language", "driving"):
+        workload = registry("workload")[name].load()
+        task = workload.build(workload.Options(), 0)
+        seconds = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            assert fingerprint.whole(task.train)
+            list(fingerprint.whole_parts(task.train, "train"))
+            list(fingerprint.whole_parts(task.test, "test"))
+            seconds.append(time.perf_counter() - begun)
+        assert min(seconds) < 0.05, name

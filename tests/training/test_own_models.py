@@ -346,7 +346,7 @@ def test_targets_are_not_rounded_with_the_inputs(training: str) -> None:
 # -- hooks on parameters ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, **NAMED)
+@pytest.mark.parametrize("layout", [{}, *LAYOUTS[1:3], PIPE, FOLDED], **NAMED)
 @pytest.mark.parametrize("name", ["hooked", "hooked_afterwards"])
 def test_hooks_on_parameters_are_kept_or_refused(name: str, layout: dict[str, Any]) -> None:
     if name == "hooked_afterwards" and layout.get("schedule") == "zbv":
