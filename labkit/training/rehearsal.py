@@ -27,7 +27,9 @@ from labkit.experiment.fault import TaskFault, named
 from labkit.parallel.cast import widened
 from labkit.training import fingerprint, fits, hooks, leaves
 from labkit.training.advice import backward_fault, described, hint, samples_of, shape_of
+from labkit.training.exactness import inexact_parts
 from labkit.training.ids import Ids
+from labkit.training.loss_proof import prove_loss
 from labkit.training.runtime import Runtime
 from labkit.training.sampling import Indices, Order
 from labkit.training.wander import Wanders
@@ -103,6 +105,8 @@ def rehearse(
         else:
             used = [frozenset(rehearsal.trained)]
             rehearsed.notes.append("the task was not tried before step 1: gradients of the whole model would not fit")
+        phase("forward")
+        rehearsed.notes += _proofs(experiment, task, runtime, rehearsed.foreign)
         if runtime.ranks > 1 and not runtime.isolated:
             phase("checkpoint")  # the last of all phases: whoever is behind is the one that is waited for
             _compare(experiment, task, rehearsed, used, mine)
@@ -112,6 +116,20 @@ def rehearse(
         torch.cuda.reset_peak_memory_stats(runtime.device)
     rehearsed.seconds = time.perf_counter() - begun
     return rehearsed
+
+
+def _proofs(experiment: Experiment, task: Task, runtime: Runtime, foreign: bool) -> list[str]:
+    """Reasons why ranks, or passes of one, differ from one process; TaskFault where the loss does not allow several."""
+    ranks, passes = 1 if runtime.isolated else runtime.ranks, experiment.gradients.accumulation
+    notes = inexact_parts(task.model, ranks, passes, task if foreign else None, runtime.place)
+    if runtime.isolated or ranks * passes == 1:
+        return notes
+    proof = prove_loss(task, runtime.place)
+    if proof.uneven is None:
+        return notes + proof.notes
+    if experiment.gradients.update.method == "synchronous":
+        raise TaskFault(proof.uneven)
+    return [*notes, *proof.notes, proof.uneven]
 
 
 def _roomy(model: nn.Module, device: torch.device) -> bool:

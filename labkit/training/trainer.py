@@ -38,10 +38,8 @@ from labkit.training import afterwards, checkpoint, evaluation, hooks, slow
 from labkit.training.clock import clock
 from labkit.training.compiled import Compiled
 from labkit.training.events import EventWriter
-from labkit.training.exactness import inexact_parts
 from labkit.training.link import Link
 from labkit.training.loaders import end_with_rank
-from labkit.training.loss_proof import prove_loss
 from labkit.training.meter import Board, Meter, peak_bytes
 from labkit.training.numbers import Watch
 from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
@@ -96,20 +94,8 @@ class Trainer:
         )
         self.about_model: dict[str, Any] = {
             "parameters": sum(parameter.numel() for parameter in whole.parameters()),
-            "warnings": inexact_parts(
-                whole,
-                1 if runtime.isolated else runtime.ranks,
-                experiment.gradients.accumulation,
-                task if rehearsed.foreign else None,
-                runtime.place,
-            )
-            + rehearsed.notes,
+            "warnings": rehearsed.notes,
         }
-        if not runtime.isolated and runtime.ranks * experiment.gradients.accumulation > 1:
-            proof = prove_loss(task, runtime.place)
-            if proof.uneven is not None and experiment.gradients.update.method == "synchronous":
-                raise TaskFault(proof.uneven)
-            self.about_model["warnings"] += proof.notes + ([] if proof.uneven is None else [proof.uneven])
         with_hooks = hooks.hooked(whole)
         self.steps = training.steps or self.order.steps(training.epochs or 1)
         place = runtime.mesh.index("dp_replicate", "dp_shard", "pp", "cp", "ep")
