@@ -78,10 +78,10 @@ def watched(model: nn.Module) -> Iterator[Callable[[Tensor], Outputs]]:
             handle.remove()
 
 
-def first_differing(one: Outputs, other: Outputs, same: Callable[[Any, Any], bool]) -> str:
+def first_differing(before: Outputs, after: Outputs, same: Callable[[Any, Any], bool]) -> str:
     """The first module that was given the same in two passes and gave something else; '' for the model itself."""
-    for name, passage in one.items():
-        if name in other and same(passage.given, other[name].given) and not same(passage.gave, other[name].gave):
+    for name, passage in before.items():
+        if name in after and same(passage.given, after[name].given) and not same(passage.gave, after[name].gave):
             return name
     return ""
 
@@ -129,31 +129,35 @@ def _pass(model: nn.Module, noted: Noted, outputs: Callable[[Tensor], Outputs], 
     return outputs(x)
 
 
-def _agree(one: Any, other: Any, loose: float | None = None) -> bool:
+def _agree(before: Any, after: Any, loose: float | None = None) -> bool:
     """Do the rows of the samples that stayed agree, in all tensors that have a row for each sample?"""
-    if isinstance(one, Tensor):
-        if not isinstance(other, Tensor) or not one.dim() or len(one) != SAMPLES or one.shape[1:] != other.shape[1:]:
+    if isinstance(before, Tensor):
+        if (
+            not isinstance(after, Tensor)
+            or not before.dim()
+            or len(before) != SAMPLES
+            or before.shape[1:] != after.shape[1:]
+        ):
             return True
-        return _near(one[:KEPT], other[:KEPT], loose)
-    if isinstance(one, dict):
-        return not isinstance(other, dict) or all(_agree(one[key], other.get(key), loose) for key in one)
-    if isinstance(one, tuple | list):
-        same_kind = isinstance(other, tuple | list) and len(one) == len(other)
-        return not same_kind or all(_agree(a, b, loose) for a, b in zip(one, other, strict=True))
+        return _near(before[:KEPT], after[:KEPT], loose)
+    if isinstance(before, dict):
+        return not isinstance(after, dict) or all(_agree(before[key], after.get(key), loose) for key in before)
+    if isinstance(before, tuple | list):
+        same_kind = isinstance(after, tuple | list) and len(before) == len(after)
+        return not same_kind or all(_agree(a, b, loose) for a, b in zip(before, after, strict=True))
     return True
 
 
-def _near(one: Tensor, other: Tensor, loose: float | None) -> bool:
-    if not (one.is_floating_point() or one.is_complex()):
-        return bool(torch.equal(one, other))
-    tolerance = loose if loose is not None else ROUNDINGS * torch.finfo(one.dtype).eps
-    kind = torch.complex128 if one.is_complex() else torch.float64
-    wide, beside = (
-        torch.nan_to_num(tensor.to(kind).abs() if kind.is_complex else tensor.to(kind)) for tensor in (one, other)
+def _near(before: Tensor, after: Tensor, loose: float | None) -> bool:
+    if not (before.is_floating_point() or before.is_complex()):
+        return bool(torch.equal(before, after))
+    tolerance = loose if loose is not None else ROUNDINGS * torch.finfo(before.dtype).eps
+    first, second = (
+        (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double().nan_to_num()
+        for tensor in (before, after)
     )
-    if not wide.numel():
-        return True
-    return bool((wide - beside).abs().max() <= tolerance * max(wide.abs().max(), beside.abs().max()))
+    largest = max((float(tensor.abs().max()) for tensor in (first, second) if tensor.numel()), default=0.0)
+    return not largest or float((first - second).abs().max()) <= tolerance * largest
 
 
 def _copied(value: Any) -> Any:

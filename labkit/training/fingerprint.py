@@ -170,9 +170,9 @@ def compare(mine: Fingerprint, again: Callable[[], Fingerprint]) -> list[str]:
     """
     total: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(total, (mine.total, mine.more))
-    if len({one for one, _ in total}) == 1 and all(_agree(more, total[0][1]) for _, more in total):
+    if len({hashed for hashed, _ in total}) == 1 and all(_agree(more, total[0][1]) for _, more in total):
         return []
-    first_time, second_time = ({**one.more, **one.parts} for one in (mine, again()))
+    first_time, second_time = ({**each.more, **each.parts} for each in (mine, again()))
     unsteady = {name for name, value in first_time.items() if second_time.get(name, value) != value}
     every: list[Any] = [None] * len(total)
     dist.all_gather_object(every, (first_time, unsteady))
@@ -187,9 +187,9 @@ def compare(mine: Fingerprint, again: Callable[[], Fingerprint]) -> list[str]:
     return ["samples of train come from a generator without a seed: this run cannot be repeated"] if drawn else []
 
 
-def _agree(one: dict[str, str], other: dict[str, str]) -> bool:
+def _agree(mine: dict[str, str], theirs: dict[str, str]) -> bool:
     """Are the samples that both have looked at the same?"""
-    return all(one[name] == other[name] for name in one.keys() & other.keys())
+    return all(mine[name] == theirs[name] for name in mine.keys() & theirs.keys())
 
 
 def _cut_short(name: str, *both: dict[str, str]) -> bool:

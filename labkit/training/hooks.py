@@ -93,9 +93,9 @@ def nonlinear(model: nn.Module) -> str | None:
 
 def _is_linear(parameter: nn.Parameter) -> bool:
     draws = torch.Generator().manual_seed(0)
-    one, other = (torch.randn(parameter.shape, generator=draws).to(parameter) for _ in range(2))
+    first, second = (torch.randn(parameter.shape, generator=draws).to(parameter) for _ in range(2))
     try:
-        parts, whole = _hooked(parameter, one) + _hooked(parameter, other), _hooked(parameter, one + other)
+        parts, whole = _hooked(parameter, first) + _hooked(parameter, second), _hooked(parameter, first + second)
     except Exception:  # a person's own code, which may want more than a gradient
         return False
     return parts.shape == whole.shape and bool(torch.allclose(parts, whole, rtol=1e-3, atol=1e-3))

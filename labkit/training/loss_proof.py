@@ -159,5 +159,5 @@ def _rows(value: Any, begin: int, end: int) -> Any:
     return value[begin:end].clone() if isinstance(value, Tensor) else value
 
 
-def _close(one: float, other: float, least: float) -> bool:
-    return abs(one - other) <= TOLERANCE * max(least, abs(other))
+def _close(value: float, expected: float, least: float) -> bool:
+    return abs(value - expected) <= TOLERANCE * max(least, abs(expected))

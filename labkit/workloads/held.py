@@ -23,14 +23,14 @@ def tensors_held(value: Any, owner: str) -> Iterator[tuple[str, Tensor]]:
     seen: dict[int, Any] = {}
     waiting = deque([("", value, 0)])
     while waiting and len(seen) < MOST_OBJECTS:
-        place, one, depth = waiting.popleft()
-        if isinstance(one, _ATOMS) or id(one) in seen:
+        place, part, depth = waiting.popleft()
+        if isinstance(part, _ATOMS) or id(part) in seen:
             continue
-        seen[id(one)] = one
-        if isinstance(one, Tensor):
-            yield (f"{place.lstrip('.')} of {owner}" if place else owner), one
-        elif depth < DEEPEST or isinstance(one, nn.Module):
-            waiting.extend((inner, part, depth + 1) for inner, part in _parts(one, place))
+        seen[id(part)] = part
+        if isinstance(part, Tensor):
+            yield (f"{place.lstrip('.')} of {owner}" if place else owner), part
+        elif depth < DEEPEST or isinstance(part, nn.Module):
+            waiting.extend((inner, held, depth + 1) for inner, held in _parts(part, place))
 
 
 def _parts(value: Any, place: str) -> Iterator[tuple[str, Any]]:

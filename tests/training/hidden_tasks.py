@@ -73,11 +73,11 @@ def made_in_the_pass() -> dict[str, Any]:
 
 def teacher() -> dict[str, Any]:
     """Read, not trained: nothing is wrong."""
-    model, known = Net(), Net()
+    model, elder = Net(), Net()
 
     def loss(out: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
-            target = known.head.bias.softmax(0)
+            target = elder.head.bias.softmax(0)
         return functional.cross_entropy(out, y) + (out.softmax(1).mean(1, keepdim=True) * target).sum(1).mean()
 
     return task(model, loss)

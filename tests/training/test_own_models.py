@@ -362,8 +362,8 @@ def test_hooks_on_parameters_are_kept_or_refused(name: str, layout: dict[str, An
 def test_a_copy_of_the_model_has_the_hooks_too(name: str) -> None:
     """Rank 0 of a parameter server computes with a copy; half of the rows must not move."""
     update = {"gradients.update.method": "parameter_server", "training.gradient_norm": False}
-    wanted = experiment(name, {"dp_replicate": 2}, **update, **{"optimizer.weight_decay": 0.0})
-    weight = saved(finished(wanted))["blocks.block_1.weight"]
+    served = experiment(name, {"dp_replicate": 2}, **update, **{"optimizer.weight_decay": 0.0})
+    weight = saved(finished(served))["blocks.block_1.weight"]
     from labkit.workloads.seed import seeded
 
     with seeded(SEED):
