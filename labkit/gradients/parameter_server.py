@@ -91,9 +91,7 @@ class ParameterServer(Tickets):
 
     def works_on(self) -> nn.Module:
         """Rank 0 computes with a copy: the model itself is the server's."""
-        import copy
-
-        self._working = copy.deepcopy(self.model) if self.wire.rank == 0 else self.model
+        self._working = _copied(self.model) if self.wire.rank == 0 else self.model
         return self._working
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -158,3 +156,16 @@ class ParameterServer(Tickets):
     def drawn(self) -> int:
         """What the server has handed out and got back."""
         return self._drawn
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy of the model whose parameters have the hooks of the original ones, which a copy of a tensor leaves out."""
+    from copy import deepcopy
+
+    copied = deepcopy(model)
+    for original, parameter in zip(model.parameters(), copied.parameters(), strict=True):
+        for hook in (original._backward_hooks or {}).values():
+            parameter.register_hook(hook)
+        for hook in (getattr(original, "_post_accumulate_grad_hooks", None) or {}).values():
+            parameter.register_post_accumulate_grad_hook(hook)
+    return copied

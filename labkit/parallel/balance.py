@@ -19,7 +19,7 @@ from labkit.experiment.layout import Layout
 from labkit.parallel import stages
 from labkit.parallel.cast import as_reals, widened
 from labkit.workloads.base import Batch, Blocks, Task
-from labkit.workloads.undisturbed import undisturbed
+from labkit.workloads.same_buffers import same_buffers
 
 REPEATS = 5
 """Of which the first only warms up."""
@@ -51,7 +51,7 @@ def _agreed(task: Task, device: torch.device, sample: Sample) -> list[float]:
     assert isinstance(task.model, Blocks)
     costs = torch.zeros(len(task.model.blocks), dtype=torch.float64, device=device)
     if dist.get_rank() == 0:
-        with undisturbed(task.model):
+        with same_buffers(task.model):
             costs.copy_(torch.tensor(measured(task, sample()), dtype=torch.float64))
     dist.broadcast(costs, 0)
     return [float(cost) for cost in costs.tolist()]

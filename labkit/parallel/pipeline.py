@@ -19,7 +19,7 @@ from labkit.parallel.cast import as_reals
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.stages import places
 from labkit.parallel.timeline import TimedStage, Timeline
-from labkit.workloads.undisturbed import undisturbed
+from labkit.workloads.same_buffers import same_buffers
 
 SCHEDULES = {
     "naive": "ScheduleGPipe",
@@ -65,7 +65,7 @@ class _Held(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.computes:
             return self._run(x)
-        with undisturbed(self.inner):
+        with same_buffers(self.inner):
             return self._run(torch.zeros_like(x, requires_grad=x.requires_grad))
 
     def _run(self, x: Tensor) -> Tensor:

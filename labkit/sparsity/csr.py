@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from labkit.workloads.undisturbed import undisturbed
+from labkit.workloads.same_buffers import same_buffers
 
 if TYPE_CHECKING:
     from labkit.experiment import Experiment
@@ -193,7 +193,7 @@ def rows_seen(model: nn.Module, names: Iterable[str], sample: Tensor) -> dict[st
 
         if isinstance(module, nn.Linear):
             hooks.append(module.register_forward_pre_hook(see))
-    with undisturbed(model):
+    with same_buffers(model):
         model(sample)
     for hook in hooks:
         hook.remove()

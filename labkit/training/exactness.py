@@ -1,37 +1,31 @@
 """Parts of a task that make several ranks, or several passes of one, compute something else than one process does.
 
 Random parts are found by trying: passes over the same samples in training mode must agree, and so must samples that are
-read again. Batch normalisation looks at a whole share and is known by its class. A loss must be the mean that its
-weights say: what parts of a batch give must add up to what the batch gives. (Issue 11, A6, A8, A9.)
+read again. Batch normalisation looks at a whole share and is known by its class; whatever else mixes the samples of a
+batch is found by changing some of them (coupling.py). (Issue 11, A8, A9.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from labkit.training.restore import restored
-from labkit.workloads.base import Batch, ClassificationTask, Task
-from labkit.workloads.custom_task import SimpleTask
-from labkit.workloads.language_task import LanguageTask
-from labkit.workloads.weights import is_torchs
+from labkit.training import hooks
+from labkit.training.coupling import Outputs, Place, coupled_part, first_differing, watched
+from labkit.workloads.base import Task
+from labkit.workloads.restore import Noted, undisturbed
 
 SAMPLES = 4
 PASSES = 3
 """Passes over the same samples that must agree; more where something is named like dropout."""
 PASSES_IF_SUSPECTED = 12
-LOSS_SAMPLES = 64
-TOLERANCE = 1e-3
-"""Of the loss: far more than rounding, even in 16 bits; far less than what another divisor makes."""
-
-Place = Callable[[Batch], Batch]
+LATER = 10**6
+"""Passes that a model's own counters are set forward, to see what begins late."""
 
 
 def inexact_parts(
@@ -54,6 +48,12 @@ def inexact_parts(
         if isinstance(module, _BatchNorm) and not (isinstance(module, nn.SyncBatchNorm) and passes == 1):
             reasons.append(f"{name}: batch normalisation sees one {where}'s samples, {differ}")
             break
+    mixing = coupled_part(model, task, place) if task is not None else None
+    if mixing is not None:
+        reasons.append(f"{mixing}: mixes the samples of a batch and sees one {where}'s samples, {differ}")
+    name_of_hooked = hooks.nonlinear(model)
+    if name_of_hooked is not None:
+        reasons.append(f"{name_of_hooked}: its hook sees the gradient of one {where}'s samples, {differ}")
     culprit = random_part(model, task, place)
     if culprit is not None:
         name, kind = culprit
@@ -65,74 +65,22 @@ def random_part(model: nn.Module, task: Task | None, place: Place = lambda batch
     """(name, kind) of the first part of the model whose output in training mode is random; None if passes agree."""
     suspects = list(_suspects(model))
     if task is not None:
-        outputs = _repeated(model, task, place, PASSES_IF_SUSPECTED if suspects else PASSES)
-        if outputs is not None:
-            for name, first in outputs[0].items():
-                if any(not _same(first, other.get(name)) for other in outputs[1:]):
-                    module = model.get_submodule(name) if name else model
-                    return name or type(model).__name__, "dropout" if module in suspects else "a random part"
-            return None
+        times = PASSES_IF_SUSPECTED if suspects else PASSES
+        with torch.no_grad(), watched(model) as outputs, undisturbed(model, task.train) as noted:
+            try:
+                batch = place(task.train.__getitems__(list(range(min(SAMPLES, len(task.train))))))
+                passes = _Passes(model, noted, lambda: outputs(batch["x"]))
+                culprit = passes.first_random(times)
+                culprit = passes.first_random_later() if culprit is None else culprit
+            except Exception:  # a person's own code: the rehearsal says what it raises
+                pass
+            else:
+                if culprit is None:
+                    return None
+                module = model.get_submodule(culprit)
+                return culprit or type(model).__name__, "dropout" if module in suspects else "a random part"
     named = {module: name for name, module in model.named_modules()}
     return (named[suspects[0]] or type(model).__name__, "dropout") if suspects else None
-
-
-def uneven_loss(task: Task, place: Place = lambda batch: batch) -> str | None:
-    """Why the task's loss is not the mean that its weights say, in one sentence; None if parts add up to the whole.
-
-    The outputs of a few samples are computed once, so that only the loss is on trial. A loss that cannot be tried here
-    is left to the rehearsal.
-    """
-    if _proved(task):
-        return None
-    count = min(LOSS_SAMPLES, len(task.train))
-    indices = np.linspace(0, len(task.train) - 1, count).astype(int).tolist()
-    model = task.model
-    with undisturbed(model, task.train), torch.no_grad():
-        model.eval()
-        try:
-            batch = place(task.train.__getitems__(indices))
-            output = model(batch["x"])
-            whole = float(task.loss(output, batch))
-            again = float(task.loss(output, batch))
-            total = weights = 0.0
-            for number in range(count):
-                part = {name: tensor[number : number + 1] for name, tensor in batch.items()}
-                weight = float(task.batch_weight(part))
-                if weight:
-                    total += float(task.loss(output[number : number + 1], part)) * weight
-                    weights += weight
-            divisor = float(task.batch_weight(batch))
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
-            return None
-    if count < 2 or not np.isfinite(whole):
-        return None
-    if abs(whole - again) > TOLERANCE * max(1e-6, abs(whole)):
-        return "the loss draws random numbers: it differs each time it is computed on the same outputs"
-    united = total / weights if weights else 0.0
-    even = abs(divisor - weights) <= TOLERANCE * max(1.0, abs(divisor))
-    if even and abs(united - whole) <= TOLERANCE * max(1e-3, abs(whole)):
-        return None
-    return (
-        f"the loss is no mean over samples: {count} samples give {whole:.6g} together, but {united:.6g} by themselves, "
-        "so parts of a batch do not add up to it; give batch_weight, which says what a batch's "
-        "loss is a mean over, or train on one rank without accumulation"
-    )
-
-
-def _proved(task: Task) -> bool:
-    """Whether the loss is labkit's own or torch's own, whose divisors are known and tested."""
-    if isinstance(task, SimpleTask):
-        return task.weight_fn is None and is_torchs(task.loss_fn)
-    return getattr(type(task), "loss", None) in (ClassificationTask.loss, LanguageTask.loss)
-
-
-@contextmanager
-def undisturbed(*parts: Any) -> Iterator[None]:
-    """Whatever runs inside, what the parts (models, data sets) hold and all random numbers are restored."""
-    tensors = (tensor for part in parts if isinstance(part, nn.Module) for tensor in part.parameters())
-    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-    with restored(*parts, device=device):
-        yield
 
 
 def _suspects(model: nn.Module) -> Iterator[nn.Module]:
@@ -147,30 +95,37 @@ def _suspects(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def _repeated(model: nn.Module, task: Task, place: Place, times: int) -> list[dict[str, Any]] | None:
-    """What each module gives in passes over the same samples in training mode; None if the model cannot be run here."""
-    outputs: list[dict[str, Any]] = []
+class _Passes:
+    """Passes of a model over the same samples in training mode, all from the same state."""
 
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, inputs, output: outputs[-1].setdefault(name, output)
+    def __init__(self, model: nn.Module, noted: Noted, run: Callable[[], Outputs]) -> None:
+        self.model, self.noted, self.run = model, noted, run
 
-    with undisturbed(model, task.train), torch.no_grad():
-        hooks = [module.register_forward_hook(keep(name)) for name, module in model.named_modules()]
-        model.train()
+    def first_random(self, times: int, advances: Iterable[Callable[[int], None]] = ()) -> str | None:
+        """The name of the first module that gives something else for the same; None if all passes agree.
+
+        What counts the passes of the model is set forward by `advances`.
+        """
+        first: Outputs = {}
+        for number in range(times):
+            self.noted.undo(generators=False)  # a counter is not random
+            self.model.train()
+            for advance in advances:
+                advance(LATER)
+            torch.manual_seed(number)
+            outputs = self.run()
+            first = first or outputs
+            if not _same(first[""].gave, outputs[""].gave):
+                return first_differing(first, outputs, _same)
+        return None
+
+    def first_random_later(self) -> str | None:
+        """The same after many passes: some dropout begins late. A model that cannot be set forward is not asked."""
+        counters = self.noted.counters()
         try:
-            batch = place(task.train.__getitems__(list(range(min(SAMPLES, len(task.train))))))
-            for number in range(times):
-                outputs.append({})
-                torch.manual_seed(number)
-                outputs[-1][""] = model(batch["x"])
-                if number and not _same(outputs[0][""], outputs[-1][""]):
-                    return [outputs[0], outputs[-1]]
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+            return self.first_random(2, counters) if counters else None
+        except Exception:  # a schedule that has come to its end
             return None
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return outputs[:1]
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,17 +21,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from labkit.experiment import Experiment
 from labkit.experiment.fault import TaskFault, named
 from labkit.parallel.cast import widened
-from labkit.training import fingerprint, fits
-from labkit.training.restore import restored
+from labkit.training import fingerprint, fits, hooks, leaves
+from labkit.training.advice import backward_fault, described, hint, samples_of, shape_of
+from labkit.training.exactness import inexact_parts
+from labkit.training.ids import Ids
+from labkit.training.loss_proof import prove_loss
 from labkit.training.runtime import Runtime
 from labkit.training.sampling import Indices, Order
+from labkit.training.wander import Wanders
 from labkit.workloads.base import Batch, Data, Task
 from labkit.workloads.fetch import checked, fetch
+from labkit.workloads.restore import restored
 from labkit.workloads.seed import seed_generators
 
 SAMPLES = 2
@@ -88,19 +91,22 @@ def rehearse(
     rehearsed = Rehearsed(foreign=_is_foreign(experiment, task.model))
     seed = experiment.training.seed
     refused = fits.unfinished(task.model) or next(fits.misfits(experiment, task.model), None)
+    refused = refused or hooks.lost_by(experiment, task.model)
     if refused:
         raise TaskFault(refused)
-    with restored(task, task.model, task.train, task.test, device=runtime.device) as changed:
+    with restored(task, task.model, task.train, task.test, device=runtime.device) as noted:
         phase("data")
         mine = fingerprint.Fingerprint.of(task, seed)
         rehearsed.built = mine.total
         seed_generators(seed)
-        rehearsal = _Rehearsal(experiment, task, runtime, phase, changed, order)
+        rehearsal = _Rehearsal(experiment, task, runtime, phase, noted.changed, order, rehearsed.foreign)
         if _roomy(task.model, runtime.device):
             used = rehearsal.run(rehearsed)
         else:
             used = [frozenset(rehearsal.trained)]
             rehearsed.notes.append("the task was not tried before step 1: gradients of the whole model would not fit")
+        phase("forward")
+        rehearsed.notes += _proofs(experiment, task, runtime, rehearsed.foreign)
         if runtime.ranks > 1 and not runtime.isolated:
             phase("checkpoint")  # the last of all phases: whoever is behind is the one that is waited for
             _compare(experiment, task, rehearsed, used, mine)
@@ -110,6 +116,20 @@ def rehearse(
         torch.cuda.reset_peak_memory_stats(runtime.device)
     rehearsed.seconds = time.perf_counter() - begun
     return rehearsed
+
+
+def _proofs(experiment: Experiment, task: Task, runtime: Runtime, foreign: bool) -> list[str]:
+    """Reasons why ranks, or passes of one, differ from one process; TaskFault where the loss does not allow several."""
+    ranks, passes = 1 if runtime.isolated else runtime.ranks, experiment.gradients.accumulation
+    notes = inexact_parts(task.model, ranks, passes, task if foreign else None, runtime.place)
+    if runtime.isolated or ranks * passes == 1:
+        return notes
+    proof = prove_loss(task, runtime.place)
+    if proof.uneven is None:
+        return notes + proof.notes
+    if experiment.gradients.update.method == "synchronous":
+        raise TaskFault(proof.uneven)
+    return [*notes, *proof.notes, proof.uneven]
 
 
 def _roomy(model: nn.Module, device: torch.device) -> bool:
@@ -169,9 +189,11 @@ class _Rehearsal:
         phase: Callable[[str], None],
         changed: Callable[[], bool],
         order: Order,
+        foreign: bool,
     ) -> None:
         self.experiment, self.task, self.runtime = experiment, task, runtime
-        self.phase, self.changed = phase, changed
+        self.phase, self.changed, self.foreign = phase, changed, foreign
+        self.ids = Ids(task.model) if foreign else None
         self.trained = {name: one for name, one in task.model.named_parameters() if one.requires_grad}
         share, shares = runtime.mesh.samples
         passes = experiment.gradients.accumulation
@@ -180,12 +202,14 @@ class _Rehearsal:
     def run(self, rehearsed: Rehearsed) -> list[frozenset[str]]:
         """All of it; returns the names of the parameters that each pass used."""
         task, model = self.task, self.task.model
-        wanders = _Wanders(self.changed) if _may_wander(model) else None
+        wanders = Wanders(self.changed) if _may_wander(model) else None
         indices = self.passes(0)[0].tolist()[:SAMPLES] or [0]
         batch = checked(task.train, indices, "train")
         used = [self._train(batch, indices, wanders)]
         if rehearsed.foreign:
+            used.append(self._train(batch, indices, wanders))  # what is kept from pass to pass
             self._evaluate()
+            self._look_further()
         state = fits.unsaved(model.state_dict()) if self.experiment.training.checkpoint_every != 0 else None
         if state:
             raise TaskFault(state)
@@ -199,7 +223,6 @@ class _Rehearsal:
                     "the model counts its passes, or draws from numpy or random, so activations cannot be computed "
                     "again as they were: set layout.activation_checkpointing to none, or draw from torch"
                 )
-            self._look_further()
             if wanders.seen or len(used[0]) < len(self.trained):
                 used += [self._train(*other, wanders) for other in self._others()]
             rehearsed.wanders = wanders.seen or len(set(used)) > 1
@@ -213,7 +236,7 @@ class _Rehearsal:
             chosen = self.passes(1 + number)[0].tolist()[: SAMPLES if number % 2 else 4 * SAMPLES]
             yield checked(self.task.train, chosen, "train"), chosen
 
-    def _train(self, batch: Batch, indices: list[int], wanders: _Wanders | None = None) -> frozenset[str]:
+    def _train(self, batch: Batch, indices: list[int], wanders: Wanders | None = None) -> frozenset[str]:
         """One pass forward and backward; the names of the parameters that got a gradient."""
         model = self.task.model
         for one in self.trained.values():
@@ -229,11 +252,12 @@ class _Rehearsal:
                     "the loss does not depend on any parameter that is trained: a detach(), no_grad() or numpy stands "
                     "between the model and the loss"
                 )
+            self._look_at_graph(batch, output, loss)
             self.phase("backward")
             try:
                 loss.backward()
             except Exception as error:
-                raise TaskFault(f"the pass backward from the loss fails: {named(error)}") from error
+                raise TaskFault(backward_fault(self.task, error)) from error
         gradients = {name: one.grad for name, one in self.trained.items() if one.grad is not None}
         refused = fits.sparse_gradients(
             self.experiment, [name for name, gradient in gradients.items() if gradient.layout is not torch.strided]
@@ -246,18 +270,33 @@ class _Rehearsal:
             raise TaskFault("no parameter gets a gradient from the loss: the model's output does not depend on any")
         return frozenset(gradients)
 
+    def _look_at_graph(self, batch: Batch, output: Tensor, loss: Tensor) -> None:
+        """What the loss depends on must be what is trained."""
+        if not self.foreign:
+            return
+        for name, value in batch.items():
+            if value.requires_grad:
+                remedy = f"give it without ({name}.detach())"
+                raise TaskFault(f"{name} of train requires a gradient, which no optimizer would use: {remedy}")
+        fault = leaves.strangers(self.task, loss) or leaves.read_beside(self.experiment, self.task, output, loss)
+        if fault:
+            raise TaskFault(fault)
+
     def _output(self, batch: Batch, indices: list[int], what: str) -> Tensor:
         model, mode = self.task.model, "training" if self.task.model.training else "evaluation"
-        place = f"the model fails in {mode} on {_of(indices, what)}"
+        place = f"the model fails in {mode} on {samples_of(indices, what)}"
         try:
-            x = self.runtime.place(batch)
-            with self.runtime.accelerator.autocast():
-                output = model(x["x"])
+            x = self.runtime.place(batch)["x"]
+            ids = self.ids.checked(x, indices, what) if self.ids is not None else _nothing()
+            with self.runtime.accelerator.autocast(), ids:
+                output = model(x)
+        except TaskFault:
+            raise
         except Exception as error:
-            raise TaskFault(f"{place} (x is {_shape(batch['x'])}): {named(error)}{_hint(batch, model)}") from error
+            raise TaskFault(f"{place} (x is {shape_of(batch['x'])}): {named(error)}{hint(batch, model)}") from error
         if not isinstance(output, Tensor):
             raise TaskFault(
-                f"in {mode} the model returns {_kind(output)}: it must return one tensor, the scores that loss and "
+                f"in {mode} the model returns {described(output)}: it must return one tensor, the scores that loss and "
                 "metric are computed from"
             )
         return output
@@ -266,11 +305,11 @@ class _Rehearsal:
         try:
             loss: Any = self.task.loss(widened(output), self.runtime.place(batch))
         except Exception as error:
-            targets = ", ".join(f"{name} is {_shape(value)}" for name, value in batch.items() if name != "x")
-            described = f"the output is {_kind(output)}" + (f", {targets}" if targets else "")
-            raise TaskFault(f"the loss fails on {_of(indices, what)} ({described}): {named(error)}") from error
+            targets = ", ".join(f"{name} is {shape_of(value)}" for name, value in batch.items() if name != "x")
+            given = f"the output is {described(output)}" + (f", {targets}" if targets else "")
+            raise TaskFault(f"the loss fails on {samples_of(indices, what)} ({given}): {named(error)}") from error
         if not isinstance(loss, Tensor):
-            raise TaskFault(f"the loss is {_kind(loss)}, it must be a tensor with one number")
+            raise TaskFault(f"the loss is {described(loss)}, it must be a tensor with one number")
         if loss.dim():
             raise TaskFault(
                 f"the loss has the shape {list(loss.shape)}, it must be one number: the mean over the samples"
@@ -300,10 +339,8 @@ class _Rehearsal:
         except TaskFault:
             raise
         except Exception as error:
-            described = f"the output is {_kind(output)}"
-            raise TaskFault(
-                f"the held-out metric fails on {_of(indices, 'test')} ({described}): {named(error)}"
-            ) from error
+            place = f"{samples_of(indices, 'test')} (the output is {described(output)})"
+            raise TaskFault(f"the held-out metric fails on {place}: {named(error)}") from error
         lacking = [name for name in ("count",) if name not in numbers]
         lacking += [name for name in ("loss", task.metric.key) if name not in metrics]
         if lacking:
@@ -314,16 +351,19 @@ class _Rehearsal:
         self.phase("data")
         deadline = time.perf_counter() + LOOK_S
         for what, data in (("train", self.task.train), ("test", self.task.test)):
-            _look(data, what, deadline)
+            assert self.ids is not None
+            self.ids.check_all(data, what)
+            _look(data, what, deadline, self.ids)
 
 
-def _look(data: Data, what: str, deadline: float) -> None:
+def _look(data: Data, what: str, deadline: float, ids: Ids) -> None:
     first: dict[str, Any] = {}
     count = min(len(data), MOST_LOOKED)
     for index in sorted({int(each) for each in np.linspace(0, len(data) - 1, count)}):
         if time.perf_counter() > deadline:
             return
         batch = checked(data, [index], what)
+        ids.check_samples(batch["x"], index, what)
         for name, value in batch.items():
             first.setdefault(name, (index, value))
             other, before = first[name]
@@ -332,40 +372,6 @@ def _look(data: Data, what: str, deadline: float) -> None:
 
 
 # -- small things -----------------------------------------------------------------------------------------------------
-
-
-class _Wanders(TorchDispatchMode):
-    """While it is open: does the way through the model depend on numbers, on chance or on the number of the pass?
-
-    Told by what a branch in Python needs: a number taken out of a tensor, a draw from numpy's or Python's generator, an
-    attribute that the pass has changed.
-    """
-
-    def __init__(self, changed: Callable[[], bool]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.changed, self.seen = changed, False
-        self.other_twice = False
-        """Would the same pass with the same samples take another way, or compute other numbers, the second time?"""
-
-    def __enter__(self) -> Any:
-        self._drawn = _drawn()
-        return super().__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *about: Any) -> None:
-        super().__exit__(*about)  # type: ignore[no-untyped-call]
-        self.other_twice |= self._drawn != _drawn() or self.changed()
-        self.seen |= self.other_twice
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.seen = True
-        return func(*args, **(kwargs or {}))
-
-
-def _drawn() -> tuple[Any, ...]:
-    """How far the generators of Python and numpy have come."""
-    state: Any = np.random.get_state()
-    return random.getstate(), state[2], state[1][0]
 
 
 @contextmanager
@@ -385,32 +391,3 @@ def _alone(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in zip(talking, modes, strict=True):
             module.training = mode
-
-
-def _of(indices: list[int], what: str) -> str:
-    return f"sample {indices[0]} of {what}" if len(indices) == 1 else f"samples {indices[0]} and {indices[1]} of {what}"
-
-
-def _shape(value: Tensor) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return _shape(value)
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {len(value)}"
-    if isinstance(value, dict):
-        return f"a dict of {', '.join(map(str, list(value)[:4]))}"
-    return "None" if value is None else f"a {type(value).__name__}"
-
-
-def _hint(batch: Batch, model: nn.Module) -> str:
-    """Advice where the type of the input is the likely reason."""
-    x = batch["x"]
-    embeds = any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in model.modules())
-    if not (x.is_floating_point() or x.is_complex() or embeds):
-        return f"; x is {str(x.dtype).removeprefix('torch.')}: give numbers in float32 (x.float())"
-    if model.training and len(x) == 1:
-        return "; a pass of this rank holds one sample: raise training.global_batch or lower gradients.accumulation"
-    return ""

@@ -34,11 +34,10 @@ from labkit.quantization.scaling import LossScaling
 from labkit.sparsity.csr import CsrLinear
 from labkit.sparsity.masks import Masks
 from labkit.sparsity.method import Setting as SparsitySetting
-from labkit.training import afterwards, checkpoint, evaluation, slow
+from labkit.training import afterwards, checkpoint, evaluation, hooks, slow
 from labkit.training.clock import clock
 from labkit.training.compiled import Compiled
 from labkit.training.events import EventWriter
-from labkit.training.exactness import inexact_parts, uneven_loss
 from labkit.training.link import Link
 from labkit.training.loaders import end_with_rank
 from labkit.training.meter import Board, Meter, peak_bytes
@@ -95,20 +94,9 @@ class Trainer:
         )
         self.about_model: dict[str, Any] = {
             "parameters": sum(parameter.numel() for parameter in whole.parameters()),
-            "warnings": inexact_parts(
-                whole,
-                1 if runtime.isolated else runtime.ranks,
-                experiment.gradients.accumulation,
-                task if rehearsed.foreign else None,
-                runtime.place,
-            )
-            + rehearsed.notes,
+            "warnings": rehearsed.notes,
         }
-        if not runtime.isolated and runtime.ranks * experiment.gradients.accumulation > 1:
-            uneven = uneven_loss(task, runtime.place)
-            if uneven is not None and experiment.gradients.update.method == "synchronous":
-                raise TaskFault(uneven)
-            self.about_model["warnings"] += [] if uneven is None else [uneven]
+        with_hooks = hooks.hooked(whole)
         self.steps = training.steps or self.order.steps(training.epochs or 1)
         place = runtime.mesh.index("dp_replicate", "dp_shard", "pp", "cp", "ep")
         self.narrowing = Narrowing(experiment, place, self.steps, runtime.device)
@@ -135,6 +123,8 @@ class Trainer:
                 self.model.exchange_through(folder, runtime.timeout_s)
                 if (memory := self.model.memory) is not None:
                     meter.spun = lambda: memory.spun
+        if lost := hooks.lost_in(with_hooks, self.model.stages.values()):
+            raise TaskFault(lost)
         factor = experiment.launch.slowdown.get(runtime.rank, 1.0)
         self.run_pass = slow.stretched(self.model.run_pass, factor, runtime.device, meter)
         self.link = Link(experiment, runtime)

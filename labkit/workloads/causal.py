@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from labkit.workloads.undisturbed import undisturbed
+from labkit.workloads.restore import undisturbed
 
 LONGEST = 512
 """Tokens of the sample at most; the proof costs three forward passes over it."""
@@ -72,7 +72,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     Only weights that `_stir` may change are copied.
     """
     faint = [(tensor, tensor.detach().clone()) for tensor in _faint(model)]
-    with undisturbed(model):
+    with undisturbed(model, weights=False):
         try:
             yield
         finally:

@@ -141,6 +141,11 @@ def as_task(made: Any, name: str) -> Task:
         fault = f"lacks {', '.join(missing)}" if missing else f"has unknown keys {', '.join(map(str, unknown))}"
         raise ValueError(f"what {name} returned {fault}; it must be {_FORM}")
     model, loss_fn = made["model"], made["loss_fn"]
+    for part, value in (("model", model), ("loss_fn", loss_fn)):
+        if isinstance(value, type):
+            raise ValueError(
+                f"{part} from {name} is the class {value.__name__}: give an object of it, {value.__name__}()"
+            )
     if not isinstance(model, nn.Module):
         raise ValueError(f"model from {name} must be a torch.nn.Module, it is {kind_of(model)}")
     if not callable(loss_fn):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from labkit.experiment.fault import TaskFault, named
@@ -30,6 +31,8 @@ def checked(data: Data, indices: Sequence[int], what: str) -> Batch:
     for name, value in batch.items():
         if not isinstance(value, Tensor):
             raise TaskFault(f"{name} of {what} is {_described(value)}, and {_ADVICE[_family(value)]}")
+        if value.layout is not torch.strided:
+            raise TaskFault(f"{name} of {what} is a sparse tensor: give it dense ({name}.to_dense())")
         if not value.dim() or len(value) != len(indices):
             raise TaskFault(
                 f"{name} of {what} has the shape {list(value.shape)} for {len(indices)} samples: "

@@ -42,7 +42,14 @@ class PairData:
 
     def _tensor(self, value: Any, index: int, name: str) -> Tensor:
         if isinstance(value, Tensor):
+            if value.layout is not torch.strided:
+                raise ValueError(f"sample {index} of {self.what}: {sparse(name)}")
             return value
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(
+                f"sample {index} of {self.what}: its {name} is {short(value)}, which 64 bits cannot hold: give numbers "
+                "from -2**63 to 2**63 - 1, or floating-point numbers"
+            )
         if isinstance(value, bool | int | float | complex | np.generic | np.ndarray):
             array = np.asarray(value)
             if array.dtype.kind in "biufc":
@@ -117,6 +124,8 @@ def _of_tensors(given: Sequence[Any], what: str) -> Data:
             raise ValueError(f"{what}: {name} is an array of {part.dtype}, which is no number")
         if not part.shape:
             raise ValueError(f"{what}: {name} is a single number, its first axis must be the samples")
+        if isinstance(part, Tensor) and part.layout is not torch.strided:
+            raise ValueError(f"{what}: {sparse(name)}")
     x, y = (torch.as_tensor(part) for part in given)
     if len(x) != len(y):
         raise ValueError(f"{what} has {len(x)} inputs and {len(y)} targets")
@@ -138,6 +147,16 @@ def _check_batch(data: Data, what: str) -> None:
         raise ValueError(
             f"{what} is a Data, whose __getitems__ must give a dict with the tensors x and y, it gives {got}"
         )
+
+
+def sparse(name: str) -> str:
+    """Why a sparse tensor cannot be trained on, and what to give."""
+    return f"{name} is a sparse tensor, of which no batch can be made: give it dense ({name}.to_dense())"
+
+
+def short(value: int) -> str:
+    """A large number in a few digits."""
+    return str(value) if abs(value) < 10**24 else f"{value:.6e}" if abs(value) < 10**300 else "larger than any number"
 
 
 def kind_of(value: Any) -> str:

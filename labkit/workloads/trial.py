@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from labkit.workloads.accuracy import right_and_counted
 from labkit.workloads.base import Batch, Data, TensorData
 from labkit.workloads.causal import refuse_leak
+from labkit.workloads.restore import undisturbed
 from labkit.workloads.samples import Cast, kind_of
-from labkit.workloads.undisturbed import undisturbed
 from labkit.workloads.weights import is_of_classes, is_of_numbers
 
 if TYPE_CHECKING:
@@ -27,7 +27,11 @@ _BROADCAST = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 def try_out(task: SimpleTask, name: str) -> None:
     """Fit the formats of inputs and targets to model and loss, and raise ValueError in a sentence for what misfits."""
     _fit_targets(task)
-    with undisturbed(task.model), torch.no_grad(), warnings.catch_warnings():
+    with (
+        undisturbed(task.model, task.train, task.test, task.loss_fn, weights=False),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # they come again in training, where they belong
         task.model.eval()
         batch, output = _fit_inputs(task)

@@ -138,7 +138,10 @@ def summed(loss_fn: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def trainable(loss_fn: Any) -> list[str]:
-    """Names of the parameters of a loss that an optimizer would have to train; [] for a loss without any."""
+    """Names of the parameters of a loss that an optimizer would have to train; [] for a loss without any.
+
+    Those that another loss hides (closure, partial, object) are found by the rehearsal, in the graph of a pass.
+    """
     if not isinstance(loss_fn, nn.Module):
         return []
     return [name for name, parameter in loss_fn.named_parameters() if parameter.requires_grad]

@@ -270,3 +270,39 @@ def complex_layer() -> Any:
 
     x, y = data()
     return {"model": Phases(), "train": (x, y), "test": (x, y), "loss_fn": nn.CrossEntropyLoss()}
+
+
+def _with_hook(add: Any) -> Any:
+    task = batch_free()
+    add(task["model"].blocks["block_1"].weight)
+    return task
+
+
+def batch_free() -> Any:
+    """Three layers that look at one sample each."""
+    model = chain(nn.Linear(WIDTH, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    return {"model": model, "train": data(), "test": data(), "loss_fn": nn.CrossEntropyLoss()}
+
+
+def hooked() -> Any:
+    """Half of the rows are not trained, by a hook of the weight."""
+
+    def half(gradient: Tensor) -> Tensor:
+        return gradient * (torch.arange(8) < 4).to(gradient.dtype).unsqueeze(1)
+
+    return _with_hook(lambda weight: weight.register_hook(half))
+
+
+def hooked_afterwards() -> Any:
+    """The same, by a hook that runs after the gradient has been accumulated."""
+
+    def half(weight: Tensor) -> None:
+        assert weight.grad is not None
+        weight.grad[4:] = 0
+
+    return _with_hook(lambda weight: weight.register_post_accumulate_grad_hook(half))
+
+
+def clipping_hook() -> Any:
+    """A hook that is not linear: clipping a mean is not the mean of what has been clipped."""
+    return _with_hook(lambda weight: weight.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01)))

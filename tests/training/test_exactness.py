@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from labkit.training.exactness import inexact_parts, uneven_loss
+from labkit.training.exactness import inexact_parts
+from labkit.training.loss_proof import prove_loss
 from labkit.workloads.custom_task import as_task
 
 
@@ -77,6 +78,15 @@ class Attending(nn.Module):
         return self.attention(x, x, x)[0][:, 0]
 
 
+class Encoding(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 1, 8, dropout=dropout, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.unsqueeze(1))[:, 0]
+
+
 def a_task(layer: nn.Module, loss_fn: Any = None, **more: Any) -> Any:
     x = torch.randn(40, 4)
     data = (x, torch.arange(40) % 3)
@@ -88,7 +98,7 @@ def a_task(layer: nn.Module, loss_fn: Any = None, **more: Any) -> Any:
 
 RANDOM = [
     Functional(), Noise(), NumpyNoise(), Depth(), Recurrent(2), Attending(0.3), nn.RReLU(), nn.AlphaDropout(0.2),
-    nn.TransformerEncoderLayer(4, 1, 8, dropout=0.1),
+    Encoding(0.1),
 ]  # fmt: skip
 
 
@@ -135,7 +145,7 @@ def test_the_proof_leaves_nothing_behind() -> None:
     modes = [module.training for module in task.model.modules()]
     states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
     assert len(inexact_parts(task.model, 2, 1, task)) == 2
-    uneven_loss(task)
+    prove_loss(task)
     assert all(torch.equal(before[name], tensor) for name, tensor in task.model.state_dict().items())
     assert [module.training for module in task.model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -178,9 +188,133 @@ def masked(output: Tensor, target: Tensor) -> Tensor:
     ],
 )
 def test_a_loss_must_be_the_mean_that_its_weights_say(loss_fn: Any, even: bool) -> None:
-    assert (uneven_loss(a_task(nn.Identity(), loss_fn)) is None) == even
+    assert (prove_loss(a_task(nn.Identity(), loss_fn)).uneven is None) == even
 
 
 def test_a_weight_of_ones_own_makes_a_masked_loss_exact() -> None:
     task = a_task(nn.Identity(), masked, batch_weight=lambda y: (y > 0).sum())
-    assert uneven_loss(task) is None
+    assert prove_loss(task).uneven is None
+
+
+def refuses(parts: str) -> Any:
+    """A loss that is no mean over samples and refuses some parts of a batch."""
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        count = len(output)
+        if (parts == "one" and count < 2) or (parts == "pairs" and count < 3) or (parts == "odd" and count % 4):
+            raise AssertionError(f"{count} samples are too few")
+        return nn.functional.cross_entropy(output, target) * count
+
+    return loss
+
+
+@pytest.mark.parametrize("parts", ["one", "pairs", "odd"])
+def test_a_loss_that_refuses_single_samples_is_tried_on_other_parts(parts: str) -> None:
+    task = a_task(nn.Identity())
+    task.loss_fn = refuses(parts)
+    proof = prove_loss(task)
+    assert proof.uneven is not None
+    assert "the loss is no mean over samples: 40 samples give" in proof.uneven
+
+
+def test_a_loss_that_takes_whole_batches_only_is_said_to_be_unproved() -> None:
+    task = a_task(nn.Identity())
+    task.loss_fn = lambda output, target: nn.functional.cross_entropy(output.reshape(40, 3), target)
+    proof = prove_loss(task)
+    assert proof.uneven is None
+    (note,) = proof.notes
+    assert note.startswith("not proved that the loss is a mean over samples: it fails on every part of 40 samples (")
+    assert "RuntimeError: shape '[40, 3]' is invalid" in note
+
+
+def test_a_loss_without_a_finite_value_is_said_to_be_unproved() -> None:
+    (note,) = prove_loss(a_task(nn.Identity(), lambda output, target: output.sum() * float("inf"))).notes
+    assert note == "not proved that the loss is a mean over samples: that of 40 samples is no finite number"
+
+
+class Centred(nn.Module):
+    """A loss with a running mean of its own in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(3))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        loss = nn.functional.cross_entropy(output - self.center, target)
+        self.center = 0.5 * self.center + 0.5 * output.detach().mean(0)
+        return loss
+
+
+def test_a_loss_with_a_buffer_of_its_own_is_not_called_random() -> None:
+    task = a_task(nn.Identity(), Centred())
+    before = task.loss_fn.center.clone()
+    proof = prove_loss(task)
+    assert proof.uneven is None
+    assert proof.notes == [
+        "the loss keeps numbers from one pass to the next, and every rank keeps those of its own samples, "
+        "so ranks differ from one process"
+    ]
+    assert torch.equal(task.loss_fn.center, before)
+
+
+class Counting(nn.Module):
+    """What it gives depends on the number of the pass, in an attribute and in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        self.count += 1
+        return x * (1 + self.passes + self.count)
+
+
+class InPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+@pytest.mark.parametrize("layer", [Counting(), InPlace()], ids=lambda layer: type(layer).__name__)
+@pytest.mark.parametrize("first", [True, False])
+def test_counters_and_work_in_place_are_not_called_random(layer: nn.Module, first: bool) -> None:
+    task = a_task(layer)
+    if first:
+        task.model = nn.Sequential(layer, *list(task.model)[::2])
+    assert inexact_parts(task.model, 2, 1, task) == []
+
+
+@pytest.mark.parametrize("kept_in", ["attribute", "buffer"])
+def test_dropout_that_begins_late_is_noticed(kept_in: str) -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            if kept_in == "buffer":
+                self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+            else:
+                self.passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.passes += self.training
+            return nn.functional.dropout(x, 0.5) if self.passes > 1000 else x
+
+    layer = Late()
+    task = a_task(layer)
+    (reason,) = inexact_parts(task.model, 2, 1, task)
+    assert reason.startswith("1: a random part draws other numbers on every rank")
+    assert layer.passes == 0
+
+
+def test_a_generator_of_ones_own_is_random() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.draws = np.random.default_rng(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.draws.random()
+
+    task = a_task(Own())
+    (reason,) = inexact_parts(task.model, 2, 1, task)
+    assert reason.startswith("1: a random part draws other numbers")

@@ -356,3 +356,44 @@ def test_losses_of_probabilities_are_computed_in_float32(training: str, layout: 
 def test_targets_are_not_rounded_with_the_inputs(training: str) -> None:
     run = finished(experiment("years", **{"quantization.training": training}))
     assert run.data().evaluations[-1][2]["loss"] == pytest.approx(by_hand("years").held_out, abs=0.01)
+
+
+# -- hooks on parameters ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [{}, *LAYOUTS[1:3], PIPE, FOLDED], **NAMED)
+@pytest.mark.parametrize("name", ["hooked", "hooked_afterwards"])
+def test_hooks_on_parameters_are_kept_or_refused(name: str, layout: dict[str, Any]) -> None:
+    if name == "hooked_afterwards" and layout.get("schedule") == "zbv":
+        run = launch(experiment(name, layout), baseline=None)
+        assert run.wait(60).state == "failed"
+        assert run.cause is not None
+        assert "which the schedule zbv never calls: use register_hook" in run.cause["message"]
+        return
+    assert_as_by_hand(finished(experiment(name, layout)), by_hand(name))
+
+
+@pytest.mark.parametrize("name", ["hooked", "hooked_afterwards"])
+def test_a_copy_of_the_model_has_the_hooks_too(name: str) -> None:
+    """Rank 0 of a parameter server computes with a copy; half of the rows must not move."""
+    update = {"gradients.update.method": "parameter_server", "training.gradient_norm": False}
+    served = experiment(name, {"dp_replicate": 2}, **update, **{"optimizer.weight_decay": 0.0})
+    weight = saved(finished(served))["blocks.block_1.weight"]
+    from labkit.workloads.seed import seeded
+
+    with seeded(SEED):
+        before = getattr(own_tasks, name)()["model"].blocks["block_1"].weight.detach()
+    assert torch.equal(weight[4:], before[4:].double())
+    assert not torch.equal(weight[:4], before[:4].double())
+
+
+def test_a_hook_that_is_not_linear_is_noted() -> None:
+    (note,) = [
+        note for note in finished(experiment("clipping_hook", {"dp_replicate": 2})).summary()["notes"] if "hook" in note
+    ]
+    assert note == (
+        "blocks.block_1.weight: its hook sees the gradient of one rank's samples, so ranks differ from one process"
+    )
+    for name in ("hooked", "hooked_afterwards"):
+        notes = finished(experiment(name, {"dp_replicate": 2})).summary()["notes"]
+        assert not [note for note in notes if "hook" in note]

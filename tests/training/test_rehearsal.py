@@ -16,7 +16,7 @@ from labkit.launch import launch, rehearse
 from labkit.launch.cases import FAMILIES
 from labkit.runs import Run
 from labkit.training.fingerprint import Fingerprint, compared, digest
-from labkit.training.restore import restored
+from labkit.workloads.restore import restored
 from tests.launch.helpers import changed_ranks, events
 from tests.training import odd_tasks
 
@@ -81,9 +81,13 @@ WRONG: list[tuple[str, str, str]] = [
     ("detached_loss", "dp1", "the loss does not depend on any parameter that is trained"),
     ("loss_twice", "dp1", "loss_fn from loss_twice fails for outputs"),
     ("input_of_bytes", "dp1", "x is uint8: give numbers in float32"),
-    ("label_missing", "dp2", "sample 31 of train has None for y: it must be a tensor or a number"),
+    (
+        "label_missing",
+        "dp2",
+        "sample 31 of train from label_missing: its y must be a tensor, an array or a number, it is None",
+    ),
     ("label_as_text", "dp1", "sample 0 of train .* its y must be a tensor, an array or a number, it is str"),
-    ("ragged", "dp1", "samples \\d+ and \\d+ of train cannot be stacked: x is"),
+    ("ragged", "dp1", "samples \\d+ and \\d+ of train from ragged cannot be stacked: their x have the shapes"),
     ("broken_file", "dp1", "sample 29 of train from broken_file cannot be read: image file is truncated"),
     ("inputs_in_a_dict", "dp1", "sample 0 of train .* its x must be a tensor, an array or a number, it is dict"),
     ("sometimes", SHARDED, "extra.* is used by some ranks and not by others in the same pass, and ZeRO 3"),
@@ -216,8 +220,8 @@ def test_everything_that_a_task_holds_is_put_back() -> None:
     own = data.own.bit_generator.state
     random_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     buffer = model.mean
-    with restored(task, model, data, device=torch.device("cpu")) as changed:
-        assert not changed()
+    with restored(task, model, data, device=torch.device("cpu")) as noted:
+        assert not noted.changed()
         model.train()
         model(torch.stack([data[index][0] for index in range(4)])).sum().backward()
         with torch.no_grad():
@@ -229,7 +233,7 @@ def test_everything_that_a_task_holds_is_put_back() -> None:
         model.odd["new"] = model.new = 1
         model.eval()
         closing()
-        assert changed()
+        assert noted.changed()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert (model.passes, model.history, model.training, held) == (0, [0], True, [0])

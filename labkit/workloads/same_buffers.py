@@ -1,4 +1,7 @@
-"""Trying a model without a trace."""
+"""Trying modules of which labkit or torch may hold the state, such as stages that a layout has taken over.
+
+What a person's own task holds beyond buffers is put back by restore.py, which must not touch the state of a layout.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import nn
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def same_buffers(model: nn.Module) -> Iterator[None]:
     """Whatever runs inside, the modes and buffers of the model and all random numbers are restored."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, name, tensor) for module in model.modules() for name, tensor in module._buffers.items()]

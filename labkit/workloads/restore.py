@@ -38,42 +38,58 @@ _PLAIN = frozenset(
         *("ReLU", "GELU", "SiLU", "Tanh", "Flatten", "Dropout", "Identity", "MaxPool2d", "AdaptiveAvgPool2d"),
     )
 )
+_OWN = frozenset(vars(nn.Module())) | {"_reversed_padding_repeated_twice"}
+"""Attributes that torch's layers have beside their settings."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @contextmanager
-def restored(*roots: Any, device: torch.device) -> Iterator[Callable[[], bool]]:
+def restored(*roots: Any, device: torch.device, weights: bool = True) -> Iterator[Noted]:
     """Put back afterwards what the `roots` (a task, a module, a data set) hold, and all generators of random numbers.
 
-    Gives a function that tells whether a plain attribute of a module has changed since the beginning.
+    Gives what was noted: whether a plain attribute of a module has changed since, and everything to be put back in
+    between. Without `weights` parameters are not copied: for passes that cannot write them.
     """
-    noted = _Noted()
+    noted = Noted(weights)
     for root in roots:
         noted.note(root, 0)
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     with unchanged_generators():
         try:
-            yield noted.changed
+            yield noted
         finally:
             noted.undo()
             if cuda is not None:
                 torch.cuda.set_rng_state(cuda, device)
 
 
-class _Noted:
-    """What was found, as functions that put it back."""
+@contextmanager
+def undisturbed(*parts: Any, weights: bool = True) -> Iterator[Noted]:
+    """The same for `parts` that lie on the device of the first model among them."""
+    tensors = (tensor for part in parts if isinstance(part, nn.Module) for tensor in part.parameters())
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    with restored(*parts, device=device, weights=weights) as noted:
+        yield noted
 
-    def __init__(self) -> None:
+
+class Noted:
+    """What the roots held, as functions that put it back."""
+
+    def __init__(self, weights: bool = True) -> None:
+        self._weights = weights
         self._undo: list[Callable[[], Any]] = []
+        self._generators: list[Callable[[], Any]] = []
+        self._counts: list[tuple[Tensor, Tensor]] = []
+        """Buffers of one number, and copies of them."""
         self._seen: dict[int, Any] = {}
         self._bytes = 0
         self._inside = False
         """Is what is noted part of a module?"""
         self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
 
-    def undo(self) -> None:
-        """Put everything back."""
-        for action in self._undo:
+    def undo(self, generators: bool = True) -> None:
+        """Put everything back, as often as one likes; generators of random numbers go on if they are left out."""
+        for action in (*self._undo, *(self._generators if generators else ())):
             action()
 
     def changed(self) -> bool:
@@ -87,6 +103,21 @@ class _Noted:
                     return True
         return False
 
+    def counters(self) -> list[Callable[[int], None]]:
+        """Whole numbers among the attributes and buffers of modules that have changed: functions that set them forward.
+
+        They count from what was noted.
+        """
+        advances: list[Callable[[int], None]] = []
+        for module, before in self._attributes:
+            for name, value in before.items():
+                if type(value) is int and vars(module).get(name) != value:
+                    advances.append(partial(_set_forward, module, name, value))
+        for buffer, copy in self._counts:
+            if not torch.equal(buffer, copy):
+                advances.append(partial(_add, buffer))
+        return advances
+
     def note(self, value: Any, depth: int) -> None:
         """Note one value and what it holds."""
         if isinstance(value, _ATOMS) or id(value) in self._seen:
@@ -97,7 +128,7 @@ class _Noted:
         if isinstance(value, Tensor):
             self._note_tensor(value)
         elif isinstance(value, nn.Module):
-            if type(value) in _PLAIN and not any(vars(value)[name] for name in _HOOKS):
+            if _is_plain(value):
                 return self._note_plain(value)
             self._attributes.append((value, dict(vars(value))))
             inside, self._inside = self._inside, True
@@ -165,11 +196,17 @@ class _Noted:
         if value.is_leaf:
             gradient = value.grad
             self._undo.append(lambda: setattr(value, "grad", gradient))
+        for hook in _hooks_of(value):
+            self.note(hook, 0)
         size = value.numel() * value.element_size()
         plain = type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.layout is torch.strided
-        if not plain or value.is_inference() or not self._room_for(size):
+        if isinstance(value, nn.Parameter) and not self._weights:
+            return
+        if not plain or value.is_inference() or _overlaps(value) or not self._room_for(size):
             return
         version, copy = value._version, value.detach().clone()
+        if value.numel() == 1 and not isinstance(value, nn.Parameter):
+            self._counts.append((value, copy))
 
         def put_back() -> None:
             # Batch normalisation writes its running statistics past the counter.
@@ -191,16 +228,16 @@ class _Noted:
             value = value.bit_generator
         if isinstance(value, np.random.BitGenerator):
             state: Any = value.state
-            self._undo.append(lambda: setattr(value, "state", state))
+            self._generators.append(lambda: setattr(value, "state", state))
         elif isinstance(value, np.random.RandomState):
             state = value.get_state()
-            self._undo.append(lambda: value.set_state(state))
+            self._generators.append(lambda: value.set_state(state))
         elif isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
             state = value.getstate()
-            self._undo.append(lambda: value.setstate(state))
+            self._generators.append(lambda: value.setstate(state))
         elif isinstance(value, torch.Generator):
             state = value.get_state()
-            self._undo.append(lambda: value.set_state(state))
+            self._generators.append(lambda: value.set_state(state))
         else:
             return False
         return True
@@ -210,6 +247,32 @@ class _Noted:
             return False
         self._bytes += size
         return True
+
+
+def _hooks_of(tensor: Tensor) -> list[Any]:
+    tables = (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None))
+    return [hook for table in tables if table for hook in table.values()]
+
+
+def _set_forward(module: nn.Module, name: str, value: int, steps: int) -> None:
+    setattr(module, name, value + steps)
+
+
+def _add(counter: Tensor, steps: int) -> None:
+    counter.add_(steps)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Does it store several numbers in one place (expand)? Then nobody can write it in place."""
+    return any(size > 1 and not step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Is it a layer of torch's own, without hooks and without anything that somebody has attached to it?"""
+    attributes = vars(module)
+    if type(module) not in _PLAIN or any(attributes[name] for name in _HOOKS):
+        return False
+    return all(isinstance(attributes[name], (*_ATOMS, tuple)) for name in attributes.keys() - _OWN)
 
 
 def _put_back_plain(module: nn.Module, before: dict[str, Any], parameters: Any, buffers: Any) -> None:

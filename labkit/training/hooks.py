@@ -1,0 +1,116 @@
+"""Hooks that somebody has put on a parameter: `register_hook`, `register_post_accumulate_grad_hook`.
+
+They belong to the tensor. Where a layout puts other tensors in its place, or takes gradients past autograd's own
+accumulation, they would be lost without a word. Elsewhere they see the gradient of one rank's pass: the same as one
+process computes only if a hook is linear, which is found by trying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from labkit.experiment import Experiment
+from labkit.parallel.stages import SPLITTING
+from labkit.workloads.restore import undisturbed
+
+_WITHOUT = "leave the hook out, or do its work in the model (a mask, a parametrization)"
+
+
+def hooks_of(parameter: Tensor) -> list[Callable[[Tensor], Any]]:
+    """Of both kinds."""
+    return [*_early(parameter), *_late(parameter)]
+
+
+def _early(parameter: Tensor) -> list[Callable[[Tensor], Any]]:
+    return list((parameter._backward_hooks or {}).values())
+
+
+def _late(parameter: Tensor) -> list[Callable[[Tensor], Any]]:
+    return list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
+
+
+def hooked(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that have hooks, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if hooks_of(parameter)}
+
+
+def lost_by(experiment: Experiment, model: nn.Module) -> str | None:
+    """Why a hook of this model would be lost in this layout, in one sentence; None if all work."""
+    parameters, layout = hooked(model), experiment.layout
+    if not parameters:
+        return None
+    name = next(iter(parameters))
+    for words, replaces, remedy in (
+        ("ZeRO 3", layout.dp_shard > 1 and layout.zero_stage == 3, "set layout.zero_stage to 1 or 2"),
+        ("tensor parallelism", layout.tp > 1, "set layout.tp to 1"),
+        ("expert parallelism", layout.ep > 1, "set layout.ep to 1"),
+        ("pipedream", experiment.gradients.update.method == "pipedream", "set gradients.update.method to synchronous"),
+    ):
+        if replaces:
+            return (
+                f"{name} has a hook ({_kind(parameters[name])}), which is lost under {words}: {remedy}, or {_WITHOUT}"
+            )
+    late = next((name for name, parameter in parameters.items() if _late(parameter)), None)
+    if late is not None and layout.pp > 1 and layout.schedule in SPLITTING:
+        return (
+            f"{late} has a hook (register_post_accumulate_grad_hook), which the schedule {layout.schedule} never "
+            f"calls: use register_hook, or set layout.schedule to 1f1b, or {_WITHOUT}"
+        )
+    return None
+
+
+def _kind(parameter: Tensor) -> str:
+    return "register_hook" if _early(parameter) else "register_post_accumulate_grad_hook"
+
+
+def lost_in(before: Mapping[str, nn.Parameter], stages: Iterable[nn.Module]) -> str | None:
+    """Which hook was lost when the parameters of `before` were made ready for training; None if all are in place."""
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            if name in before and before[name] is not parameter:
+                return (
+                    f"{name} has a hook ({_kind(before[name])}), and this experiment trains another tensor in its "
+                    f"place: {_WITHOUT}"
+                )
+    return None
+
+
+def nonlinear(model: nn.Module) -> str | None:
+    """The name of the first parameter whose hooks do more than a linear map to its gradient; None if there is none."""
+    parameters = hooked(model)
+    if not parameters:
+        return None
+    with undisturbed(model), torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.requires_grad and not _is_linear(parameter):
+                return name
+    return None
+
+
+def _is_linear(parameter: nn.Parameter) -> bool:
+    draws = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(parameter.shape, generator=draws).to(parameter) for _ in range(2))
+    try:
+        parts, whole = _hooked(parameter, first) + _hooked(parameter, second), _hooked(parameter, first + second)
+    except Exception:  # a person's own code, which may want more than a gradient
+        return False
+    return parts.shape == whole.shape and bool(torch.allclose(parts, whole, rtol=1e-3, atol=1e-3))
+
+
+def _hooked(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+    """What all hooks of the parameter make of a gradient."""
+    gradient = gradient.clone()
+    for hook in _early(parameter):
+        changed = hook(gradient)
+        gradient = gradient if changed is None else changed
+    before, parameter.grad = parameter.grad, gradient.clone()
+    for hook in _late(parameter):
+        hook(parameter)
+    result, parameter.grad = parameter.grad, before
+    if result is None:
+        raise ValueError("the hook takes the gradient away")
+    return result

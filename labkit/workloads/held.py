@@ -1,0 +1,74 @@
+"""The tensors that a person's function, loss or object holds, wherever it keeps them, with words for the place.
+
+Bounded: closures, partials, bound methods, default values, module-level names that a function uses, attributes, lists
+and dicts, so many objects deep and in number.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+MOST_OBJECTS, MOST_ITEMS, DEEPEST = 5_000, 1_000, 6
+_ATOMS = (int, float, complex, bool, str, bytes, type(None), type, BuiltinFunctionType, ModuleType)
+
+
+def tensors_held(value: Any, owner: str) -> Iterator[tuple[str, Tensor]]:
+    """(words for the place, tensor) of what `value`, called `owner`, holds; each tensor once, the nearest first."""
+    seen: dict[int, Any] = {}
+    waiting = deque([("", value, 0)])
+    while waiting and len(seen) < MOST_OBJECTS:
+        place, part, depth = waiting.popleft()
+        if isinstance(part, _ATOMS) or id(part) in seen:
+            continue
+        seen[id(part)] = part
+        if isinstance(part, Tensor):
+            yield (f"{place.lstrip('.')} of {owner}" if place else owner), part
+        elif depth < DEEPEST or isinstance(part, nn.Module):
+            waiting.extend((inner, held, depth + 1) for inner, held in _parts(part, place))
+
+
+def _parts(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, FunctionType):
+        yield from _parts_of_function(value)
+    elif isinstance(value, partial):
+        yield place, value.func
+        yield from ((f"args[{number}]", part) for number, part in enumerate(value.args))
+        yield from ((name, part) for name, part in value.keywords.items())
+    elif isinstance(value, MethodType):
+        yield place, value.__self__
+        yield place, value.__func__
+    elif isinstance(value, Mapping):
+        yield from ((f"{place}[{key!r}]", part) for key, part in list(value.items())[:MOST_ITEMS])
+    elif isinstance(value, list | tuple | set | deque):
+        yield from ((f"{place}[{number}]", part) for number, part in enumerate(list(value)[:MOST_ITEMS]))
+    elif isinstance(value, nn.Module):
+        own = {name: part for name, part in vars(value).items() if name not in _TABLES}
+        tables = (value._parameters, value._buffers, value._modules, own)
+        yield from ((f"{place}.{name}", part) for table in tables for name, part in table.items())
+    elif isinstance(getattr(value, "__dict__", None), dict):
+        yield from ((f"{place}.{name}", part) for name, part in vars(value).items())
+
+
+_TABLES = frozenset(vars(nn.Module()))
+
+
+def _parts_of_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    code = function.__code__
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # nothing in it yet
+            continue
+    for name, part in (function.__kwdefaults__ or {}).items():
+        yield name, part
+    for part in function.__defaults__ or ():
+        yield "a default value", part
+    for name in code.co_names:
+        if name in function.__globals__:
+            yield name, function.__globals__[name]

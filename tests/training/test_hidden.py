@@ -1,0 +1,141 @@
+"""What no single sample shows is named before step 1: hidden parameters, lost hooks, kept graphs, ids, odd numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labkit.cli import main
+from labkit.experiment import Experiment
+from tests.training import hidden_tasks, test_rehearsal
+from tests.training.test_rehearsal import run, sentence
+
+TASKS = Path(hidden_tasks.__file__)
+UNTRAINED = ", which no optimizer would train: it is no parameter of the model, so register it there"
+KEPT = " is kept from one pass for the next together with its graph, which the first pass backward has used up: "
+
+
+def custom(function: str, layout: str = "dp1", **changes: Any) -> Experiment:
+    experiment = test_rehearsal.custom("plain", layout, **changes)
+    return experiment.set({"workload": {"name": "custom", "path": f"{TASKS}:{function}"}})
+
+
+WRONG: list[tuple[str, str, str]] = [
+    ("in_a_closure", "dp2", "the loss depends on scale of the loss" + UNTRAINED),
+    ("in_a_partial", "dp1", "the loss depends on projection.weight of the loss" + UNTRAINED),
+    ("in_an_object", "dp1", "the loss depends on parts['temperature'] of the loss" + UNTRAINED),
+    ("in_a_method", "dp1", "the loss depends on parts['temperature'] of the loss" + UNTRAINED),
+    ("in_the_file", "dp1", "the loss depends on GLOBAL_SCALE of the loss" + UNTRAINED),
+    ("in_a_list", "dp1", "the loss depends on layers[0].weight of the model" + UNTRAINED),
+    ("made_in_the_pass", "dp1", "a tensor of shape [3] that is made in the pass" + UNTRAINED),
+    (
+        "penalized",
+        "shard2",
+        "the loss reads body.weight of the model beside its output, and ZeRO 3 keeps that",
+    ),
+    ("inputs_with_gradients", "dp1", "x of train requires a gradient, which no optimizer would use: give it without"),
+    ("hidden_state_kept", "dp1", "memory['state'] of the model" + KEPT),
+    ("loss_of_before_kept", "dp1", "before[0] of the loss" + KEPT),
+    ("id_too_large", "dp1", "of train has the id 20, but 0 has 20 rows (ids 0 to 19): give it more rows"),
+    ("one_id_too_large", "dp2", "sample 77 of train has the id 1000, but 0 has 20 rows (ids 0 to 19)"),
+    ("one_id_below_zero", "dp1", "sample 31 of train has the id -"),
+    ("sparse_inputs", "dp1", "x is a sparse tensor, of which no batch can be made: give it dense (x.to_dense())"),
+    ("sparse_rows_of_inputs", "dp1", "sample 0 of train from sparse_rows_of_inputs: x is a sparse tensor"),
+    ("target_of_70_bits", "dp1", "sample 31 of train from target_of_70_bits: its y is 1180591620717411303424, which"),
+    ("loss_as_class", "dp1", "loss_fn from loss_as_class is the class CrossEntropyLoss: give an object of it, Cross"),
+    ("model_as_class", "dp1", "model from model_as_class is the class Net: give an object of it, Net()"),
+    (
+        "hook",
+        "shard2",
+        "body.weight has a hook (register_hook), which is lost under ZeRO 3: set layout.zero_stage",
+    ),
+    ("hook_afterwards", "shard2", "body.weight has a hook (register_post_accumulate_grad_hook), which is lost under Z"),
+]
+
+
+@pytest.mark.parametrize(("function", "layout", "words"), WRONG, ids=[case[0] for case in WRONG])
+def test_what_is_hidden_is_named_before_the_first_step(function: str, layout: str, words: str) -> None:
+    message = sentence(custom(function, layout))
+    assert words in message, message
+
+
+@pytest.mark.parametrize("function", ["teacher", "gradient_penalty", "penalized"])
+def test_what_is_only_read_or_made_in_the_pass_is_trained_with(function: str) -> None:
+    ended = run(custom(function, "dp2"))
+    assert ended.state == "finished", ended.cause
+
+
+def test_validate_exits_2_for_what_is_hidden(labkit_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workload = json.dumps({"name": "custom", "path": f"{TASKS}:in_a_closure"})
+    assert main(["validate", "--rehearse", "--json", "--set", f"workload={workload}"]) == 2
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer["problems"][0]["reason"].startswith("the loss depends on scale of the loss, which no optimizer")
+
+
+def test_a_hook_that_is_lost_in_any_other_way_is_named() -> None:
+    """The net below the rules: whatever stands where the parameter was."""
+    from torch import nn
+
+    from labkit.training import hooks
+
+    model = hidden_tasks.hook()["model"]
+    before = hooks.hooked(model)
+    assert list(before) == ["body.weight"]
+    assert hooks.lost_in(before, [model]) is None
+    model.body.weight = nn.Parameter(model.body.weight.detach().clone())
+    assert str(hooks.lost_in(before, [model])).startswith("body.weight has a hook (register_hook), and this experiment")
+
+
+# -- all samples are compared -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("one_label_differs", "the whole of y of train differs between rank 0 and rank 1: draw"),
+        ("one_label_differs_in_a_subset", "the whole of tensor 1 of train differs between rank 0 and rank 1: draw"),
+        ("other_order_of_a_subset", "the whole of the indices of test differs between rank 0 and rank 1: draw"),
+        ("one_row_differs", "sample 22 of train differs between rank 0 and rank 1: draw"),
+    ],
+)
+def test_a_single_sample_that_differs_between_ranks_is_noticed(function: str, words: str) -> None:
+    message = sentence(custom(function, "dp2"))
+    assert words in message, message
+
+
+def test_a_long_tensor_is_looked_at_whole() -> None:
+    import torch
+
+    from labkit.training.fingerprint import digest
+
+    long = torch.zeros(300_001, dtype=torch.uint8)
+    one, other = long.clone(), long.clone()
+    one[12_345], other[12_346] = 1, 1
+    assert len({digest(tensor) for tensor in (long, one, other)}) == 3
+    hot = torch.eye(1024, dtype=torch.float64)
+    assert digest(hot) != digest(hot.flip(0))
+    assert digest(hot) == digest(hot.clone()) == digest(hot.T.contiguous())
+    assert digest(hot[:, ::2]) == digest(hot[:, ::2].clone())
+
+
+def test_comparing_built_in_data_costs_little() -> None:
+    """A few milliseconds; the bound leaves room for a machine that does other things."""
+    import time
+
+    from labkit.experiment.registry import registry
+    from labkit.training import fingerprint
+
+    for name in ("vision", "language", "driving"):
+        workload = registry("workload")[name].load()
+        task = workload.build(workload.Options(), 0)
+        seconds = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            assert fingerprint.whole(task.train)
+            list(fingerprint.whole_parts(task.train, "train"))
+            list(fingerprint.whole_parts(task.test, "test"))
+            seconds.append(time.perf_counter() - begun)
+        assert min(seconds) < 0.05, name
