@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import time
 import uuid
@@ -19,6 +20,8 @@ from tests.browser.find_browser import MISSING, find_browser
 # Every process that a test starts inherits this mark, whatever it does to its session, its parent or its name.
 MARK = "LABKIT_TEST_SESSION"
 SETTLE_S = 15.0
+BUSY = {"gradients", "parallel", "quantization", "sparsity", "training"}
+"""Folders whose tests train on several ranks and so keep all cores busy: two at once take longer than one by one."""
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 
@@ -34,6 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["LABKIT_HOME"] = config.labkit_home  # type: ignore[attr-defined]
     os.environ[MARK] = uuid.uuid4().hex
     os.environ.pop("LABKIT_UI", None)
+    # Under nohup SIGHUP is ignored, and so it would be in all that tests start. A handler keeps this session as it is,
+    # and what is started from here on begins with the usual disposition.
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
     if config.option.markexpr != "gpu":  # what these tests claim, they claim of CPUs, on a GPU server too
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -47,6 +54,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = "" if Machine.here().gpus else Machine.here().gpu_reason or "no GPU is visible"
     no_browser = "" if find_browser() else MISSING
     for item in items:
+        if item.path.parent.name in BUSY:
+            item.add_marker(pytest.mark.alone)
         if no_gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU: {no_gpu}"))
         if no_browser and item.get_closest_marker("browser"):
