@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import psutil
@@ -60,6 +61,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU: {no_gpu}"))
         if no_browser and item.get_closest_marker("browser"):
             item.add_marker(pytest.mark.skip(reason=no_browser))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """End what a failed test has started and not ended: it would take the cores from all tests that follow."""
+    begun = time.time()
+    try:
+        yield
+    except BaseException:
+        for process, command in _marked():
+            with contextlib.suppress(psutil.Error):
+                if process.create_time() >= begun - 1 and not _is_own_standby(process, command):
+                    process.kill()
+        raise
 
 
 @pytest.fixture

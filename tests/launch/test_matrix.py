@@ -184,7 +184,7 @@ def test_a_wrong_request_is_one_sentence(arguments: list[str], said: str, capsys
 def test_ctrl_c_prints_what_is_there(labkit_home: Path) -> None:
     command = [sys.executable, "-m", "labkit", "check", "--matrix", "--workload", "resnet", "--ranks", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: len(Run.all()) > 1, 60, "the second run")
+    wait_until(lambda: len(Run.all()) > 1, 200, "the second run")  # all cases are listed first
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=30)
