@@ -136,7 +136,16 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "layout"), LAYOUTS, ids=lambda value: str(value).replace("'", ""))
+def cases() -> list[Any]:
+    """Return all layouts; where every schedule meets four stages or tensor parallelism, two of them always run."""
+    every = {"pp": 4, "microbatches": 8}, {**PIPE, "tp": 2}
+    rest = [crossed | one for crossed in every for one in SCHEDULES if one["schedule"] not in ("1f1b", "zbv")]
+    return [
+        pytest.param(kind, layout, marks=pytest.mark.exhaustive if layout in rest else ()) for kind, layout in LAYOUTS
+    ]
+
+
+@pytest.mark.parametrize(("kind", "layout"), cases(), ids=lambda value: str(value).replace("'", ""))
 def test_a_layout_computes_what_one_process_computes(kind: str, layout: dict[str, Any]) -> None:
     assert_equal(finished(experiment(kind, layout)), alone(kind))
 
