@@ -73,7 +73,7 @@ class Fingerprint:
     """What one rank has built: hashes by the words for what they are of."""
 
     parts: dict[str, str]
-    more: dict[str, str] = field(default_factory=dict)
+    more: dict[str, str] = field(default_factory=dict, compare=False)
     """Further samples, as many as there was time for: compared between ranks, but no part of `total`."""
 
     @classmethod

@@ -126,6 +126,7 @@ def test_a_home_full_of_them_is_listed_with_little_memory(labkit_home: Path, tmp
         outside.mkdir()
         hostile.make(labkit_home, outside, change, f"2026-{number}")
     record(labkit_home, "20250101-0000-innocent", [0.01] * 20)
+    signal.setitimer(signal.ITIMER_REAL, 0)  # three commands, each in a process that has its own limit
     for words in (["runs", "--all"], ["compare", "--all"], ["show"]):
         done = subprocess.run(
             [sys.executable, "-m", "labkit", *words],
