@@ -38,10 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["LABKIT_HOME"] = config.labkit_home  # type: ignore[attr-defined]
     os.environ[MARK] = uuid.uuid4().hex
     os.environ.pop("LABKIT_UI", None)
-    # Under nohup SIGHUP is ignored, and so it would be in all that tests start. A handler keeps this session as it is,
-    # and what is started from here on begins with the usual disposition.
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, lambda number, frame: None)
+    # Under nohup, or in the background of a script, these are ignored, and so they would be in all that tests start. A
+    # handler keeps this session as it is, and what it starts begins with the usual disposition.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
     if config.option.markexpr != "gpu":  # what these tests claim, they claim of CPUs, on a GPU server too
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
