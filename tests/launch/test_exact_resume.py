@@ -106,12 +106,18 @@ def said(run: Run) -> list[str]:
 
 
 def cases() -> list[Any]:
-    """Return every method, stopped and killed: a few of them in `make test`, the others later."""
+    """Return every method, stopped and killed: a few in the first two tiers, the rest in the third."""
     always = ("plain", "topk", "int8", "local_sgd", "streaming_diloco")
-    marks = {name: () if name in always else pytest.mark.slow for name in EXACT}
-    stopped = [pytest.param(name, "stop", marks=marks[name], id=f"{name}, stopped") for name in EXACT]
-    marks = {name: pytest.mark.slow if name in always else pytest.mark.exhaustive for name in EXACT}
-    return stopped + [pytest.param(name, "kill", marks=marks[name], id=f"{name}, killed") for name in EXACT]
+
+    def marks(name: str, how: str) -> Any:
+        sampled = pytest.mark.slow if how == "kill" else ()
+        return sampled if name in always else pytest.mark.exhaustive
+
+    return [
+        pytest.param(name, how, marks=marks(name, how), id=f"{name}, {words}")
+        for how, words in (("stop", "stopped"), ("kill", "killed"))
+        for name in EXACT
+    ]
 
 
 @pytest.mark.parametrize(("name", "how"), cases())
