@@ -78,8 +78,7 @@ endif
 .PHONY: proofs
 proofs: $(VENV)/.set-up-dev ## the second tier: every lesson, the browser, samples of all layouts and combinations, ...
 	$(BIN)/python tests/browser/find_browser.py --install || echo "No browser: the browser tests are skipped."
-	@$(call pytest,$(SIDE_BY_SIDE) -m "slow and not exhaustive and not browser and not gpu and not alone")
-	@$(call pytest,-m "(browser or (slow and alone)) and not exhaustive and not gpu")
+	@$(call pytest,-m "(slow or browser) and not exhaustive and not gpu")
 
 .PHONY: exhaustive
 exhaustive: $(VENV)/.set-up-dev ## the third tier, hours: the sets of cases of which the other two run samples
