@@ -19,6 +19,8 @@ from typing import Any
 import nbformat
 import pytest
 
+from labkit.experiment.machine import Machine
+from labkit.quantization.rules import BF16_FLAGS
 from tests.notebooks.lesson import LESSONS, Lesson
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1000)]  # lessons compare times
@@ -448,7 +450,19 @@ def printed(cell: Any) -> str:
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
-@pytest.fixture(scope="module", params=LESSONS, ids=lambda path: path.stem)
+NARROW = ("10_quantized_networks", "12_putting_it_together")
+"""Train in bfloat16 and int8, which takes minutes on processors without instructions for them: there, third tier."""
+
+
+def lessons() -> list[Any]:
+    slow = not BF16_FLAGS & set(Machine.here().cpu_flags)
+    return [
+        pytest.param(path, id=path.stem, marks=pytest.mark.exhaustive if slow and path.stem in NARROW else ())
+        for path in LESSONS
+    ]
+
+
+@pytest.fixture(scope="module", params=lessons())
 def executed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executed]:
     lesson = Lesson(request.param)
     folder = tmp_path_factory.mktemp(lesson.name)

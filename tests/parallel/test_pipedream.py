@@ -288,12 +288,12 @@ def learned(name: str, **changes: Any) -> dict[str, Any]:
     return metrics
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_it_learns_to_read_digits() -> None:
     assert learned("vision-ddp", **{"gradients.update.method": "pipedream"})["accuracy"] >= 0.95
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_it_learns_language_nearly_as_well_as_a_synchronous_pipeline() -> None:
     stale = learned("language-ddp", **{"gradients.update.method": "pipedream"})
     synchronous = learned("language-ddp", **{"layout.microbatches": 2})

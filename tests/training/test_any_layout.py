@@ -123,7 +123,7 @@ def check(experiment: Experiment) -> list[str]:
 met: list[str] = []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 @settings(max_examples=16, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(experiments())
@@ -132,7 +132,7 @@ def test_it_trains_or_is_refused_with_a_sentence(experiment: Experiment) -> None
     met.extend(check(experiment))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_both_have_happened() -> None:
     assert met.count("ran") >= 10, met
     assert met.count("refused") >= 5, met
