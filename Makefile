@@ -76,7 +76,7 @@ test: $(VENV)/.set-up-dev
 endif
 
 .PHONY: proofs
-proofs: $(VENV)/.set-up-dev ## the second tier: every lesson, the browser, samples of all layouts and combinations, ...
+proofs: $(VENV)/.set-up-dev ## the second tier: the lessons, the browser, samples of all layouts and combinations
 	$(BIN)/python tests/browser/find_browser.py --install || echo "No browser: the browser tests are skipped."
 	@$(call pytest,-m "(slow or browser) and not exhaustive and not gpu")
 

@@ -11,6 +11,7 @@ import numpy as np
 from labkit.plots import theme, traced
 from labkit.plots.picture import Picture, Row
 from labkit.plots.shown import Shown, shown
+from labkit.runs.checked import NOT_FINITE
 
 COSTS: dict[str, tuple[str, str]] = {
     "time": ("Training time (s)", "s"),
@@ -51,31 +52,29 @@ def pareto(runs: Iterable[Any] | Any, cost: str = "time") -> Picture:
     """
     if cost not in COSTS:
         raise ValueError(f"cost {cost!r} is not one of {', '.join(COSTS)}")
-    found = [(one, cost_of(one, cost), gain_of(one)) for one in shown(runs) if not one.is_ceiling]
-    measured = [(one, paid, gain) for one, paid, gain in found if paid is not None and gain is not None]
-    many = [(one, paid, gain) for one, paid, gain in measured if math.isfinite(gain)]
-    diverged = len(measured) - len(many)
-    if not many:
-        said = f"; the metric of {diverged} is not finite" if diverged else ""
-        return traced.nothing(f"No Pareto front to show: 0 runs have both a metric and a cost{said}")
-    about = many[0][0].data.metric
+    evaluated = [(run, cost_of(run, cost), gain_of(run)) for run in shown(runs) if not run.is_ceiling]
+    measured = [(run, paid, gain) for run, paid, gain in evaluated if paid is not None and gain is not None]
+    compared = [(run, paid, gain) for run, paid, gain in measured if math.isfinite(gain)]
+    diverged = len(measured) - len(compared)
+    left_out = f"; left out, since their metric is {NOT_FINITE}: {diverged}" if diverged else ""
+    if not compared:
+        return traced.nothing(f"No Pareto front to show: 0 runs have both a metric and a cost{left_out}")
+    about = compared[0][0].data.metric
     higher, unit = bool(about.get("higher_is_better", True)), str(about.get("unit", ""))
     scale = 100.0 if unit == "%" else 1.0
-    points = [(paid, scale * gain) for _, paid, gain in many]
+    points = [(paid, scale * gain) for _, paid, gain in compared]
     # What reads alike is alike: nobody pays for the sixth digit of an accuracy.
     best = front([(paid, float(f"{gain:.4g}")) for paid, gain in points], higher)
-    names = traced.names([one for one, _, _ in many])
+    names = traced.names([run for run, _, _ in compared])
     top = best[-1]
     title, short = COSTS[cost]
     sentence = (
-        f"{len(best)} of {len(many)} runs {'is' if len(best) == 1 else 'are'} worth "
+        f"{len(best)} of {len(compared)} runs {'is' if len(best) == 1 else 'are'} worth "
         f"{'its' if len(best) == 1 else 'their'} cost; {names[top]} gets furthest, "
         f"{theme.number(points[top][1])}{' %' if unit == '%' else ''} for {theme.number(points[top][0])} {short}"
+        f"{left_out}"
     )
-    if diverged:
-        runs_are = "run is" if diverged == 1 else "runs are"
-        sentence += f"; {diverged} {runs_are} left out, whose metric is not finite"
-    rest = [at for at in range(len(many)) if at not in best]
+    rest = [at for at in range(len(compared)) if at not in best]
     metric = str(about.get("title") or about.get("key"))
     traces: list[dict[str, Any]] = []
     for places, label, colour, symbol, mode in (
@@ -106,8 +105,8 @@ def pareto(runs: Iterable[Any] | Any, cost: str = "time") -> Picture:
             metric: f"{points[at][1]:.4g}{' %' if unit == '%' else ''}",
             title: theme.number(points[at][0]),
             "On the front": "yes" if at in best else "",
-            "Run id": many[at][0].data.directory.id,
+            "Run id": compared[at][0].data.directory.id,
         }
-        for at in sorted(range(len(many)), key=lambda at: points[at][0])
+        for at in sorted(range(len(compared)), key=lambda at: points[at][0])
     ]
     return Picture(traces, layout, summary=f"{sentence}.", rows=rows)

@@ -71,14 +71,14 @@ class _Line:
             ]
             if ends[0] is None or ends[1] is None:
                 return ""
-            said = f"loss {formatted(ends[0] - ends[1], '+.3g')}"
+            difference = f"loss {formatted(ends[0] - ends[1], '+.3g')}"
         elif about.get("unit") == "%":
-            said = f"{words} {formatted(100 * (mine - others), '+.1f')} points"
+            difference = f"{words} {formatted(100 * (mine - others), '+.1f')} points"
         else:
-            said = f"{words} {formatted(mine - others, '+.3g')}"
+            difference = f"{words} {formatted(mine - others, '+.3g')}"
         steps = [one.data.first + one.data.steps for one in (self.one, self.base)]
-        said = said.replace("-", MINUS)
-        return said if steps[0] == steps[1] else f"{said} ({steps[0]:,} against {steps[1]:,} updates)"
+        difference = difference.replace("-", MINUS)
+        return difference if steps[0] == steps[1] else f"{difference} ({steps[0]:,} against {steps[1]:,} updates)"
 
 
 def _steady(one: Shown | None) -> Steady | None:

@@ -99,10 +99,10 @@ def _opened(node: ast.AST, where: str) -> Iterator[str]:
 
 
 def _opens(function: ast.expr) -> bool:
-    said = ast.unparse(function)
-    if said.startswith("safe_files."):
+    called = ast.unparse(function)
+    if called.startswith("safe_files."):
         return False
-    return said in BY_NAME or (isinstance(function, ast.Attribute) and function.attr in OF_A_PATH)
+    return called in BY_NAME or (isinstance(function, ast.Attribute) and function.attr in OF_A_PATH)
 
 
 def test_files_of_a_run_directory_are_opened_by_one_door() -> None:

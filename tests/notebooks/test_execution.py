@@ -455,7 +455,7 @@ NARROW = ("10_quantized_networks", "12_putting_it_together")
 
 
 def lessons() -> list[Any]:
-    slow = not BF16_FLAGS & set(Machine.here().cpu_flags)
+    slow = not BF16_FLAGS & Machine.here().cpu_flags
     return [
         pytest.param(path, id=path.stem, marks=pytest.mark.exhaustive if slow and path.stem in NARROW else ())
         for path in LESSONS
