@@ -162,10 +162,12 @@ def _copied(model: nn.Module) -> nn.Module:
     """A copy of the model whose parameters have the hooks of the original ones, which a copy of a tensor leaves out."""
     from copy import deepcopy
 
+    from labkit.gradients.parameter_hooks import accumulated_hooks, gradient_hooks
+
     copied = deepcopy(model)
     for original, parameter in zip(model.parameters(), copied.parameters(), strict=True):
-        for hook in (original._backward_hooks or {}).values():
+        for hook in gradient_hooks(original):
             parameter.register_hook(hook)
-        for hook in (getattr(original, "_post_accumulate_grad_hooks", None) or {}).values():
+        for hook in accumulated_hooks(original):
             parameter.register_post_accumulate_grad_hook(hook)
     return copied

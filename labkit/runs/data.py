@@ -10,6 +10,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -570,7 +571,7 @@ class RunData:
         metrics, latency = event.get("metrics"), event.get("latency_seconds")
         if number or self.quantized or not isinstance(metrics, dict) or not isinstance(latency, dict):
             return False
-        found["metrics"] = {name: _figures(metrics.get(name)) for name in BESIDE}
+        found["metrics"] = {name: _numbers(metrics.get(name), _figure) for name in BESIDE}
         sizes = [(_size(size), _pair(both)) for size, both in list(latency.items())[:MAX_SIZES]]
         found["latency_seconds"] = {size: both for size, both in sizes if size is not None and both}
         rows = event.get("sensitivity")
@@ -610,7 +611,7 @@ class RunData:
         found: dict[str, Any] = {name: _integer(event.get(name), 0, 2**62) for name in ("samples", "file_bytes")}
         found["seconds"] = _number(event.get("seconds"))
         found["saved"] = event.get("saved") if event.get("saved") in tuple(FORMS) else ""
-        found["metrics"] = {form: _figures(metrics[form]) for form in FORMS if form in metrics}
+        found["metrics"] = {form: _numbers(metrics[form], _figure) for form in FORMS if form in metrics}
         found["bytes"] = _by_form(event.get("bytes"))
         found["layers"] = {form: int(count) for form, count in _by_form(event.get("layers")).items()}
         sizes = [(_size(size), _by_form(seconds)) for size, seconds in list(latency.items())[:MAX_SIZES]]
@@ -892,16 +893,10 @@ def _words(value: Any) -> dict[str, str]:
     return {str(key)[:100]: str(item)[:200] for key, item in items}
 
 
-def _numbers(value: Any) -> dict[str, float]:
-    """The numbers of a dict by name."""
+def _numbers(value: Any, read: Callable[[Any], float | None] = _number) -> dict[str, float]:
+    """Return the numbers of a dict by name; with `read=_figure`, NaN for those that are not finite."""
     items = list(value.items())[:MAX_EFFECTIVE] if isinstance(value, dict) else []
-    return {str(key)[:100]: number for key, item in items if (number := _number(item)) is not None}
-
-
-def _figures(value: Any) -> dict[str, float]:
-    """The figures of a dict by name; NaN where one is not finite."""
-    items = list(value.items())[:MAX_EFFECTIVE] if isinstance(value, dict) else []
-    return {str(key)[:100]: figure for key, item in items if (figure := _figure(item)) is not None}
+    return {str(key)[:100]: number for key, item in items if (number := read(item)) is not None}
 
 
 def _pair(value: Any) -> dict[str, float]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.experiment import Experiment
+from labkit.gradients.parameter_hooks import accumulated_hooks, gradient_hooks
 from labkit.parallel.stages import SPLITTING
 from labkit.workloads.restore import undisturbed
 
@@ -21,16 +22,8 @@ _WITHOUT = "leave the hook out, or do its work in the model (a mask, a parametri
 
 
 def hooks_of(parameter: Tensor) -> list[Callable[[Tensor], Any]]:
-    """Of both kinds."""
-    return [*_early(parameter), *_late(parameter)]
-
-
-def _early(parameter: Tensor) -> list[Callable[[Tensor], Any]]:
-    return list((parameter._backward_hooks or {}).values())
-
-
-def _late(parameter: Tensor) -> list[Callable[[Tensor], Any]]:
-    return list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
+    """Return the hooks of both kinds."""
+    return [*gradient_hooks(parameter), *accumulated_hooks(parameter)]
 
 
 def hooked(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -54,7 +47,7 @@ def lost_by(experiment: Experiment, model: nn.Module) -> str | None:
             return (
                 f"{name} has a hook ({_kind(parameters[name])}), which is lost under {words}: {remedy}, or {_WITHOUT}"
             )
-    late = next((name for name, parameter in parameters.items() if _late(parameter)), None)
+    late = next((name for name, parameter in parameters.items() if accumulated_hooks(parameter)), None)
     if late is not None and layout.pp > 1 and layout.schedule in SPLITTING:
         return (
             f"{late} has a hook (register_post_accumulate_grad_hook), which the schedule {layout.schedule} never "
@@ -64,7 +57,7 @@ def lost_by(experiment: Experiment, model: nn.Module) -> str | None:
 
 
 def _kind(parameter: Tensor) -> str:
-    return "register_hook" if _early(parameter) else "register_post_accumulate_grad_hook"
+    return "register_hook" if gradient_hooks(parameter) else "register_post_accumulate_grad_hook"
 
 
 def lost_in(before: Mapping[str, nn.Parameter], stages: Iterable[nn.Module]) -> str | None:
@@ -104,11 +97,11 @@ def _is_linear(parameter: nn.Parameter) -> bool:
 def _hooked(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
     """What all hooks of the parameter make of a gradient."""
     gradient = gradient.clone()
-    for hook in _early(parameter):
+    for hook in gradient_hooks(parameter):
         changed = hook(gradient)
         gradient = gradient if changed is None else changed
     before, parameter.grad = parameter.grad, gradient.clone()
-    for hook in _late(parameter):
+    for hook in accumulated_hooks(parameter):
         hook(parameter)
     result, parameter.grad = parameter.grad, before
     if result is None:
