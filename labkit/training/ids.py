@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from labkit.experiment.fault import TaskFault
 from labkit.workloads.base import Data, TensorData
 from labkit.workloads.samples import Cast
+from labkit.workloads.text import Windows
 
 
 class Ids:
@@ -64,6 +65,8 @@ class Ids:
             data = data.data
         if isinstance(data, TensorData):
             self.check_samples(data.tensors["x"], 0, what)
+        elif isinstance(data, Windows):
+            self.check_samples(data.inputs(), 0, what)
 
     def check_samples(self, x: Tensor, first: int, what: str) -> None:
         """The samples from `first` on, whose inputs are x."""
@@ -77,18 +80,21 @@ def first_beyond(ids: Tensor, rows: int) -> int | None:
     """The first row of `ids` in which some id is not from 0 to before `rows`; None if all are."""
     if ids.is_floating_point() or not ids.numel():
         return None
-    low, high = torch.aminmax(ids)
+    low, high = (int(extreme) for extreme in torch.aminmax(ids))
     if low >= 0 and high < rows:
         return None
-    return int(((ids < 0) | (ids >= rows)).flatten(1).any(1).nonzero()[0] if ids.dim() > 1 else _first(ids, rows))
+    beyond = _beyond(ids, rows)
+    return int((beyond.flatten(1).any(1) if ids.dim() > 1 else beyond).nonzero()[0])
 
 
-def _first(ids: Tensor, rows: int) -> Tensor:
-    return ((ids < 0) | (ids >= rows)).nonzero()[0]
+def _beyond(ids: Tensor, rows: int) -> Tensor:
+    """Which ids are not from 0 to before `rows`; as int64, since a bound of 256 is 0 among numbers of 8 bits."""
+    ids = ids.long()
+    return (ids < 0) | (ids >= rows)
 
 
 def _sentence(sample: str, ids: Tensor, name: str, rows: int) -> str:
-    value = int(ids[(ids < 0) | (ids >= rows)].flatten()[0]) if ids.dim() else int(ids)
+    value = int(ids[_beyond(ids, rows)].flatten()[0]) if ids.dim() else int(ids)
     return (
         f"{sample} has the id {value}, but {name} has {rows} rows (ids 0 to {rows - 1}): give it more rows "
         "(num_embeddings), or other ids to the samples"

@@ -12,6 +12,7 @@ MODULES = (
     "torch",
     "torch._dynamo",  # every optimizer's constructor imports it: 1.7 s
     "torch.distributed",
+    "torch.distributed.algorithms.ddp_comm_hooks",  # Accelerate imports it when it wraps a model in DDP
     "torch.nn.parallel",
     "torch.optim",
     "torch.utils.data",

@@ -353,7 +353,8 @@ class _Rehearsal:
         for what, data in (("train", self.task.train), ("test", self.task.test)):
             assert self.ids is not None
             self.ids.check_all(data, what)
-            _look(data, what, deadline, self.ids)
+            if self.experiment.workload.name not in _BUILT_IN:
+                _look(data, what, deadline, self.ids)
 
 
 def _look(data: Data, what: str, deadline: float, ids: Ids) -> None:

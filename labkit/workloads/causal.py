@@ -23,15 +23,15 @@ _FAINT = 1e-2
 _NOISE = 0.02
 
 
-def first_leak(model: nn.Module, vocabulary: int, context: int) -> tuple[int, int] | None:
+def first_leak(model: nn.Module, vocabulary: int, context: int, longest: int = LONGEST) -> tuple[int, int] | None:
     """(position that moved, later position whose token was changed), or None for a causal model.
 
     `model` takes tokens [N, T] int64 and gives scores whose first two axes are [N, T]. It is tried in eval mode on a
-    sample of min(context, LONGEST) random tokens. Weights that are (nearly) zero get noise meanwhile: a layer that
+    sample of min(context, longest) random tokens. Weights that are (nearly) zero get noise meanwhile: a layer that
     starts at zero would hide its leak until it is trained. Modes, weights, buffers and random numbers are as before
     afterwards.
     """
-    length = min(context, LONGEST)
+    length = min(context, longest)
     if length < 2:
         return None
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
@@ -55,9 +55,11 @@ def first_leak(model: nn.Module, vocabulary: int, context: int) -> tuple[int, in
     return None
 
 
-def refuse_leak(model: nn.Module, vocabulary: int, context: int, name: str, advice: str = "") -> None:
+def refuse_leak(
+    model: nn.Module, vocabulary: int, context: int, name: str, advice: str = "", longest: int = LONGEST
+) -> None:
     """Raise ValueError in one sentence where `model` (called `name`) sees later tokens; `advice` says what to do."""
-    leak = first_leak(model, vocabulary, context)
+    leak = first_leak(model, vocabulary, context, longest)
     if leak is not None:
         raise ValueError(
             f"{name} is no causal model: changing token {leak[1]} moves its scores at position {leak[0]}, so it sees "

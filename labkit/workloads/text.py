@@ -51,6 +51,10 @@ class Windows:
     def __len__(self) -> int:
         return max(0, (len(self.tokens) - 1) // self.context)
 
+    def inputs(self) -> Tensor:
+        """The x of all windows, [number of windows, context]; a view of the tokens, in their own integer type."""
+        return self.tokens[: len(self) * self.context].view(-1, self.context)
+
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         start = torch.as_tensor(indices).unsqueeze(1) * self.context
         window = self.tokens[start + self.within].long()

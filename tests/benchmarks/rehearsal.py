@@ -28,6 +28,8 @@ CHANGES = {
     "training.trace_step": 0,
 }
 SEEDINGS = 10_000
+FOREIGN = ("small llama",)
+"""Of another library's models nothing is known: they are tried as a person's own, which takes longer. No claim."""
 
 
 def seconds(experiment: Experiment) -> float:
@@ -56,7 +58,8 @@ def main() -> int:
     rows = [(name, spread([1000 * value for value in values]) + " ms") for name, values in figures.items()]
     per_step = seeding()
     rows.append(("seeding a step", f"{1e6 * per_step:.1f} µs"))
-    claims = [(f"{name} (s)", statistics.median(values), "<=", 0.05) for name, values in figures.items()]
+    own = {name: values for name, values in figures.items() if name not in FOREIGN}
+    claims = [(f"{name} (s)", statistics.median(values), "<=", 0.05) for name, values in own.items()]
     claims.append(("seeding a step (s)", per_step, "<=", 2e-5))
     return report("Rehearsal before step 1, 2 ranks", rows, claims, options, figures | {"seeding": [per_step]})
 

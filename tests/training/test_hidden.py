@@ -6,10 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from labkit.cli import main
 from labkit.experiment import Experiment
+from labkit.experiment.fault import TaskFault
+from labkit.training.ids import Ids, first_beyond
+from labkit.workloads.text import Windows
 from tests.training import hidden_tasks, test_rehearsal
 from tests.training.test_rehearsal import run, sentence
 
@@ -139,3 +144,20 @@ def test_comparing_built_in_data_costs_little() -> None:
             list(fingerprint.whole_parts(task.test, "test"))
             seconds.append(time.perf_counter() - begun)
         assert min(seconds) < 0.05, name
+
+
+@pytest.mark.parametrize(("rows", "first"), [(256, None), (255, 1), (100, 0)])
+def test_ids_of_eight_bits_are_compared_as_numbers(rows: int, first: int | None) -> None:
+    assert first_beyond(torch.tensor([[0, 254], [255, 0]], dtype=torch.uint8), rows) == first
+
+
+def test_ids_of_a_text_are_checked_whole() -> None:
+    tokens = np.arange(8 * 100 + 1) % 20
+    tokens[8 * 77 + 3] = 1000
+    windows = Windows(tokens, context=8)
+    model = torch.nn.Sequential(torch.nn.Embedding(20, 4))
+    ids, first = Ids(model), windows.__getitems__([0, 1])["x"]
+    with ids.checked(first, [0, 1], "train"):
+        model(first)
+    with pytest.raises(TaskFault, match=r"^sample 77 of train has the id 1000, but 0 has 20 rows"):
+        ids.check_all(windows, "train")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from labkit.workloads.language import Language
 from labkit.workloads.models.experts import MixtureOfExperts
 from labkit.workloads.models.gpt import gpt, mlp_widths
+from labkit.workloads.models.transformer import Attention
 from labkit.workloads.text import Corpus, Windows, encode_bytes, python_documentation
 from tests.workloads.helpers import assert_split_equals_whole, evaluate, reasons, train
 
@@ -52,6 +53,15 @@ def test_a_later_token_changes_nothing_before_it(experts: int) -> None:
     before, after = model(tokens), model(changed)
     torch.testing.assert_close(before[:, :9], after[:, :9], rtol=0, atol=1e-6)
     assert (before[:, 9:] - after[:, 9:]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("context", [8, 32, 256])
+def test_a_network_that_sees_later_tokens_is_not_built(context: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    Language.build({**SMALL, "context": context}, 0)
+    plain = Attention.__init__
+    monkeypatch.setattr(Attention, "__init__", lambda self, width, heads, causal: plain(self, width, heads, False))
+    with pytest.raises(ValueError, match="is no causal model"):
+        Language.build({**SMALL, "context": context}, 0)
 
 
 def test_the_chain_of_blocks_is_the_network() -> None:
