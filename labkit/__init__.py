@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from labkit.experiment.recipes import recipe
     from labkit.launch.client import launch as run
     from labkit.launch.client import warm
-    from labkit.launch.parity import check
     from labkit.launch.sweep import sweep
     from labkit.plots.report import report
+    from labkit.proofs.parity import check
     from labkit.runs import Comparison, Run, RunFailed, compare
     from labkit.ui import Lab, show
     from labkit.workloads.custom import from_notebook
@@ -36,7 +36,7 @@ _HOMES = {
     "Problem": "labkit.experiment",
     "Run": "labkit.runs",
     "RunFailed": "labkit.runs",
-    "check": "labkit.launch.parity",
+    "check": "labkit.proofs.parity",
     "compare": "labkit.runs",
     "from_notebook": "labkit.workloads.custom",
     "recipe": "labkit.experiment.recipes",

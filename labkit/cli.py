@@ -379,7 +379,7 @@ def _end(run: Any, options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from labkit.launch.parity import STEPS, check
+    from labkit.proofs.parity import STEPS, check
     from labkit.runs import RunFailed
 
     precisions = ("fp64", "fp32") if options.precision == "both" else (options.precision,)
@@ -404,10 +404,10 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _check_matrix(options: argparse.Namespace, precisions: Sequence[str]) -> int:
-    from labkit.launch import matrix
-    from labkit.launch.cases import FAMILIES
-    from labkit.launch.matrix_follow import follow
-    from labkit.launch.matrix_log import MatrixLog
+    from labkit.proofs import matrix
+    from labkit.proofs.cases import FAMILIES
+    from labkit.proofs.matrix_follow import follow
+    from labkit.proofs.matrix_log import MatrixLog
 
     if options.what or options.steps:
         raise UsageError("--matrix makes its own experiments: it takes no recipe and no --steps")
@@ -436,7 +436,8 @@ def _check_matrix(options: argparse.Namespace, precisions: Sequence[str]) -> int
 
 
 def _combinations(options: argparse.Namespace) -> int:
-    from labkit.launch import combinations, warm
+    from labkit.launch import warm
+    from labkit.proofs import combinations
 
     try:
         wanted = [combinations.named(text) for text in options.names]
@@ -462,7 +463,7 @@ def _combinations(options: argparse.Namespace) -> int:
 
 
 def _methods(options: argparse.Namespace) -> int:
-    from labkit.launch import methods
+    from labkit.proofs import methods
     from labkit.runs.checked import formatted
 
     known = {case.method for case in methods.cases([("", Experiment())], [2])}

@@ -27,16 +27,17 @@ FLOORS: dict[str, set[str]] = {
     "gradients": {"experiment"},
     "sparsity": {"experiment", "workloads"},
     "quantization": {"experiment"},
-    "training": {"experiment", *METHODS},
+    "netem": {"experiment"},
+    "training": {"experiment", "netem", *METHODS},
     "runs": {"experiment"},
     "plots": {"experiment", "runs"},
-    "launch": {"experiment", "runs"},
-    "planner": {"experiment"},
-    "ui": {"experiment", "runs", "launch", "plots", "planner"},
-    "cli": {"experiment", "runs", "launch", "plots", "planner"},
+    "launch": {"experiment", "netem", "runs"},
+    "proofs": {"experiment", "runs", "launch"},
+    "ui": {"experiment", "runs", "launch", "plots"},
+    "cli": {"experiment", "runs", "launch", "plots", "proofs"},
     "__main__": {"cli"},
     # labkit/__init__.py: the public names of all rooms, imported when first used; its version may be read by all.
-    "": {"experiment", "workloads", "runs", "launch", "plots", "ui"},
+    "": {"experiment", "workloads", "runs", "launch", "plots", "proofs", "ui"},
 }
 NOTEBOOK_PACKAGES = {
     "IPython",
@@ -48,7 +49,7 @@ NOTEBOOK_PACKAGES = {
     "jupyterlab",
     "papermill",
 }
-ENGINE = {"experiment", "training", "runs", "launch", *METHODS}
+ENGINE = {"experiment", "netem", "training", "runs", "launch", "proofs", *METHODS}
 
 
 def room(module: str) -> str:

@@ -102,6 +102,15 @@ ROOMS: dict[str, str] = {
 }
 
 
+NETWORK_RULES = "labkit.netem.rules"
+"""Where the rules of `launch.network` stand, beside the code that emulates it."""
+
+
+def network_rules() -> Any:
+    """Return the module with the rules of `launch.network`: `problems`, `warnings` and `possible`."""
+    return import_module(NETWORK_RULES)
+
+
 def registry(knob: str) -> Registry:
     """Return the registry of a knob, e.g. `registry("gradients.compression")`."""
     methods: Registry = _attribute(ROOMS[knob])

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from labkit.experiment import slow_link
 from labkit.experiment.layout import AXES, Layout
 from labkit.experiment.machine import Machine
 from labkit.experiment.problem import ExperimentError, Problem
-from labkit.experiment.registry import registry
+from labkit.experiment.registry import network_rules, registry
 from labkit.experiment.schema import Experiment
 
 Rule = Callable[[Experiment, Machine], Iterable[Problem]]
@@ -75,6 +74,18 @@ def method_rules(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         method = registry(knob)[experiment.get(field)]
         if method.available:
             yield from getattr(method.load(), "problems", _none)(experiment, machine)
+
+
+def emulated_network(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Why `launch.network` cannot be had in this experiment or on this machine."""
+    if experiment.launch.network is not None:
+        yield from network_rules().problems(experiment, machine)
+
+
+def about_the_network(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """What the emulated network is, so that nobody takes it for a real one."""
+    if experiment.launch.network is not None:
+        yield from network_rules().warnings(experiment, machine)
 
 
 def axis_rules(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
@@ -234,7 +245,7 @@ RULES: list[Rule] = [
     batch_covers_ranks,
     shares_follow_speed,
     isolated_makes_no_update,
-    slow_link.problems,
+    emulated_network,
     slowed_ranks_exist,
 ]
 
@@ -330,11 +341,11 @@ def slow_on_purpose(experiment: Experiment, machine: Machine) -> Iterator[Proble
             yield Problem("launch.slowdown", f"rank {rank} computes {factor:g} times slower, on purpose")
 
 
-WARNINGS: list[Rule] = [oversubscribed, options_without_effect, slow_link.warnings, slow_on_purpose, method_warnings]
+WARNINGS: list[Rule] = [oversubscribed, options_without_effect, about_the_network, slow_on_purpose, method_warnings]
 
 UNAVAILABLE: dict[str, Callable[[], str]] = {
-    "launch.network": lambda: slow_link.possible().bucket,
-    "launch.network.delay_ms": lambda: slow_link.possible().delay,
-    "launch.network.hosts": lambda: slow_link.possible().hosts,
+    "launch.network": lambda: network_rules().possible().bucket,
+    "launch.network.delay_ms": lambda: network_rules().possible().delay,
+    "launch.network.hosts": lambda: network_rules().possible().hosts,
 }
 """Fields that some machines cannot offer, and what tells why this one cannot ("" where it can)."""

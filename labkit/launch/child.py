@@ -20,7 +20,7 @@ from labkit.experiment import Experiment, safe_files
 from labkit.experiment.failures import message_of, own_words
 from labkit.experiment.fault import TaskFault
 from labkit.experiment.run_directory import EXIT_STOPPED, RunDirectory
-from labkit.launch.network import Hosts
+from labkit.netem.hosts import Hosts
 from labkit.runs.processes import die_with_parent
 
 # Accelerate takes settings from these, e.g. accumulation, and would change the training behind the experiment's back.

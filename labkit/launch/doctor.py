@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from labkit.experiment import Machine, slow_link
+from labkit.experiment import Machine
 from labkit.experiment.registry import registries, registry
 from labkit.experiment.run_directory import home
 from labkit.launch.client import uses_standby
+from labkit.netem import rules as network
 from labkit.runs.environment import versions
 
 # Asked in a process of its own: this one stays free of torch, and no CUDA context is made.
@@ -110,13 +111,13 @@ def _launching() -> list[Finding]:
     return [
         Finding("runs", f"{root} ({free / 2**30:.1f} GiB free)" + ("" if writable else ", not writable"), writable),
         Finding("standby", standby),
-        _slow_link(),
+        _emulated_network(),
     ]
 
 
-def _slow_link() -> Finding:
+def _emulated_network() -> Finding:
     """What of `launch.network` can be had here."""
-    links = slow_link.possible()
+    links = network.possible()
     if links.bucket:
         return Finding("namespaces", f"links cannot be slowed down (launch.network): {links.bucket}")
     missing = {"delay_ms": links.delay, "hosts": links.hosts}

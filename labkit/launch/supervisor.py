@@ -27,8 +27,8 @@ from labkit.launch import rendezvous
 from labkit.launch.board import Board
 from labkit.launch.child import Child, fork_rank
 from labkit.launch.descendants import Strays, end_descendants
-from labkit.launch.network import Hosts
 from labkit.launch.stacks import main_thread, waits_for_others
+from labkit.netem.hosts import Hosts
 from labkit.runs import environment, liveness, logs, summary
 from labkit.runs import status as run_status
 from labkit.runs.leftovers import remove_unfinished

@@ -176,7 +176,7 @@ class RunData:
         every change of what is zero.
         """
         self.links: dict[int, dict[str, float]] = {}
-        """By rank that read its host's counters: bytes, loopback_bytes, seconds and updates (training/link.py)."""
+        """By rank that read its host's counters: bytes, loopback_bytes, seconds and updates (netem/counters.py)."""
         self.quantized: dict[str, Any] = {}
         """The network after training beside its quantized copy (training/quantized.py): method, qat, layers, samples,
         seconds, metrics, bytes, layer_bytes, latency_seconds (by batch size) and sensitivity [(layer, change of the

@@ -22,6 +22,7 @@ from labkit.experiment.run_directory import RunDirectory
 from labkit.gradients.exchange import Counters, Exchanges
 from labkit.gradients.update import Setting
 from labkit.gradients.wire import Wire
+from labkit.netem.counters import LinkCounter
 from labkit.parallel import shared_memory, state
 from labkit.parallel.buffers import Buffers
 from labkit.parallel.cast import at_least_float32, place_module
@@ -38,7 +39,6 @@ from labkit.training import afterwards, checkpoint, evaluation, hooks, slow
 from labkit.training.clock import clock
 from labkit.training.compiled import Compiled
 from labkit.training.events import EventWriter
-from labkit.training.link import Link
 from labkit.training.loaders import end_with_rank
 from labkit.training.meter import Board, Meter, peak_bytes
 from labkit.training.numbers import Watch
@@ -127,7 +127,7 @@ class Trainer:
             raise TaskFault(lost)
         factor = experiment.launch.slowdown.get(runtime.rank, 1.0)
         self.run_pass = slow.stretched(self.model.run_pass, factor, runtime.device, meter)
-        self.link = Link(experiment, runtime)
+        self.link = LinkCounter(experiment, runtime)
         settings = self.exchanges.settings()
         own = self.narrowing.optimizer() or self.exchanges.optimizer()
         self.optimizer = make_optimizer(settings, self.model.optimized(), own)

@@ -26,7 +26,7 @@ from typing import Any
 from labkit.experiment import Experiment, ExperimentError
 from labkit.experiment.registry import registry
 from labkit.launch import launch, warm
-from labkit.launch.cases import LLAMA, TEXT
+from labkit.proofs.cases import LLAMA, TEXT
 from labkit.runs import Run
 from labkit.runs.processes import alive
 

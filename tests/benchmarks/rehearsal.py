@@ -16,7 +16,7 @@ from _common import arguments, finished, interleave, report, spread
 from labkit.experiment import Experiment
 from labkit.experiment.recipes import RECIPES
 from labkit.launch import warm
-from labkit.launch.cases import FAMILIES
+from labkit.proofs.cases import FAMILIES
 from labkit.workloads.seed import seed_generators
 
 CHANGES = {

@@ -15,7 +15,7 @@ from _common import arguments, finished, interleave, ratios, report, spread
 
 from labkit.experiment import Experiment
 from labkit.experiment.recipes import recipe
-from labkit.launch.parity import check
+from labkit.proofs.parity import check
 
 FACTOR = 4.0
 SERIES = {"4 ranks": (4, 128, 80), "4 ranks, large batch": (4, 512, 40), "2 ranks": (2, 256, 40)}

@@ -8,7 +8,7 @@ import pytest
 
 from labkit.experiment import Experiment, ExperimentError
 from labkit.experiment.registry import registry
-from labkit.launch.parity import check
+from labkit.proofs.parity import check
 from labkit.runs import Run
 from tests.launch.helpers import start, tiny
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from labkit.experiment import Experiment
 from labkit.experiment.registry import registry
-from labkit.launch.parity import check
+from labkit.proofs.parity import check
 from labkit.runs import Run
 from tests.launch.helpers import changed_ranks, events, start, tiny
 

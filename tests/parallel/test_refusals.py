@@ -30,7 +30,6 @@ from labkit.experiment import Experiment, Layout, Machine
 from labkit.experiment.layout import AXES
 from labkit.experiment.registry import registry
 from labkit.gradients.exchange import Exchanges
-from labkit.launch.cases import FAMILIES
 from labkit.parallel import context, expert, recompute, rules, tensor
 from labkit.parallel.context import Ring
 from labkit.parallel.cut import holding
@@ -38,6 +37,7 @@ from labkit.parallel.mesh import Mesh
 from labkit.parallel.pipeline import SCHEDULES
 from labkit.parallel.stages import groups, minimal_maximum
 from labkit.parallel.sync import GradientSync
+from labkit.proofs.cases import FAMILIES
 from labkit.workloads.base import Blocks
 from labkit.workloads.models.experts import MixtureOfExperts
 from labkit.workloads.models.gpt import gpt

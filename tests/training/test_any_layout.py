@@ -13,7 +13,7 @@ from labkit.experiment import Experiment, ExperimentError, Layout
 from labkit.experiment.layout import AXES
 from labkit.experiment.registry import registry
 from labkit.launch import launch, warm
-from labkit.launch.cases import FAMILIES, VALUES
+from labkit.proofs.cases import FAMILIES, VALUES
 from labkit.runs.run import Run
 
 MOST_RANKS, BOUND_S = 8, 90.0

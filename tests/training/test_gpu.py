@@ -11,7 +11,7 @@ import pytest
 from labkit.experiment import Experiment, Machine
 from labkit.experiment.recipes import vision_ddp
 from labkit.launch import launch
-from labkit.launch.parity import check
+from labkit.proofs.parity import check
 
 pytestmark = pytest.mark.gpu
 

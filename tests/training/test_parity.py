@@ -11,7 +11,7 @@ import pytest
 
 from labkit.experiment import Experiment
 from labkit.experiment.run_directory import RunDirectory, write_json
-from labkit.launch.parity import TOLERANCE, check, compare_losses
+from labkit.proofs.parity import TOLERANCE, check, compare_losses
 from labkit.runs import Run, RunFailed
 from tests.launch.helpers import SMALLEST, changed_ranks, tiny
 

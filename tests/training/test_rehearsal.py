@@ -13,7 +13,7 @@ import torch
 from labkit.cli import main
 from labkit.experiment import Experiment
 from labkit.launch import launch, rehearse
-from labkit.launch.cases import FAMILIES
+from labkit.proofs.cases import FAMILIES
 from labkit.runs import Run
 from labkit.training.fingerprint import Fingerprint, compared, digest
 from labkit.workloads.restore import restored

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labkit.experiment import Experiment, ExperimentError, Machine, slow_link
+from labkit.experiment import Experiment, ExperimentError, Machine
 from labkit.experiment.recipes import RECIPES, recipe
 from labkit.experiment.registry import registries, registry
+from labkit.netem import rules as slow_link
 from labkit.ui.form import ExperimentForm
 
 

@@ -16,9 +16,9 @@ from typing import Any, Protocol, TypeVar
 from labkit.experiment import Experiment, Problem, safe_files
 from labkit.experiment.machine import Machine
 from labkit.experiment.one_process import one_process
-from labkit.launch.cases import DEADLINE_S, STEPS, Case, cases, sample
 from labkit.launch.client import launch
-from labkit.launch.parity import TOLERANCE, Parity, compare_losses
+from labkit.proofs.cases import DEADLINE_S, STEPS, Case, cases, sample
+from labkit.proofs.parity import TOLERANCE, Parity, compare_losses
 from labkit.runs.environment import versions
 from labkit.runs.run import Run, RunFailed
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 
 from labkit.experiment import Network
-from labkit.launch import namespace
+from labkit.netem import namespace
 
 SWITCH = "switch"
 

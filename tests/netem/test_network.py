@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from labkit.experiment import Experiment, ExperimentError, slow_link
-from labkit.experiment.slow_link import Links, possible
-from labkit.launch import doctor, launch, namespace
+from labkit.experiment import Experiment, ExperimentError
+from labkit.launch import doctor, launch
+from labkit.netem import namespace
+from labkit.netem import rules as slow_link
+from labkit.netem.rules import Links, possible
 from labkit.runs import Run
 from tests.launch.helpers import ENDLESS, GONE_S, Watched, events, start, tiny, wait_until
 
@@ -179,7 +181,7 @@ def test_where_namespaces_are_forbidden_nothing_is_launched(monkeypatch: pytest.
 )
 def test_the_doctor_tells(links: Links, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slow_link, "possible", lambda: links)
-    assert doctor._slow_link().text == said
+    assert doctor._emulated_network().text == said
 
 
 # Two hosts without any training: host 0 sends 1.25 MB to host 1 and to itself, at 50 Mbit/s; and nothing leads out.
@@ -187,7 +189,7 @@ def test_the_doctor_tells(links: Links, said: str, monkeypatch: pytest.MonkeyPat
 BY_HAND = """
 import json, os, socket, time
 from labkit.experiment import Network
-from labkit.launch.network import Hosts
+from labkit.netem.hosts import Hosts
 
 hosts = Hosts(Network(rate_mbit=50, hosts=2), 2)
 ready, says = os.pipe()

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from labkit.launch.client import warm
-from labkit.launch.matrix import GOOD, Case, Result, counts, run
-from labkit.launch.matrix_log import MatrixLog
+from labkit.proofs.matrix import GOOD, Case, Result, counts, run
+from labkit.proofs.matrix_log import MatrixLog
 
 EVERY_S = 30.0
 """How often a log gets a line, where nobody watches."""

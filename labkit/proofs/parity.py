@@ -20,9 +20,9 @@ from labkit.experiment import Experiment, ExperimentError, Problem, safe_files
 from labkit.experiment.one_process import one_process
 from labkit.experiment.registry import registry
 from labkit.launch.client import standby_of_its_own
-from labkit.launch.finish import finished
-from labkit.launch.likely_reason import likely_reason
-from labkit.launch.saved_buffers import buffer_difference
+from labkit.proofs.finish import finished
+from labkit.proofs.likely_reason import likely_reason
+from labkit.proofs.saved_buffers import buffer_difference
 from labkit.runs.data import RunData
 from labkit.runs.run import Run, RunFailed
 

@@ -20,8 +20,8 @@ from typing import Any, Literal, get_args, get_origin
 from labkit.experiment import Experiment, Problem
 from labkit.experiment.layout import AXES, Layout
 from labkit.experiment.registry import registry
-from labkit.launch.covering import Covering, Row, fewest
-from labkit.launch.parity import TOLERANCE, proof
+from labkit.proofs.covering import Covering, Row, fewest
+from labkit.proofs.parity import TOLERANCE, proof
 
 STEPS = 10
 DEADLINE_S = 300.0

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labkit.experiment import Experiment
-from labkit.launch.likely_reason import likely_reason
-from labkit.launch.parity import check, proof, provable
-from labkit.launch.saved_buffers import _between
+from labkit.proofs.likely_reason import likely_reason
+from labkit.proofs.parity import check, proof, provable
+from labkit.proofs.saved_buffers import _between
 from labkit.runs import RunFailed
 from tests.training import own_tasks
 

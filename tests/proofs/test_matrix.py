@@ -17,11 +17,12 @@ import pytest
 from labkit.cli import main
 from labkit.experiment.layout import AXES, Layout
 from labkit.experiment.registry import registry
-from labkit.launch import cases as made
-from labkit.launch import matrix, matrix_follow, warm
-from labkit.launch.matrix import Case, Result, cases, run
-from labkit.launch.matrix_follow import follow
-from labkit.launch.matrix_log import MatrixLog
+from labkit.launch import warm
+from labkit.proofs import cases as made
+from labkit.proofs import matrix, matrix_follow
+from labkit.proofs.matrix import Case, Result, cases, run
+from labkit.proofs.matrix_follow import follow
+from labkit.proofs.matrix_log import MatrixLog
 from labkit.runs import Run
 from tests.launch.helpers import FAULTY, wait_until
 

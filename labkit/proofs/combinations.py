@@ -20,10 +20,10 @@ from labkit.experiment import Experiment, Problem, safe_files
 from labkit.experiment.layout import Layout
 from labkit.experiment.registry import registry
 from labkit.experiment.rules import CHOICES
-from labkit.launch.cases import against, idles
-from labkit.launch.covering import Covering, Row, fewest
-from labkit.launch.finish import finished
-from labkit.launch.matrix import cell, made_by, reasons
+from labkit.proofs.cases import against, idles
+from labkit.proofs.covering import Covering, Row, fewest
+from labkit.proofs.finish import finished
+from labkit.proofs.matrix import cell, made_by, reasons
 from labkit.runs.run import Run, RunFailed
 
 OUTCOMES = ("learns", "refused", "OFF", "HARDLY", "FAILED")

@@ -1,6 +1,6 @@
 """The slow link between ranks: whether this machine can make it, and what it goes together with.
 
-What it is made of stands in `labkit/launch/network.py`. That side is asked as a program, because trying changes the
+What it is made of stands in `labkit/netem/hosts.py`. That side is asked as a program, because trying changes the
 process that tries, and a kernel must stay as it is.
 """
 
@@ -13,15 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from labkit.experiment.machine import Machine
-from labkit.experiment.problem import Problem
+from labkit.experiment import Experiment, Machine, Problem
 
-if TYPE_CHECKING:
-    from labkit.experiment.schema import Experiment
-
-PROGRAM = Path(__file__).parents[1] / "launch" / "namespace.py"
+PROGRAM = Path(__file__).with_name("namespace.py")
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from labkit.experiment import Experiment, ExperimentError, Machine, Network, slow_link
+from labkit.experiment import Experiment, ExperimentError, Machine, Network
 from labkit.experiment.fields import fields
 from labkit.experiment.machine import Gpu
 from labkit.experiment.one_process import is_one_process, one_process
-from labkit.experiment.slow_link import PROGRAM, Links, possible
+from labkit.netem import rules as slow_link
+from labkit.netem.rules import PROGRAM, Links, possible
 
 CPU = Machine(cores=8, cores_total=8, memory_bytes=2**33, gpu_reason="no driver")
 SERVER = Machine(32, 64, 2**38, gpus=tuple(Gpu(at, f"GPU-{at}", "H100", 2**36, 0) for at in range(4)))

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from labkit import __version__
-from labkit.launch.matrix import Case, Result
-from labkit.launch.parity import TOLERANCE, Parity
+from labkit.proofs.matrix import Case, Result
+from labkit.proofs.parity import TOLERANCE, Parity
 from labkit.runs.environment import versions
 
 

@@ -12,8 +12,9 @@ import pytest
 from labkit.cli import main
 from labkit.experiment.registry import registry
 from labkit.experiment.rules import CHOICES
-from labkit.launch import combinations, warm
-from labkit.launch.combinations import BASE, Combination, Result
+from labkit.launch import warm
+from labkit.proofs import combinations
+from labkit.proofs.combinations import BASE, Combination, Result
 from labkit.runs import Run
 from tests.launch.helpers import changed_ranks
 

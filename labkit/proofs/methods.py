@@ -15,7 +15,7 @@ from labkit.experiment import Experiment
 from labkit.experiment.machine import Machine
 from labkit.experiment.registry import registry
 from labkit.experiment.rules import CHOICES
-from labkit.launch.finish import finished
+from labkit.proofs.finish import finished
 from labkit.runs.checked import figure_or_words, formatted
 from labkit.runs.environment import versions
 from labkit.runs.run import RunFailed

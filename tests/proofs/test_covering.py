@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labkit.launch.covering import Covering, Row
+from labkit.proofs.covering import Covering, Row
 
 Bans = list[dict[str, int]]
 

@@ -11,15 +11,29 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from labkit.experiment import Experiment
-from labkit.training.runtime import Runtime
 
 COUNTERS = Path("/proc/self/net/dev")
 """Not /sys/class/net, which shows the namespace in which it was mounted."""
 _SENT = 8
 """The column of sent bytes."""
+
+
+class Rank(Protocol):
+    """What counting needs to know of a rank (training/runtime.py)."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this rank."""
+
+    @property
+    def isolated(self) -> bool:
+        """Whether the ranks never exchange anything."""
+
+    def meet(self) -> None:
+        """Wait until all ranks have come here."""
 
 
 def sent() -> dict[str, int]:
@@ -28,13 +42,13 @@ def sent() -> dict[str, int]:
     return {name.strip(): int(numbers.split()[_SENT]) for name, _, numbers in rows}
 
 
-class Link:
+class LinkCounter:
     """Counts between `resume()` and `pause()`; does nothing where there is no emulated network to count in.
 
     Both are collective where there is one.
     """
 
-    def __init__(self, experiment: Experiment, runtime: Runtime) -> None:
+    def __init__(self, experiment: Experiment, runtime: Rank) -> None:
         network, ranks = experiment.launch.network, experiment.layout.world_size
         self._runtime = runtime
         self._interface = network.interface if network is not None else ""
