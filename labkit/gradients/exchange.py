@@ -17,8 +17,8 @@ from torch import Tensor
 
 from labkit.experiment import Experiment, Optimizer
 from labkit.experiment.registry import registry
-from labkit.gradients.compressor import Bundle, Compressor, UnderWay
-from labkit.gradients.hierarchical import Hierarchical
+from labkit.gradients.compression.compressor import Bundle, Compressor, UnderWay
+from labkit.gradients.compression.hierarchical import Hierarchical
 from labkit.gradients.stopwatch import Clock, Stopwatch
 from labkit.gradients.wire import Wire
 

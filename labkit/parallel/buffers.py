@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from labkit.gradients.average import as_reals, fill, flat
+from labkit.gradients.updates.average import as_reals, fill, flat
 from labkit.parallel.mesh import REDUCED, Mesh
 
 Place = tuple[int, str]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.experiment.fault import TaskFault
-from labkit.gradients.average import as_reals
+from labkit.gradients.updates.average import as_reals
 
 __all__ = ["as_reals", "at_least_float32", "complex_names", "place_module", "placed", "type_of", "widened"]
 

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from labkit.experiment import Gradients
-from labkit.gradients.compressor import replicas
+from labkit.gradients.compression.compressor import replicas
 from labkit.gradients.cost import all_gather_bytes, all_reduce_bytes, all_to_all_bytes
 from labkit.gradients.exchange import Counters, Exchange, Exchanges
 from labkit.gradients.stopwatch import Stopwatch

@@ -178,9 +178,9 @@ class RunData:
         self.links: dict[int, dict[str, float]] = {}
         """By rank that read its host's counters: bytes, loopback_bytes, seconds and updates (netem/counters.py)."""
         self.quantized: dict[str, Any] = {}
-        """The network after training beside its quantized copy (training/quantized.py): method, qat, layers, samples,
-        seconds, metrics, bytes, layer_bytes, latency_seconds (by batch size) and sensitivity [(layer, change of the
-        loss)]; each of the middle four by "float" and "quantized". Empty if nothing was quantized.
+        """The network after training beside its quantized copy (training/after/quantized.py): method, qat, layers,
+        samples, seconds, metrics, bytes, layer_bytes, latency_seconds (by batch size) and sensitivity [(layer, change
+        of the loss)]; each of the middle four by "float" and "quantized". Empty if nothing was quantized.
         """
         self.numbers: list[numbers.Layer] = []
         """What numbers are multiplied in layers with a product, those of all stages in the order of the network, as the
@@ -195,7 +195,7 @@ class RunData:
         self.without_kernel = 0
         """Layers of the first rank that were not measured."""
         self.exported: dict[str, Any] = {}
-        """The sparse network after training in several forms (training/exported.py): samples, seconds, saved,
+        """The sparse network after training in several forms (training/after/exported.py): samples, seconds, saved,
         file_bytes; metrics, bytes and layers (those changed) by form; csr_layers, fastest and latency_seconds (by form)
         by batch size. Empty if nothing was exported.
         """

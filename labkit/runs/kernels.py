@@ -1,4 +1,4 @@
-"""What sparse and narrow layers promise in theory, and what their kernels gave; untrusted (labkit.training.kernels).
+"""What sparse and narrow layers promise in theory, and what their kernels gave (training/after/kernels.py); untrusted.
 
 In theory a product takes as long as its multiplications with weights that are not zero, times the bytes of a number,
 take beside those of a dense product in float32: a layer has three of them, forward and for both gradients.

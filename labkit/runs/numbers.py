@@ -1,4 +1,4 @@
-"""What numbers the layers of a run compute with, as its ranks wrote it down (labkit.training.numbers); untrusted."""
+"""What numbers the layers of a run compute with, as its ranks wrote it down (training/probes/layers.py); untrusted."""
 
 from __future__ import annotations
 

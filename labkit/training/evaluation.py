@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from labkit.experiment import Experiment
 from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel
-from labkit.training.numbers import Watch
+from labkit.training.probes.layers import Watch
 from labkit.training.runtime import Runtime
 from labkit.workloads.base import Task
 

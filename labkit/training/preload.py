@@ -20,7 +20,7 @@ MODULES = (
     "accelerate.utils",
     "safetensors.torch",
     "labkit.training.worker",
-    "labkit.gradients.plain",
+    "labkit.gradients.compression.plain",
     "labkit.sparsity.dense",
     "labkit.quantization.full",
 )

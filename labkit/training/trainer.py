@@ -20,7 +20,7 @@ from labkit.experiment.registry import registry
 from labkit.experiment.resume import same_ranks, task_code
 from labkit.experiment.run_directory import RunDirectory
 from labkit.gradients.exchange import Counters, Exchanges
-from labkit.gradients.update import Setting
+from labkit.gradients.updates.update import Setting
 from labkit.gradients.wire import Wire
 from labkit.netem.counters import LinkCounter
 from labkit.parallel import shared_memory, state
@@ -35,20 +35,22 @@ from labkit.quantization.scaling import LossScaling
 from labkit.sparsity.csr import CsrLinear
 from labkit.sparsity.masks import Masks
 from labkit.sparsity.method import Setting as SparsitySetting
-from labkit.training import afterwards, checkpoint, evaluation, hooks, slow
+from labkit.training import checkpoint, evaluation, slow
+from labkit.training.after import post_training as afterwards
 from labkit.training.clock import clock
 from labkit.training.compiled import Compiled
 from labkit.training.events import EventWriter
 from labkit.training.loaders import end_with_rank
 from labkit.training.meter import Board, Meter, peak_bytes
-from labkit.training.numbers import Watch
 from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
-from labkit.training.rehearsal import rehearse
+from labkit.training.probes.layers import Watch
+from labkit.training.probes.trace import Trace
+from labkit.training.rehearsal import hooks
+from labkit.training.rehearsal.rehearse import rehearse
 from labkit.training.runtime import Runtime
 from labkit.training.samples import Loaded, Passes, as_it_is, received
 from labkit.training.sampling import Order, PassSampler
 from labkit.training.shares import Shares
-from labkit.training.trace import Trace
 from labkit.training.weights import Weight, Weights
 from labkit.workloads.base import Batch, Task
 from labkit.workloads.fetch import fetch

@@ -84,14 +84,14 @@ def _no_batch(data: Data, batch: Any, what: str) -> str:
 
 def _culprit(data: Data, indices: Sequence[int], what: str, error: Exception) -> str:
     """Which of these samples cannot be read, or which two do not fit together."""
-    inner = getattr(data, "dataset", None)
+    if len(indices) == 1:  # reading it again might work: what fails now and then is named all the same
+        return _unreadable(data, indices[0], what, error)
     batches: list[tuple[int, Any]] = []
     for index in indices:
         try:
             batches.append((index, data.__getitems__([index])))
         except Exception as own:
-            part = _odd_part(inner, index)
-            return f"sample {index} of {what} " + (part or f"cannot be read: {named(own)}")
+            return _unreadable(data, index, what, own)
     for index, batch in batches[1:]:
         first, other = batches[0][1], batch
         if isinstance(first, dict) and isinstance(other, dict):
@@ -104,6 +104,12 @@ def _culprit(data: Data, indices: Sequence[int], what: str, error: Exception) ->
                         f"{_one(one)} in one and {_one(two)} in the other"
                     )
     return f"samples {indices[0]} to {indices[-1]} of {what} cannot be read together: {named(error)}"
+
+
+def _unreadable(data: Data, index: int, what: str, error: Exception) -> str:
+    """Why the sample at `index` cannot be read, in one sentence."""
+    part = _odd_part(getattr(data, "dataset", None), index)
+    return f"sample {index} of {what} " + (part or f"cannot be read: {named(error)}")
 
 
 def _rest(value: Any) -> list[int]:

@@ -70,12 +70,12 @@ EXCEPTIONS = {
     "training/clock.py:PassClock.__init__": "the kernel tells it under /proc or /sys",
     "netem/counters.py:sent": "the kernel tells it under /proc or /sys",
     "training/meter.py:resident_bytes": "the kernel tells it under /proc or /sys",
-    "gradients/hogwild.py:Hogwild.load": "the private folder where ranks meet, made by the supervisor",
+    "gradients/updates/hogwild.py:Hogwild.load": "the private folder where ranks meet, made by the supervisor",
     "parallel/shared_memory.py:SharedMemory._connect": "the private folder where ranks meet, made by the supervisor",
     "parallel/shared_memory.py:SharedMemory._map": "the private folder where ranks meet, made by the supervisor",
-    "gradients/gossip.py:Gossip.open": "not a file: begins to hand out tickets",
-    "gradients/parameter_server.py:ParameterServer.open": "not a file: begins to hand out tickets",
-    "gradients/tickets.py:Tickets.open": "not a file: begins to hand out tickets",
+    "gradients/updates/gossip.py:Gossip.open": "not a file: begins to hand out tickets",
+    "gradients/updates/parameter_server.py:ParameterServer.open": "not a file: begins to hand out tickets",
+    "gradients/updates/tickets.py:Tickets.open": "not a file: begins to hand out tickets",
     "training/trainer.py:Trainer._draw_tickets": "not a file: begins to hand out tickets",
 }
 

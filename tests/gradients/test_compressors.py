@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit.experiment.registry import registry
+from labkit.gradients.compression.randomk import draw
+from labkit.gradients.compression.topk import largest
 from labkit.gradients.cost import all_gather_bytes, all_reduce_bytes, all_to_all_bytes
-from labkit.gradients.randomk import draw
-from labkit.gradients.topk import largest
 from tests.gradients import wired
 from tests.parallel.below import on_ranks
 

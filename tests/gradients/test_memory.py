@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from labkit.gradients.compressor import Bundle
-from labkit.gradients.memory import Memory
+from labkit.gradients.compression.compressor import Bundle
+from labkit.gradients.compression.error_feedback import Memory
 
 
 def bundles(parameters: list[Tensor], cut: int) -> list[Bundle]:

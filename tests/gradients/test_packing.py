@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labkit.gradients.packing import join, pack, pack_signs, packed_bytes, read_signs, take, unpack
+from labkit.gradients.compression.packing import join, pack, pack_signs, packed_bytes, read_signs, take, unpack
 
 
 @st.composite

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from labkit.experiment.registry import registry
-from labkit.gradients.compressor import Bundle, Compressor
+from labkit.gradients.compression.compressor import Bundle, Compressor
+from labkit.gradients.compression.hierarchical import Hierarchical
+from labkit.gradients.compression.plain import Uncompressed
+from labkit.gradients.compression.topk import TopK
 from labkit.gradients.exchange import Exchange
-from labkit.gradients.hierarchical import Hierarchical
-from labkit.gradients.plain import Uncompressed
-from labkit.gradients.topk import TopK
 from labkit.gradients.wire import Wire
 
 SHAPES: tuple[tuple[int, ...], ...] = ((6, 5), (7,), (4, 3, 2), (1,), (9, 8))

@@ -79,7 +79,7 @@ CASES = [
     Case("loss", "exit text", ("rank 1 raised SystemExit: I leave",)),
     # a rank, by exceptions
     Case("forward", "exception", ("rank 0 raised ValueError: bad data",), rank=0, ranks=4),
-    Case("data", "exception", ("rank 0 raised ValueError: bad data",), rank=0, ranks=1),
+    Case("data", "exception", ("of train cannot be read: ValueError: bad data of this rank",), rank=0, ranks=1),
     Case("backward", "exception", ("rank 1 raised ValueError: bad data",)),
     Case("eval", "exception", ("rank 0 raised ValueError: bad data",), rank=0, at=6, steps=50, changes=JUDGES),
     Case("forward", "surrogate", ("rank 1 raised ValueError: bad file",), always=True),
@@ -88,7 +88,7 @@ CASES = [
     Case("forward", "empty", ("rank 1 raised ValueError",)),
     Case("forward", "keyboard", ("rank 1 raised KeyboardInterrupt",)),
     Case("forward", "memory", ("rank 1 raised MemoryError",)),
-    Case("data", "stop iteration", ("rank 1 raised", "StopIteration")),
+    Case("data", "stop iteration", ("of train cannot be read: StopIteration",)),
     # a rank that hangs
     Case("build", "loop", ("rank 1 is silent", "setup"), within=90, always=True),
     Case("eval", "loop", ("rank 1 is silent", "evaluation"), at=6, steps=50, changes=JUDGES, always=True),

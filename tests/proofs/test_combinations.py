@@ -78,7 +78,10 @@ def one_with(found: list[Combination], *wanted: tuple[str, str]) -> Combination:
         ((TRAINING, "bf16"), "import accelerate; accelerate.Accelerator.autocast = _nothing"),
         ((TRAINING, "int8_weights"), "import labkit.quantization.arithmetic as m; m.GridArithmetic.round_weight = _no"),
         ((TRAINING, "int8"), "import labkit.quantization.linear as m; m.NarrowLinear.forward = _plainly"),
-        (("gradients.compression.method", "sign"), "import labkit.gradients.sign as m; m.Sign.exchange = m.Sign.whole"),
+        (
+            ("gradients.compression.method", "sign"),
+            "import labkit.gradients.compression.sign as m; m.Sign.exchange = m.Sign.whole",
+        ),
     ],
 )
 def test_what_is_switched_off_does_not_pass(

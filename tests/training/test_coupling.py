@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from labkit.training.exactness import inexact_parts
+from labkit.training.rehearsal.exactness import inexact_parts
 from tests.training.test_exactness import Attending, Counting, Encoding, Reassigned, Recurrent, a_task
 
 

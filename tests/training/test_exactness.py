@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from labkit.training.exactness import inexact_parts
-from labkit.training.loss_proof import prove_loss
+from labkit.training.rehearsal.exactness import inexact_parts
+from labkit.training.rehearsal.loss_proof import prove_loss
 from labkit.workloads.custom_task import as_task
 
 

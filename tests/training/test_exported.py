@@ -15,7 +15,8 @@ from labkit.sparsity import export, two_four
 from labkit.sparsity.csr import CsrLinear
 from labkit.sparsity.n_m import n_of_m
 from labkit.sparsity.two_four import SemiStructuredLinear
-from labkit.training import beside, exported
+from labkit.training.after import exported
+from labkit.training.after import variants as beside
 from labkit.workloads.base import Task
 
 NAMES = ["up", "down"]

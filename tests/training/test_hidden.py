@@ -13,7 +13,7 @@ import torch
 from labkit.cli import main
 from labkit.experiment import Experiment
 from labkit.experiment.fault import TaskFault
-from labkit.training.ids import Ids, first_beyond
+from labkit.training.rehearsal.ids import Ids, first_beyond
 from labkit.workloads.text import Windows
 from tests.training import hidden_tasks, test_rehearsal
 from tests.training.test_rehearsal import run, sentence
@@ -84,7 +84,7 @@ def test_a_hook_that_is_lost_in_any_other_way_is_named() -> None:
     """The net below the rules: whatever stands where the parameter was."""
     from torch import nn
 
-    from labkit.training import hooks
+    from labkit.training.rehearsal import hooks
 
     model = hidden_tasks.hook()["model"]
     before = hooks.hooked(model)
@@ -114,7 +114,7 @@ def test_a_single_sample_that_differs_between_ranks_is_noticed(function: str, wo
 def test_a_long_tensor_is_looked_at_whole() -> None:
     import torch
 
-    from labkit.training.fingerprint import digest
+    from labkit.training.rehearsal.fingerprint import digest
 
     long = torch.zeros(300_001, dtype=torch.uint8)
     one, other = long.clone(), long.clone()
@@ -131,7 +131,7 @@ def test_comparing_built_in_data_costs_little() -> None:
     import time
 
     from labkit.experiment.registry import registry
-    from labkit.training import fingerprint
+    from labkit.training.rehearsal import fingerprint
 
     for name in ("vision", "language", "driving"):
         workload = registry("workload")[name].load()

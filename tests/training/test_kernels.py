@@ -15,8 +15,8 @@ from labkit.quantization.arithmetic import Int8Arithmetic, TernaryArithmetic
 from labkit.quantization.linear import narrow
 from labkit.runs import kernels as reading
 from labkit.sparsity import csr
-from labkit.training import kernels
-from labkit.training.numbers import Watch
+from labkit.training.after import kernels
+from labkit.training.probes.layers import Watch
 from tests.quantization.networks import wanted
 from tests.quantization.test_runs import ran
 from tests.training.test_numbers import MESH

@@ -16,7 +16,7 @@ from labkit.parallel.mesh import Mesh
 from labkit.quantization.arithmetic import FakeArithmetic, GridArithmetic, Int8Arithmetic, TernaryArithmetic
 from labkit.quantization.linear import Arithmetic, NarrowLinear, narrow
 from labkit.sparsity import csr
-from labkit.training.numbers import BINS, MOST_LAYERS, Watch, _Product, histogram
+from labkit.training.probes.layers import BINS, MOST_LAYERS, Watch, _Product, histogram
 from tests.quantization.networks import wanted
 from tests.quantization.test_runs import ran
 

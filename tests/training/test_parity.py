@@ -78,7 +78,7 @@ MISTAKES = {
     ),
     "the last pass alone is exchanged and counted": (
         "import contextlib\n"
-        "import labkit.gradients.synchronous as broken\n"
+        "import labkit.gradients.updates.synchronous as broken\n"
         "broken.Synchronous.passes = lambda self, model, last, step: contextlib.nullcontext()\n"
         "import labkit.training.trainer as trainer\n"
         "from labkit.training.sampling import Order\n"

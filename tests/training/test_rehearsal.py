@@ -15,7 +15,7 @@ from labkit.experiment import Experiment
 from labkit.launch import launch, rehearse
 from labkit.proofs.cases import FAMILIES
 from labkit.runs import Run
-from labkit.training.fingerprint import Fingerprint, compared, digest
+from labkit.training.rehearsal.fingerprint import Fingerprint, compared, digest
 from labkit.workloads.restore import restored
 from tests.launch.helpers import changed_ranks, events
 from tests.training import odd_tasks
@@ -23,7 +23,7 @@ from tests.training import odd_tasks
 TASKS = Path(odd_tasks.__file__)
 WITHOUT = """
 import labkit.training.trainer as trainer
-from labkit.training.rehearsal import Rehearsed
+from labkit.training.rehearsal.rehearse import Rehearsed
 trainer.rehearse = lambda *given: Rehearsed()
 """
 

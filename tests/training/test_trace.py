@@ -18,7 +18,7 @@ from labkit.experiment.recipes import recipe
 from labkit.launch import launch
 from labkit.runs import Run
 from labkit.runs.data import RunData
-from labkit.training.activations import Activations
+from labkit.training.probes.activations import Activations
 
 DEPTH, WIDTH, CONTEXT, BATCH = 4, 32, 32, 16
 FLOAT = 4

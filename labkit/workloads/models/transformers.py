@@ -146,8 +146,8 @@ def _asks_for_dropout(wanted: Mapping[str, Any]) -> bool:
 def _switch_off_dropout(model: nn.Module) -> None:
     """Set every chance of leaving something out to zero: in modules and in the configurations that they read.
 
-    What is left is found by trying (labkit.training.exactness). Whatever its name contains "drop" is one: dropout,
-    attention_dropout, hidden_dropout, resid_pdrop, layerdrop, … (issue 11, A8).
+    What is left is found by trying (training/rehearsal/exactness.py). Whatever its name contains "drop" is one:
+    dropout, attention_dropout, hidden_dropout, resid_pdrop, layerdrop, … (issue 11, A8).
     """
     for module in model.modules():
         if isinstance(module, _DropoutNd):

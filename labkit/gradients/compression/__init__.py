@@ -1,0 +1,1 @@
+"""Compressors: what is sent of a gradient, one file per method."""

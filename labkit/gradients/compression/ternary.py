@@ -1,0 +1,66 @@
+"""Minus one, zero, one (TernGrad: Wen et al., NeurIPS 2017): two bits a number.
+
+With the greatest magnitude m = max |g| of a parameter, a rank sends m and, of each number, its sign with probability
+|g|/m, else zero. The expectation is g, so no memory is needed; but the noise is large where one number stands far above
+the others. So, as in the paper, gradients are first limited to c standard deviations of their parameter; that makes the
+result biased where it cuts, and c = 0 turns it off.
+
+Bytes that one of N ranks sends for n numbers: (N-1) · (n/4 + 4 · parameters).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field
+
+from labkit.gradients.compression.compressor import Bundle, Moment, Shape, UnderWay, numel
+from labkit.gradients.compression.late import LateCompressor, LateOptions
+from labkit.gradients.cost import all_gather_bytes
+
+
+class Ternary(LateCompressor):
+    """TernGrad."""
+
+    name = "ternary"
+
+    class Options(LateOptions):
+        """What is done about large numbers."""
+
+        clip_sigma: float = Field(default=2.5, ge=0, le=100)
+        """Gradients are limited to so many standard deviations of their parameter; 0 for no limit (unbiased)."""
+
+    def compress(self, bundle: Bundle) -> UnderWay:
+        """The mean of the ternary gradients."""
+        import torch
+
+        from labkit.gradients.compression.noise import greatest, uniform
+        from labkit.gradients.compression.packing import join, pack, packed_bytes, take, unpack
+
+        flat, sizes = bundle.flat, bundle.sizes
+        parts = flat.split(sizes)
+        if self.options.clip_sigma:
+            for part in parts:
+                limit = part.square().mean().sqrt_().mul_(self.options.clip_sigma)
+                part.clamp_(-limit, limit)
+        scales = torch.cat([greatest(part[None])[0] for part in parts]).float()
+        noise = uniform(flat, self.generator(bundle))
+        for part, scale in zip(noise.split(sizes), scales, strict=True):
+            part.mul_(scale)
+        digits = (flat > noise).byte() + 2 * (flat < -noise).byte()
+        pending = self.wire.all_gather(join(scales, pack(digits, 2)))
+        yield
+        out = flat.zero_()
+        for message in pending.wait():
+            scales, packed = take(message, [(len(sizes), torch.float32), (packed_bytes(len(flat), 2), torch.uint8)])
+            numbers = unpack(packed, len(flat), (0.0, 1.0, -1.0, 0.0), flat.dtype)
+            for part, scale in zip(numbers.split(sizes), scales / self.wire.size, strict=True):
+                part.mul_(scale)
+            out += numbers
+        return out
+
+    @classmethod
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+        """(N-1) · (n/4 + 4 · parameters)."""
+        return all_gather_bytes(-(-numel(shapes) // 4) + 4 * len(shapes), moment.ranks)

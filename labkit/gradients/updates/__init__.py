@@ -1,0 +1,1 @@
+"""Update rules: when ranks combine what they have learned, one file per rule."""

@@ -1,0 +1,1 @@
+"""What is measured once the training is over: the trained network in other forms."""

@@ -1,0 +1,1 @@
+"""What is measured in single steps of a run, on request."""
