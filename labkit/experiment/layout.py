@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from math import prod
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -24,7 +24,7 @@ _LONG = {short: axis for axis, short in SHORT.items()} | {"dp_shard": "dp_shard"
 V_SHAPED = ("zbv", "dualpipev")
 """Schedules that fold the pipeline: the rank with the first stage holds the last one too."""
 
-AxisSize = Field(default=1, ge=-1)
+AxisSize = Field(default=1, ge=-1, le=1_000_000)
 
 
 class Layout(BaseModel):
@@ -50,13 +50,13 @@ class Layout(BaseModel):
     """What dp_shard shards: 1 optimizer state, 2 also gradients, 3 also parameters."""
     schedule: str = "1f1b"
     """Order of forward and backward passes in the pipeline."""
-    microbatches: int = Field(default=1, ge=1)
+    microbatches: int = Field(default=1, ge=1, le=1_000_000)
     """Microbatches per step in the pipeline."""
-    stages_per_rank: int = Field(default=1, ge=1)
+    stages_per_rank: int = Field(default=1, ge=1, le=1_000_000)
     """Pipeline stages held by each rank (interleaved schedules need 2 or more)."""
     balance: Literal["blocks", "parameters", "cost"] = "blocks"
     """What stages have alike: the number of blocks, of parameters, or the measured time of a microbatch."""
-    stage_blocks: tuple[int, ...] | None = None
+    stage_blocks: tuple[Annotated[int, Field(le=1_000_000)], ...] | None = None
     """Number of blocks of every stage, by hand; empty to let `balance` decide."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Which activations are computed again in the backward pass: none, all but matrix products, all within a block."""

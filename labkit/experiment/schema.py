@@ -142,7 +142,7 @@ class Optimizer(Section):
     """Floor under AdamW's denominator; gradients far below it hardly move a weight."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """How the learning rate falls after the warm-up."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=10_000_000)
     """Steps over which the learning rate rises from zero."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Upper bound of the global gradient norm; empty for none."""
@@ -159,9 +159,9 @@ class Training(Section):
     """Passes over the training data (give this or steps)."""
     global_batch: int = Field(default=64, ge=1, le=10_000_000)
     """Samples per update over all ranks; it does not change with the layout, so that runs compare."""
-    evaluate_every: int | None = Field(default=None, ge=0)
+    evaluate_every: int | None = Field(default=None, ge=0, le=10_000_000)
     """Steps between two evaluations on held-out data; empty for about ten evaluations a run, 0 for none at all."""
-    checkpoint_every: int | None = Field(default=None, ge=0)
+    checkpoint_every: int | None = Field(default=None, ge=0, le=10_000_000)
     """Steps between two checkpoints; empty for one at the end only, 0 for none at all."""
     keep_checkpoints: int = Field(default=2, ge=1, le=1000)
     """How many of the latest checkpoints are kept."""
@@ -190,7 +190,7 @@ class Network(Section):
     """Rate of the link (Mbit/s)."""
     delay_ms: float = Field(default=0.0, ge=0, le=10_000)
     """Delay of the link (ms)."""
-    hosts: int = Field(default=1, ge=1)
+    hosts: int = Field(default=1, ge=1, le=1_000_000)
     """Emulated machines: 1 puts the slow link between all ranks; with more, it is slow between hosts, fast inside."""
 
     @property
@@ -231,7 +231,7 @@ class Launch(Section):
     @classmethod
     def _no_faster(cls, slowdown: dict[int, float]) -> dict[int, float]:
         for rank, factor in slowdown.items():
-            if rank < 0:
+            if not 0 <= rank < 1_000_000:
                 raise ValueError(f"there is no rank {rank}")
             if not 1 <= factor <= MOST_SLOWDOWN:
                 raise ValueError(f"rank {rank} can be made 1 to {MOST_SLOWDOWN} times slower, got {factor:g}")

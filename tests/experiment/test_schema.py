@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytest
+from annotated_types import Le, Lt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from labkit.experiment import Experiment, ExperimentError, Layout
 from labkit.experiment.choice import Choice
@@ -48,7 +51,7 @@ trainings = st.builds(
     dict,
     lengths,
     global_batch=st.integers(1, 10_000_000),
-    evaluate_every=st.none() | st.integers(0),
+    evaluate_every=st.none() | st.integers(0, 10_000_000),
     seed=st.integers(0, 2**31 - 1),
     gradient_norm=st.booleans(),
 )
@@ -276,3 +279,33 @@ def test_what_is_given_to_a_change_stays_as_it_is() -> None:
     changed = Experiment().set({"sparsity": given, "sparsity.target": 0.5})
     assert changed.sparsity.target == 0.5
     assert given == {"method": "static", "target": 0.8}
+
+
+def whole_numbers(model: type[BaseModel], place: str) -> Iterator[tuple[str, FieldInfo]]:
+    """Every field of a model, and of the sections in it, that takes a whole number."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from whole_numbers(kind, f"{place}{name}.")
+        elif kind in (int, int | None):
+            yield f"{place}{name}", field
+
+
+def test_every_whole_number_has_an_upper_bound() -> None:
+    """Without one, an experiment could be legal and yet its file unreadable: numbers of 31 digits are not read."""
+    numbers = dict(whole_numbers(Experiment, ""))
+    for knob, methods in registries():
+        for method in methods:
+            numbers |= dict(whole_numbers(methods.options(method.key), f"{knob} {method.key}: "))
+    assert len(numbers) > 60
+    bounded = {name for name, field in numbers.items() if any(isinstance(bound, Le | Lt) for bound in field.metadata)}
+    assert set(numbers) - bounded == {"schema_version"}  # it has one value
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("training.evaluate_every", 10**30), ("layout.stage_blocks", [10**30, 1]), ("launch.slowdown", {10**30: 2.0})],
+)
+def test_a_number_too_large_for_its_file_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(ExperimentError, match=field.replace(".", r"\.")):
+        Experiment().set({field: value})

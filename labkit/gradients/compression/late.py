@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class LateOptions(BaseOptions):
     """When compression begins, and what AdamW makes of it."""
 
-    start_step: int | None = Field(default=None, ge=0)
+    start_step: int | None = Field(default=None, ge=0, le=10_000_000)
     """Updates with whole gradients before it begins; empty for a twentieth of the training."""
     freeze: bool = True
     """With AdamW: its mean squares stay as they are when compression begins (not if that is at once)."""

@@ -53,7 +53,7 @@ class OneBitAdam(LateCompressor):
     class Options(BaseOptions):
         """When it begins."""
 
-        warmup_steps: int | None = Field(default=None, ge=1)
+        warmup_steps: int | None = Field(default=None, ge=1, le=10_000_000)
         """Updates of plain AdamW before the mean squares are frozen; empty for a twentieth of the training."""
 
         @property

@@ -53,7 +53,7 @@ class TopK(LateCompressor):
 
         ratio: float = Field(default=0.15, gt=0, le=1)
         """Which part of the entries of a bucket is sent."""
-        warmup_steps: int | None = Field(default=None, ge=0)
+        warmup_steps: int | None = Field(default=None, ge=0, le=10_000_000)
         """Updates, from the first, over which the ratio falls from 0.25 to its value; empty for a fifth of all."""
         values: Literal["fp32", "fp16"] = "fp32"
         """Number format in which values travel (fp32: that of the gradient); what is rounded off is kept for later."""
