@@ -17,10 +17,10 @@ from torch import Tensor
 
 from labkit.experiment import Experiment, Optimizer
 from labkit.experiment.registry import registry
-from labkit.gradients.compression.compressor import Bundle, Compressor, UnderWay
+from labkit.gradients.compression.compressor import Compressor, GradientBucket, InFlight
 from labkit.gradients.compression.hierarchical import Hierarchical
 from labkit.gradients.stopwatch import Clock, Stopwatch
-from labkit.gradients.wire import Wire
+from labkit.gradients.wire import Communicator
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Counters:
         )
 
 
-class Exchange:
+class CommHook:
     """Gradients averaged (or, if `summed`, added up) in place, over the wire of the compressor."""
 
     def __init__(
@@ -67,8 +67,8 @@ class Exchange:
         self.formula_bytes = 0
         self._overlap = overlap
         self._factor = compressor.ranks if summed else 1
-        self._bundles: list[Bundle] = []
-        self._rounds: list[UnderWay] = []
+        self._bundles: list[GradientBucket] = []
+        self._rounds: list[InFlight] = []
         self._futures: list[torch.futures.Future[Tensor]] = []
         self._watch = Stopwatch(clock)
         """At work and waiting, both."""
@@ -80,13 +80,13 @@ class Exchange:
     def send(self, flat: Tensor, parameters: Sequence[Any], shapes: Sequence[torch.Size]) -> None:
         """Hand over the gradients of these parameters, one after the other in `flat`; they must stay until `arrive`."""
         number = len(self._bundles)
-        bundle = Bundle(flat, tuple(parameters), tuple(map(tuple, shapes)), self.step, number)
+        bundle = GradientBucket(flat, tuple(parameters), tuple(map(tuple, shapes)), self.step, number)
         self._bundles.append(bundle)
         self.formula_bytes += self.compressor.expected(bundle)
         if self._overlap:
             self._begin(bundle)
 
-    def _begin(self, bundle: Bundle) -> None:
+    def _begin(self, bundle: GradientBucket) -> None:
         begun = self._watch.now()
         # What is linear may be scaled before or after; what is remembered should have the scale of the result.
         if self._factor != 1:
@@ -96,7 +96,7 @@ class Exchange:
         self._rounds.append(rounds)
         self._watch.add(begun)
 
-    def _in_units(self, bundle: Bundle) -> UnderWay:
+    def _in_units(self, bundle: GradientBucket) -> InFlight:
         """The exchange, in units of the compressor."""
         units = [self.compressor.unit(bundle, parameter) for parameter in bundle.parameters]
         pairs = [(view, unit) for view, unit in zip(bundle.views(bundle.flat), units, strict=True) if unit is not None]
@@ -158,7 +158,7 @@ class Exchange:
         return Counters(sent, waited, self._watch.seconds - waited, self.formula_bytes)
 
 
-def _go_on(rounds: UnderWay) -> bool:
+def _go_on(rounds: InFlight) -> bool:
     """One round further; True if it is over."""
     try:
         next(rounds)
@@ -167,7 +167,7 @@ def _go_on(rounds: UnderWay) -> bool:
     return False
 
 
-class Exchanges:
+class GradientReducer:
     """All exchanges of one rank: the compressor that its experiment wants, for every group that gradients go over."""
 
     def __init__(self, experiment: Experiment, steps: int, clock: Clock | None = None) -> None:
@@ -178,25 +178,25 @@ class Exchanges:
         self._optimizer, self._pipeline = experiment.optimizer, experiment.layout.pp > 1
         self._method: type[Compressor] = registry("gradients.compression")[self._gradients.compression.method].load()
         self._options = self._method.Options(**self._gradients.compression.options)
-        self._made: dict[int, Exchange] = {}
+        self._made: dict[int, CommHook] = {}
 
     @property
     def wanted(self) -> bool:
         """Must gradients take this way? What is not compressed, overlaps and knows no hosts has a shorter one."""
         return self._method.lossy or self._gradients.hierarchical
 
-    def over(self, group: dist.ProcessGroup, summed: bool = False) -> Exchange:
+    def over(self, group: dist.ProcessGroup, summed: bool = False) -> CommHook:
         """The exchange among the ranks of `group`; one for each group."""
         found = self._made.get(id(group))
         if found is None:
             compressor = self._compressor(group)
-            found = self._made[id(group)] = Exchange(compressor, self._gradients.overlap, summed, self.clock)
+            found = self._made[id(group)] = CommHook(compressor, self._gradients.overlap, summed, self.clock)
         return found
 
     def _compressor(self, group: dist.ProcessGroup) -> Compressor:
         if self._gradients.hierarchical:
             return Hierarchical(self._method, self._options, self._hosts, self._steps, self._seed, self.clock)
-        made = self._method(self._options, Wire(group, self.clock), self._steps, self._seed)
+        made = self._method(self._options, Communicator(group, self.clock), self._steps, self._seed)
         if self._pipeline:  # stages add up the gradients of weights that they share, and momenta do not add up
             made.momentum = False
         return made

@@ -1,7 +1,7 @@
 """A group of ranks to talk to, and the bytes that one of them sends: counted here, where they leave.
 
-Everything that methods of this room send goes through a `Wire`; what an operation costs stands in `cost.py`. A send
-costs what is sent, a receive nothing.
+Everything that methods of this room send goes through a `Communicator`; the cost of each operation is in `cost.py`. A
+send costs what is sent, a receive nothing.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from labkit.gradients.cost import all_gather_bytes, all_reduce_bytes, all_to_all
 from labkit.gradients.stopwatch import Clock, Stopwatch
 
 
-class Pending:
+class PendingWork:
     """An operation that has begun; `wait()` gives its result."""
 
-    def __init__(self, wire: Wire, work: Any, result: Tensor) -> None:
+    def __init__(self, wire: Communicator, work: Any, result: Tensor) -> None:
         self._wire, self._work, self._result = wire, work, result
 
     def wait(self) -> Tensor:
@@ -37,7 +37,7 @@ class Pending:
         return self._work is None or bool(self._work.is_completed())
 
 
-class Wire:
+class Communicator:
     """The ranks of a process group (all ranks, if None). Operations begin at once and in the order of the calls, which
     must be the same on all ranks; tensors are contiguous and stay untouched until the operation is done. `clock`: that
     of the device that computes; the host's, if None.
@@ -57,41 +57,41 @@ class Wire:
         """How long this rank has stood still for it, so far."""
         return self.watch.seconds
 
-    def all_reduce(self, x: Tensor) -> Pending:
+    def all_reduce(self, x: Tensor) -> PendingWork:
         """The sum over all ranks, in place."""
         self._count(all_reduce_bytes(_bytes(x), self.size))
         if self.size == 1:
-            return Pending(self, None, x)
-        return Pending(self, dist.all_reduce(x, group=self.group, async_op=True), x)
+            return PendingWork(self, None, x)
+        return PendingWork(self, dist.all_reduce(x, group=self.group, async_op=True), x)
 
-    def all_gather(self, x: Tensor) -> Pending:
+    def all_gather(self, x: Tensor) -> PendingWork:
         """The parts of all ranks, shape [size, *x.shape]; parts have one shape."""
         self._count(all_gather_bytes(_bytes(x), self.size))
         if self.size == 1:
-            return Pending(self, None, x.clone()[None])
+            return PendingWork(self, None, x.clone()[None])
         out = x.new_empty((self.size, *x.shape))
         work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=self.group, async_op=True)
-        return Pending(self, work, out)
+        return PendingWork(self, work, out)
 
-    def all_to_all(self, x: Tensor) -> Pending:
+    def all_to_all(self, x: Tensor) -> PendingWork:
         """x[r] goes to rank r; result[r] came from it. Shape [size, …] both."""
         self._count(all_to_all_bytes(_bytes(x), self.size))
         if self.size == 1:
-            return Pending(self, None, x.clone())
+            return PendingWork(self, None, x.clone())
         out = torch.empty_like(x)
-        return Pending(self, dist.all_to_all_single(out, x, group=self.group, async_op=True), out)
+        return PendingWork(self, dist.all_to_all_single(out, x, group=self.group, async_op=True), out)
 
-    def send(self, x: Tensor, to: int, tag: int = 0) -> Pending:
+    def send(self, x: Tensor, to: int, tag: int = 0) -> PendingWork:
         """To rank `to` of the group."""
         self._count(_bytes(x))
         work = dist.isend(x, group=self.group, group_dst=to, tag=tag)
-        return Pending(self, work, x)
+        return PendingWork(self, work, x)
 
-    def receive(self, x: Tensor, source: int, tag: int = 0) -> Pending:
+    def receive(self, x: Tensor, source: int, tag: int = 0) -> PendingWork:
         """Into `x`, from rank `source` of the group."""
         self.calls += 1
         work = dist.irecv(x, group=self.group, group_src=source, tag=tag)
-        return Pending(self, work, x)
+        return PendingWork(self, work, x)
 
     def exchange(self, x: Tensor, peers: Sequence[int]) -> list[Tensor]:
         """Send `x` to each of the peers (ranks of the group) and return what each has sent, in the order of `peers`.
@@ -120,12 +120,12 @@ class Wire:
         source = dist.recv(x, group=self.group, tag=tag)
         return dist.get_group_rank(self.group, source) if self.group is not None else source
 
-    def broadcast(self, x: Tensor, source: int = 0) -> Pending:
+    def broadcast(self, x: Tensor, source: int = 0) -> PendingWork:
         """What `source` holds in `x` reaches all; counted there, once for each of the others."""
         self._count((self.size - 1) * _bytes(x) if self.rank == source else 0)
         if self.size == 1:
-            return Pending(self, None, x)
-        return Pending(self, dist.broadcast(x, group=self.group, group_src=source, async_op=True), x)
+            return PendingWork(self, None, x)
+        return PendingWork(self, dist.broadcast(x, group=self.group, group_src=source, async_op=True), x)
 
     def _count(self, size: int) -> None:
         self.calls += 1

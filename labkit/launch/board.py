@@ -32,7 +32,7 @@ _STEP, _PHASE, _PROGRESS, _LIFE, _MEMORY, _ROW = 0, 1, 2, 3, 4, 5  # where and w
 
 
 @dataclass(frozen=True)
-class Place:
+class RankStatus:
     """Where a rank is; times are monotonic seconds."""
 
     step: int
@@ -110,11 +110,11 @@ class Board:
         """Ask all ranks to end after a step that they agree on."""
         self._whole[_REQUESTED] = 1
 
-    def place(self, rank: int) -> Place:
+    def place(self, rank: int) -> RankStatus:
         """Where `rank` is."""
         row = self._row(rank)
         whole, real = self._whole, self._real
-        return Place(
+        return RankStatus(
             whole[row + _STEP],
             PHASES[whole[row + _PHASE]],
             real[row + _PROGRESS],

@@ -1,18 +1,18 @@
 """Collectives with a gradient: the pairs of Megatron-LM (arXiv:1909.08053, arXiv:2205.05198).
 
-| forward                  | backward                 | name              |
-|--------------------------|--------------------------|-------------------|
-| nothing                  | sum                      | `enter`           |
-| sum                      | nothing                  | `leave`           |
-| gather a dimension       | sum, keep the own part   | `gather_sum`      |
-| sum, keep the own part   | gather                   | `sum_scatter`     |
-| gather a dimension       | keep the own part        | `gather`          |
-| keep the own part        | gather                   | `scatter`         |
-| give each rank its rows  | the rows come back       | `exchange`        |
+| forward                | backward               | name                                |
+|------------------------|------------------------|-------------------------------------|
+| identity               | all-reduce             | `copy_to_region`                    |
+| all-reduce             | identity               | `reduce_from_region`                |
+| all-gather             | reduce-scatter         | `gather_from_sequence_region`       |
+| reduce-scatter         | all-gather             | `reduce_scatter_to_sequence_region` |
+| all-gather             | keep the own chunk     | `all_gather`                        |
+| keep the own chunk     | all-gather             | `split`                             |
+| all-to-all             | all-to-all             | `all_to_all`                        |
 
-`enter` and `leave` stand around a tensor-parallel region; with sequence parallelism `gather_sum` and `sum_scatter` take
-their places: the same bytes, but the activations between the regions are cut too. `gather` and `scatter` stand where
-every rank goes on with the same computation.
+`copy_to_region` and `reduce_from_region` (Megatron's f and g) enclose a tensor-parallel region. With sequence
+parallelism the next two take their places: they send the same bytes, but the activations between two regions are
+sharded too. `all_gather` and `split` are for computations that every rank repeats.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from torch import Tensor
 Group = dist.ProcessGroup
 
 
-def summed(x: Tensor, group: Group) -> Tensor:
-    """The sum over all ranks; without a gradient."""
+def all_reduce_no_grad(x: Tensor, group: Group) -> Tensor:
+    """Return the sum of `x` over all ranks of `group`, without a gradient."""
     x = x.contiguous().clone()
     dist.all_reduce(x, group=group)
     return x
 
 
-def gathered(x: Tensor, group: Group, dim: int) -> Tensor:
-    """The parts of all ranks, one after the other along `dim`; without a gradient."""
+def all_gather_no_grad(x: Tensor, group: Group, dim: int) -> Tensor:
+    """Concatenate the `x` of all ranks along `dim`, in the order of their ranks, without a gradient."""
     moved = x.movedim(dim, 0).contiguous()
     out = moved.new_empty((group.size() * moved.shape[0], *moved.shape[1:]))
     dist.all_gather_into_tensor(out, moved, group=group)
@@ -42,7 +42,7 @@ def gathered(x: Tensor, group: Group, dim: int) -> Tensor:
     return out.movedim(0, dim).contiguous()
 
 
-def _sum_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
+def _reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     moved = x.movedim(dim, 0).contiguous()
     out = moved.new_empty((moved.shape[0] // group.size(), *moved.shape[1:]))
     dist.reduce_scatter_tensor(out, moved, group=group)
@@ -53,7 +53,7 @@ def _own(x: Tensor, group: Group, dim: int) -> Tensor:
     return x.chunk(group.size(), dim)[group.rank()].contiguous()
 
 
-class _Enter(torch.autograd.Function):
+class _CopyToRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
@@ -61,21 +61,21 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return summed(grad, ctx.group), None
+        return all_reduce_no_grad(grad, ctx.group), None
 
 
-class _Leave(torch.autograd.Function):
+class _ReduceFromRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return summed(x, group)
+        return all_reduce_no_grad(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad, None
 
 
-class _Pair(torch.autograd.Function):
-    """One operation forward, another one backward."""
+class _PairedCollectives(torch.autograd.Function):
+    """One collective forward, another one backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, dim: int, there: Any, back: Any) -> Tensor:
@@ -88,7 +88,7 @@ class _Pair(torch.autograd.Function):
         return ctx.back(grad, ctx.group, ctx.dim), None, None, None, None
 
 
-class _Exchange(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, send: list[int], receive: list[int]) -> Tensor:
         ctx.group, ctx.send, ctx.receive = group, send, receive
@@ -110,36 +110,36 @@ def _apply(function: Any, *inputs: Any) -> Tensor:
     return out
 
 
-def enter(x: Tensor, group: Group) -> Tensor:
-    """Into a region in which each rank computes a part."""
-    return _apply(_Enter, x, group)
+def copy_to_region(x: Tensor, group: Group) -> Tensor:
+    """Enter a tensor-parallel region: return `x`; its gradient is all-reduced in the backward pass."""
+    return _apply(_CopyToRegion, x, group)
 
 
-def leave(x: Tensor, group: Group) -> Tensor:
-    """Out of that region: the sum of the parts."""
-    return _apply(_Leave, x, group)
+def reduce_from_region(x: Tensor, group: Group) -> Tensor:
+    """Leave a tensor-parallel region: all-reduce the partial results `x`; their gradient passes unchanged."""
+    return _apply(_ReduceFromRegion, x, group)
 
 
-def gather_sum(x: Tensor, group: Group, dim: int) -> Tensor:
-    """As `enter`, from activations that are cut along `dim`."""
-    return _apply(_Pair, x, group, dim, gathered, _sum_scatter)
+def gather_from_sequence_region(x: Tensor, group: Group, dim: int) -> Tensor:
+    """Enter a tensor-parallel region from activations sharded along `dim`: all-gather; backward reduce-scatter."""
+    return _apply(_PairedCollectives, x, group, dim, all_gather_no_grad, _reduce_scatter)
 
 
-def sum_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
-    """As `leave`, to activations that are cut along `dim`."""
-    return _apply(_Pair, x, group, dim, _sum_scatter, gathered)
+def reduce_scatter_to_sequence_region(x: Tensor, group: Group, dim: int) -> Tensor:
+    """Leave a tensor-parallel region to activations sharded along `dim`: reduce-scatter; backward all-gather."""
+    return _apply(_PairedCollectives, x, group, dim, _reduce_scatter, all_gather_no_grad)
 
 
-def gather(x: Tensor, group: Group, dim: int) -> Tensor:
-    """Whole again, for a computation that all ranks repeat."""
-    return _apply(_Pair, x, group, dim, gathered, _own)
+def all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
+    """All-gather `x` along `dim` for a computation that every rank repeats; backward keeps the own chunk."""
+    return _apply(_PairedCollectives, x, group, dim, all_gather_no_grad, _own)
 
 
-def scatter(x: Tensor, group: Group, dim: int) -> Tensor:
-    """Keep the own part of what all ranks have computed."""
-    return _apply(_Pair, x, group, dim, _own, gathered)
+def split(x: Tensor, group: Group, dim: int) -> Tensor:
+    """Keep this rank's chunk along `dim` of a tensor that every rank has computed; backward all-gathers."""
+    return _apply(_PairedCollectives, x, group, dim, _own, all_gather_no_grad)
 
 
-def exchange(x: Tensor, group: Group, send: list[int], receive: list[int]) -> Tensor:
-    """`send[r]` of the rows of x go to rank r, one stretch after the other; `receive[r]` rows come from it."""
-    return _apply(_Exchange, x, group, send, receive)
+def all_to_all(x: Tensor, group: Group, send: list[int], receive: list[int]) -> Tensor:
+    """Send the first `send[0]` rows of `x` to rank 0, the next `send[1]` to rank 1, …; receive `receive[r]` from r."""
+    return _apply(_AllToAll, x, group, send, receive)

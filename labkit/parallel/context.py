@@ -196,11 +196,13 @@ def apply(module: nn.Module, mesh: Mesh) -> None:
             part.positions = lambda x: own(torch.arange(x.shape[1] * parts, device=x.device), 0)
             _in_transformers(part.layer.self_attn, Ring(group))
         elif isinstance(part, MixtureOfExperts):
-            part.over_parts = lambda counts: collectives.summed(counts, group)
+            part.over_parts = lambda counts: collectives.all_reduce_no_grad(counts, group)
         elif isinstance(part, PatchEmbedding):
             part.register_forward_hook(lambda m, i, out: own(out, SEQUENCE))
         elif isinstance(part, MeanHead):  # its mean over the patches asks for all of them, in any order
-            part.register_forward_pre_hook(lambda m, i: (collectives.gather_sum(i[0], group, SEQUENCE),))
+            part.register_forward_pre_hook(
+                lambda m, i: (collectives.gather_from_sequence_region(i[0], group, SEQUENCE),)
+            )
 
 
 def _in_transformers(attention: Any, ring: Ring) -> None:

@@ -29,7 +29,7 @@ class Pattern(Protocol):
 
 
 @dataclass(frozen=True)
-class Holding:
+class ShardSpec:
     """How one parameter lies on the mesh."""
 
     cuts: dict[str, int] = field(default_factory=dict)
@@ -43,9 +43,9 @@ class Holding:
     """Of a sparse matrix, whose values alone are the parameter."""
 
 
-def holding(parameter: Tensor) -> Holding:
+def holding(parameter: Tensor) -> ShardSpec:
     """What is noted on the parameter; by default it is whole on every rank."""
-    noted: Holding = getattr(parameter, "labkit_holding", None) or Holding()
+    noted: ShardSpec = getattr(parameter, "labkit_holding", None) or ShardSpec()
     return noted
 
 

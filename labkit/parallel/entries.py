@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from labkit.parallel.cut import Holding, Pattern
+from labkit.parallel.cut import Pattern, ShardSpec
 from labkit.parallel.shard import local
 from labkit.parallel.state import Spread, parameters_of, part_of, whole_of
 
@@ -113,5 +113,5 @@ class Entries:
             raise RuntimeError("ranks that hold the same weights have chosen different ones to be zero")
         return len(same)
 
-    def _holding(self, name: str) -> Holding:
-        return self._model.holdings.get(name, Holding())
+    def _holding(self, name: str) -> ShardSpec:
+        return self._model.holdings.get(name, ShardSpec())

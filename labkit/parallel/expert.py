@@ -17,7 +17,7 @@ from labkit.parallel.cut import cut
 from labkit.parallel.mesh import Mesh
 
 
-class Dispatch:
+class TokenDispatcher:
     """Runs the experts of all ranks of a group on the tokens of all ranks: takes the place of the experts."""
 
     def __init__(self, experts: nn.Module, group: dist.ProcessGroup) -> None:
@@ -30,14 +30,14 @@ class Dispatch:
         coming = torch.empty_like(wanted)  # row r: what rank r has for each of the experts here
         dist.all_to_all_single(coming, wanted, group=self.group)
         there, here = wanted.sum(1).tolist(), coming.sum(1).tolist()
-        arrived = collectives.exchange(tokens, self.group, there, here)
+        arrived = collectives.all_to_all(tokens, self.group, there, here)
         # What arrives is sorted by rank, then by expert; the experts want it the other way round.
         pieces = arrived.split(coming.flatten().tolist())
         count = coming.shape[1]
         by_expert = torch.cat([pieces[rank * count + number] for number in range(count) for rank in range(ranks)])
         results = self.experts(by_expert, coming.sum(0).tolist()).split(coming.t().flatten().tolist())
         by_rank = torch.cat([results[number * ranks + rank] for rank in range(ranks) for number in range(count)])
-        return collectives.exchange(by_rank, self.group, here, there)
+        return collectives.all_to_all(by_rank, self.group, here, there)
 
 
 def apply(module: nn.Module, mesh: Mesh) -> None:
@@ -50,7 +50,7 @@ def apply(module: nn.Module, mesh: Mesh) -> None:
         if isinstance(part, MixtureOfExperts):
             part.experts.up = cut(part.experts.up, mesh, "ep", 0)
             part.experts.down = cut(part.experts.down, mesh, "ep", 0)
-            part.run = Dispatch(part.experts, group)
+            part.run = TokenDispatcher(part.experts, group)
 
 
 def weigh_samples(module: nn.Module, weight: float) -> None:

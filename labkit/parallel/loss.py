@@ -42,5 +42,5 @@ def sharded_nats(scores: Tensor, target: Tensor, group: dist.ProcessGroup) -> Te
     mine = (local >= 0) & (local < columns)
     own = scores.gather(-1, local.where(mine, 0).unsqueeze(-1)).squeeze(-1) - highest
     sums = torch.stack([(scores - highest.unsqueeze(-1)).exp().sum(-1), own.where(mine, 0)])
-    denominator, target_score = collectives.leave(sums, group)
+    denominator, target_score = collectives.reduce_from_region(sums, group)
     return (denominator.log() - target_score).mean()

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from labkit.experiment import Experiment, Layout
-from labkit.gradients.exchange import Counters, Exchanges
+from labkit.gradients.exchange import Counters, GradientReducer
 from labkit.parallel import balance, context, expert, loss, recompute, stages, tensor
 from labkit.parallel.asynchronous import AsynchronousPipeline
 from labkit.parallel.cast import as_reals, at_least_float32, placed, widened
@@ -28,7 +28,7 @@ from labkit.parallel.cut import holding
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.pipeline import Pipeline
 from labkit.parallel.shard import FullySharded
-from labkit.parallel.sync import GradientSync, ShardedBucket
+from labkit.parallel.sync import GradientSync, Zero1Bucket
 from labkit.parallel.tie import Ties
 from labkit.parallel.timeline import Timeline
 from labkit.parallel.weigh import counts_samples, is_nothing, loss_of, weight_of
@@ -73,7 +73,7 @@ class ParallelModel:
         mesh: Mesh,
         device: torch.device,
         autocast: Autocast,
-        exchanges: Exchanges,
+        exchanges: GradientReducer,
     ) -> None:
         layout = experiment.layout
         self._autocast, self._device = autocast, device
@@ -156,7 +156,7 @@ class ParallelModel:
         return Pipeline(*made)
 
     @property
-    def sharded(self) -> Sequence[ShardedBucket]:
+    def sharded(self) -> Sequence[Zero1Bucket]:
         """Buckets of which each rank optimizes a part."""
         return self._gradients.sharded
 

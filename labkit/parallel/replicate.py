@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from labkit.experiment import Experiment
-    from labkit.gradients.exchange import Counters, Exchange, Exchanges
-    from labkit.parallel.cut import Holding
+    from labkit.gradients.exchange import CommHook, Counters, GradientReducer
+    from labkit.parallel.cut import ShardSpec
     from labkit.parallel.mesh import Mesh
     from labkit.parallel.shared_memory import SharedMemory
     from labkit.workloads.base import Batch, Task
@@ -114,7 +114,7 @@ class ReplicatedModel:
         task: Task,
         mesh: Mesh,
         accelerator: Accelerator,
-        exchanges: Exchanges,
+        exchanges: GradientReducer,
         through_ddp: bool = True,
     ) -> None:
         from labkit.parallel import recompute
@@ -123,7 +123,7 @@ class ReplicatedModel:
         self.task, self.bare, self.mesh = task, task.model, mesh
         self.stages = {0: task.model}
         self._autocast = accelerator.autocast
-        self.holdings: dict[str, Holding] = {}
+        self.holdings: dict[str, ShardSpec] = {}
         if experiment.layout.activation_checkpointing != "none":
             recompute.apply(task.model, experiment.layout.activation_checkpointing)
         self.working = task.model
@@ -138,7 +138,7 @@ class ReplicatedModel:
         self.then: Callable[[], None] = lambda: None
         """Called after every update, once the weights are whole."""
         self._exchanges = exchanges
-        self._exchange: Exchange | None = None
+        self._exchange: CommHook | None = None
         self._updates = 0
         """Updates whose gradients have been exchanged."""
         self._steers = exchanges.wanted or not experiment.gradients.overlap

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from labkit.parallel.cut import Holding
+from labkit.parallel.cut import ShardSpec
 from labkit.parallel.decay import by_shape
 from labkit.parallel.mesh import Mesh
-from labkit.parallel.sync import ShardedBucket, share, summed_axes
+from labkit.parallel.sync import Zero1Bucket, share, summed_axes
 from labkit.workloads.base import Blocks
 
 AXES = ("dp_replicate", "dp_shard")
@@ -35,10 +35,10 @@ FINALIZES = hasattr(FSDPModule, "finalize_backward")
 class FullySharded:
     """The modules of one rank under `fully_shard`: the same methods as `GradientSync`."""
 
-    sharded: tuple[ShardedBucket, ...] = ()
+    sharded: tuple[Zero1Bucket, ...] = ()
     """It has no buckets of ours."""
 
-    def __init__(self, modules: Iterable[nn.Module], holdings: dict[str, Holding], mesh: Mesh, offload: bool) -> None:
+    def __init__(self, modules: Iterable[nn.Module], holdings: dict[str, ShardSpec], mesh: Mesh, offload: bool) -> None:
         self._mesh, self._holdings = mesh, holdings
         self._modules = [_shard(module, mesh, offload) for module in modules]
         self._scheduled = False

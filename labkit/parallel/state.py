@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from labkit.parallel.collectives import gathered
-from labkit.parallel.cut import Holding
+from labkit.parallel.collectives import all_gather_no_grad
+from labkit.parallel.cut import ShardSpec
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.shard import local
-from labkit.parallel.sync import ShardedBucket
+from labkit.parallel.sync import Zero1Bucket
 
 State = dict[str, Tensor]
 
@@ -28,12 +28,12 @@ class Spread(Protocol):
     def stages(self) -> Mapping[int, nn.Module]: ...
 
     @property
-    def holdings(self) -> Mapping[str, Holding]:
+    def holdings(self) -> Mapping[str, ShardSpec]:
         """How parameters lie on the mesh; one that is not named is whole."""
         ...
 
     @property
-    def sharded(self) -> Sequence[ShardedBucket]:
+    def sharded(self) -> Sequence[Zero1Bucket]:
         """Buckets of which each rank optimizes a part (ZeRO stages 1 and 2)."""
         ...
 
@@ -150,8 +150,8 @@ def _remembered(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> di
     return optimizer.state.get(parameter, {}) if unpacked is None else unpacked(parameter)
 
 
-def _holding(model: Spread, name: str) -> Holding:
-    return model.holdings.get(name, Holding())
+def _holding(model: Spread, name: str) -> ShardSpec:
+    return model.holdings.get(name, ShardSpec())
 
 
 def _original(model: Spread, name: str) -> str:
@@ -159,7 +159,7 @@ def _original(model: Spread, name: str) -> str:
     return _holding(model, name).tied or name
 
 
-def whole_of(local: Tensor, holding: Holding, mesh: Mesh) -> Tensor:
+def whole_of(local: Tensor, holding: ShardSpec, mesh: Mesh) -> Tensor:
     """The uncut tensor from this rank's part (collective)."""
     tensor = (_unsharded(local) if isinstance(local, DTensor) else local).detach()
     if holding.pattern is not None:
@@ -167,7 +167,7 @@ def whole_of(local: Tensor, holding: Holding, mesh: Mesh) -> Tensor:
     for axis, dim in reversed(holding.cuts.items()):
         group = mesh.group(axis)
         assert group is not None
-        tensor = gathered(tensor, group, dim)
+        tensor = all_gather_no_grad(tensor, group, dim)
     return tensor
 
 
@@ -184,7 +184,7 @@ def _unsharded(tensor: DTensor) -> Tensor:
             group = tensor.device_mesh.get_group(axis)
             padded = part.new_zeros((-(-tensor.shape[0] // group.size()), *tensor.shape[1:]))
             padded[: len(part)] = part
-            part = gathered(padded, group, 0)[: tensor.shape[0]]
+            part = all_gather_no_grad(padded, group, 0)[: tensor.shape[0]]
     return part
 
 

@@ -37,23 +37,23 @@ from torch import Tensor, nn
 from labkit.experiment import Gradients
 from labkit.gradients.compression.compressor import replicas
 from labkit.gradients.cost import all_gather_bytes, all_reduce_bytes, all_to_all_bytes
-from labkit.gradients.exchange import Counters, Exchange, Exchanges
+from labkit.gradients.exchange import CommHook, Counters, GradientReducer
 from labkit.gradients.stopwatch import Stopwatch
 from labkit.parallel.cast import at_least_float32
-from labkit.parallel.cut import Holding
+from labkit.parallel.cut import ShardSpec
 from labkit.parallel.decay import by_shape, decays
 from labkit.parallel.mesh import REDUCED, Mesh
 from labkit.parallel.stages import SPLITTING
 
-Named = list[tuple[str, nn.Parameter, Holding]]
+Named = list[tuple[str, nn.Parameter, ShardSpec]]
 
 
-def summed_axes(holding: Holding) -> tuple[str, ...]:
+def summed_axes(holding: ShardSpec) -> tuple[str, ...]:
     """Axes over which the gradient of such a parameter is added up."""
     return tuple(axis for axis in REDUCED if axis not in holding.cuts) + tuple(sorted(holding.partial))
 
 
-def share(holding: Holding, mesh: Mesh) -> float:
+def share(holding: ShardSpec, mesh: Mesh) -> float:
     """What one rank's squared norm of such a parameter adds to the global one, where others hold the same values."""
     return 0.0 if holding.copy else mesh.size("pp", *holding.cuts) / mesh.layout.world_size
 
@@ -64,7 +64,7 @@ class Bucket:
     parts = 1
     """Into how many parts, on as many ranks, the sum is cut."""
 
-    def __init__(self, named: Named, mesh: Mesh, watch: Stopwatch, exchanges: Exchanges | None = None) -> None:
+    def __init__(self, named: Named, mesh: Mesh, watch: Stopwatch, exchanges: GradientReducer | None = None) -> None:
         self.names = [name for name, _, _ in named]
         self.parameters = [parameter for _, parameter, _ in named]
         self.holding = named[0][2]
@@ -81,7 +81,7 @@ class Bucket:
         """Adds up how long exchanges were waited for."""
         self._make()
         group = self._replicas
-        self._exchange: Exchange | None = exchanges.over(group, summed=True) if exchanges and group else None
+        self._exchange: CommHook | None = exchanges.over(group, summed=True) if exchanges and group else None
 
     def _make(self) -> None:
         self._group = self._mesh.group(*summed_axes(self.holding))
@@ -184,7 +184,7 @@ class Piece:
         return whole.reshape(-1)[self.start : self.start + self.own.numel()]
 
 
-class ShardedBucket(Bucket):
+class Zero1Bucket(Bucket):
     """ZeRO stage 1: rank r adds up the r-th part only and keeps the optimizer's state for it."""
 
     def _make(self) -> None:
@@ -305,7 +305,7 @@ class ShardedBucket(Bucket):
         return dict(zip(self.names, self._views(flat), strict=True))
 
 
-class FreeingBucket(ShardedBucket):
+class Zero2Bucket(Zero1Bucket):
     """ZeRO stage 2: gradients are collected when all are there, sent, and freed; between passes only sums stay."""
 
     def _lay_out_gradients(self, length: int) -> None:
@@ -344,7 +344,7 @@ class FreeingBucket(ShardedBucket):
         self.used = [False] * len(self.parameters)
 
 
-BUCKETS: tuple[type[Bucket], ...] = (Bucket, ShardedBucket, FreeingBucket)
+BUCKETS: tuple[type[Bucket], ...] = (Bucket, Zero1Bucket, Zero2Bucket)
 """By stage."""
 
 
@@ -360,7 +360,7 @@ class GradientSync:
         mesh: Mesh,
         stage: int,
         gradients: Gradients,
-        exchanges: Exchanges,
+        exchanges: GradientReducer,
         sees_use: bool = True,
     ) -> None:
         """`sees_use`: do gradients reach the parameters themselves? Else all count as used in every update."""
@@ -395,9 +395,9 @@ class GradientSync:
                 parameter.register_post_accumulate_grad_hook(self._ready(bucket, at))
 
     @property
-    def sharded(self) -> list[ShardedBucket]:
+    def sharded(self) -> list[Zero1Bucket]:
         """The buckets of ZeRO; none at stage 0."""
-        return [bucket for bucket in self.buckets if isinstance(bucket, ShardedBucket)]
+        return [bucket for bucket in self.buckets if isinstance(bucket, Zero1Bucket)]
 
     def _ready(self, bucket: Bucket, at: int) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:

@@ -25,7 +25,7 @@ SEQUENCE = 1
 """Dimension of the sequence in activations [N, T, width]."""
 
 
-class Rows(nn.Module):
+class RowParallelLinear(nn.Module):
     """A linear layer or convolution of which this rank holds some inputs; the results are summed over the ranks."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, mesh: Mesh, sequence: bool) -> None:
@@ -45,14 +45,14 @@ class Rows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         part = self.arithmetic(x, self.weight)
         if self._sequence:
-            whole = collectives.sum_scatter(part, self._group, SEQUENCE)
+            whole = collectives.reduce_scatter_to_sequence_region(part, self._group, SEQUENCE)
         else:
-            whole = collectives.leave(part, self._group)
+            whole = collectives.reduce_from_region(part, self._group)
         # Once, after the sum.
         return whole if self.bias is None else whole + self.bias
 
 
-class VocabularyPart(nn.Module):
+class VocabParallelEmbedding(nn.Module):
     """An embedding of which this rank holds some rows; the others contribute zeros."""
 
     def __init__(self, embedding: nn.Embedding, mesh: Mesh, sequence: bool) -> None:
@@ -68,8 +68,8 @@ class VocabularyPart(nn.Module):
         mine = (local >= 0) & (local < len(self.weight))
         part = nn.functional.embedding(local.where(mine, 0), self.weight) * mine.unsqueeze(-1)
         if self._sequence:
-            return collectives.sum_scatter(part, self._group, SEQUENCE)
-        return collectives.leave(part, self._group)
+            return collectives.reduce_scatter_to_sequence_region(part, self._group, SEQUENCE)
+        return collectives.reduce_from_region(part, self._group)
 
 
 def columns(layer: nn.Linear | nn.Conv2d, mesh: Mesh) -> None:
@@ -85,7 +85,11 @@ def entrance(module: nn.Module, mesh: Mesh, sequence: bool, name: str = "") -> N
     assert group is not None
 
     def enter(x: Tensor) -> Tensor:
-        return collectives.gather_sum(x, group, SEQUENCE) if sequence else collectives.enter(x, group)
+        return (
+            collectives.gather_from_sequence_region(x, group, SEQUENCE)
+            if sequence
+            else collectives.copy_to_region(x, group)
+        )
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
         if inputs:
@@ -112,18 +116,18 @@ def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
             assert part.heads % mesh.size("tp") == 0, "refused by a rule"
             for layer in (part.query, part.key, part.value):
                 columns(layer, mesh)
-            part.out = Rows(part.out, mesh, sequence)  # type: ignore[assignment]
+            part.out = RowParallelLinear(part.out, mesh, sequence)  # type: ignore[assignment]
             entrance(part, mesh, sequence)
         elif isinstance(part, MLP):
             columns(part.up, mesh)
-            part.down = Rows(part.down, mesh, sequence)  # type: ignore[assignment]
+            part.down = RowParallelLinear(part.down, mesh, sequence)  # type: ignore[assignment]
             entrance(part, mesh, sequence)
         elif isinstance(part, Layer) and sequence:
             for norm in (part.attention_norm, part.mlp_norm):
                 for parameter in norm.parameters():
                     add_partial(parameter, "tp")
         elif isinstance(part, TokenEmbedding):
-            part.token = VocabularyPart(part.token, mesh, sequence)  # type: ignore[assignment]
+            part.token = VocabParallelEmbedding(part.token, mesh, sequence)  # type: ignore[assignment]
             if sequence:
                 add_partial(part.position.weight, "tp")
                 part.cut_positions = lambda x, dim: x.chunk(mesh.size("tp"), dim)[mesh.index("tp")]
@@ -134,20 +138,20 @@ def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
                 for parameter in part.norm.parameters():
                     add_partial(parameter, "tp")
         elif isinstance(part, PatchEmbedding) and sequence:
-            part.register_forward_hook(lambda m, i, out: collectives.scatter(out, group, SEQUENCE))
+            part.register_forward_hook(lambda m, i, out: collectives.split(out, group, SEQUENCE))
         elif isinstance(part, MeanHead) and sequence:
             # Before a hook of context parallelism, whose cut came first.
-            part.register_forward_pre_hook(lambda m, i: (collectives.gather(i[0], group, SEQUENCE),), prepend=True)
+            part.register_forward_pre_hook(lambda m, i: (collectives.all_gather(i[0], group, SEQUENCE),), prepend=True)
         elif isinstance(part, Experts):
             part.up, part.down = cut(part.up, mesh, "tp", 1), cut(part.down, mesh, "tp", 2)
             entrance(part, mesh, False)
-            part.register_forward_hook(lambda m, i, out: collectives.leave(out, group))
+            part.register_forward_hook(lambda m, i, out: collectives.reduce_from_region(out, group))
         elif isinstance(part, MixtureOfExperts) and sequence:
             # Every rank routes all tokens: the router would see other shares of an expert's queue otherwise.
-            part.register_forward_pre_hook(lambda m, i: (collectives.gather(i[0], group, SEQUENCE),))
-            part.register_forward_hook(lambda m, i, out: collectives.scatter(out, group, SEQUENCE))
+            part.register_forward_pre_hook(lambda m, i: (collectives.all_gather(i[0], group, SEQUENCE),))
+            part.register_forward_hook(lambda m, i, out: collectives.split(out, group, SEQUENCE))
         elif isinstance(part, DecoderEmbedding):
-            part.token = VocabularyPart(part.token, mesh, False)  # type: ignore[assignment]
+            part.token = VocabParallelEmbedding(part.token, mesh, False)  # type: ignore[assignment]
         elif isinstance(part, DecoderLayer):
             _by_plan(part.layer, part.plan, mesh)
         elif isinstance(part, DecoderHead):
@@ -157,7 +161,7 @@ def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
             _residual_block(part, mesh)
         elif isinstance(part, Surroundings):
             columns(part.each[0], mesh)  # type: ignore[arg-type]
-            part.each[2] = Rows(part.each[2], mesh, False)  # type: ignore[arg-type]
+            part.each[2] = RowParallelLinear(part.each[2], mesh, False)  # type: ignore[arg-type]
             entrance(part.each, mesh, False)
 
 
@@ -170,7 +174,7 @@ def _residual_block(block: nn.Module, mesh: Mesh) -> None:
     columns(first, mesh)
     norm.weight, norm.bias = cut(norm.weight, mesh, "tp", 0), cut(norm.bias, mesh, "tp", 0)
     norm.num_groups, norm.num_channels = norm.num_groups // size, norm.num_channels // size
-    convs[3] = Rows(second, mesh, False)
+    convs[3] = RowParallelLinear(second, mesh, False)
     entrance(convs, mesh, False)
 
 
@@ -186,7 +190,7 @@ def _by_plan(layer: nn.Module, plan: dict[str, str], mesh: Mesh) -> None:
             parents.add(parent)
         elif style == "rowwise":
             assert isinstance(part, nn.Linear)
-            setattr(layer.get_submodule(parent), last, Rows(part, mesh, False))
+            setattr(layer.get_submodule(parent), last, RowParallelLinear(part, mesh, False))
         elif style == "replicated_with_grad_allreduce":  # e.g. a norm of single heads, of which each rank has some
             for parameter in part.parameters():
                 add_partial(parameter, "tp")

@@ -12,7 +12,7 @@ import numpy as np
 from labkit.experiment import Experiment
 from labkit.plots import theme, traced, wording
 from labkit.plots.picture import Picture, Row
-from labkit.plots.shown import Shown, shown
+from labkit.plots.shown import LabeledRun, shown
 from labkit.runs.break_even import BreakEven, Cost, cost
 from labkit.runs.break_even import break_even as break_even_of
 from labkit.runs.compare import differences
@@ -30,7 +30,7 @@ class _Method:
     """All runs of one method, and what an update of it costs."""
 
     name: str
-    runs: list[Shown]
+    runs: list[LabeledRun]
     cost: Cost
 
     def points(self) -> list[tuple[float | None, float]]:
@@ -86,18 +86,18 @@ def _heights(traces: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return theme.decades(0.7 * values.min(), 1.3 * values.max())
 
 
-def applies(runs: Sequence[Shown]) -> bool:
+def applies(runs: Sequence[LabeledRun]) -> bool:
     """Is there a method to compare with plain averaging?"""
     return len(_methods(runs)) > 1
 
 
-def _methods(runs: Sequence[Shown]) -> list[_Method]:
+def _methods(runs: Sequence[LabeledRun]) -> list[_Method]:
     """Plain averaging first; then the others that differ from it in how gradients are combined and in nothing else."""
     known = [(one, one.experiment) for one in runs if one.experiment is not None and one.world_size > 1]
     base = next((experiment for _, experiment in known if is_plain(experiment)), None)
     if base is None:
         return []
-    groups: dict[str, list[tuple[Shown, Experiment]]] = {_key(base): []}
+    groups: dict[str, list[tuple[LabeledRun, Experiment]]] = {_key(base): []}
     for one, experiment in known:
         if is_plain(experiment) and _key(experiment) != _key(base):
             continue  # other buckets, no overlap: no method of its own

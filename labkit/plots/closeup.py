@@ -14,7 +14,7 @@ from labkit.plots.pareto import pareto
 from labkit.plots.picture import Picture
 from labkit.plots.quantized import quantized
 from labkit.plots.schedules import schedules
-from labkit.plots.shown import Shown, shown
+from labkit.plots.shown import LabeledRun, shown
 from labkit.plots.sparsity import sparse_layers, sparsity
 from labkit.plots.split import split
 from labkit.plots.staleness import staleness
@@ -92,7 +92,7 @@ def combining(runs: Iterable[Any] | Any) -> list[Picture]:
     return found + ([staleness(many)] if any(one.data.staleness.sum() for one in many) else [])
 
 
-def combines(one: Shown) -> bool:
+def combines(one: LabeledRun) -> bool:
     """Has this run a method, or a link, about which `combining` has something to show?"""
     experiment = one.experiment
     if experiment is None or one.world_size < 2:

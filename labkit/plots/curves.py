@@ -11,7 +11,7 @@ from labkit.plots import theme
 from labkit.plots.against import HOVER, TITLES, along, at_steps
 from labkit.plots.downsample import Floats, extremes, means
 from labkit.plots.picture import Picture, Row
-from labkit.plots.shown import Shown, shown
+from labkit.plots.shown import LabeledRun, shown
 from labkit.runs.data import RunData
 from labkit.runs.methods import period
 from labkit.runs.smooth import smooth
@@ -92,7 +92,7 @@ def throughput(data: RunData, every: int = 1) -> float | None:
 # -- findings -------------------------------------------------------------------------------------------------------
 
 
-def loss_finding(runs: Sequence[Shown]) -> str:
+def loss_finding(runs: Sequence[LabeledRun]) -> str:
     """`Loss fell from 2.31 to 0.084 in 200 steps`, of the latest run that has steps."""
     for one in reversed(runs):
         loss = one.data.loss
@@ -109,7 +109,7 @@ def loss_finding(runs: Sequence[Shown]) -> str:
     return "Loss: no step yet"
 
 
-def metric_finding(runs: Sequence[Shown]) -> str:
+def metric_finding(runs: Sequence[LabeledRun]) -> str:
     """`Held-out accuracy 97.8 % after 200 steps`, of the latest run that has been evaluated."""
     for one in reversed(runs):
         x, y = metric_line(one.data)
@@ -122,7 +122,7 @@ def metric_finding(runs: Sequence[Shown]) -> str:
     return "Held-out metric: no evaluation yet"
 
 
-def throughput_finding(runs: Sequence[Shown]) -> str:
+def throughput_finding(runs: Sequence[LabeledRun]) -> str:
     """`5,400 samples/s with 2 ranks (median after 20 warm-up steps)`, of the latest run that has one."""
     latest_first = list(runs)[::-1]
     for one in sorted(latest_first, key=lambda one: one.is_ceiling):  # the ceiling speaks only when alone
@@ -134,7 +134,7 @@ def throughput_finding(runs: Sequence[Shown]) -> str:
     return "Throughput: no step after the warm-up yet"
 
 
-def metric_title(runs: Sequence[Shown]) -> str:
+def metric_title(runs: Sequence[LabeledRun]) -> str:
     """Title of the metric's axis, with its unit."""
     for one in reversed(runs):
         if one.data.metric:
@@ -176,7 +176,7 @@ def faint(index: int, name: str, points: Line, **more: Any) -> dict[str, Any]:
     }
 
 
-def loss_traces(index: int, one: Shown, against: str = "steps", **more: Any) -> list[dict[str, Any]]:
+def loss_traces(index: int, one: LabeledRun, against: str = "steps", **more: Any) -> list[dict[str, Any]]:
     """Always two traces, the single steps and what the legend names, so that a live figure keeps its places."""
     raw, mean = loss_lines(one.data, against)
     few = not len(mean[0])

@@ -9,7 +9,7 @@ import numpy as np
 
 from labkit.plots import theme, traced
 from labkit.plots.picture import Picture
-from labkit.plots.shown import Shown
+from labkit.plots.shown import LabeledRun
 
 MAX_WRITTEN = 16
 """More experts than this leave no room for numbers in the boxes."""
@@ -33,7 +33,7 @@ def _number(item: tuple[str, Any]) -> list[str | int]:
 
 def experts(run: Any) -> Picture:
     """Share of all choices that fell on each expert in the traced update, over all ranks."""
-    one = Shown.of(run)
+    one = LabeledRun.of(run)
     loads = {name: load for name, load in sorted(one.data.experts.items(), key=_number) if load.sum()}
     if not loads:
         return traced.nothing("No experts to show: it takes workload.experts and 1 traced update")

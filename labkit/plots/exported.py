@@ -9,7 +9,7 @@ from typing import Any
 from labkit.experiment.after_training import FORMS
 from labkit.plots import theme, traced, wording
 from labkit.plots.picture import Picture, Row
-from labkit.plots.shown import Shown, shown
+from labkit.plots.shown import LabeledRun, shown
 from labkit.runs.checked import NOT_FINITE
 
 DENSE = next(iter(FORMS))
@@ -59,21 +59,21 @@ def exported(runs: Iterable[Any] | Any) -> Picture:
     return Picture(traces, layout, summary=f"{sentence}.", rows=rows)
 
 
-def _forms(one: Shown) -> list[str]:
+def _forms(one: LabeledRun) -> list[str]:
     """Those of a run that were looked at, the dense one first."""
     found = one.data.exported
     measured = {form for seconds in found["latency_seconds"].values() for form in seconds}
     return [form for form in FORMS if form in measured]
 
 
-def _speeds(one: Shown, form: str, sizes: list[int]) -> list[float | None]:
+def _speeds(one: LabeledRun, form: str, sizes: list[int]) -> list[float | None]:
     """Of a form over the dense one, by batch size; None where it was not measured."""
     latency = one.data.exported["latency_seconds"]
     every = [(latency.get(size, {}).get(form), latency.get(size, {}).get(DENSE)) for size in sizes]
     return [dense / seconds if seconds and dense else None for seconds, dense in every]
 
 
-def _bytes(one: Shown, form: str) -> tuple[float, str] | None:
+def _bytes(one: LabeledRun, form: str) -> tuple[float, str] | None:
     """Those of a form in percent of the dense network, and in words."""
     sizes = one.data.exported["bytes"]
     return (100 * sizes[form] / sizes[DENSE], traced.size(sizes[form])) if form in sizes and sizes.get(DENSE) else None
@@ -100,7 +100,7 @@ def _line() -> dict[str, Any]:
     return {"type": "line", "xref": "x domain", "x0": 0, "x1": 1, "y0": 1, "y1": 1, "line": line}
 
 
-def _finding(names: list[str], many: list[Shown]) -> str:
+def _finding(names: list[str], many: list[LabeledRun]) -> str:
     """The best at the largest batch of all runs; what it saves and what it costs."""
     size = max(size for one in many for size in one.data.exported["latency_seconds"])
     every = [
@@ -122,7 +122,7 @@ def _finding(names: list[str], many: list[Shown]) -> str:
     return said if gap is None else f"{said}, the {gap[0]} {gap[1]}"
 
 
-def _gap(one: Shown, form: str) -> tuple[str, str] | None:
+def _gap(one: LabeledRun, form: str) -> tuple[str, str] | None:
     """The metric by which people judge the workload, and how it differs from that of the dense network."""
     metrics = one.data.exported["metrics"]
     key = one.data.metric.get("key")
@@ -137,7 +137,7 @@ def _gap(one: Shown, form: str) -> tuple[str, str] | None:
     return (word, "the same") if abs(change) < 1e-4 else (word, f"{change:+.4f}")
 
 
-def _row(name: str, one: Shown, form: str, sizes: list[int]) -> Row:
+def _row(name: str, one: LabeledRun, form: str, sizes: list[int]) -> Row:
     found = one.data.exported
     latency, speeds = found["latency_seconds"], _speeds(one, form, sizes)
     row: Row = {"Run": name, "Form": FORMS[form], "Layers changed": int(found["layers"].get(form, 0))}

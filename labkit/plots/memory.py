@@ -8,7 +8,7 @@ from typing import Any
 from labkit.experiment.memory import KINDS, STATES
 from labkit.plots import theme, traced
 from labkit.plots.picture import Picture
-from labkit.plots.shown import Shown, shown
+from labkit.plots.shown import LabeledRun, shown
 
 TITLES = {
     "parameters": "Parameters",
@@ -19,7 +19,7 @@ TITLES = {
 }
 
 
-def fullest(one: Shown) -> int | None:
+def fullest(one: LabeledRun) -> int | None:
     """The rank that holds most; None where nothing was traced."""
     memory = one.data.memory
     return max(memory, key=lambda rank: sum(memory[rank].values())) if memory else None

@@ -13,7 +13,7 @@ import numpy as np
 from labkit.plots import theme, traced, wording
 from labkit.plots.downsample import Floats
 from labkit.plots.picture import Picture, Row
-from labkit.plots.shown import Shown, shown
+from labkit.plots.shown import LabeledRun, shown
 from labkit.runs import numbers
 from labkit.runs.numbers import Layer, Side
 
@@ -72,7 +72,7 @@ def _pooled(sides: Sequence[Side]) -> _Panel:
     return _Panel(sides[0].kind, sides[0].share, spread / max(total, 1.0), zeros / max(total, 1.0))
 
 
-def _chosen(one: Shown, layer: str | None) -> tuple[list[Layer], str]:
+def _chosen(one: LabeledRun, layer: str | None) -> tuple[list[Layer], str]:
     """The layers of a row of panels, and which those are in words: one, or those that multiply what most do."""
     if layer is not None:
         found = [known for known in one.data.numbers if layer in (known.name, short(known.name))]
@@ -236,7 +236,7 @@ def _rows(name: str, which: str, pair: tuple[_Panel, _Panel]) -> list[Row]:
 
 def layers(run: Any) -> Picture:
     """Zeros among inputs and weights of the layers of one run, beside what is stored, multiplied and answered."""
-    one = Shown.of(run)
+    one = LabeledRun.of(run)
     found = one.data.numbers
     if not found:
         return traced.nothing("No layers to show: it takes a run that was evaluated at its end")
@@ -272,7 +272,7 @@ def layers(run: Any) -> Picture:
     return Picture(traces, layout, summary=f"{sentence}{some}.", rows=[_layer_row(layer) for layer in found])
 
 
-def _layers_finding(one: Shown, every: int) -> str:
+def _layers_finding(one: LabeledRun, every: int) -> str:
     counts = one.data.multiplied or {words: len(some) for words, some in numbers.together(one.data.numbers).items()}
     words = max(counts, key=lambda name: counts[name])
     most = max(one.data.numbers, key=lambda layer: layer.input.zeros)

@@ -14,7 +14,7 @@ import numpy as np
 from labkit.plots import curves, speedup, theme
 from labkit.plots.against import TITLES, checked
 from labkit.plots.picture import Picture
-from labkit.plots.shown import Shown, shown
+from labkit.plots.shown import LabeledRun, shown
 from labkit.plots.table import runs_rows
 from labkit.runs.methods import period
 
@@ -31,7 +31,7 @@ _CHARACTERS = 50
 Rows = Sequence[Mapping[str, Any]]
 
 
-def findings(runs: Sequence[Shown], rows: Rows) -> list[str]:
+def findings(runs: Sequence[LabeledRun], rows: Rows) -> list[str]:
     """One sentence (without its full stop) for each of the four panels."""
     return [
         curves.loss_finding(runs),
@@ -41,7 +41,7 @@ def findings(runs: Sequence[Shown], rows: Rows) -> list[str]:
     ]
 
 
-def traces(runs: Sequence[Shown], rows: Rows, against: str = "steps") -> list[dict[str, Any]]:
+def traces(runs: Sequence[LabeledRun], rows: Rows, against: str = "steps") -> list[dict[str, Any]]:
     """4 × SLOTS lines, then the three traces of the speed-up; a free slot holds empty lines."""
     found: list[dict[str, Any]] = []
     for slot in range(SLOTS):
@@ -93,7 +93,7 @@ def titles(sentences: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
-def layout(runs: Sequence[Shown], rows: Rows, height: int = HEIGHT, against: str = "steps") -> dict[str, Any]:
+def layout(runs: Sequence[LabeledRun], rows: Rows, height: int = HEIGHT, against: str = "steps") -> dict[str, Any]:
     """Axes, titles and legends of the four panels."""
     base = {key: value for key, value in theme.LAYOUT.items() if key != "title"}
     step = TITLES[against]
@@ -136,7 +136,7 @@ def overview(runs: Iterable[Any] | Any, comparison: Any = (), height: int = HEIG
     )
 
 
-def twin(runs: Sequence[Shown], rows: Rows) -> list[dict[str, Any]]:
+def twin(runs: Sequence[LabeledRun], rows: Rows) -> list[dict[str, Any]]:
     """The runs table, or without a comparison a table of the ends of the curves."""
     if rows:
         return runs_rows(rows)

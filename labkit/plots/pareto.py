@@ -10,7 +10,7 @@ import numpy as np
 
 from labkit.plots import theme, traced
 from labkit.plots.picture import Picture, Row
-from labkit.plots.shown import Shown, shown
+from labkit.plots.shown import LabeledRun, shown
 from labkit.runs.checked import NOT_FINITE
 
 COSTS: dict[str, tuple[str, str]] = {
@@ -20,7 +20,7 @@ COSTS: dict[str, tuple[str, str]] = {
 }
 
 
-def cost_of(one: Shown, cost: str) -> float | None:
+def cost_of(one: LabeledRun, cost: str) -> float | None:
     """What a run cost: `time`, `energy` (ranks times seconds) or `memory`; None where that is not known."""
     if cost == "memory":
         peaks = list(one.data.peak_memory.values())
@@ -29,7 +29,7 @@ def cost_of(one: Shown, cost: str) -> float | None:
     return seconds if seconds is None or cost == "time" else seconds * one.world_size
 
 
-def gain_of(one: Shown) -> float | None:
+def gain_of(one: LabeledRun) -> float | None:
     """The metric of the last evaluation; NaN where it is not finite."""
     key = one.data.metric.get("key")
     return one.data.evaluations[-1][2].get(key) if key and one.data.evaluations else None

@@ -7,7 +7,7 @@ from typing import Any
 
 from labkit.plots import theme, traced, wording
 from labkit.plots.picture import Picture, Row
-from labkit.plots.shown import Shown, shown
+from labkit.plots.shown import LabeledRun, shown
 from labkit.runs.checked import formatted
 
 MOST_RUNS = 4
@@ -60,7 +60,7 @@ def quantized(runs: Iterable[Any] | Any) -> Picture:
     return Picture(traces, layout, summary=f"{sentence}.", rows=rows)
 
 
-def _names(many: list[Shown]) -> list[str]:
+def _names(many: list[LabeledRun]) -> list[str]:
     """The conversion, and where that is the same for all, what else tells the runs apart."""
     methods = [WORDS.get(str(one.data.quantized.get("method")), "quantized") for one in many]
     if len(set(methods)) == len(many):
@@ -68,18 +68,18 @@ def _names(many: list[Shown]) -> list[str]:
     return [f"{name}, {method}" for name, method in zip(traced.names(many), methods, strict=True)]
 
 
-def _speed(one: Shown, size: int) -> float | None:
+def _speed(one: LabeledRun, size: int) -> float | None:
     seconds = one.data.quantized["latency_seconds"].get(size, {})
     return seconds["float"] / seconds["quantized"] if len(seconds) == 2 and seconds["quantized"] else None
 
 
-def _smaller(one: Shown) -> float | None:
+def _smaller(one: LabeledRun) -> float | None:
     """How many times fewer bytes the converted layers take."""
     held = one.data.quantized.get("layer_bytes") or {}
     return held["float"] / held["quantized"] if len(held) == 2 and held["quantized"] else None
 
 
-def _gap(one: Shown) -> tuple[str, float] | None:
+def _gap(one: LabeledRun) -> tuple[str, float] | None:
     """The metric by which people judge the workload (the loss where there is none), and its change."""
     metrics = one.data.quantized["metrics"]
     before, after = (metrics.get(kind, {}) for kind in ("float", "quantized"))
@@ -89,13 +89,13 @@ def _gap(one: Shown) -> tuple[str, float] | None:
     return None
 
 
-def _worst(one: Shown) -> tuple[str, float] | None:
+def _worst(one: LabeledRun) -> tuple[str, float] | None:
     """The layer that costs most when it alone is converted."""
     known = [(layer, change) for layer, change in one.data.quantized["sensitivity"] if change is not None]
     return max(known, key=lambda pair: pair[1], default=None)
 
 
-def _finding(name: str, one: Shown, sizes: list[int]) -> str:
+def _finding(name: str, one: LabeledRun, sizes: list[int]) -> str:
     said = []
     speed, smaller, gap, worst = _speed(one, sizes[-1]), _smaller(one), _gap(one), _worst(one)
     if speed is not None:
@@ -108,7 +108,7 @@ def _finding(name: str, one: Shown, sizes: list[int]) -> str:
     return f"{sentence}; {_short(worst[0])} suffers most" if worst is not None and worst[1] > 0 else sentence
 
 
-def _findings(names: list[str], many: list[Shown], sizes: list[int]) -> str:
+def _findings(names: list[str], many: list[LabeledRun], sizes: list[int]) -> str:
     speeds = [(speed, name) for name, one in zip(names, many, strict=True) if (speed := _speed(one, sizes[-1]))]
     if not speeds:
         return f"{len(many)} conversions side by side"
@@ -126,7 +126,7 @@ def _line() -> dict[str, Any]:
     return {"type": "line", "xref": "x domain", "x0": 0, "x1": 1, "y0": 1, "y1": 1, "line": line}
 
 
-def _row(name: str, one: Shown, sizes: list[int]) -> Row:
+def _row(name: str, one: LabeledRun, sizes: list[int]) -> Row:
     row: Row = {"Run": name, "Layers": one.data.quantized.get("layers") or 0}
     for size in sizes:
         speed = _speed(one, size)

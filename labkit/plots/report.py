@@ -20,7 +20,7 @@ from labkit.experiment.run_directory import read_json
 from labkit.plots import curves, ranks, speedup, static, theme
 from labkit.plots.closeup import closeups, combining, computing, sparse, worth
 from labkit.plots.picture import Picture
-from labkit.plots.shown import Shown, shown
+from labkit.plots.shown import LabeledRun, shown
 from labkit.plots.table import html_table, runs_rows
 from labkit.runs.data_used import data_used
 
@@ -62,7 +62,7 @@ def report(runs: Iterable[Any] | Any, path: str | Path | None = None, comparison
     return target
 
 
-def _compared(many: Sequence[Shown]) -> Any:
+def _compared(many: Sequence[LabeledRun]) -> Any:
     from labkit.runs.compare import compare
 
     try:
@@ -71,7 +71,7 @@ def _compared(many: Sequence[Shown]) -> Any:
         return None
 
 
-def page(many: Sequence[Shown], comparison: Any) -> str:
+def page(many: Sequence[LabeledRun], comparison: Any) -> str:
     """The whole page as text."""
     rows = list(getattr(comparison, "rows", None) or [])
     trained = [one for one in many if not one.is_ceiling] or list(many)
@@ -171,7 +171,7 @@ def _hash(script: str) -> str:
 # -- one run --------------------------------------------------------------------------------------------------------
 
 
-def _run(one: Shown) -> list[str]:
+def _run(one: LabeledRun) -> list[str]:
     data = one.data
     status = data.status
     parts = [

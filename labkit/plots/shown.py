@@ -13,7 +13,7 @@ from labkit.runs.data import RunData
 
 
 @dataclass(frozen=True)
-class Shown:
+class LabeledRun:
     """One run in a figure."""
 
     label: str
@@ -32,7 +32,7 @@ class Shown:
         return bool(self.experiment and self.experiment.launch.isolated and self.world_size > 1)
 
     @classmethod
-    def of(cls, run: Any) -> Shown:
+    def of(cls, run: Any) -> LabeledRun:
         """From a Run, a RunData (as far as it has been read), a RunDirectory, a run id or a path."""
         if isinstance(run, cls):
             return run
@@ -49,7 +49,7 @@ class Shown:
         return cls.named(data, experiment)
 
     @classmethod
-    def named(cls, data: RunData, experiment: Experiment | None) -> Shown:
+    def named(cls, data: RunData, experiment: Experiment | None) -> LabeledRun:
         """With the title that the run gives itself, and its method and link where they are not the usual ones."""
         title = data.status.get("title") or (experiment.title if experiment else "") or data.directory.id
         if experiment is not None and not experiment.name:
@@ -65,14 +65,14 @@ def label(title: str, ranks: int, isolated: bool) -> str:
     return f"{title} ({theme.ranks(ranks)})"
 
 
-def shown(runs: Iterable[Any] | Any) -> list[Shown]:
+def shown(runs: Iterable[Any] | Any) -> list[LabeledRun]:
     """One or several runs, ready to draw; equal labels are numbered."""
     if isinstance(runs, str) or not isinstance(runs, Iterable):
         runs = [runs]
-    result: list[Shown] = []
+    result: list[LabeledRun] = []
     seen: dict[str, int] = {}
     for run in runs:
-        one = Shown.of(run)
+        one = LabeledRun.of(run)
         count = seen[one.label] = seen.get(one.label, 0) + 1
-        result.append(one if count == 1 else Shown(f"{one.label} #{count}", one.data, one.experiment))
+        result.append(one if count == 1 else LabeledRun(f"{one.label} #{count}", one.data, one.experiment))
     return result

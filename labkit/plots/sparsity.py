@@ -9,7 +9,7 @@ import numpy as np
 
 from labkit.plots import theme, traced, wording
 from labkit.plots.picture import Picture, Row
-from labkit.plots.shown import Shown, shown
+from labkit.plots.shown import LabeledRun, shown
 
 _SCALE = [[0.0, theme.PAPER], [0.5, theme.PALETTE[5]], [1.0, theme.PALETTE[0]]]
 MAX_COLUMNS = 60
@@ -78,7 +78,7 @@ def sparsity(runs: Iterable[Any] | Any) -> Picture:
     return Picture(traces, layout, summary=f"{sentence}.", rows=rows)
 
 
-def _finding(names: list[str], many: list[Shown]) -> str:
+def _finding(names: list[str], many: list[LabeledRun]) -> str:
     ends = [zeros(one.data.sparsity[-1][1]) for one in many]
     at = int(np.argmax(ends))
     if len(many) > 1 and max(ends) - min(ends) < 0.005:
@@ -89,7 +89,7 @@ def _finding(names: list[str], many: list[Shown]) -> str:
 
 def sparse_layers(run: Any) -> Picture:
     """Part of each weight that is zero, over the updates of one run."""
-    one = Shown.of(run)
+    one = LabeledRun.of(run)
     if not one.data.sparsity:
         return traced.nothing("No layers to show: it takes a run that makes weights zero (sparsity.method)")
     chosen = np.unique(np.linspace(0, len(one.data.sparsity) - 1, MAX_COLUMNS).round().astype(int))

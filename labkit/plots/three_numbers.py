@@ -10,11 +10,11 @@ from typing import Any
 from labkit.plots import curves, theme, traced, wording
 from labkit.plots.pareto import gain_of
 from labkit.plots.picture import Picture, Row
-from labkit.plots.shown import Shown, shown
+from labkit.plots.shown import LabeledRun, shown
 from labkit.runs import dense, kernels, steady
 from labkit.runs.checked import formatted
 from labkit.runs.methods import period
-from labkit.runs.steady import Steady
+from labkit.runs.steady import SteadyState
 
 MINUS = "−"
 TITLES = ("Theory promises (layers)", "Kernels give (layers)", "Whole step gives")
@@ -25,8 +25,8 @@ class _Line:
     """One run beside its dense float32 twin."""
 
     name: str
-    one: Shown
-    base: Shown | None
+    one: LabeledRun
+    base: LabeledRun | None
 
     @property
     def theory(self) -> float | None:
@@ -81,9 +81,11 @@ class _Line:
         return difference if steps[0] == steps[1] else f"{difference} ({steps[0]:,} against {steps[1]:,} updates)"
 
 
-def _steady(one: Shown | None) -> Steady | None:
+def _steady(one: LabeledRun | None) -> SteadyState | None:
     """Steps of the slowest rank after the warm-up; None where they are too few."""
-    every = [Steady.of(seconds.astype(float), period(one.experiment)) for seconds in one.data.seconds] if one else []
+    every = (
+        [SteadyState.of(seconds.astype(float), period(one.experiment)) for seconds in one.data.seconds] if one else []
+    )
     slowest = max(every, key=lambda each: each.median or 0.0, default=None)
     return None if slowest is None or slowest.complaint else slowest
 
@@ -150,7 +152,7 @@ def three_numbers(runs: Iterable[Any] | Any) -> Picture:
     return Picture(traces, layout, summary=f"{sentence}{more}.", rows=[_row(line) for line in lines])
 
 
-def _lines(many: Sequence[Shown]) -> list[_Line]:
+def _lines(many: Sequence[LabeledRun]) -> list[_Line]:
     names, experiments = traced.names(many), [one.experiment for one in many]
     found = []
     for name, one in zip(names, many, strict=True):

@@ -7,7 +7,7 @@ from typing import Any
 
 from labkit.plots import theme, traced
 from labkit.plots.picture import Picture
-from labkit.plots.shown import Shown
+from labkit.plots.shown import LabeledRun
 from labkit.runs.pipeline import Action, Bubble, ideal, medians, of_one_pipeline, schedule, span
 
 KINDS = {"F": "Forward", "B": "Backward", "I": "Backward, inputs", "W": "Backward, weights"}
@@ -33,7 +33,7 @@ def timeline(run: Any) -> Picture:
 
     The ideal keeps each rank's order and gives each action the median time of its stage and kind, messages free.
     """
-    one = Shown.of(run)
+    one = LabeledRun.of(run)
     found = traced.bubble_of(one)
     if found is None or one.experiment is None:
         return traced.nothing("No timeline to show: it takes a pipeline (pp above 1) and 1 traced update")

@@ -10,17 +10,17 @@ import numpy as np
 from labkit.experiment.memory import zero_stage
 from labkit.plots import theme, wording
 from labkit.plots.picture import Picture
-from labkit.plots.shown import Shown
+from labkit.plots.shown import LabeledRun
 from labkit.runs import pipeline
 from labkit.runs.methods import period
 from labkit.runs.pipeline import Bubble, of_one_pipeline
-from labkit.runs.steady import Steady
+from labkit.runs.steady import SteadyState
 
 PATTERNS = ("", "/", "x", ".", "-", "+")
 """Beside the colour of a bar, in the order of the palette."""
 
 
-def names(runs: Sequence[Shown], links: bool = True) -> list[str]:
+def names(runs: Sequence[LabeledRun], links: bool = True) -> list[str]:
     """What tells the runs of a picture apart: their names, or in words what not all of them share.
 
     Where some ranks combined gradients in another way, the others are said to average them; where some networks are
@@ -43,15 +43,15 @@ def names(runs: Sequence[Shown], links: bool = True) -> list[str]:
     return found
 
 
-def _method(one: Shown) -> list[str]:
+def _method(one: LabeledRun) -> list[str]:
     return wording.method(one.experiment) if one.experiment is not None and not one.experiment.name else []
 
 
-def _narrowed(one: Shown) -> list[str]:
+def _narrowed(one: LabeledRun) -> list[str]:
     return wording.narrowed(one.experiment) if one.experiment is not None and not one.experiment.name else []
 
 
-def _words(one: Shown, links: bool) -> list[str]:
+def _words(one: LabeledRun, links: bool) -> list[str]:
     """`1 rank`, `PowerSGD`, `shard4, ZeRO 2`, `pp2, 1f1b, 8 microbatches`, …; or the name that the run was given."""
     experiment = one.experiment
     if experiment is None or experiment.name:
@@ -102,7 +102,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def bubble_of(one: Shown) -> Bubble | None:
+def bubble_of(one: LabeledRun) -> Bubble | None:
     """That of the pipeline that rank 0 is in; None without one, or where its timeline is not whole."""
     experiment = one.experiment
     if experiment is None or experiment.layout.pp == 1:
@@ -114,10 +114,10 @@ def bubble_of(one: Shown) -> Bubble | None:
         return None
 
 
-def step_ms(one: Shown) -> float | None:
+def step_ms(one: LabeledRun) -> float | None:
     """Median step of the slowest rank after the warm-up, in ms."""
     every = period(one.experiment)
-    medians = [Steady.of(seconds.astype(np.float64), every).median for seconds in one.data.seconds]
+    medians = [SteadyState.of(seconds.astype(np.float64), every).median for seconds in one.data.seconds]
     known = [median for median in medians if median is not None and np.isfinite(median)]
     return 1000 * max(known) if known else None
 

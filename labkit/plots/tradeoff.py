@@ -17,7 +17,7 @@ from labkit.plots import curves, theme, traced, wording
 from labkit.plots.against import HOVER, MB, TITLES, along, checked
 from labkit.plots.downsample import Floats, extremes
 from labkit.plots.picture import Picture, Row
-from labkit.plots.shown import Shown, shown
+from labkit.plots.shown import LabeledRun, shown
 from labkit.runs import target as targets
 from labkit.runs.target import Reached
 
@@ -37,7 +37,7 @@ class _Line:
     name: str
     index: int
     """Its place in the palette; that with which the others are compared has none and is drawn in black."""
-    shown: Shown
+    shown: LabeledRun
     loss: Floats
     """Running mean at each step."""
     final: float | None
@@ -67,7 +67,7 @@ def tradeoff(runs: Iterable[Any] | Any, against: str = "time", target: float | N
     return Picture(traces, layout, summary=summary, rows=[_row(line, aim) for line in lines])
 
 
-def _lines(many: Sequence[Shown], wanted: float | None) -> tuple[list[_Line], float | None, int]:
+def _lines(many: Sequence[LabeledRun], wanted: float | None) -> tuple[list[_Line], float | None, int]:
     """The runs, the loss that they are to reach, and over how many steps a loss is averaged."""
     at = targets.reference([(one.experiment, one.data) for one in many])
     base = None if at is None else many[at]

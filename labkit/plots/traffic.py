@@ -8,12 +8,12 @@ from typing import Any
 from labkit.experiment.layout import AXES
 from labkit.plots import theme, traced
 from labkit.plots.picture import Picture
-from labkit.plots.shown import Shown, shown
+from labkit.plots.shown import LabeledRun, shown
 
 _PANELS = ([0.0, 0.29], [0.355, 0.645], [0.71, 1.0])
 
 
-def largest(one: Shown) -> dict[str, dict[str, float]]:
+def largest(one: LabeledRun) -> dict[str, dict[str, float]]:
     """By axis, the most that any rank has: calls, bytes, wire_bytes, exposed_seconds."""
     found: dict[str, dict[str, float]] = {}
     for axes in one.data.traffic.values():

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args, get_origin
 from labkit.experiment import Experiment, Problem
 from labkit.experiment.layout import AXES, Layout
 from labkit.experiment.registry import registry
-from labkit.proofs.covering import Covering, Row, fewest
+from labkit.proofs.covering import CoveringArray, Row, greedy_cover
 from labkit.proofs.parity import TOLERANCE, proof
 
 STEPS = 10
@@ -256,7 +256,7 @@ def cases(
     for family in families:
         judge = Judge(family, changes or {})
         varied = factors(family, ranks, precisions)
-        covering = Covering(varied, judge.allowed)
+        covering = CoveringArray(varied, judge.allowed)
         found += [Case(family, judge.experiment(row), row) for row in covering.rows]
         refused = (_refused(judge, varied, part) for part in covering.impossible)
         found += [case for case in refused if case is not None]
@@ -294,7 +294,7 @@ def sample(found: Sequence[Case], seed: int = 0, ranks: int = 4) -> list[Case]:
     random.Random(seed).shuffle(small)
     chosen = []
     for legal in (True, False):
-        chosen += fewest((case, _shown(case)) for case in small if legal is not bool(case.problems))
+        chosen += greedy_cover((case, _shown(case)) for case in small if legal is not bool(case.problems))
     return chosen
 
 

@@ -21,7 +21,7 @@ from labkit.experiment.layout import Layout
 from labkit.experiment.registry import registry
 from labkit.experiment.rules import CHOICES
 from labkit.proofs.cases import against, idles
-from labkit.proofs.covering import Covering, Row, fewest
+from labkit.proofs.covering import CoveringArray, Row, greedy_cover
 from labkit.proofs.finish import finished
 from labkit.proofs.matrix import cell, made_by, reasons
 from labkit.runs.run import Run, RunFailed
@@ -153,7 +153,7 @@ class Judge:
 def cases() -> list[Combination]:
     """The combinations that have to learn, then the pairs (and single methods) that no legal one holds."""
     judge = Judge()
-    covering = Covering(factors(), judge.allowed)
+    covering = CoveringArray(factors(), judge.allowed)
     found = [Combination(row, judge.experiment(row)) for row in covering.rows]
     for part in covering.impossible:
         problems = [one for one in judge.problems(part) if not idles(one)]
@@ -191,7 +191,7 @@ def named(text: str) -> Pair:
 def sample(found: Sequence[Combination], ranks: int = 2) -> list[Combination]:
     """Few of the legal ones with so many ranks at most, in which every layout and every method stands that can."""
     legal = (case for case in holding(found, (), ranks) if not case.problems)
-    return fewest((case, set(case.row.items())) for case in legal)
+    return greedy_cover((case, set(case.row.items())) for case in legal)
 
 
 # -- what becomes of them ---------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ Allowed = Callable[[Row], bool]
 """May this row be? Asked for partial rows too, and False there only if no completion may be."""
 
 
-def fewest(pool: Iterable[tuple[Some, set[Any]]]) -> list[Some]:
+def greedy_cover(pool: Iterable[tuple[Some, set[Any]]]) -> list[Some]:
     """Few of these that together show all that any of them shows: always the one that shows most that is new."""
     left, chosen, met = list(pool), [], set[Any]()
     while left:
@@ -31,7 +31,7 @@ def fewest(pool: Iterable[tuple[Some, set[Any]]]) -> list[Some]:
     return chosen
 
 
-class Covering:
+class CoveringArray:
     """The rows that cover all pairs, and the settings and pairs of settings that no row may hold.
 
     Deterministic and greedy: the next uncovered pair starts a row, each further factor takes the value that meets most

@@ -19,7 +19,7 @@ from labkit.quantization.codes import (
     scaled,
     ternary_codes,
 )
-from labkit.quantization.linear import Arithmetic, Operand
+from labkit.quantization.linear import Operand, QuantizedLinearOp
 
 
 def _int8_operand(x: Tensor, share: str, kind: str = "int8") -> Operand:
@@ -35,7 +35,7 @@ def _int4_operand(weight: Tensor) -> Operand:
     return Operand("int4 grid", codes[:, :inputs], INT4, scale[:, :inputs], f"{GROUP} inputs")
 
 
-class Int8Arithmetic(Arithmetic):
+class Int8Arithmetic(QuantizedLinearOp):
     """All three products of a layer as products of int8 matrices, each operand with its own scale per row or column.
 
     out = x · wᵀ, dx = dout · w, dw = doutᵀ · x. Scales run along what is not summed over, so they can be taken out of
@@ -81,7 +81,7 @@ class _Int8Product(torch.autograd.Function):
         return of_x, of_weight, None
 
 
-class TernaryArithmetic(Arithmetic):
+class TernaryArithmetic(QuantizedLinearOp):
     """BitNet b1.58: ternary weights times int8 inputs, one int8 product forward; backward straight through, in float32.
 
     Inputs are normalised first (RMS, without a gain), then rounded per token. A gradient passes the rounding as if it
@@ -115,7 +115,7 @@ class _TernaryProduct(torch.autograd.Function):
         return of_x, of_weight, None
 
 
-class FakeArithmetic(Arithmetic):
+class FakeArithmetic(QuantizedLinearOp):
     """Quantization-aware training (Jacob et al. 2018, arXiv:1712.05877).
 
     Inputs and weights are rounded to the grid that conversion will put them on, and multiplied in float; a gradient
@@ -161,7 +161,7 @@ class _Through(torch.autograd.Function):
         return grad, None
 
 
-class GridArithmetic(Arithmetic):
+class GridArithmetic(QuantizedLinearOp):
     """An ordinary product with a weight that lies on the int8 grid: `round_weight` puts it there after every update."""
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:

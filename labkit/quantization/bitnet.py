@@ -18,7 +18,7 @@ from labkit.quantization.full import Single
 if TYPE_CHECKING:
     from labkit.experiment.machine import Machine
     from labkit.experiment.schema import Experiment, Quantization
-    from labkit.quantization.linear import Arithmetic
+    from labkit.quantization.linear import QuantizedLinearOp
 
 FIELD = "quantization.training"
 
@@ -27,7 +27,7 @@ class BitNet(Single):
     """Ternary weights."""
 
     @staticmethod
-    def arithmetic(settings: Quantization) -> Callable[[], Arithmetic] | None:
+    def arithmetic(settings: Quantization) -> Callable[[], QuantizedLinearOp] | None:
         """Ternary weights times int8 inputs."""
         from labkit.quantization.arithmetic import TernaryArithmetic
 

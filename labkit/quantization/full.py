@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from labkit.experiment.schema import Quantization
-    from labkit.quantization.linear import Arithmetic
+    from labkit.quantization.linear import QuantizedLinearOp
 
 
 class Single:
@@ -47,7 +47,7 @@ class Single:
         return []
 
     @staticmethod
-    def arithmetic(settings: Quantization) -> Callable[[], Arithmetic] | None:
+    def arithmetic(settings: Quantization) -> Callable[[], QuantizedLinearOp] | None:
         """What makes the arithmetic of a linear layer; None where torch's own is right."""
         return None
 

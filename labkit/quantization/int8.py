@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from labkit.experiment.machine import Machine
     from labkit.experiment.problem import Problem
     from labkit.experiment.schema import Experiment, Quantization
-    from labkit.quantization.linear import Arithmetic
+    from labkit.quantization.linear import QuantizedLinearOp
 
 FIELD = "quantization.training"
 
@@ -28,7 +28,7 @@ class Int8(Single):
     """int8 matrix products."""
 
     @staticmethod
-    def arithmetic(settings: Quantization) -> Callable[[], Arithmetic] | None:
+    def arithmetic(settings: Quantization) -> Callable[[], QuantizedLinearOp] | None:
         """Three int8 products, or two."""
         from labkit.quantization.arithmetic import Int8Arithmetic
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from labkit.experiment.machine import Machine
     from labkit.experiment.problem import Problem
     from labkit.experiment.schema import Experiment, Quantization
-    from labkit.quantization.linear import Arithmetic
+    from labkit.quantization.linear import QuantizedLinearOp
 
 FIELD = "quantization.training"
 
@@ -28,7 +28,7 @@ class Int8Weights(Single):
     """Weights on the int8 grid (emulated)."""
 
     @staticmethod
-    def arithmetic(settings: Quantization) -> Callable[[], Arithmetic] | None:
+    def arithmetic(settings: Quantization) -> Callable[[], QuantizedLinearOp] | None:
         """Ordinary products with weights that are put on the grid after each update."""
         from labkit.quantization.arithmetic import GridArithmetic
 

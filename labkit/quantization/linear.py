@@ -2,7 +2,7 @@
 
 A layer gets another *arithmetic*: what multiplies its inputs with its weight. The weight stays the float32 parameter
 that it was, so layouts cut it, shard it, tie it and save it as always; where a layout puts a module of its own in the
-place of a layer (labkit.parallel.tensor.Rows), that module takes the arithmetic over.
+place of a layer (labkit.parallel.tensor.RowParallelLinear), that module takes the arithmetic over.
 
 Only `torch.nn.Linear` itself is replaced. Convolutions and embeddings stay as they are, and so do the experts of a
 mixture, whose weights are parameters with three dimensions.
@@ -47,7 +47,7 @@ class Operand:
         return self.codes * self.scale
 
 
-class Arithmetic:
+class QuantizedLinearOp:
     """How one layer computes x · wᵀ: x [..., in] and weight [out, in] to [..., out], without bias."""
 
     products = 0
@@ -65,7 +65,7 @@ class Arithmetic:
         self.anew = False
         """Forget these counts when the next weight is noted."""
 
-    def __deepcopy__(self, memo: Any) -> Arithmetic:
+    def __deepcopy__(self, memo: Any) -> QuantizedLinearOp:
         """Copies of a layer count together and draw from one source."""
         return self
 
@@ -115,7 +115,7 @@ def cublas_operands(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 class NarrowLinear(nn.Linear):
     """A linear layer with an arithmetic of its own, on the parameters of another one."""
 
-    def __init__(self, layer: nn.Linear, arithmetic: Arithmetic) -> None:
+    def __init__(self, layer: nn.Linear, arithmetic: QuantizedLinearOp) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
@@ -144,7 +144,7 @@ def replace(model: nn.Module, layers: Iterable[nn.Linear], make: Callable[[nn.Li
                 setattr(parent, name, made[child])
 
 
-def narrow(model: nn.Module, make: Callable[[], Arithmetic], head: bool) -> list[str]:
+def narrow(model: nn.Module, make: Callable[[], QuantizedLinearOp], head: bool) -> list[str]:
     """Give every chosen layer an arithmetic of its own, in place; their names. ValueError if there is none."""
     layers = chosen(model, head)
     if not layers:
@@ -153,10 +153,10 @@ def narrow(model: nn.Module, make: Callable[[], Arithmetic], head: bool) -> list
     return [name for name, _ in layers]
 
 
-def arithmetics(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Parameter, Arithmetic]]:
+def arithmetics(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Parameter, QuantizedLinearOp]]:
     """The weights that are multiplied by an arithmetic of ours, as this rank holds them, each with its arithmetic."""
     for module in modules:
         for part in module.modules():
             arithmetic = getattr(part, "arithmetic", None)
-            if isinstance(arithmetic, Arithmetic):
+            if isinstance(arithmetic, QuantizedLinearOp):
                 yield part.weight, arithmetic  # type: ignore[misc]

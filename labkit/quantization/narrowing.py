@@ -17,14 +17,14 @@ from torch.distributed.tensor import DTensor
 from labkit.experiment import Experiment
 from labkit.experiment.registry import registry
 from labkit.quantization.arithmetic import FakeArithmetic, GridArithmetic, off_grid
-from labkit.quantization.linear import Arithmetic, arithmetics, narrow
+from labkit.quantization.linear import QuantizedLinearOp, arithmetics, narrow
 from labkit.quantization.optimizers import Narrow, NarrowAdamW, NarrowSGD
 
 ON_GRID = 1e-2
 """So far from the grid, in its steps, float32 rounding may put a number that lies on it."""
 
 
-class Narrowing:
+class PrecisionController:
     """The formats that an experiment asks for.
 
     `place`: this rank's place among those that see different samples or hold different layers; ranks that hold parts
@@ -37,7 +37,7 @@ class Narrowing:
         self._format = registry("quantization.training")[settings.training].load()
         self._qat = registry("quantization.qat")[settings.qat].load()
         self._noise, self._rounding = torch.Generator(device), torch.Generator(device)
-        self._made: list[Arithmetic] = []
+        self._made: list[QuantizedLinearOp] = []
         self._parts: list[nn.Module] = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._step = self._first = 0
@@ -67,7 +67,7 @@ class Narrowing:
             blocks = list(getattr(model, "blocks", nn.ModuleDict()).values())
             (blocks[-1] if blocks else model).register_forward_hook(_in_float32)  # losses are computed in float32
 
-    def _noted(self, arithmetic: Arithmetic) -> Arithmetic:
+    def _noted(self, arithmetic: QuantizedLinearOp) -> QuantizedLinearOp:
         arithmetic.noise = self._noise
         self._made.append(arithmetic)
         return arithmetic
@@ -174,7 +174,7 @@ class Narrowing:
         return found
 
 
-def codes_found(here: list[Arithmetic]) -> dict[str, Any]:
+def codes_found(here: list[QuantizedLinearOp]) -> dict[str, Any]:
     """How many different codes stood in the weights that were multiplied, and of ternary weights how often each."""
     counts: dict[int, int] = {}
     for arithmetic in here:

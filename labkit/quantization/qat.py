@@ -18,7 +18,7 @@ from labkit.quantization.full import Single
 if TYPE_CHECKING:
     from labkit.experiment.machine import Machine
     from labkit.experiment.schema import Experiment, Quantization
-    from labkit.quantization.linear import Arithmetic
+    from labkit.quantization.linear import QuantizedLinearOp
 
 FIELD = "quantization.qat"
 
@@ -31,7 +31,7 @@ class Int8Aware(Single):
     """Conversions to the grid of its weights."""
 
     @classmethod
-    def arithmetic(cls, settings: Quantization) -> Callable[[], Arithmetic] | None:
+    def arithmetic(cls, settings: Quantization) -> Callable[[], QuantizedLinearOp] | None:
         """Rounded, then multiplied in float32."""
         from labkit.quantization.arithmetic import FakeArithmetic
 

@@ -21,7 +21,7 @@ from labkit.experiment import Experiment
 from labkit.runs import split
 from labkit.runs.data import RunData
 from labkit.runs.methods import period
-from labkit.runs.steady import CONFIDENCE, Steady, rolling, warmup
+from labkit.runs.steady import CONFIDENCE, SteadyState, rolling, warmup
 
 MBIT = 1e6 / 8
 """Bytes a second in 1 Mbit/s."""
@@ -35,7 +35,7 @@ class Cost:
 
     bytes: float
     """That go over the link, of all ranks that share it."""
-    steady: Steady
+    steady: SteadyState
     """Seconds of single updates without those in which nothing was computed because something travelled."""
 
     def seconds(self, rate_mbit: float) -> float:
@@ -57,7 +57,7 @@ def cost(runs: Iterable[tuple[Experiment, RunData]]) -> Cost | None:
         seconds = found.data + found.compute + found.compression + found.optimizer
         computing.append(rolling(np.nan_to_num(seconds), period(experiment)))
         sent.append(over)
-    return Cost(float(np.median(sent)), Steady(np.concatenate(computing), 0)) if sent else None
+    return Cost(float(np.median(sent)), SteadyState(np.concatenate(computing), 0)) if sent else None
 
 
 def link_bytes(data: RunData, experiment: Experiment) -> float | None:

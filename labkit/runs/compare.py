@@ -31,24 +31,28 @@ SEARCHED = 300
 
 
 @dataclass(frozen=True)
-class Measured:
+class RunMeasurement:
     """One run with its steady-state step time."""
 
     directory: RunDirectory
     experiment: Experiment
     status: dict[str, Any]
     data: RunData
-    steady: steady.Steady
+    steady: steady.SteadyState
 
     @classmethod
-    def read(cls, directory: RunDirectory) -> Measured:
+    def read(cls, directory: RunDirectory) -> RunMeasurement:
         """Read a run from disk; ExperimentError if its experiment cannot be read."""
         data = RunData(directory)
         data.refresh()
         experiment = Experiment.of_run(directory)
         seconds = _step_seconds(data, experiment.launch.isolated)
         return cls(
-            directory, experiment, reconcile(directory), data, steady.Steady.of(seconds, methods.period(experiment))
+            directory,
+            experiment,
+            reconcile(directory),
+            data,
+            steady.SteadyState.of(seconds, methods.period(experiment)),
         )
 
     @property
@@ -245,14 +249,14 @@ def compare(runs: Iterable[Any], baseline: Any = None, skip_unreadable: bool = F
     measured, left_out = [], []
     for directory in directories.values():
         try:
-            measured.append(Measured.read(directory))
+            measured.append(RunMeasurement.read(directory))
         except ExperimentError as error:
             if not skip_unreadable:
                 raise
             left_out.append(str(error))
     named = None
     if baseline is not None:
-        named = Measured.read(named_baseline(baseline))
+        named = RunMeasurement.read(named_baseline(baseline))
         bases = [named]
         if all(one.directory.id != named.directory.id for one in measured):
             measured.insert(0, named)
@@ -270,12 +274,15 @@ def _directory(run: Any) -> RunDirectory:
     return found if isinstance(found, RunDirectory) else RunDirectory.find(run)
 
 
-def _nearest(one: Measured, others: Sequence[Measured]) -> Measured | None:
+def _nearest(one: RunMeasurement, others: Sequence[RunMeasurement]) -> RunMeasurement | None:
     return min(others, key=lambda other: abs(other.created - one.created), default=None)
 
 
 def _row(
-    one: Measured, bases: Sequence[Measured], all_runs: Sequence[Measured], named: Measured | None
+    one: RunMeasurement,
+    bases: Sequence[RunMeasurement],
+    all_runs: Sequence[RunMeasurement],
+    named: RunMeasurement | None,
 ) -> dict[str, Any]:
     experiment, data = one.experiment, one.data
     is_baseline = one.is_baseline if named is None else one.directory.id == named.directory.id
@@ -325,7 +332,7 @@ def _row(
     }
 
 
-def _ceiling(one: Measured, base: Measured | None, all_runs: Sequence[Measured]) -> float | None:
+def _ceiling(one: RunMeasurement, base: RunMeasurement | None, all_runs: Sequence[RunMeasurement]) -> float | None:
     """What independent copies on as many ranks reach, over the baseline; None if that was not measured."""
     if one.experiment.layout.world_size == 1:
         return None

@@ -25,14 +25,14 @@ def warmup(steps: int) -> int:
 
 
 @dataclass(frozen=True)
-class Steady:
+class SteadyState:
     """Step times in seconds after the warm-up."""
 
     seconds: Floats
     warmup_steps: int
 
     @classmethod
-    def of(cls, seconds: Floats, period: int = 1) -> Steady:
+    def of(cls, seconds: Floats, period: int = 1) -> SteadyState:
         """Of all steps; where ranks meet once in `period` steps only, of means over so many (see methods.period)."""
         skipped = warmup(len(seconds))
         return cls(rolling(np.asarray(seconds[skipped:], dtype=np.float64), period), skipped)
@@ -62,7 +62,7 @@ class Steady:
         return np.asarray(np.median(self.seconds[index], axis=1))
 
 
-def ratio(numerator: Steady, denominator: Steady) -> tuple[float, float, float]:
+def ratio(numerator: SteadyState, denominator: SteadyState) -> tuple[float, float, float]:
     """Ratio of the two medians with its interval: (value, low, high). Both need enough steps."""
     assert numerator.median is not None
     assert denominator.median is not None

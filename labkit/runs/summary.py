@@ -12,7 +12,7 @@ from labkit.experiment import Experiment
 from labkit.experiment.run_directory import RunDirectory, write_json
 from labkit.runs import kernels
 from labkit.runs.checked import figure_or_words, number
-from labkit.runs.compare import Measured, compare, find_baseline
+from labkit.runs.compare import RunMeasurement, compare, find_baseline
 from labkit.runs.data import RunData
 from labkit.runs.pipeline import bubble_of, of_one_pipeline
 from labkit.runs.straggler import straggler
@@ -29,7 +29,7 @@ def write(directory: RunDirectory, state: str, baseline: str | None = "auto") ->
 
 def build(directory: RunDirectory, state: str | None = None, baseline: str | None = "auto") -> dict[str, Any]:
     """The summary (keys: see README). `baseline` is a run id, "auto" for the latest that fits, or None."""
-    one = Measured.read(directory)
+    one = RunMeasurement.read(directory)
     experiment, data, steady = one.experiment, one.data, one.steady
     ranks = experiment.layout.world_size
     base = None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
     from labkit.experiment.problem import Problem
-    from labkit.sparsity.method import Setting
+    from labkit.sparsity.method import SparsityContext
 
 
 class Cubic(Sparsifier):
@@ -41,7 +41,7 @@ class Cubic(Sparsifier):
                 raise OptionError("end", said, 1.0)
             return self
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: SparsityContext) -> None:
         super().__init__(setting)
         self._first = max(1, round(self.options.at * setting.steps))
         self._last = max(self._first, round(self.options.end * setting.steps))

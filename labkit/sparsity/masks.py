@@ -103,7 +103,7 @@ class Masks:
     def _spread(self) -> None:
         self._parts = list(self._entries.parts({n: m.to(torch.float32) for n, m in self.whole.items()}))
 
-    def hold_gradients(self) -> None:
+    def mask_gradients(self) -> None:
         """Masked weights get no gradient."""
         for parameter, part in self._parts:
             if parameter.grad is not None:

@@ -38,7 +38,7 @@ class Options(BaseOptions):
 
 
 @dataclass(frozen=True)
-class Setting:
+class SparsityContext:
     """What a method works with on its rank."""
 
     experiment: Experiment
@@ -66,7 +66,7 @@ class Sparsifier:
     uses_gradients = False
     """Does it look at gradients of weights that are zero?"""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: SparsityContext) -> None:
         self.setting, self.options, self.masks = setting, setting.options, setting.masks
         if not setting.shapes and setting.experiment.sparsity.method != "none":
             raise ValueError("this model has no weights that could become zero (sparsity.method)")
@@ -136,7 +136,7 @@ class Sparsifier:
             self._gradients = self.masks.gradients()
             for name, layer in self.setting.layers.items():
                 self._gradients[name] = self.masks.averaged(layer.watched())
-        self.masks.hold_gradients()
+        self.masks.mask_gradients()
 
     def after_update(self, step: int) -> None:
         """The optimizer has stepped."""

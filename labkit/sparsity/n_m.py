@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
-    from labkit.sparsity.method import Setting
+    from labkit.sparsity.method import SparsityContext
 
 COMPARED = 8
 """Groups of at most so many weights are ranked by comparing all pairs on GPUs."""
@@ -59,7 +59,7 @@ class NM(Sparsifier):
                 raise OptionError("n", f"{self.n} of {self.m} weights leave none out", self.m // 2)
             return self
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: SparsityContext) -> None:
         super().__init__(setting)
         self._every = max(1, setting.steps // LOOKS)
         self._used: dict[str, Tensor] = {}

@@ -74,10 +74,10 @@ class Structured(Cubic):
         reached = zeros / weights
         if abs(reached - self.target) <= NEAR:
             return []
-        fewest = min(each.number for each in units)
+        smallest = min(each.number for each in units)
         return [
             f"sparsity.target {self.target:g} is out of reach for structured sparsity, which ends at {reached:.2f}: "
-            f"units and heads go whole, some modules have only {fewest}, and each keeps at least one"
+            f"units and heads go whole, some modules have only {smallest}, and each keeps at least one"
         ]
 
     @staticmethod

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from labkit.experiment import Experiment
 from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel
-from labkit.training.probes.layers import Watch
+from labkit.training.probes.layers import LayerProbe
 from labkit.training.runtime import Runtime
 from labkit.workloads.base import Task
 
@@ -35,7 +35,7 @@ def batch_size(experiment: Experiment, device: torch.device) -> int:
 
 
 def evaluate(
-    task: Task, model: Model, runtime: Runtime, alive: Callable[[], None], size: int, watch: Watch | None = None
+    task: Task, model: Model, runtime: Runtime, alive: Callable[[], None], size: int, watch: LayerProbe | None = None
 ) -> dict[str, float]:
     """Return sums over the whole held-out set, equal on all ranks, computed over `size` samples at once.
 

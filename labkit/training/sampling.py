@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Indices = NDArray[np.int64]
 
 
-class Order:
+class BatchOrder:
     """The order of the samples. `length` samples, `batch` of them an update."""
 
     def __init__(self, length: int, batch: int, seed: int) -> None:
@@ -63,7 +63,7 @@ def borders(samples: int, weights: Sequence[float], least: int) -> NDArray[np.in
     return np.asarray(ends[:-1])
 
 
-class PassSampler:
+class MicroBatchSampler:
     """For a DataLoader: the index lists of all passes of one rank from update `first` to `last`, in order.
 
     `weights` tells the ranks' parts of the batch when they are needed; None for equal ones.
@@ -71,7 +71,7 @@ class PassSampler:
 
     def __init__(
         self,
-        order: Order,
+        order: BatchOrder,
         first: int,
         last: int,
         rank: int,

@@ -19,22 +19,22 @@ from labkit.experiment.fault import TaskFault
 from labkit.experiment.registry import registry
 from labkit.experiment.resume import same_ranks, task_code
 from labkit.experiment.run_directory import RunDirectory
-from labkit.gradients.exchange import Counters, Exchanges
-from labkit.gradients.updates.update import Setting
-from labkit.gradients.wire import Wire
+from labkit.gradients.exchange import Counters, GradientReducer
+from labkit.gradients.updates.update import UpdateContext
+from labkit.gradients.wire import Communicator
 from labkit.netem.counters import LinkCounter
 from labkit.parallel import shared_memory, state
 from labkit.parallel.buffers import Buffers
 from labkit.parallel.cast import at_least_float32, place_module
-from labkit.parallel.cut import Holding
+from labkit.parallel.cut import ShardSpec
 from labkit.parallel.entries import Entries
 from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel
-from labkit.quantization.narrowing import Narrowing
+from labkit.quantization.narrowing import PrecisionController
 from labkit.quantization.scaling import LossScaling
 from labkit.sparsity.csr import CsrLinear
 from labkit.sparsity.masks import Masks
-from labkit.sparsity.method import Setting as SparsitySetting
+from labkit.sparsity.method import SparsityContext
 from labkit.training import checkpoint, evaluation, slow
 from labkit.training.after import post_training as afterwards
 from labkit.training.clock import clock
@@ -43,13 +43,13 @@ from labkit.training.events import EventWriter
 from labkit.training.loaders import end_with_rank
 from labkit.training.meter import Board, Meter, peak_bytes
 from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
-from labkit.training.probes.layers import Watch
+from labkit.training.probes.layers import LayerProbe
 from labkit.training.probes.trace import Trace
 from labkit.training.rehearsal import hooks
 from labkit.training.rehearsal.rehearse import rehearse
 from labkit.training.runtime import Runtime
 from labkit.training.samples import Loaded, Passes, as_it_is, received
-from labkit.training.sampling import Order, PassSampler
+from labkit.training.sampling import BatchOrder, MicroBatchSampler
 from labkit.training.shares import Shares
 from labkit.training.weights import Weight, Weights
 from labkit.workloads.base import Batch, Task
@@ -82,7 +82,7 @@ class Trainer:
         whole = place_module(task.model, runtime.device, runtime.dtype)
         if isinstance(loss_module := getattr(task, "loss_module", None), nn.Module):
             place_module(loss_module, runtime.device, at_least_float32(runtime.dtype))
-        self.order = Order(len(task.train), training.global_batch, training.seed)
+        self.order = BatchOrder(len(task.train), training.global_batch, training.seed)
         rehearsed = rehearse(experiment, task, runtime, self.order, meter.phase)
         self.events.write("rehearsal", **rehearsed.event())
         if rehearsed.irregular:
@@ -101,7 +101,7 @@ class Trainer:
         with_hooks = hooks.hooked(whole)
         self.steps = training.steps or self.order.steps(training.epochs or 1)
         place = runtime.mesh.index("dp_replicate", "dp_shard", "pp", "cp", "ep")
-        self.narrowing = Narrowing(experiment, place, self.steps, runtime.device)
+        self.narrowing = PrecisionController(experiment, place, self.steps, runtime.device)
         self.narrowing.convert(whole)
         self.compiled = Compiled(experiment, whole, runtime.device)
         del whole  # a layout may free the parts that other ranks hold
@@ -110,7 +110,7 @@ class Trainer:
         self.passes = experiment.gradients.accumulation
         rule = registry("gradients.update")[experiment.gradients.update.method].load()
         on_device = clock(runtime.device) if runtime.device.type == "cuda" else None
-        self.exchanges = Exchanges(experiment, self.steps, on_device)
+        self.exchanges = GradientReducer(experiment, self.steps, on_device)
         self.model: ReplicatedModel | ParallelModel
         if runtime.spread:
             autocast = runtime.accelerator.autocast
@@ -140,12 +140,12 @@ class Trainer:
             )
         self.exchanges.bind(self.optimizer)
         self.update = rule(
-            Setting(
+            UpdateContext(
                 experiment,
                 rule.Options(**experiment.gradients.update.options),
                 task.model,
                 self.optimizer,
-                Wire(clock=on_device),
+                Communicator(clock=on_device),
                 self.steps,
                 self._rate,
                 runtime.folder,
@@ -155,12 +155,12 @@ class Trainer:
             )
         )
         self.model.holdings |= {
-            name: Holding(pattern=layer.pattern)
+            name: ShardSpec(pattern=layer.pattern)
             for name, layer in sparse_layers.items()
             if isinstance(layer, CsrLinear)
         }
         masks = Masks(Entries(self.model, shapes), self.optimizer)
-        setting = SparsitySetting(experiment, sparsity_options, masks, shapes, self.steps, sparse_layers, sparse_units)
+        setting = SparsityContext(experiment, sparsity_options, masks, shapes, self.steps, sparse_layers, sparse_units)
         self.sparsity = sparsity(setting)
         self.about_model["warnings"] += self.sparsity.notes()
         self.first = self._load(Path(resume)) if resume else self._begin_anew()
@@ -184,7 +184,7 @@ class Trainer:
         """Those that the ranks hold in common; under other rules each has its own until they meet."""
         follow = experiment.training.shares == "speed" and runtime.ranks > 1 and not runtime.isolated
         self.shares = Shares(runtime.ranks, follow, runtime.device)
-        self.watch: Watch | None = None
+        self.watch: LayerProbe | None = None
         """The layers of this rank as the last evaluation saw them, on the rank that writes for its stages."""
         self.done = self._saved_at = self.first
         """Updates done so far."""
@@ -410,7 +410,7 @@ class Trainer:
         """
         share, shares = self.runtime.mesh.samples
         follow = self.shares.follow
-        sampler = PassSampler(
+        sampler = MicroBatchSampler(
             self.order,
             self.first,
             self.steps,
@@ -491,7 +491,7 @@ class Trainer:
         alive()
         mesh = self.runtime.mesh
         if last and mesh.rank == mesh.writer:
-            self.watch = Watch(self.model.stages, self.model.holdings, mesh)
+            self.watch = LayerProbe(self.model.stages, self.model.holdings, mesh)
         with self.update.judged(), self.sparsity.passes(), self.compiled.uncompiled():
             size = evaluation.batch_size(self.experiment, self.runtime.device)
             sums = evaluation.evaluate(self.task, self.model, self.runtime, alive, size, self.watch)

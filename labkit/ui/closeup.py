@@ -14,7 +14,7 @@ import ipywidgets as widgets
 from labkit.plots import static
 from labkit.plots.closeup import closeups, combines, combining, computing, sparse
 from labkit.plots.picture import Picture
-from labkit.plots.shown import Shown
+from labkit.plots.shown import LabeledRun
 
 TITLE = "Looked at closely: methods by time and bytes, sparse and narrow numbers, memory, traffic, pipeline, experts"
 
@@ -24,7 +24,7 @@ class Closeup:
     compare methods, and `latest` those of the live picture, for the update that each of them traced.
     """
 
-    def __init__(self, every: Callable[[], Sequence[Shown]], latest: Callable[[], Sequence[Shown]]) -> None:
+    def __init__(self, every: Callable[[], Sequence[LabeledRun]], latest: Callable[[], Sequence[LabeledRun]]) -> None:
         self._every, self._latest = every, latest
         self._stale = True
         self.output = widgets.Output()

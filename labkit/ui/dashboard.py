@@ -21,12 +21,12 @@ from labkit.experiment import Experiment, ExperimentError
 from labkit.experiment.run_directory import RunDirectory
 from labkit.plots import overview, ranks, static, theme
 from labkit.plots.against import TITLES
-from labkit.plots.shown import Shown, shown
+from labkit.plots.shown import LabeledRun, shown
 from labkit.plots.table import html_table, runs_rows
 from labkit.runs.data import RunData
 from labkit.runs.data_used import data_used
 from labkit.runs.methods import key, period
-from labkit.runs.steady import Steady
+from labkit.runs.steady import SteadyState
 from labkit.ui.closeup import Closeup
 from labkit.ui.live_figure import LiveFigure
 
@@ -215,17 +215,17 @@ class Dashboard:
         self.redraw(force=True)
         self.sync()
 
-    def every(self) -> list[Shown]:
+    def every(self) -> list[LabeledRun]:
         """All runs."""
-        return shown([Shown.named(self._data[run.id], self._experiment(run)) for run in self.runs])
+        return shown([LabeledRun.named(self._data[run.id], self._experiment(run)) for run in self.runs])
 
-    def shown(self) -> list[Shown]:
+    def shown(self) -> list[LabeledRun]:
         """The runs of the figure: the latest ones, with the baseline if there is one."""
         runs = self.runs[-overview.SLOTS :]
         if len(self.runs) > len(runs) and not any(self._data[run.id].world_size == 1 for run in runs):
             base = [run for run in self.runs if self._data[run.id].world_size == 1]
             runs = [*base[-1:], *runs[1:]] if base else runs
-        return shown([Shown.named(self._data[run.id], self._experiment(run)) for run in runs])
+        return shown([LabeledRun.named(self._data[run.id], self._experiment(run)) for run in runs])
 
     def _experiment(self, run: Any) -> Experiment | None:
         """What a run runs, read once; None if it cannot be read."""
@@ -302,7 +302,7 @@ def live_row(experiment: Experiment, data: RunData, rows: Sequence[dict[str, Any
     """The run that goes on, with its speed-up so far over the latest baseline in `rows`; None before its first step."""
     if not data.steps or not len(data.seconds[0]):
         return None
-    steady = Steady.of(data.seconds[0].astype(np.float64), period(experiment))
+    steady = SteadyState.of(data.seconds[0].astype(np.float64), period(experiment))
     median = steady.median
     median = median if median is not None and np.isfinite(median) else None
     base = next((row for row in reversed(rows) if row["is_baseline"] and row["step_seconds"]), None)

@@ -75,7 +75,7 @@ EXCEPTIONS = {
     "parallel/shared_memory.py:SharedMemory._map": "the private folder where ranks meet, made by the supervisor",
     "gradients/updates/gossip.py:Gossip.open": "not a file: begins to hand out tickets",
     "gradients/updates/parameter_server.py:ParameterServer.open": "not a file: begins to hand out tickets",
-    "gradients/updates/tickets.py:Tickets.open": "not a file: begins to hand out tickets",
+    "gradients/updates/tickets.py:AsyncUpdateRule.open": "not a file: begins to hand out tickets",
     "training/trainer.py:Trainer._draw_tickets": "not a file: begins to hand out tickets",
 }
 

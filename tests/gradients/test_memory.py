@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from labkit.gradients.compression.compressor import Bundle
-from labkit.gradients.compression.error_feedback import Memory
+from labkit.gradients.compression.compressor import GradientBucket
+from labkit.gradients.compression.error_feedback import ErrorFeedback
 
 
-def bundles(parameters: list[Tensor], cut: int) -> list[Bundle]:
+def bundles(parameters: list[Tensor], cut: int) -> list[GradientBucket]:
     groups = [group for group in (parameters[:cut], parameters[cut:]) if group]
     return [
-        Bundle(
+        GradientBucket(
             torch.zeros(sum(p.numel() for p in group)), tuple(group), tuple(tuple(p.shape) for p in group), 0, number
         )
         for number, group in enumerate(groups)
@@ -23,7 +23,7 @@ def bundles(parameters: list[Tensor], cut: int) -> list[Bundle]:
 
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=6), st.data())
 def test_it_survives_being_dealt_out_anew(sizes: list[int], data: st.DataObject) -> None:
-    parameters, memory = [torch.zeros(size) for size in sizes], Memory()
+    parameters, memory = [torch.zeros(size) for size in sizes], ErrorFeedback()
     for number in range(4):
         order = data.draw(st.permutations(range(len(sizes))))
         for bundle in bundles([parameters[place] for place in order], data.draw(st.integers(0, len(sizes)))):
@@ -36,7 +36,7 @@ def test_it_survives_being_dealt_out_anew(sizes: list[int], data: st.DataObject)
 
 
 def test_the_same_bundle_finds_the_same_memory() -> None:
-    parameters, memory = [torch.zeros(3), torch.zeros(2)], Memory()
+    parameters, memory = [torch.zeros(3), torch.zeros(2)], ErrorFeedback()
     [bundle] = bundles(parameters, 2)
     memory.of(bundle).fill_(7)
     assert memory.of(bundles(parameters, 2)[0]).data_ptr() == memory.of(bundle).data_ptr()

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from labkit.experiment.registry import registry
-from labkit.gradients.compression.compressor import Bundle, Compressor
+from labkit.gradients.compression.compressor import Compressor, GradientBucket
 from labkit.gradients.compression.hierarchical import Hierarchical
 from labkit.gradients.compression.plain import Uncompressed
 from labkit.gradients.compression.topk import TopK
-from labkit.gradients.exchange import Exchange
-from labkit.gradients.wire import Wire
+from labkit.gradients.exchange import CommHook
+from labkit.gradients.wire import Communicator
 
 SHAPES: tuple[tuple[int, ...], ...] = ((6, 5), (7,), (4, 3, 2), (1,), (9, 8))
 STEPS = 20
@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def make(key: str, steps: int = STEPS, **options: Any) -> Compressor:
     """The compressor called `key`, among all ranks."""
     method = registry("gradients.compression")[key].load()
-    made: Compressor = method(method.Options(**options), Wire(), steps, 0)
+    made: Compressor = method(method.Options(**options), Communicator(), steps, 0)
     return made
 
 
@@ -59,7 +59,7 @@ class Gradients:
         """Over all ranks."""
         return torch.stack([self.own(step, rank) for rank in range(dist.get_world_size())]).mean(0)
 
-    def exchange(self, exchange: Exchange, step: int) -> Tensor:
+    def exchange(self, exchange: CommHook, step: int) -> Tensor:
         """What comes out of a step."""
         flat, sizes = self.own(step, dist.get_rank()), [parameter.numel() for parameter in self.parameters]
         border = sum(sizes[:3])
@@ -72,7 +72,7 @@ class Gradients:
 
 def _spread(key: str, whole: bool = False, **options: Any) -> float:
     """The largest difference to the true mean in three steps."""
-    exchange, gradients = Exchange(make(key, **options)), Gradients(whole=whole)
+    exchange, gradients = CommHook(make(key, **options)), Gradients(whole=whole)
     return max(float((gradients.exchange(exchange, step) - gradients.mean(step)).abs().max()) for step in range(3))
 
 
@@ -100,7 +100,7 @@ def counted() -> dict[str, list[int]]:
     found = {}
     for key, options in METHODS.items():
         compressor = make(key, **options)
-        exchange, gradients = Exchange(compressor), Gradients(torch.float32)
+        exchange, gradients = CommHook(compressor), Gradients(torch.float32)
         for step in range(3):
             gradients.exchange(exchange, step)
         bundles, ranks = [SHAPES[:3], SHAPES[3:]], dist.get_world_size()
@@ -115,7 +115,7 @@ def digests() -> dict[str, str]:
     """By method, what all ranks must agree on to the last bit."""
     found = {}
     for key, options in METHODS.items():
-        exchange, gradients = Exchange(make(key, **options)), Gradients(torch.float32)
+        exchange, gradients = CommHook(make(key, **options)), Gradients(torch.float32)
         together = torch.cat([gradients.exchange(exchange, step) for step in range(4)])
         found[key] = hashlib.sha256(together.numpy().tobytes()).hexdigest()
     return found
@@ -127,7 +127,7 @@ def overlap() -> dict[str, bool]:
     for key, options in METHODS.items():
         both = []
         for beside in (True, False):
-            exchange, gradients = Exchange(make(key, **options), overlap=beside), Gradients(torch.float32)
+            exchange, gradients = CommHook(make(key, **options), overlap=beside), Gradients(torch.float32)
             both.append(torch.cat([gradients.exchange(exchange, step) for step in range(3)]))
         found[key] = torch.equal(*both)
     return found
@@ -138,7 +138,7 @@ def kept() -> dict[str, float]:
     found = {}
     for key in ("sign", "topk", "randomk", "powersgd"):
         compressor = make(key, **METHODS[key] | ({"values": "fp16"} if key == "topk" else {}))
-        exchange, gradients = Exchange(compressor), Gradients()
+        exchange, gradients = CommHook(compressor), Gradients()
         results = sum(gradients.exchange(exchange, step) for step in range(STEPS))
         errors: Any = compressor
         left = torch.cat([errors._errors._views[parameter].flatten() for parameter in gradients.parameters])
@@ -150,7 +150,7 @@ def kept() -> dict[str, float]:
 
 def summed() -> float:
     """An exchange that adds up: how far it misses the sum."""
-    exchange, gradients = Exchange(make("topk", ratio=1.0, **AT_ONCE), summed=True), Gradients()
+    exchange, gradients = CommHook(make("topk", ratio=1.0, **AT_ONCE), summed=True), Gradients()
     return float((gradients.exchange(exchange, 0) - dist.get_world_size() * gradients.mean(0)).abs().max())
 
 
@@ -171,7 +171,7 @@ def unbiased() -> dict[str, list[float]]:
         compressor, gradients, results = make(key, **options), Gradients(), []
         for step in range(draws):
             flat = gradients.own(0, dist.get_rank())
-            bundle = Bundle(flat, tuple(gradients.parameters), SHAPES, step, 0)
+            bundle = GradientBucket(flat, tuple(gradients.parameters), SHAPES, step, 0)
             results.append(compressor.begin(bundle)().clone())
         table = torch.stack(results)
         spread = table.std(0)
@@ -212,14 +212,14 @@ def _tug_of_war(x: Tensor) -> Tensor:
 def _descend(compressor: Compressor, gradient: Any, x: Tensor, steps: int, rate: float) -> Tensor:
     parameter = torch.zeros(2)
     for step in range(steps):
-        bundle = Bundle(gradient(x).clone(), (parameter,), ((2,),), step, 0)
+        bundle = GradientBucket(gradient(x).clone(), (parameter,), ((2,),), step, 0)
         x = x - rate * (1 - step / steps) * compressor.begin(bundle)()
     return x
 
 
 def many_buckets() -> list[float]:
     """PowerSGD with forty buckets under way at once, 60 times; how far a gradient of rank one is missed each time."""
-    exchange = Exchange(make("powersgd", rank=2, min_saving=1.0, **AT_ONCE))
+    exchange = CommHook(make("powersgd", rank=2, min_saving=1.0, **AT_ONCE))
     parameters = [torch.zeros(8 + number % 3, 6) for number in range(40)]
     worst = []
     for step in range(60):
@@ -243,7 +243,7 @@ def storeys() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, method, options in (("none", Uncompressed, {}), ("topk", TopK, {"ratio": 1.0} | AT_ONCE)):
         compressor = Hierarchical(method, method.Options(**options), 2, STEPS, 0)
-        exchange, gradients = Exchange(compressor), Gradients()
+        exchange, gradients = CommHook(compressor), Gradients()
         distance = max(
             float((gradients.exchange(exchange, step) - gradients.mean(step)).abs().max()) for step in range(3)
         )

@@ -29,7 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from labkit.experiment import Experiment, Layout, Machine
 from labkit.experiment.layout import AXES
 from labkit.experiment.registry import registry
-from labkit.gradients.exchange import Exchanges
+from labkit.gradients.exchange import GradientReducer
 from labkit.parallel import context, expert, recompute, rules, tensor
 from labkit.parallel.context import Ring
 from labkit.parallel.cut import holding
@@ -97,7 +97,7 @@ def tokens_would_meet_the_rows_of_others() -> None:
     table = torch.arange(256.0).unsqueeze(1)
     parts, tokens = table.chunk(3), torch.tensor([171, 172, 255])
     found = torch.zeros(3)
-    for index, part in enumerate(parts):  # as VocabularyPart finds its own tokens
+    for index, part in enumerate(parts):  # as VocabParallelEmbedding finds its own tokens
         local = tokens - index * len(part)
         mine = (local >= 0) & (local < len(part))
         found += part[local.where(mine, 0), 0] * mine
@@ -141,7 +141,7 @@ def a_norm_would_learn_from_its_part_of_the_sequence() -> None:
 @protects_from(r"\d+ ranks do not divide a sequence of \d+")
 def positions_would_be_lost() -> None:
     length, ranks = 7, 2
-    room = length // ranks  # as `sum_scatter` makes it
+    room = length // ranks  # as `reduce_scatter_to_sequence_region` makes it
     assert room * ranks < length
 
 
@@ -153,7 +153,11 @@ def buckets_would_stay_where_they_are() -> None:
     parameter = nn.Parameter(torch.zeros(4, device="meta"))
     own = Experiment()
     sync = GradientSync(
-        [("one", parameter, holding(parameter))], Unconnected(), 0, own.gradients, Exchanges(own, own.training.steps)
+        [("one", parameter, holding(parameter))],
+        Unconnected(),
+        0,
+        own.gradients,
+        GradientReducer(own, own.training.steps),
     )
     [bucket] = sync.buckets
     assert bucket.gradient.device == parameter.device, "nothing tells a bucket to lie elsewhere than its parameters"
@@ -204,7 +208,9 @@ def nothing_would_be_dealt_out() -> None:
 @protects_from(r"\d+ ranks do not divide \d+ experts")
 def tokens_would_go_to_no_expert() -> None:
     with pytest.raises(RuntimeError, match="invalid for input of size 8"):
-        torch.zeros(8).view(3, -1)  # tokens of every expert, by the rank that holds it: as `Dispatch` counts them
+        torch.zeros(8).view(
+            3, -1
+        )  # tokens of every expert, by the rank that holds it: as `TokenDispatcher` counts them
 
 
 # -- pipeline ---------------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def one_with(found: list[Combination], *wanted: tuple[str, str]) -> Combination:
 @pytest.mark.parametrize(
     ("wanted", "off"),
     [
-        (("sparsity.method", "rigl"), "import labkit.sparsity.masks as m; m.Masks.hold_gradients = lambda self: None"),
+        (("sparsity.method", "rigl"), "import labkit.sparsity.masks as m; m.Masks.mask_gradients = lambda self: None"),
         ((TRAINING, "bf16"), "import accelerate; accelerate.Accelerator.autocast = _nothing"),
         ((TRAINING, "int8_weights"), "import labkit.quantization.arithmetic as m; m.GridArithmetic.round_weight = _no"),
         ((TRAINING, "int8"), "import labkit.quantization.linear as m; m.NarrowLinear.forward = _plainly"),

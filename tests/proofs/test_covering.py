@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labkit.proofs.covering import Covering, Row
+from labkit.proofs.covering import CoveringArray, Row
 
 Bans = list[dict[str, int]]
 
@@ -40,7 +40,7 @@ def test_every_pair_that_may_meet_does(world: tuple[dict[str, list[int]], Bans])
     factors, bans = world
     whole = [dict(zip(factors, values, strict=True)) for values in product(*factors.values())]
     legal = [row for row in whole if may_be(row, bans)]
-    found = Covering(factors, lambda row: may_be(row, bans))
+    found = CoveringArray(factors, lambda row: may_be(row, bans))
     assert all(row in legal for row in found.rows)
     met = set().union(*map(pairs, found.rows))
     assert met == set().union(*map(pairs, legal))
@@ -58,18 +58,18 @@ def test_every_pair_that_may_meet_does(world: tuple[dict[str, list[int]], Bans])
 @given(worlds())
 def test_the_same_again(world: tuple[dict[str, list[int]], Bans]) -> None:
     factors, bans = world
-    one, other = (Covering(factors, lambda row: may_be(row, bans)) for _ in range(2))
+    one, other = (CoveringArray(factors, lambda row: may_be(row, bans)) for _ in range(2))
     assert (one.rows, one.impossible) == (other.rows, other.impossible)
 
 
 def test_rows_are_few() -> None:
     factors = {name: range(4) for name in "abcdefgh"}
-    found = Covering(factors, lambda row: True)
+    found = CoveringArray(factors, lambda row: True)
     assert 16 <= len(found.rows) <= 40 < prod(map(len, factors.values()))
 
 
 def test_rules_about_three_factors_do_not_hide_a_pair() -> None:
     factors = {name: [0, 1] for name in "abcd"}
-    found = Covering(factors, lambda row: not {"a": 1, "b": 1, "d": 0}.items() <= row.items())
+    found = CoveringArray(factors, lambda row: not {"a": 1, "b": 1, "d": 0}.items() <= row.items())
     assert any(row["a"] == row["b"] == 1 for row in found.rows)
     assert not found.impossible

@@ -17,7 +17,7 @@ from labkit.quantization.arithmetic import (
 )
 from labkit.quantization.codes import ternary_codes
 from labkit.quantization.converted import Int4WeightLinear, Int8DynamicLinear, convert, plain
-from labkit.quantization.linear import Arithmetic, NarrowLinear, chosen, cublas_operands, int8_product, narrow
+from labkit.quantization.linear import NarrowLinear, QuantizedLinearOp, chosen, cublas_operands, int8_product, narrow
 from tests.quantization.networks import small, tokens
 
 
@@ -35,7 +35,7 @@ def error(found: Tensor, right: Tensor) -> float:
     return float(((found - right).norm() / right.norm()).detach())
 
 
-def layer(make: Callable[[], Arithmetic], seed: int = 0) -> tuple[NarrowLinear, nn.Linear, Arithmetic]:
+def layer(make: Callable[[], QuantizedLinearOp], seed: int = 0) -> tuple[NarrowLinear, nn.Linear, QuantizedLinearOp]:
     torch.manual_seed(seed)
     plain = nn.Linear(64, 48)
     arithmetic = make()

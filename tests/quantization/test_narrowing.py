@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from labkit.quantization import arithmetic, optimizers
 from labkit.quantization.codes import int8_codes
-from labkit.quantization.narrowing import Narrowing
+from labkit.quantization.narrowing import PrecisionController
 from labkit.training.optimizers import make_optimizer
 from tests.quantization.networks import small, tokens, wanted
 
@@ -23,7 +23,7 @@ PER_UPDATE = 4
 def trained(*assignments: str) -> dict[str, Any]:
     """A few updates as the trainer makes them; what is found to be in force."""
     experiment = wanted(*assignments)
-    narrowing = Narrowing(experiment, 0, STEPS, CPU)
+    narrowing = PrecisionController(experiment, 0, STEPS, CPU)
     model = small().to(narrowing._format.dtype())
     narrowing.convert(model)
     pairs = [(parameter, parameter.dim() > 1) for parameter in model.parameters()]
@@ -118,7 +118,7 @@ def test_the_state_shows_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_same_place_draws_the_same_and_another_one_does_not() -> None:
     ends = []
     for place in (0, 0, 1):
-        narrowing = Narrowing(wanted("quantization.training=int8"), place, STEPS, CPU)
+        narrowing = PrecisionController(wanted("quantization.training=int8"), place, STEPS, CPU)
         model = small()
         narrowing.convert(model)
         narrowing.start([model], torch.optim.SGD(model.parameters()), 0)

@@ -10,7 +10,7 @@ import pytest
 
 from labkit.runs.break_even import MBIT, Cost, break_even, cost
 from labkit.runs.data import RunData
-from labkit.runs.steady import Steady
+from labkit.runs.steady import SteadyState
 from tests.plots.fake_run import FakeRun, combined, drawn
 
 MB = 2**20
@@ -19,7 +19,7 @@ POWER = "gradients.compression.method=powersgd"
 
 def made(seconds: float, sent: float, noise: float = 0.0, seed: int = 0) -> Cost:
     random = np.random.default_rng(seed)
-    return Cost(sent, Steady(seconds * random.lognormal(0, noise, 200), 20))
+    return Cost(sent, SteadyState(seconds * random.lognormal(0, noise, 200), 20))
 
 
 def of(*runs: FakeRun) -> Cost | None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labkit.runs.steady import MIN_STEPS, Steady, ratio, warmup
+from labkit.runs.steady import MIN_STEPS, SteadyState, ratio, warmup
 
 
 @pytest.mark.parametrize(("steps", "left_out"), [(0, 0), (2, 2), (10, 3), (30, 3), (100, 10), (200, 20), (100_000, 20)])
@@ -16,7 +16,7 @@ def test_a_tenth_is_left_out(steps: int, left_out: int) -> None:
 
 
 def test_medians_and_quantiles_are_those_of_the_steps_after_the_warm_up() -> None:
-    steady = Steady.of(np.array([9.0, 9.0, 9.0, *range(1, 12)]))
+    steady = SteadyState.of(np.array([9.0, 9.0, 9.0, *range(1, 12)]))
     assert steady.warmup_steps == 3
     assert steady.median == 6
     assert steady.quantile(0.1) == 2
@@ -27,12 +27,12 @@ def test_medians_and_quantiles_are_those_of_the_steps_after_the_warm_up() -> Non
 def test_slow_first_steps_do_not_count() -> None:
     seconds = np.full(100, 0.1)
     seconds[:10] = 5
-    assert Steady.of(seconds).median == pytest.approx(0.1)
+    assert SteadyState.of(seconds).median == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(("steps", "enough"), [(0, False), (5, False), (MIN_STEPS + 2, False), (MIN_STEPS + 3, True)])
 def test_too_few_steps_make_a_complaint(steps: int, enough: bool) -> None:
-    steady = Steady.of(np.ones(steps))
+    steady = SteadyState.of(np.ones(steps))
     assert (steady.complaint is None) == enough
     if not enough:
         assert "not enough steps" in (steady.complaint or "")
@@ -42,14 +42,14 @@ def test_too_few_steps_make_a_complaint(steps: int, enough: bool) -> None:
 
 
 def test_a_steady_ratio_is_exact() -> None:
-    assert ratio(Steady.of(np.full(40, 0.2)), Steady.of(np.full(40, 0.1))) == (2.0, 2.0, 2.0)
+    assert ratio(SteadyState.of(np.full(40, 0.2)), SteadyState.of(np.full(40, 0.1))) == (2.0, 2.0, 2.0)
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(MIN_STEPS + 3, 300), st.integers(MIN_STEPS + 3, 300), st.integers(0, 1000))
 def test_the_interval_holds_the_value_and_repeats_itself(n: int, m: int, seed: int) -> None:
     random = np.random.default_rng(seed)
-    one, other = Steady.of(random.lognormal(0, 0.3, n)), Steady.of(random.lognormal(0, 0.3, m))
+    one, other = SteadyState.of(random.lognormal(0, 0.3, n)), SteadyState.of(random.lognormal(0, 0.3, m))
     value, low, high = ratio(one, other)
     assert 0 < low <= high
     assert low <= value * 1.2
@@ -70,7 +70,7 @@ def test_the_interval_covers_the_truth() -> None:
     random = np.random.default_rng(7)
     covered, widths = 0, []
     for _ in range(150):
-        base, run = (Steady.of(correlated(random, 200, median)) for median in (0.18, 0.1))
+        base, run = (SteadyState.of(correlated(random, 200, median)) for median in (0.18, 0.1))
         _, low, high = ratio(base, run)
         covered += low <= 1.8 <= high
         widths.append(high - low)
@@ -81,7 +81,7 @@ def test_the_interval_covers_the_truth() -> None:
 def test_single_step_resampling_would_be_too_sure() -> None:
     """Blocks make the interval wider than shuffling single steps would, because neighbours are alike."""
     random = np.random.default_rng(3)
-    steady = Steady.of(correlated(random, 400, 1.0))
+    steady = SteadyState.of(correlated(random, 400, 1.0))
     blocks = steady.medians()
     single = np.median(random.choice(steady.seconds, size=(400, len(steady.seconds))), axis=1)
     assert blocks.std() > 1.2 * single.std()

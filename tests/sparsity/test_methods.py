@@ -195,12 +195,12 @@ def test_without_the_mask_on_gradients_the_count_of_zeros_shows_it(monkeypatch: 
         masks = Masks(Entries(Alone(layer), ["weight"]), optimizer)
         masks.set({"weight": torch.eye(8, dtype=torch.bool)})
         layer(torch.randn(4, 8)).square().sum().backward()
-        masks.hold_gradients()
+        masks.mask_gradients()
         optimizer.step()
         return masks.zeros()["weight"][0]
 
     assert zeros_after_a_step() == 56
-    monkeypatch.setattr(Masks, "hold_gradients", lambda self: None)
+    monkeypatch.setattr(Masks, "mask_gradients", lambda self: None)
     assert zeros_after_a_step() == 0
 
 
@@ -271,6 +271,6 @@ def test_weights_grow_where_their_gradient_is_largest() -> None:
     masks.set({"weight": torch.eye(6, dtype=torch.bool)})
     layer(torch.randn(4, 6)).square().sum().backward()
     gradients = masks.gradients()["weight"]
-    masks.hold_gradients()
+    masks.mask_gradients()
     assert (gradients != 0).all()
     assert (layer.weight.grad != 0).sum() == 6

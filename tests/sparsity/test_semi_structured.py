@@ -15,7 +15,7 @@ from labkit.launch.doctor import Finding, kernels_for_two_four
 from labkit.parallel.entries import Entries
 from labkit.sparsity import two_four
 from labkit.sparsity.masks import Masks
-from labkit.sparsity.method import Setting
+from labkit.sparsity.method import SparsityContext
 from labkit.sparsity.n_m import NM, n_of_m
 from labkit.sparsity.semi_structured import missing
 from labkit.sparsity.two_four import SemiStructuredLinear, fits, is_two_four
@@ -161,7 +161,7 @@ def test_sr_ste_with_such_layers_trains_the_same_network(monkeypatch: pytest.Mon
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         masks = Masks(Entries(Alone(model), list(shapes)), optimizer)
         options = NM.Options(kernel="semi_structured" if special else "dense")
-        method = NM(Setting(experiment("n_m"), options, masks, shapes, steps, layers, []))
+        method = NM(SparsityContext(experiment("n_m"), options, masks, shapes, steps, layers, []))
         for step in range(steps):
             for _ in range(2):
                 with method.passes(step):

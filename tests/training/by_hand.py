@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.experiment import Experiment
-from labkit.training.sampling import Order
+from labkit.training.sampling import BatchOrder
 from labkit.workloads.seed import seeded
 
 SEED = 3
@@ -53,7 +53,7 @@ def loop(make: Callable[[], Any], experiment: Experiment, mean: Callable[..., Te
         optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
     else:
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999), eps=settings.eps)
-    order = Order(len(x), training.global_batch, training.seed)
+    order = BatchOrder(len(x), training.global_batch, training.seed)
     losses, norms = [], []
     for step in range(training.steps or 0):
         indices = torch.as_tensor(order.update(step))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from labkit.training.rehearsal.exactness import inexact_parts
+from labkit.training.rehearsal.exactness import non_parity_modules
 from tests.training.test_exactness import Attending, Counting, Encoding, Reassigned, Recurrent, a_task
 
 
@@ -54,21 +54,21 @@ COUPLED = [(Centring(), "1"), (InTrainingOnly(), "1"), (AmongSamples(), "1.atten
 @pytest.mark.parametrize(("layer", "name"), COUPLED, ids=lambda part: type(part).__name__)
 def test_samples_that_change_what_others_give_are_named(layer: nn.Module, name: str) -> None:
     task = a_task(layer)
-    assert inexact_parts(task.model, 2, 1, task) == [
+    assert non_parity_modules(task.model, 2, 1, task) == [
         f"{name}: mixes the samples of a batch and sees one rank's samples, so ranks differ from one process"
     ]
-    assert inexact_parts(task.model, 1, 2, task) == [
+    assert non_parity_modules(task.model, 1, 2, task) == [
         f"{name}: mixes the samples of a batch and sees one pass's samples, so passes differ from a batch in one piece"
     ]
-    assert inexact_parts(task.model, 1, 1, task) == []
+    assert non_parity_modules(task.model, 1, 1, task) == []
 
 
 def test_so_they_are_beside_something_random_and_batch_normalisation() -> None:
     task = a_task(Wrapped(nn.Sequential(nn.BatchNorm1d(4), Centring())))
-    reasons = inexact_parts(task.model, 2, 1, task)
+    reasons = non_parity_modules(task.model, 2, 1, task)
     assert [reason.partition(":")[0] for reason in reasons] == ["1.layer.0", "1.layer.1", "1"]
     assert "mixes the samples of a batch" in reasons[1]
-    assert len(inexact_parts(nn.Sequential(nn.BatchNorm1d(4)), 2, 1, a_task(nn.BatchNorm1d(4)))) == 1
+    assert len(non_parity_modules(nn.Sequential(nn.BatchNorm1d(4)), 2, 1, a_task(nn.BatchNorm1d(4)))) == 1
 
 
 class Turning(nn.Module):
@@ -80,7 +80,7 @@ class Turning(nn.Module):
 
 def test_a_phase_that_changes_is_seen() -> None:
     task = a_task(nn.Identity())
-    assert len(inexact_parts(nn.Sequential(Turning()), 2, 1, task)) == 1
+    assert len(non_parity_modules(nn.Sequential(Turning()), 2, 1, task)) == 1
 
 
 @pytest.mark.parametrize(
@@ -92,4 +92,4 @@ def test_a_phase_that_changes_is_seen() -> None:
 def test_samples_that_keep_to_themselves_are_not_said_to_mix(layer: nn.Module, kind: torch.dtype) -> None:
     task = a_task(layer)
     task.model.to(kind)
-    assert inexact_parts(task.model, 2, 1, task, lambda batch: batch | {"x": batch["x"].to(kind)}) == []
+    assert non_parity_modules(task.model, 2, 1, task, lambda batch: batch | {"x": batch["x"].to(kind)}) == []

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from labkit.training.rehearsal.exactness import inexact_parts
+from labkit.training.rehearsal.exactness import non_parity_modules
 from labkit.training.rehearsal.loss_proof import prove_loss
 from labkit.workloads.custom_task import as_task
 
@@ -27,10 +27,10 @@ from labkit.workloads.custom_task import as_task
 )
 def test_what_looks_beyond_a_sample_is_named(layer: nn.Module, reason: str | None) -> None:
     model = nn.Sequential(nn.Linear(4, 4), layer)
-    reasons = inexact_parts(model, ranks=2)
+    reasons = non_parity_modules(model, ranks=2)
     assert len(reasons) == (reason is not None)
     assert all(sentence.startswith(f"1: {reason}") for sentence in reasons)
-    assert inexact_parts(model, ranks=1) == []
+    assert non_parity_modules(model, ranks=1) == []
 
 
 class Functional(nn.Module):
@@ -105,23 +105,23 @@ RANDOM = [
 @pytest.mark.parametrize("layer", RANDOM, ids=lambda layer: type(layer).__name__)
 def test_a_random_part_is_found_by_trying(layer: nn.Module) -> None:
     task = a_task(layer)
-    (reason,) = inexact_parts(task.model, 2, 1, task)
+    (reason,) = non_parity_modules(task.model, 2, 1, task)
     assert reason.startswith("1")
     assert "draws other numbers on every rank, so ranks differ from one process" in reason
-    (reason,) = inexact_parts(task.model, 1, 4, task)
+    (reason,) = non_parity_modules(task.model, 1, 4, task)
     assert "on every pass, so passes differ" in reason
-    assert inexact_parts(task.model, 1, 1, task) == []
+    assert non_parity_modules(task.model, 1, 1, task) == []
 
 
 @pytest.mark.parametrize("layer", [Recurrent(1), Attending(0.0), nn.Dropout(0.0), nn.Identity()], ids=str)
 def test_what_is_not_random_is_not_said_to_be(layer: nn.Module) -> None:
     task = a_task(layer)
-    assert inexact_parts(task.model, 2, 4, task) == []
+    assert non_parity_modules(task.model, 2, 4, task) == []
 
 
 def test_batch_normalisation_with_several_passes_on_one_rank_is_named() -> None:
     for layer in (nn.BatchNorm1d(4), nn.SyncBatchNorm(4)):
-        (reason,) = inexact_parts(nn.Sequential(layer), ranks=1, passes=2)
+        (reason,) = non_parity_modules(nn.Sequential(layer), ranks=1, passes=2)
         assert reason == "0: batch normalisation sees one pass's samples, so passes differ from a batch in one piece"
 
 
@@ -144,7 +144,7 @@ def test_the_proof_leaves_nothing_behind() -> None:
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     modes = [module.training for module in task.model.modules()]
     states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
-    assert len(inexact_parts(task.model, 2, 1, task)) == 2
+    assert len(non_parity_modules(task.model, 2, 1, task)) == 2
     prove_loss(task)
     assert all(torch.equal(before[name], tensor) for name, tensor in task.model.state_dict().items())
     assert [module.training for module in task.model.modules()] == modes
@@ -163,10 +163,10 @@ class Augmented(torch.utils.data.Dataset):
 
 def test_samples_that_are_others_each_time_are_noticed() -> None:
     task = a_task(nn.Identity(), train=Augmented())
-    (reason,) = inexact_parts(task.model, 1, 1, task)
+    (reason,) = non_parity_modules(task.model, 1, 1, task)
     assert reason.startswith("the training samples are others each time they are read")
     task = a_task(nn.Identity(), test=Augmented())
-    (reason,) = inexact_parts(task.model, 2, 1, task)
+    (reason,) = non_parity_modules(task.model, 2, 1, task)
     assert reason.startswith("the held-out samples are others")
 
 
@@ -282,7 +282,7 @@ def test_counters_and_work_in_place_are_not_called_random(layer: nn.Module, firs
     task = a_task(layer)
     if first:
         task.model = nn.Sequential(layer, *list(task.model)[::2])
-    assert inexact_parts(task.model, 2, 1, task) == []
+    assert non_parity_modules(task.model, 2, 1, task) == []
 
 
 @pytest.mark.parametrize("kept_in", ["attribute", "buffer"])
@@ -301,7 +301,7 @@ def test_dropout_that_begins_late_is_noticed(kept_in: str) -> None:
 
     layer = Late()
     task = a_task(layer)
-    (reason,) = inexact_parts(task.model, 2, 1, task)
+    (reason,) = non_parity_modules(task.model, 2, 1, task)
     assert reason.startswith("1: a random part draws other numbers on every rank")
     assert layer.passes == 0
 
@@ -316,5 +316,5 @@ def test_a_generator_of_ones_own_is_random() -> None:
             return x * self.draws.random()
 
     task = a_task(Own())
-    (reason,) = inexact_parts(task.model, 2, 1, task)
+    (reason,) = non_parity_modules(task.model, 2, 1, task)
     assert reason.startswith("1: a random part draws other numbers")

@@ -14,14 +14,14 @@ from torch.nn import functional
 from labkit.experiment.layout import Layout
 from labkit.parallel.mesh import Mesh
 from labkit.quantization.arithmetic import FakeArithmetic, GridArithmetic, Int8Arithmetic, TernaryArithmetic
-from labkit.quantization.linear import Arithmetic, NarrowLinear, narrow
+from labkit.quantization.linear import NarrowLinear, QuantizedLinearOp, narrow
 from labkit.sparsity import csr
 from labkit.training.probes.layers import BINS, MOST_LAYERS, Watch, _Product, histogram
 from tests.quantization.networks import wanted
 from tests.quantization.test_runs import ran
 
 MESH = Mesh(Layout(), 0, "cpu", connect=False)
-ARITHMETICS: dict[str, Callable[[], Arithmetic]] = {
+ARITHMETICS: dict[str, Callable[[], QuantizedLinearOp]] = {
     "int8 × int8": lambda: Int8Arithmetic("stochastic", True),
     "int8 × ternary": TernaryArithmetic,
     "int8 grid × int8 grid": lambda: FakeArithmetic(8),

@@ -81,14 +81,14 @@ MISTAKES = {
         "import labkit.gradients.updates.synchronous as broken\n"
         "broken.Synchronous.passes = lambda self, model, last, step: contextlib.nullcontext()\n"
         "import labkit.training.trainer as trainer\n"
-        "from labkit.training.sampling import Order\n"
-        "whole = Order.passes\n"
-        "Order.passes = lambda self, step, rank, ranks, n, weights=None: [whole(self, step, rank, ranks, n)[-1]] * n\n"
+        "from labkit.training.sampling import BatchOrder\n"
+        "whole = BatchOrder.passes\n"
+        "BatchOrder.passes = lambda self, step, rank, ranks, n, weights=None: [whole(self, step, rank, ranks, n)[-1]] * n\n"
     ),
     "every rank sees the same samples": (
-        "from labkit.training.sampling import Order\n"
-        "right = Order.passes\n"
-        "Order.passes = lambda self, step, rank, ranks, passes, weights=None: right(self, step, 0, ranks, passes)\n"
+        "from labkit.training.sampling import BatchOrder\n"
+        "right = BatchOrder.passes\n"
+        "BatchOrder.passes = lambda self, step, rank, ranks, passes, weights=None: right(self, step, 0, ranks, passes)\n"
     ),
     "a rank is a millionth off": (
         "import labkit.training.weights as broken\n"

@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit.parallel.replicate import share_weight
-from labkit.training.sampling import Order, PassSampler
+from labkit.training.sampling import BatchOrder, MicroBatchSampler
 
-orders = st.builds(Order, st.integers(1, 60), st.integers(1, 40), st.integers(0, 2**31 - 1))
+orders = st.builds(BatchOrder, st.integers(1, 60), st.integers(1, 40), st.integers(0, 2**31 - 1))
 steps = st.integers(0, 200)
 
 
 @settings(deadline=None)
 @given(orders, steps, st.integers(1, 8), st.integers(1, 4))
-def test_shares_partition_the_batch_in_order(order: Order, step: int, ranks: int, passes: int) -> None:
+def test_shares_partition_the_batch_in_order(order: BatchOrder, step: int, ranks: int, passes: int) -> None:
     update = order.update(step)
     assert update.shape == (order.batch,)
     shares = [order.passes(step, rank, ranks, passes) for rank in range(ranks)]
@@ -34,7 +34,7 @@ def test_shares_partition_the_batch_in_order(order: Order, step: int, ranks: int
 
 @settings(deadline=None)
 @given(orders, st.integers(1, 4))
-def test_every_epoch_sees_every_sample_once(order: Order, epochs: int) -> None:
+def test_every_epoch_sees_every_sample_once(order: BatchOrder, epochs: int) -> None:
     updates = -(-epochs * order.length // order.batch)
     seen = np.concatenate([order.update(step) for step in range(updates)])
     for epoch in range(epochs):
@@ -44,35 +44,35 @@ def test_every_epoch_sees_every_sample_once(order: Order, epochs: int) -> None:
 
 @settings(deadline=None)
 @given(orders, steps)
-def test_the_order_is_a_function_of_seed_data_and_batch(order: Order, step: int) -> None:
-    fresh = Order(order.length, order.batch, order.seed)
+def test_the_order_is_a_function_of_seed_data_and_batch(order: BatchOrder, step: int) -> None:
+    fresh = BatchOrder(order.length, order.batch, order.seed)
     np.testing.assert_array_equal(fresh.update(step), order.update(step))  # without the updates before it
 
 
 def test_epochs_and_seeds_differ() -> None:
-    order = Order(100, 100, seed=3)
+    order = BatchOrder(100, 100, seed=3)
     assert order.update(0).tolist() != order.update(1).tolist()
-    assert order.update(0).tolist() != Order(100, 100, seed=4).update(0).tolist()
+    assert order.update(0).tolist() != BatchOrder(100, 100, seed=4).update(0).tolist()
     assert order.update(0).tolist() != list(range(100))
 
 
 @settings(deadline=None)
 @given(orders, st.integers(0, 20), st.integers(0, 10), st.integers(1, 5), st.integers(1, 3))
 def test_the_sampler_goes_on_where_a_checkpoint_stopped(
-    order: Order, first: int, more: int, ranks: int, passes: int
+    order: BatchOrder, first: int, more: int, ranks: int, passes: int
 ) -> None:
     last = first + more
     for rank in range(ranks):
-        resumed = list(PassSampler(order, first, last, rank, ranks, passes))
-        whole = list(PassSampler(order, 0, last, rank, ranks, passes))
+        resumed = list(MicroBatchSampler(order, first, last, rank, ranks, passes))
+        whole = list(MicroBatchSampler(order, 0, last, rank, ranks, passes))
         assert resumed == whole[first * passes :]
-        assert len(resumed) == len(PassSampler(order, first, last, rank, ranks, passes))
+        assert len(resumed) == len(MicroBatchSampler(order, first, last, rank, ranks, passes))
 
 
 @settings(deadline=None)
 @given(orders, steps, st.integers(1, 8), st.integers(1, 4))
 def test_weighted_means_over_ranks_are_the_mean_over_the_batch(
-    order: Order, step: int, ranks: int, passes: int
+    order: BatchOrder, step: int, ranks: int, passes: int
 ) -> None:
     """What one process computes, from what each rank computes: mean over ranks of the weighted means of its passes."""
     values = np.random.default_rng(0).normal(size=order.length)
@@ -88,17 +88,17 @@ def test_weighted_means_over_ranks_are_the_mean_over_the_batch(
     ("epochs", "length", "batch", "found"), [(1, 100, 10, 10), (0.5, 100, 10, 5), (0.001, 100, 10, 1)]
 )
 def test_epochs_become_steps(epochs: float, length: int, batch: int, found: int) -> None:
-    assert Order(length, batch, 0).steps(epochs) == found
+    assert BatchOrder(length, batch, 0).steps(epochs) == found
 
 
 def test_no_data_is_refused() -> None:
     with pytest.raises(ValueError, match="empty"):
-        Order(0, 4, 0)
+        BatchOrder(0, 4, 0)
 
 
 @settings(deadline=None)
 @given(orders, steps, st.lists(st.floats(0.01, 1.0), min_size=1, max_size=8), st.integers(1, 3))
-def test_weighted_shares_partition_the_batch_too(order: Order, step: int, parts: list[float], passes: int) -> None:
+def test_weighted_shares_partition_the_batch_too(order: BatchOrder, step: int, parts: list[float], passes: int) -> None:
     ranks = len(parts)
     if order.batch < ranks * passes:
         return

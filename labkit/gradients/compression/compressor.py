@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from labkit.experiment import Experiment, Optimizer
     from labkit.experiment.layout import Layout
     from labkit.experiment.machine import Machine
-    from labkit.gradients.compression.error_feedback import Memory
-    from labkit.gradients.wire import Wire
+    from labkit.gradients.compression.error_feedback import ErrorFeedback
+    from labkit.gradients.wire import Communicator
 
 Shape = tuple[int, ...]
-UnderWay = Generator[None, None, "Tensor"]
+InFlight = Generator[None, None, "Tensor"]
 """An exchange that is under way: resumed once a round, it returns the mean over the ranks, of the shape of `flat`."""
 
 
@@ -44,7 +44,7 @@ def numel(shapes: Sequence[Shape]) -> int:
 
 
 @dataclass(frozen=True)
-class Bundle:
+class GradientBucket:
     """Gradients that travel together: those of `parameters`, one after the other in `flat`.
 
     `parameters` are keys for what is remembered of them; `shapes` are those of their gradients.
@@ -70,7 +70,7 @@ class Bundle:
 
 
 @dataclass(frozen=True)
-class Moment:
+class CostContext:
     """When and among how many gradients travel: all that the number of bytes depends on, beside their shapes."""
 
     ranks: int
@@ -98,11 +98,11 @@ class Compressor:
     class Options(BaseOptions):
         pass
 
-    def __init__(self, options: Any, wire: Wire, steps: int, seed: int = 0) -> None:
+    def __init__(self, options: Any, wire: Communicator, steps: int, seed: int = 0) -> None:
         self.options, self.wire, self.steps, self.seed = options, wire, steps, seed
 
     @property
-    def wires(self) -> tuple[Wire, ...]:
+    def wires(self) -> tuple[Communicator, ...]:
         """All groups that it talks in."""
         return (self.wire,)
 
@@ -114,22 +114,22 @@ class Compressor:
     # -- the method ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def exchange(self, bundle: Bundle) -> UnderWay:
-        """Begin to average `bundle.flat` over the ranks; see `UnderWay`. May work in place."""
+    def exchange(self, bundle: GradientBucket) -> InFlight:
+        """Begin to average `bundle.flat` over the ranks; see `InFlight`. May work in place."""
 
     @classmethod
-    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
         """What one rank sends for one bundle, by the formula."""
         raise TypeError(f"{cls.__name__} has no formula for a bundle by itself")
 
-    def whole(self, bundle: Bundle) -> UnderWay:
+    def whole(self, bundle: GradientBucket) -> InFlight:
         """Average without compression, e.g. before the method begins."""
         pending = self.wire.all_reduce(bundle.flat.div_(self.wire.size))
         yield
         return pending.wait()
 
     @staticmethod
-    def whole_bytes(shapes: Sequence[Shape], moment: Moment) -> int:
+    def whole_bytes(shapes: Sequence[Shape], moment: CostContext) -> int:
         """The same in bytes: 2·(N-1)/N·n."""
         return all_reduce_bytes(numel(shapes) * moment.itemsize, moment.ranks)
 
@@ -147,7 +147,7 @@ class Compressor:
     def bind(self, optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
         """What works on the result, and what the experiment asks of it; called once it exists."""
 
-    def unit(self, bundle: Bundle, parameter: Any) -> Tensor | None:
+    def unit(self, bundle: GradientBucket, parameter: Any) -> Tensor | None:
         """What the gradient of this parameter is divided by while it is under way, of its shape; None for nothing."""
         return None
 
@@ -171,14 +171,14 @@ class Compressor:
             start = f"{name}."
             memory.load({key[len(start) :]: tensor for key, tensor in state.items() if key.startswith(start)})
 
-    def _memories(self) -> dict[str, Memory]:
-        from labkit.gradients.compression.error_feedback import Memory
+    def _memories(self) -> dict[str, ErrorFeedback]:
+        from labkit.gradients.compression.error_feedback import ErrorFeedback
 
-        return {name.lstrip("_"): value for name, value in vars(self).items() if isinstance(value, Memory)}
+        return {name.lstrip("_"): value for name, value in vars(self).items() if isinstance(value, ErrorFeedback)}
 
     # -- used by others -----------------------------------------------------------------------------------------------
 
-    def begin(self, bundle: Bundle) -> Callable[[], Tensor]:
+    def begin(self, bundle: GradientBucket) -> Callable[[], Tensor]:
         """Begin an exchange; call what is returned for the mean. For those who exchange one bundle at a time."""
         rounds = self.exchange(bundle)
         next(rounds)
@@ -192,15 +192,15 @@ class Compressor:
 
         `bundles`: shapes of the parameters in each bucket; `itemsize`: bytes of a number of the gradient.
         """
-        moment = Moment(ranks, step, steps, itemsize)
+        moment = CostContext(ranks, step, steps, itemsize)
         return sum(cls.bundle_bytes(options, shapes, moment) for shapes in bundles)
 
-    def expected(self, bundle: Bundle) -> int:
+    def expected(self, bundle: GradientBucket) -> int:
         """What this rank sends for this bundle, by the formula."""
-        moment = Moment(self.wire.size, bundle.step, self.steps, bundle.flat.element_size())
+        moment = CostContext(self.wire.size, bundle.step, self.steps, bundle.flat.element_size())
         return self.bundle_bytes(self.options, bundle.shapes, moment)
 
-    def generator(self, bundle: Bundle, shared: bool = False) -> torch.Generator:
+    def generator(self, bundle: GradientBucket, shared: bool = False) -> torch.Generator:
         """Random numbers for this bundle: those of this place on the wire, or the same on all ranks.
 
         Ranks that hold the same gradients in other groups (along tp) stand at the same place and draw the same.
@@ -237,7 +237,7 @@ class Compressor:
             yield Problem(field, "has no effect on copies that never talk (launch.isolated)")
 
 
-def finish(rounds: UnderWay) -> Tensor:
+def finish(rounds: InFlight) -> Tensor:
     """Go on with an exchange to its end; the mean."""
     while True:
         try:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labkit.gradients.compression.compressor import Bundle
+from labkit.gradients.compression.compressor import GradientBucket
 
 
-class Memory:
+class ErrorFeedback:
     """One number for each number of the gradients, zero at first."""
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Memory:
         self._restored: dict[int, Tensor] = {}
         """What a checkpoint held, by the order in which bundles come, until they come."""
 
-    def of(self, bundle: Bundle) -> Tensor:
+    def of(self, bundle: GradientBucket) -> Tensor:
         """What is remembered, laid out like `bundle.flat`; change it in place."""
         key = _keys(bundle)
         flat = self._flats.get(key)
@@ -39,7 +39,7 @@ class Memory:
             self._flats[key] = flat
         return flat
 
-    def _gather(self, bundle: Bundle) -> Tensor:
+    def _gather(self, bundle: GradientBucket) -> Tensor:
         """The same numbers in a new order."""
         flat = torch.zeros_like(bundle.flat)
         for parameter, view in zip(bundle.parameters, bundle.views(flat), strict=True):
@@ -61,6 +61,6 @@ class Memory:
         self._restored = {int(place): flat for place, flat in state.items()}
 
 
-def _keys(bundle: Bundle) -> tuple[Any, ...]:
+def _keys(bundle: GradientBucket) -> tuple[Any, ...]:
     """What a bundle's parameters are known by: themselves, as tensors have no equality; names of stretches by value."""
     return tuple(one if isinstance(one, tuple) else id(one) for one in bundle.parameters)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compression.compressor import Bundle, Compressor, Moment, Shape, UnderWay, numel
+from labkit.gradients.compression.compressor import Compressor, CostContext, GradientBucket, InFlight, Shape, numel
 from labkit.gradients.cost import all_gather_bytes, all_reduce_bytes, all_to_all_bytes
 
 if TYPE_CHECKING:
@@ -38,17 +38,17 @@ class Half(Compressor):
 
         return torch.float16 if self.name == "fp16" else torch.bfloat16
 
-    def exchange(self, bundle: Bundle) -> UnderWay:
+    def exchange(self, bundle: GradientBucket) -> InFlight:
         """The mean, rounded to 16 bits."""
         return self._dealt_out(bundle) if self.options.sum_in == "fp32" else self._added_up(bundle)
 
-    def _added_up(self, bundle: Bundle) -> UnderWay:
+    def _added_up(self, bundle: GradientBucket) -> InFlight:
         # Divided first: the sum of the ranks could leave the range of fp16 where no rank does.
         pending = self.wire.all_reduce((bundle.flat / self.wire.size).to(self.dtype))
         yield
         return bundle.flat.copy_(pending.wait())
 
-    def _dealt_out(self, bundle: Bundle) -> UnderWay:
+    def _dealt_out(self, bundle: GradientBucket) -> InFlight:
         flat, ranks = bundle.flat, self.wire.size
         parts = flat.new_zeros(ranks, -(-flat.numel() // ranks), dtype=self.dtype)
         parts.view(-1)[: flat.numel()] = flat
@@ -60,7 +60,7 @@ class Half(Compressor):
         return flat.copy_(gathered.wait().view(-1)[: flat.numel()])
 
     @classmethod
-    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
         """2·(N-1)/N · 2n."""
         count, ranks = numel(shapes), moment.ranks
         if options.sum_in == "half":

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 
 from labkit.experiment import Optimizer
-from labkit.gradients.compression.compressor import Bundle, Compressor, Moment, UnderWay
+from labkit.gradients.compression.compressor import Compressor, CostContext, GradientBucket, InFlight
 from labkit.gradients.cost import all_gather_bytes, all_to_all_bytes
 from labkit.gradients.stopwatch import Clock
-from labkit.gradients.wire import Wire
+from labkit.gradients.wire import Communicator
 
 
 class Hierarchical(Compressor):
@@ -35,14 +35,14 @@ class Hierarchical(Compressor):
         local = world // hosts
         inside = [list(range(host * local, (host + 1) * local)) for host in range(hosts)]
         between = [list(range(place, world, local)) for place in range(local)]
-        self._inside = Wire(_own_group(inside, rank), clock)
-        self._method = method(options, Wire(_own_group(between, rank), clock), steps, seed)
+        self._inside = Communicator(_own_group(inside, rank), clock)
+        self._method = method(options, Communicator(_own_group(between, rank), clock), steps, seed)
         self._method.momentum = False  # it is known by parameter, and a part crosses their borders
         super().__init__(options, self._method.wire, steps, seed)
         self.name = method.name  # type: ignore[misc]
 
     @property
-    def wires(self) -> tuple[Wire, ...]:
+    def wires(self) -> tuple[Communicator, ...]:
         """That within the host and that between hosts."""
         return (self._inside, self.wire)
 
@@ -59,7 +59,7 @@ class Hierarchical(Compressor):
         """Tell the method."""
         self._method.bind(optimizer, settings)
 
-    def unit(self, bundle: Bundle, parameter: Any) -> torch.Tensor | None:
+    def unit(self, bundle: GradientBucket, parameter: Any) -> torch.Tensor | None:
         """That of the method."""
         return self._method.unit(bundle, parameter)
 
@@ -71,7 +71,7 @@ class Hierarchical(Compressor):
         """To the method."""
         self._method.load(state)
 
-    def exchange(self, bundle: Bundle) -> UnderWay:
+    def exchange(self, bundle: GradientBucket) -> InFlight:
         """The mean over all ranks."""
         flat, local = bundle.flat, self._inside.size
         parts = flat.new_zeros(local, -(-flat.numel() // local))
@@ -85,15 +85,15 @@ class Hierarchical(Compressor):
         yield
         return gathered.wait().view(-1)[: flat.numel()]
 
-    def _part(self, bundle: Bundle, part: Any) -> Bundle:
+    def _part(self, bundle: GradientBucket, part: Any) -> GradientBucket:
         key = tuple(map(id, bundle.parameters))
-        return Bundle(part, (key,), (tuple(part.shape),), bundle.step, bundle.number)
+        return GradientBucket(part, (key,), (tuple(part.shape),), bundle.step, bundle.number)
 
-    def expected(self, bundle: Bundle) -> int:
+    def expected(self, bundle: GradientBucket) -> int:
         """What this rank sends for this bundle, by the formula."""
         size, local = bundle.flat.element_size(), self._inside.size
         part = -(-bundle.flat.numel() // local)
-        among_hosts = Moment(self.wire.size, bundle.step, self.steps, size)
+        among_hosts = CostContext(self.wire.size, bundle.step, self.steps, size)
         return (
             all_to_all_bytes(local * part * size, local)
             + self._method.bundle_bytes(self.options, [(part,)], among_hosts)

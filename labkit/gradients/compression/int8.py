@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compression.compressor import Bundle, Compressor, Moment, Shape, UnderWay, numel
+from labkit.gradients.compression.compressor import Compressor, CostContext, GradientBucket, InFlight, Shape, numel
 from labkit.gradients.cost import all_gather_bytes
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Int8(Compressor):
         chunk: int = Field(default=0, ge=0, le=2**31 - 1)
         """Numbers that share a scale; 0 for a scale per bucket."""
 
-    def exchange(self, bundle: Bundle) -> UnderWay:
+    def exchange(self, bundle: GradientBucket) -> InFlight:
         """The mean of the rounded gradients."""
         import torch
 
@@ -71,7 +71,7 @@ class Int8(Compressor):
         return torch.int8 if self.options.levels <= 127 else torch.int16
 
     @classmethod
-    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
         """(N-1) · (n + 4 · scales)."""
         count = numel(shapes)
         width = 1 if options.levels <= 127 else 2

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compression.compressor import Bundle, Compressor, Moment, Shape, UnderWay, beginning
+from labkit.gradients.compression.compressor import Compressor, CostContext, GradientBucket, InFlight, Shape, beginning
 
 if TYPE_CHECKING:
     import torch
@@ -59,15 +59,15 @@ class LateCompressor(Compressor):
         """The optimizer, if its mean squares freeze."""
 
     @abstractmethod
-    def compress(self, bundle: Bundle) -> UnderWay:
+    def compress(self, bundle: GradientBucket) -> InFlight:
         """Average `bundle.flat`, smaller."""
 
     @classmethod
     @abstractmethod
-    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
         """Of one bundle, once it has begun."""
 
-    def exchange(self, bundle: Bundle) -> UnderWay:
+    def exchange(self, bundle: GradientBucket) -> InFlight:
         """The mean: whole at first, then compressed."""
         if bundle.step < self.begins(self.options, self.steps):
             return self.whole(bundle)
@@ -77,7 +77,7 @@ class LateCompressor(Compressor):
         return self.compress(bundle)
 
     @classmethod
-    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
         """At first those of an all-reduce."""
         begun = moment.step >= cls.begins(options, moment.steps)
         return cls.compressed_bytes(options, shapes, moment) if begun else cls.whole_bytes(shapes, moment)
@@ -104,7 +104,7 @@ class LateCompressor(Compressor):
 
         self.adam = optimizer if isinstance(optimizer, FrozenAdamW) else None
 
-    def unit(self, bundle: Bundle, parameter: Any) -> torch.Tensor | None:
+    def unit(self, bundle: GradientBucket, parameter: Any) -> torch.Tensor | None:
         """√v of the parameter."""
         begun = bundle.step >= self.begins(self.options, self.steps)
         return self.adam.denominator(parameter) if self.adam is not None and begun else None

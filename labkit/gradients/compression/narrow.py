@@ -19,13 +19,13 @@ from torch import Tensor
 
 from labkit.gradients.compression.packing import join, pack, take, unpack
 from labkit.gradients.cost import all_gather_bytes, all_reduce_bytes
-from labkit.gradients.wire import Wire
+from labkit.gradients.wire import Communicator
 
 Bits = Literal[32, 16, 8, 4]
 BLOCK = 1024
 
 
-def begin_mean(values: Tensor, wire: Wire, bits: Bits) -> Callable[[], Tensor]:
+def begin_mean(values: Tensor, wire: Communicator, bits: Bits) -> Callable[[], Tensor]:
     """Start to average a flat tensor; calling the result waits and returns the mean, in the format of `values`."""
     if bits == 32:
         whole = wire.all_reduce(values.clone())

@@ -29,7 +29,7 @@ from pydantic import Field
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compression.compressor import Bundle, Moment, Shape, UnderWay, beginning, numel
+from labkit.gradients.compression.compressor import CostContext, GradientBucket, InFlight, Shape, beginning, numel
 from labkit.gradients.compression.late import LateCompressor
 from labkit.gradients.cost import all_gather_bytes, all_to_all_bytes
 
@@ -62,12 +62,12 @@ class OneBitAdam(LateCompressor):
             return True
 
     def __init__(self, *arguments: Any) -> None:
-        from labkit.gradients.compression.error_feedback import Memory
+        from labkit.gradients.compression.error_feedback import ErrorFeedback
 
         super().__init__(*arguments)
-        self._own_errors, self._sum_errors = Memory(), Memory()
+        self._own_errors, self._sum_errors = ErrorFeedback(), ErrorFeedback()
 
-    def compress(self, bundle: Bundle) -> UnderWay:
+    def compress(self, bundle: GradientBucket) -> InFlight:
         """The mean momentum, as everything here in units of √v."""
         import torch
 
@@ -96,7 +96,7 @@ class OneBitAdam(LateCompressor):
         return "what the signs have left out on both sides"
 
     @classmethod
-    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
         """2·(N-1) · (n/8N + 4·n/1024N)."""
         chunks, width = _chunks(numel(shapes), moment.ranks)
         part = chunks * (4 + width // 8)
@@ -128,7 +128,7 @@ def _chunks(count: int, ranks: int) -> tuple[int, int]:
     return chunks, -(-part // (8 * chunks)) * 8
 
 
-def _place(bundle: Bundle, mean: Tensor) -> Bundle:
+def _place(bundle: GradientBucket, mean: Tensor) -> GradientBucket:
     """The part that this rank averages, which is its own whatever the borders of parameters."""
     key = tuple(map(id, bundle.parameters))
-    return Bundle(mean, (key,), (tuple(mean.shape),), bundle.step, bundle.number)
+    return GradientBucket(mean, (key,), (tuple(mean.shape),), bundle.step, bundle.number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from labkit.gradients.compression.compressor import Bundle, Compressor, Moment, Shape, UnderWay
+from labkit.gradients.compression.compressor import Compressor, CostContext, GradientBucket, InFlight, Shape
 
 if TYPE_CHECKING:
     from labkit.experiment import Experiment
@@ -25,12 +25,12 @@ class Uncompressed(Compressor):
     name = "none"
     lossy = False
 
-    def exchange(self, bundle: Bundle) -> UnderWay:
+    def exchange(self, bundle: GradientBucket) -> InFlight:
         """One all-reduce, in place."""
         return self.whole(bundle)
 
     @classmethod
-    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
         """2·(N-1)/N·n."""
         return cls.whole_bytes(shapes, moment)
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from labkit.experiment.problem import Problem
-from labkit.gradients.compression.compressor import Bundle, Moment, Shape, UnderWay, numel, replicas
+from labkit.gradients.compression.compressor import CostContext, GradientBucket, InFlight, Shape, numel, replicas
 from labkit.gradients.compression.late import LateCompressor, LateOptions
 from labkit.gradients.cost import all_reduce_bytes
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
-    from labkit.gradients.wire import Pending
+    from labkit.gradients.wire import PendingWork
 
 
 class PowerSGD(LateCompressor):
@@ -57,15 +57,15 @@ class PowerSGD(LateCompressor):
         """What was left out is added to the next gradient."""
 
     def __init__(self, *arguments: Any) -> None:
-        from labkit.gradients.compression.error_feedback import Memory
+        from labkit.gradients.compression.error_feedback import ErrorFeedback
 
         super().__init__(*arguments)
-        self._errors = Memory()
+        self._errors = ErrorFeedback()
         self._factors: dict[Any, Tensor] = {}
         self._restored: dict[int, Tensor] = {}
         """Factors from a checkpoint, by the order in which matrices first came, until they come."""
 
-    def compress(self, bundle: Bundle) -> UnderWay:
+    def compress(self, bundle: GradientBucket) -> InFlight:
         """The mean, as far as it has a low rank."""
         import torch
 
@@ -100,7 +100,7 @@ class PowerSGD(LateCompressor):
             self._factors[bundle.parameters[place]] = mean
         return flat
 
-    def _send(self, parts: list[Tensor]) -> Pending:
+    def _send(self, parts: list[Tensor]) -> PendingWork:
         """The mean of all parts, in one message."""
         import torch
 
@@ -137,7 +137,7 @@ class PowerSGD(LateCompressor):
         return "what a low rank has left out, and its factors"
 
     @classmethod
-    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
         """2·(N-1)/N · bytes of a number · ( Σ r·(m+n) + the rest ), the two rounds one after the other."""
         size, ranks = moment.itemsize, [_rank(options, shape) for shape in shapes]
         factored = [(shape, rank) for shape, rank in zip(shapes, ranks, strict=True) if rank]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from labkit.gradients.compression.compressor import Bundle, Moment, Shape, UnderWay, numel
+from labkit.gradients.compression.compressor import CostContext, GradientBucket, InFlight, Shape, numel
 from labkit.gradients.compression.late import LateCompressor, LateOptions
 from labkit.gradients.cost import all_reduce_bytes
 
@@ -42,12 +42,12 @@ class RandomK(LateCompressor):
         """Keep what was not sent for later, instead of making what is sent larger."""
 
     def __init__(self, *arguments: Any) -> None:
-        from labkit.gradients.compression.error_feedback import Memory
+        from labkit.gradients.compression.error_feedback import ErrorFeedback
 
         super().__init__(*arguments)
-        self._errors = Memory()
+        self._errors = ErrorFeedback()
 
-    def compress(self, bundle: Bundle) -> UnderWay:
+    def compress(self, bundle: GradientBucket) -> InFlight:
         """The mean at the drawn places, zero elsewhere."""
         flat = bundle.flat
         count = _count(self.options, flat.numel())
@@ -69,7 +69,7 @@ class RandomK(LateCompressor):
         return "what it has not sent yet" if options.error_feedback else ""
 
     @classmethod
-    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
         """2·(N-1)/N · k · bytes of a number."""
         return all_reduce_bytes(_count(options, numel(shapes)) * moment.itemsize, moment.ranks)
 

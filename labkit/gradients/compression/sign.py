@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from labkit.gradients.compression.compressor import Bundle, Moment, Shape, UnderWay, numel
+from labkit.gradients.compression.compressor import CostContext, GradientBucket, InFlight, Shape, numel
 from labkit.gradients.compression.late import LateCompressor, LateOptions
 from labkit.gradients.cost import all_gather_bytes
 
@@ -41,12 +41,12 @@ class Sign(LateCompressor):
         """What was cut off is added to the next gradient."""
 
     def __init__(self, *arguments: Any) -> None:
-        from labkit.gradients.compression.error_feedback import Memory
+        from labkit.gradients.compression.error_feedback import ErrorFeedback
 
         super().__init__(*arguments)
-        self._errors = Memory()
+        self._errors = ErrorFeedback()
 
-    def compress(self, bundle: Bundle) -> UnderWay:
+    def compress(self, bundle: GradientBucket) -> InFlight:
         """The mean of the signs, each times its scale."""
         import torch
 
@@ -74,7 +74,7 @@ class Sign(LateCompressor):
         return "what the signs have left out" if options.error_feedback else ""
 
     @classmethod
-    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
         """(N-1) · (n/8 + 4 · scales)."""
         scales = 1 if options.scale == "bucket" else len(shapes)
         return all_gather_bytes(-(-numel(shapes) // 8) + 4 * scales, moment.ranks)

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import Field
 
-from labkit.gradients.compression.compressor import Bundle, Moment, Shape, UnderWay, numel
+from labkit.gradients.compression.compressor import CostContext, GradientBucket, InFlight, Shape, numel
 from labkit.gradients.compression.late import LateCompressor, LateOptions
 from labkit.gradients.cost import all_gather_bytes
 
@@ -31,7 +31,7 @@ class Ternary(LateCompressor):
         clip_sigma: float = Field(default=2.5, ge=0, le=100)
         """Gradients are limited to so many standard deviations of their parameter; 0 for no limit (unbiased)."""
 
-    def compress(self, bundle: Bundle) -> UnderWay:
+    def compress(self, bundle: GradientBucket) -> InFlight:
         """The mean of the ternary gradients."""
         import torch
 
@@ -61,6 +61,6 @@ class Ternary(LateCompressor):
         return out
 
     @classmethod
-    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
         """(N-1) · (n/4 + 4 · parameters)."""
         return all_gather_bytes(-(-numel(shapes) // 4) + 4 * len(shapes), moment.ranks)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from labkit.experiment.problem import Problem
-from labkit.gradients.compression.compressor import Bundle, Moment, Shape, UnderWay, beginning, numel
+from labkit.gradients.compression.compressor import CostContext, GradientBucket, InFlight, Shape, beginning, numel
 from labkit.gradients.compression.late import LateCompressor, LateOptions
 from labkit.gradients.cost import all_gather_bytes
 
@@ -63,26 +63,26 @@ class TopK(LateCompressor):
         """Sum up the velocity of SGD with momentum instead of its gradient."""
 
     def __init__(self, *arguments: Any) -> None:
-        from labkit.gradients.compression.error_feedback import Memory
+        from labkit.gradients.compression.error_feedback import ErrorFeedback
 
         super().__init__(*arguments)
-        self._errors, self._velocities = Memory(), Memory()
+        self._errors, self._velocities = ErrorFeedback(), ErrorFeedback()
         self._momentum = 0.0
 
-    def exchange(self, bundle: Bundle) -> UnderWay:
+    def exchange(self, bundle: GradientBucket) -> InFlight:
         """The mean of the gradients or, with momentum correction, of the velocities."""
         if self.options.momentum_correction:
             velocity = self._velocities.of(bundle)
             bundle.flat.copy_(velocity.mul_(self._momentum).add_(bundle.flat))
         return super().exchange(bundle)
 
-    def compress(self, bundle: Bundle) -> UnderWay:
+    def compress(self, bundle: GradientBucket) -> InFlight:
         """The mean of what is largest on each rank."""
         import torch
 
         from labkit.gradients.compression.packing import join, take
 
-        flat, moment = bundle.flat, Moment(self.wire.size, bundle.step, self.steps)
+        flat, moment = bundle.flat, CostContext(self.wire.size, bundle.step, self.steps)
         if self.options.error_feedback:
             flat = self._errors.of(bundle).add_(flat)
         count = _count(self.options, flat.numel(), moment)
@@ -107,7 +107,7 @@ class TopK(LateCompressor):
         return "what it has not sent yet" if options.error_feedback or options.momentum_correction else ""
 
     @classmethod
-    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: Moment) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
         """(N-1) · k · (4 + bytes of a value)."""
         value = 2 if options.values == "fp16" else moment.itemsize
         return all_gather_bytes(_count(options, numel(shapes), moment) * (4 + value), moment.ranks)
@@ -143,7 +143,7 @@ class TopK(LateCompressor):
             yield Problem(field, "SGD has no momentum here (optimizer.momentum is 0)", "false")
 
 
-def _count(options: Any, size: int, moment: Moment) -> int:
+def _count(options: Any, size: int, moment: CostContext) -> int:
     """How many of `size` entries are sent in this update."""
     warmup = beginning(options.warmup_steps, moment.steps, 0.2)
     ratio = options.ratio

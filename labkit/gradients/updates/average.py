@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.gradients.cost import all_reduce_bytes
-from labkit.gradients.wire import Wire
+from labkit.gradients.wire import Communicator
 
 
 def trained_of(model: nn.Module) -> list[Tensor]:
@@ -67,7 +67,7 @@ def fill(tensors: Iterable[Tensor], values: Tensor) -> None:
 
 
 @torch.no_grad()
-def average(tensors: list[Tensor], wire: Wire) -> None:
+def average(tensors: list[Tensor], wire: Communicator) -> None:
     """Replace each by its mean over the ranks (collective), all in one message per number format."""
     by_type: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
@@ -77,7 +77,7 @@ def average(tensors: list[Tensor], wire: Wire) -> None:
 
 
 @torch.no_grad()
-def take_over(tensors: list[Tensor], wire: Wire) -> None:
+def take_over(tensors: list[Tensor], wire: Communicator) -> None:
     """Replace each by that of the first rank (collective)."""
     for tensor in tensors:
         tensor.copy_(wire.broadcast(tensor.contiguous()).wait())
@@ -114,7 +114,7 @@ def moved(weights: list[Tensor], by: list[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def held_aside(model: nn.Module, wire: Wire) -> Iterator[None]:
+def held_aside(model: nn.Module, wire: Communicator) -> Iterator[None]:
     """Meanwhile the model holds the mean of all ranks' weights and buffers; counts are those of the first rank."""
     tensors, counters = state_of(model), counters_of(model)
     with _kept(tensors + counters):

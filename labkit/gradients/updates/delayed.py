@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.updates.update import Rounds
+from labkit.gradients.updates.update import UpdateRule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from labkit.gradients.updates.update import Setting
+    from labkit.gradients.updates.update import UpdateContext
 
 
-class Delayed(Rounds):
+class Delayed(UpdateRule):
     """Gradients some updates late."""
 
     one_batch = True
@@ -37,7 +37,7 @@ class Delayed(Rounds):
         predict: float = Field(default=2.0, ge=0, le=10)
         """How far ahead of the weights gradients are computed, in units of the move that is expected; 0 for not."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: UpdateContext) -> None:
         super().__init__(setting)
         self.apart = self.options.delay
         self._under_way: deque[Any] = deque()
@@ -98,7 +98,7 @@ class Delayed(Rounds):
         import torch
 
         from labkit.gradients.updates.average import fill, trained_of
-        from labkit.gradients.wire import Pending
+        from labkit.gradients.wire import PendingWork
 
         kept = [state[name] for name in sorted(state) if name.startswith("delayed.")]
         device = next(self.model.parameters()).device
@@ -106,7 +106,7 @@ class Delayed(Rounds):
             self._ahead = [torch.empty_like(weights) for weights in trained_of(self.model)]
             fill(self._ahead, state["ahead"].to(device))
         self._under_way = deque(
-            Pending(self.wire, None, sums.to(device)) for sums in kept[max(0, len(kept) - self.options.delay) :]
+            PendingWork(self.wire, None, sums.to(device)) for sums in kept[max(0, len(kept) - self.options.delay) :]
         )
 
     def close(self) -> None:

@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from labkit.gradients.updates.own_steps import OwnSteps, own_rate
-from labkit.gradients.updates.update import AVERAGED, Rounds
+from labkit.gradients.updates.own_steps import LocalStepOptions, own_rate
+from labkit.gradients.updates.update import AVERAGED, UpdateRule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from labkit.gradients.updates.update import Setting
+    from labkit.gradients.updates.update import UpdateContext
 
 
-class DiLoCo(Rounds):
+class DiLoCo(UpdateRule):
     """Local updates, then an outer optimizer."""
 
     parts_ways = True
 
-    class Options(OwnSteps):
+    class Options(LocalStepOptions):
         every: int = Field(default=2, ge=1, le=1_000_000)
         """Updates between two steps of the outer optimizer (H): a run needs some hundred outer steps.
 
@@ -41,7 +41,7 @@ class DiLoCo(Rounds):
         bits: Literal[32, 16, 8, 4] = 32
         """Bits in which each number of the outer gradient travels."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: UpdateContext) -> None:
         super().__init__(setting)
         self.apart = self.options.every - 1
 

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from labkit.gradients.updates.own_steps import OwnSteps, own_rate
-from labkit.gradients.updates.tickets import Tickets
-from labkit.gradients.updates.update import AVERAGED, Rounds, replicas_only
+from labkit.gradients.updates.own_steps import LocalStepOptions, own_rate
+from labkit.gradients.updates.tickets import AsyncUpdateRule
+from labkit.gradients.updates.update import AVERAGED, UpdateRule, replicas_only
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from labkit.experiment.machine import Machine
     from labkit.experiment.problem import Problem
     from labkit.gradients.exchange import Counters
-    from labkit.gradients.updates.update import Setting
-    from labkit.gradients.wire import Wire
+    from labkit.gradients.updates.update import UpdateContext
+    from labkit.gradients.wire import Communicator
 
 _ASK, _WEIGHTS, _ANSWER = 11, 12, 13
 """Tags of the messages."""
@@ -46,16 +46,16 @@ _HEAD_BYTES = 8
 """Before the weights of a rank that asks goes a number: 1, or 0 if it takes its leave."""
 
 
-class Gossip(Tickets):
+class Gossip(AsyncUpdateRule):
     """Average with a neighbour."""
 
-    class Options(OwnSteps):
+    class Options(LocalStepOptions):
         graph: Literal["pairs", "ring", "complete"] = "pairs"
         """Who meets whom."""
         every: int = Field(default=1, ge=1, le=1_000_000)
         """Updates of a rank between two meetings."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: UpdateContext) -> None:
         super().__init__(setting)
         self.draws = self.options.graph == "pairs"
         self.parts_ways = not self.draws
@@ -84,7 +84,7 @@ class Gossip(Tickets):
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         """Why it cannot run here."""
         pairs = getattr(experiment.gradients.update, "graph", "pairs") == "pairs"
-        return Tickets.problems(experiment, machine) if pairs else replicas_only(experiment)
+        return AsyncUpdateRule.problems(experiment, machine) if pairs else replicas_only(experiment)
 
     # -- ring and complete: in rounds ---------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ class Gossip(Tickets):
 
     def judged(self) -> AbstractContextManager[None]:
         """By the mean of all ranks."""
-        return Rounds.judged(self)
+        return UpdateRule.judged(self)
 
     def consolidate(self, step: int) -> None:
         """All ranks go on from the mean; in rounds, their moments too."""
@@ -117,10 +117,10 @@ class Gossip(Tickets):
         if self.draws:
             average(state_of(self.model), self.wire)
         else:
-            Rounds.consolidate(self, step)
+            UpdateRule.consolidate(self, step)
 
     @property
-    def wires(self) -> tuple[Wire, ...]:
+    def wires(self) -> tuple[Communicator, ...]:
         """Pairs talk in a group of their own."""
         return (self.wire, self._pairs) if self.draws else (self.wire,)
 
@@ -134,10 +134,10 @@ class Gossip(Tickets):
         """Make the groups in which pairs talk (collective): messages of different stretches never meet."""
         import torch.distributed as dist
 
-        from labkit.gradients.wire import Wire
+        from labkit.gradients.wire import Communicator
 
         if self.draws:
-            self._pairs = Wire(dist.new_group(backend="gloo"))
+            self._pairs = Communicator(dist.new_group(backend="gloo"))
 
     def open(self, first: int, last: int) -> None:
         """Odd ranks begin to answer."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from labkit.experiment.problem import Problem
-from labkit.gradients.updates.own_steps import OwnSteps, own_rate
-from labkit.gradients.updates.tickets import Tickets
+from labkit.gradients.updates.own_steps import LocalStepOptions, own_rate
+from labkit.gradients.updates.tickets import AsyncUpdateRule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from labkit.gradients.exchange import Counters
 
 
-class Hogwild(Tickets):
+class Hogwild(AsyncUpdateRule):
     """One model in shared memory, no locks."""
 
-    class Options(OwnSteps):
+    class Options(LocalStepOptions):
         pass
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         """Why it cannot run here."""
-        yield from Tickets.problems(experiment, machine)
+        yield from AsyncUpdateRule.problems(experiment, machine)
         if experiment.launch.device == "cuda":
             said = "hogwild shares a model in the memory of the host; GPUs have one each"
             yield Problem("gradients.update.method", said, "parameter_server")

@@ -14,25 +14,25 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from labkit.gradients.updates.own_steps import OwnSteps, own_rate
-from labkit.gradients.updates.update import AVERAGED, Rounds
+from labkit.gradients.updates.own_steps import LocalStepOptions, own_rate
+from labkit.gradients.updates.update import AVERAGED, UpdateRule
 
 if TYPE_CHECKING:
-    from labkit.gradients.updates.update import Setting
+    from labkit.gradients.updates.update import UpdateContext
 
 
-class LocalSGD(Rounds):
+class LocalSGD(UpdateRule):
     """Average the weights every few updates."""
 
     parts_ways = True
 
-    class Options(OwnSteps):
+    class Options(LocalStepOptions):
         every: int = Field(default=8, ge=1, le=1_000_000)
         """Updates between two averages (H)."""
         average_optimizer: bool = True
         """Average the moments of the optimizer too."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: UpdateContext) -> None:
         super().__init__(setting)
         self.apart = self.options.every - 1
 

@@ -17,14 +17,14 @@ from labkit.experiment import Experiment
 from labkit.experiment.registry import Options
 
 
-class OwnSteps(Options):
+class LocalStepOptions(Options):
     """What rules have in common whose ranks step by themselves."""
 
     rate_factor: float | None = Field(default=None, gt=0, le=1000)
     """Factor on the learning rate of a rank that steps by itself; empty: the root of the number of ranks for AdamW."""
 
 
-def own_rate(options: OwnSteps, experiment: Experiment) -> float:
+def own_rate(options: LocalStepOptions, experiment: Experiment) -> float:
     """That factor."""
     if options.rate_factor is not None:
         return options.rate_factor

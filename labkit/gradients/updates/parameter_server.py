@@ -28,7 +28,7 @@ from pydantic import Field
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.updates.tickets import Tickets
+from labkit.gradients.updates.tickets import AsyncUpdateRule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
     from labkit.gradients.exchange import Counters
-    from labkit.gradients.updates.update import Setting
-    from labkit.gradients.wire import Wire
+    from labkit.gradients.updates.update import UpdateContext
+    from labkit.gradients.wire import Communicator
 
 
-class ParameterServer(Tickets):
+class ParameterServer(AsyncUpdateRule):
     """Bounded staleness."""
 
     class Options(BaseOptions):
@@ -55,7 +55,7 @@ class ParameterServer(Tickets):
         backup: int = Field(default=0, ge=0, le=1000)
         """Ranks that a synchronous update does not wait for."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: UpdateContext) -> None:
         super().__init__(setting)
         self._drawn = 0
         self._next: Any = None
@@ -63,7 +63,7 @@ class ParameterServer(Tickets):
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         """Why it cannot run here."""
-        yield from Tickets.problems(experiment, machine)
+        yield from AsyncUpdateRule.problems(experiment, machine)
         update: Any = experiment.gradients.update
         if update.backup and update.staleness:
             said = "backup workers belong to synchronous updates: set staleness to 0"
@@ -79,7 +79,7 @@ class ParameterServer(Tickets):
         return "" if synchronous else "which rank comes to the server first is chance, so no two runs are alike"
 
     @property
-    def wires(self) -> tuple[Wire, ...]:
+    def wires(self) -> tuple[Communicator, ...]:
         """Ranks talk to the server in a group of their own."""
         return (self._to_server,)
 
@@ -100,9 +100,9 @@ class ParameterServer(Tickets):
 
         from labkit.gradients.updates.gradient_vector import GradientVector
         from labkit.gradients.updates.server import Local, Remote, Server
-        from labkit.gradients.wire import Wire
+        from labkit.gradients.wire import Communicator
 
-        wire = Wire(dist.new_group(backend="gloo"))
+        wire = Communicator(dist.new_group(backend="gloo"))
         self._server = Server(self.setting, wire) if wire.rank == 0 else None
         gradient_bytes = GradientVector(self.model, self.setting.irregular).nbytes
         self._line: Local | Remote = Local(self._server) if self._server else Remote(wire, self.model, gradient_bytes)

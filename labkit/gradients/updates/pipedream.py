@@ -22,19 +22,19 @@ from pydantic import Field
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.updates.update import Rounds
+from labkit.gradients.updates.update import UpdateRule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
-    from labkit.gradients.updates.update import Setting
+    from labkit.gradients.updates.update import UpdateContext
 
 METHOD = "gradients.update.method"
 
 
-class PipeDream(Rounds):
+class PipeDream(UpdateRule):
     """Stages that do not wait for each other's updates."""
 
     class Options(BaseOptions):
@@ -43,7 +43,7 @@ class PipeDream(Rounds):
         predict: float = Field(default=2.0, ge=0, le=10)
         """With stashing: how far ahead weights are predicted, in multiples of the staleness; 0 is PipeDream itself."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: UpdateContext) -> None:
         super().__init__(setting)
         self.apart = self.under_way = setting.experiment.layout.pp
         self._pipeline: Any = None

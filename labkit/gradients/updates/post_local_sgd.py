@@ -14,7 +14,7 @@ from pydantic import Field
 from labkit.gradients.updates.local_sgd import LocalSGD
 
 if TYPE_CHECKING:
-    from labkit.gradients.updates.update import Setting
+    from labkit.gradients.updates.update import UpdateContext
 
 
 class PostLocalSGD(LocalSGD):
@@ -26,7 +26,7 @@ class PostLocalSGD(LocalSGD):
         switch: float = Field(default=0.5, ge=0, le=1)
         """Part of the updates after which ranks train alone."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: UpdateContext) -> None:
         super().__init__(setting)
         self.first_local = round(self.options.switch * setting.steps)
         """The first update (counted from 0) whose gradient is not exchanged."""

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from labkit.gradients.updates.average import flat, trained_of
 from labkit.gradients.updates.gradient_vector import GradientVector
-from labkit.gradients.updates.update import Setting
-from labkit.gradients.wire import Pending, Wire
+from labkit.gradients.updates.update import UpdateContext
+from labkit.gradients.wire import Communicator, PendingWork
 
 NONE_LEFT = -1
 _ASK, _PUSH, _LEAVE = 0, 1, 2
@@ -59,7 +59,7 @@ class Brought:
 class Server:
     """Keeps the weights: those of the model of its rank, changed by its optimizer."""
 
-    def __init__(self, setting: Setting, wire: Wire) -> None:
+    def __init__(self, setting: UpdateContext, wire: Communicator) -> None:
         self.setting, self.options, self.wire = setting, setting.options, wire
         self.version = 0
         """Updates of the weights so far."""
@@ -73,7 +73,7 @@ class Server:
         """Rank to the version of the weights that it computes with."""
         self._waiting: list[Brought] = []
         self._for_own_rank: Answer | None = None
-        self._on_the_way: list[Pending] = []
+        self._on_the_way: list[PendingWork] = []
         self.answers = 0
         """Sent so far."""
         self._failure: BaseException | None = None
@@ -264,7 +264,7 @@ class Local:
 class Remote:
     """The way to the server from another rank."""
 
-    def __init__(self, wire: Wire, model: nn.Module, gradient_bytes: int) -> None:
+    def __init__(self, wire: Communicator, model: nn.Module, gradient_bytes: int) -> None:
         self._wire = wire
         self._weights = torch.empty_like(flat(trained_of(model)), device="cpu")
         self._gradient_bytes = gradient_bytes

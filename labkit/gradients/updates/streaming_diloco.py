@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
-    from labkit.gradients.updates.update import Setting
+    from labkit.gradients.updates.update import UpdateContext
 
 
 @dataclass
@@ -56,7 +56,7 @@ class StreamingDiLoCo(DiLoCo):
         alpha: float = Field(default=0.5, ge=0, lt=1)
         """Part of its own weights that a rank keeps when a fragment arrives."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: UpdateContext) -> None:
         super().__init__(setting)
         self.apart += self.options.delay  # a fragment that has left is waited for so much later
 

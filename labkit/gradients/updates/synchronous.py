@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.updates.update import Rounds
+from labkit.gradients.updates.update import UpdateRule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from labkit.gradients.exchange import Counters
 
 
-class Synchronous(Rounds):
+class Synchronous(UpdateRule):
     """All ranks wait for the average of all gradients before anyone changes a weight."""
 
     exchanges = one_batch = True

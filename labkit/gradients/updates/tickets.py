@@ -11,7 +11,7 @@ from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from labkit.gradients.updates.update import Rounds, replicas_only
+from labkit.gradients.updates.update import UpdateRule, replicas_only
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
     from labkit.experiment.problem import Problem
-    from labkit.gradients.updates.update import Setting
+    from labkit.gradients.updates.update import UpdateContext
 
 
-class Tickets(Rounds):
+class AsyncUpdateRule(UpdateRule):
     """Base of these rules. The trainer asks in this order:
 
     open → (take → pull → passes → push)* → close → unite
@@ -30,7 +30,7 @@ class Tickets(Rounds):
 
     draws = True
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: UpdateContext) -> None:
         super().__init__(setting)
         self._counter = Counter(self.wire.size)
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from labkit.experiment.machine import Machine
     from labkit.experiment.problem import Problem
     from labkit.gradients.exchange import Counters
-    from labkit.gradients.wire import Wire
+    from labkit.gradients.wire import Communicator
 
 
 AVERAGED = "the stop averaged weights that each rank had to itself, and other ranks cannot go on with those"
@@ -39,7 +39,7 @@ AVERAGED = "the stop averaged weights that each rank had to itself, and other ra
 
 
 @dataclass(frozen=True)
-class Setting:
+class UpdateContext:
     """What an update rule works with on its rank."""
 
     experiment: Experiment
@@ -47,7 +47,7 @@ class Setting:
     """The options of the rule."""
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    wire: Wire
+    wire: Communicator
     """To all ranks."""
     steps: int
     """Updates of the whole run."""
@@ -64,7 +64,7 @@ class Setting:
     stop or the end."""
 
 
-class Rounds:
+class UpdateRule:
     """Base of the rules in which every rank takes part in every update."""
 
     exchanges: ClassVar[bool] = False
@@ -83,7 +83,7 @@ class Rounds:
     under_way: int = 0
     """Updates that have begun before the one that ends next, on which a trace has to look back."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: UpdateContext) -> None:
         self.setting, self.options, self.wire = setting, setting.options, setting.wire
         self.model, self.optimizer = setting.model, setting.optimizer
 
@@ -159,7 +159,7 @@ class Rounds:
     """What the formula of the rule says of the bytes that this rank has sent so far."""
 
     @property
-    def wires(self) -> tuple[Wire, ...]:
+    def wires(self) -> tuple[Communicator, ...]:
         """All groups that it talks in."""
         return (self.wire,)
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from labkit.experiment import Experiment
 from labkit.experiment.registry import registry
-from labkit.quantization.linear import Arithmetic, NarrowLinear
+from labkit.quantization.linear import NarrowLinear, QuantizedLinearOp
 from labkit.sparsity.csr import CsrLinear
-from labkit.training.probes.layers import Seen
+from labkit.training.probes.layers import LayerRecord
 
 BUDGET_S = 0.5
 """For all kinds together, the largest first; where a pass takes longer, it is measured on fewer rows."""
@@ -42,12 +42,12 @@ Inside = Callable[[], AbstractContextManager[Any]]
 class Kind:
     """Layers that are alike: same shape, input, arithmetic, kernel."""
 
-    layers: list[Seen] = field(default_factory=list)
+    layers: list[LayerRecord] = field(default_factory=list)
     lead: int = 0
     """Length of the input's first dimension in a pass in training (rows, or images)."""
 
     @property
-    def one(self) -> Seen:
+    def one(self) -> LayerRecord:
         return self.layers[0]
 
     @property
@@ -75,7 +75,7 @@ class Kind:
         nonzero = sum(seen.nonzero for seen in self.layers) / len(self.layers)
         arithmetic = getattr(self.one.module, "arithmetic", None)
         forward = max(factor.itemsize for factor in self.one.factors)
-        backward = arithmetic.backward_bytes if isinstance(arithmetic, Arithmetic) else (forward, forward)
+        backward = arithmetic.backward_bytes if isinstance(arithmetic, QuantizedLinearOp) else (forward, forward)
         return {
             "layers": [seen.name for seen in self.layers[:MOST_NAMES]],
             "count": len(self.layers),
@@ -99,7 +99,7 @@ class Kind:
         if isinstance(module, CsrLinear):
             return CsrLinear(made, module.pattern.spread(torch.ones_like(module.weight)).bool())
         self._make_zero(made.weight)
-        if not isinstance(arithmetic, Arithmetic):
+        if not isinstance(arithmetic, QuantizedLinearOp):
             return made
         own = copy.copy(arithmetic)
         own.noise = torch.Generator(made.weight.device)
@@ -141,7 +141,7 @@ def share(experiment: Experiment) -> float:
     return experiment.training.global_batch / layout.data_parallel / experiment.gradients.accumulation / pieces
 
 
-def kinds_of(layers: list[Seen], samples: int, wanted_samples: float) -> list[Kind]:
+def kinds_of(layers: list[LayerRecord], samples: int, wanted_samples: float) -> list[Kind]:
     """What layers there are, the most expensive first; they were seen with `samples` samples."""
     found: dict[Any, Kind] = {}
     for seen in layers:
@@ -158,7 +158,7 @@ def kinds_of(layers: list[Seen], samples: int, wanted_samples: float) -> list[Ki
 
 
 def measure(
-    experiment: Experiment, layers: list[Seen], samples: int, autocast: Inside, alive: Callable[[], None]
+    experiment: Experiment, layers: list[LayerRecord], samples: int, autocast: Inside, alive: Callable[[], None]
 ) -> dict[str, Any]:
     """The fields of the event `kernels`. `layers` were seen in a pass over `samples`; `alive` is called meanwhile."""
     kinds = kinds_of(layers, samples, share(experiment))
@@ -185,7 +185,7 @@ def _beside(kind: Kind, plain: nn.Module, own: nn.Module, autocast: Inside, budg
     """Median seconds of a pass of both, and on how many rows."""
     rest = kind.one.inputs[1:] if kind.is_image else kind.one.inputs[-1:]
     device = next(plain.parameters()).device
-    lead, fewest = kind.lead, 1 if kind.is_image else min(FEWEST_ROWS, kind.lead)
+    lead, greedy_cover = kind.lead, 1 if kind.is_image else min(FEWEST_ROWS, kind.lead)
 
     def passes(lead: int) -> tuple[Callable[[], float], Callable[[], float]]:
         x = torch.randn(lead, *rest, device=device)
@@ -193,12 +193,12 @@ def _beside(kind: Kind, plain: nn.Module, own: nn.Module, autocast: Inside, budg
         return lambda: _timed(plain, x, nullcontext), lambda: _timed(own, own_x, autocast)
 
     until = time.perf_counter() + budget
-    tried = min(lead, max(fewest, int(lead * TRIED_FLOPS / kind.flops)))
+    tried = min(lead, max(greedy_cover, int(lead * TRIED_FLOPS / kind.flops)))
     dense, narrow = passes(tried)
     dense(), narrow()  # the first pass of a kernel prepares things
     once = min(dense() + narrow() for _ in range(2))
     fitting = int(tried * budget / (once * (REPEATS + 1)))
-    lead = min(lead, max(fewest, fitting))
+    lead = min(lead, max(greedy_cover, fitting))
     if lead != tried:
         dense, narrow = passes(lead)
     found: tuple[list[float], list[float]] = ([], [])

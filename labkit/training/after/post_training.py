@@ -16,7 +16,7 @@ from torch import nn
 from labkit.experiment import Experiment
 from labkit.experiment.run_directory import RunDirectory
 from labkit.training.after import exported, kernels, quantized
-from labkit.training.probes.layers import Watch
+from labkit.training.probes.layers import LayerProbe
 from labkit.workloads.base import Task
 
 
@@ -33,12 +33,12 @@ class Trained:
     """To be called again and again meanwhile."""
     autocast: Callable[[], AbstractContextManager[Any]]
     """What the run's passes forward are made in."""
-    watch: Watch | None
+    watch: LayerProbe | None
     """Its layers as the last evaluation saw them; None if nothing was evaluated."""
 
 
 @dataclass(frozen=True)
-class Look:
+class PostTrainingStep:
     """`event`: its name in the events; `wanted`: does the experiment ask for it; `make`: its fields."""
 
     event: str
@@ -61,9 +61,9 @@ def _exported(trained: Trained) -> dict[str, Any]:
 
 
 LOOKS = (
-    Look("quantized", lambda experiment: experiment.quantization.after_training != "none", _quantized),
-    Look("exported", lambda experiment: experiment.sparsity.export, _exported),
-    Look("kernels", kernels.wanted, _kernels),
+    PostTrainingStep("quantized", lambda experiment: experiment.quantization.after_training != "none", _quantized),
+    PostTrainingStep("exported", lambda experiment: experiment.sparsity.export, _exported),
+    PostTrainingStep("kernels", kernels.wanted, _kernels),
 )
 
 

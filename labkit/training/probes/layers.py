@@ -1,8 +1,8 @@
 """What numbers the network really computes with: seen in its layers with a product, over one held-out batch.
 
 Types are those of the matrices that reach the product, below autocast and below every arithmetic of ours. What the
-numbers of a grid are, the arithmetic says itself (`Arithmetic.operands`). Each is counted relative to the largest
-magnitude that shares its scale, in 255 bins from -1 to 1: one for every number of int8, the middle one is zero.
+numbers of a grid are, the arithmetic says itself (`QuantizedLinearOp.operands`). Each is counted relative to the
+largest magnitude that shares its scale, in 255 bins from -1 to 1: one for every number of int8, the middle one is zero.
 
 Weights are seen as they are multiplied, so whole under every stage of ZeRO; under tensor parallelism this rank's part.
 Only layers with a weight matrix of their own are seen: linear layers and convolutions, no experts of a mixture.
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from labkit.parallel.cut import Holding
+from labkit.parallel.cut import ShardSpec
 from labkit.parallel.mesh import Mesh
-from labkit.quantization.linear import Arithmetic, Operand
+from labkit.quantization.linear import Operand, QuantizedLinearOp
 from labkit.sparsity.csr import CsrLinear
 
 HALF = 127
@@ -57,7 +57,7 @@ class _Product(TorchDispatchMode):
 
 
 @dataclass
-class Seen:
+class LayerRecord:
     """A layer with a product, as a forward pass found it."""
 
     name: str
@@ -86,16 +86,16 @@ class Seen:
         return " × ".join(self.kinds)
 
 
-class Watch:
+class LayerProbe:
     """The layers of one rank, to be seen in one forward pass: `with watch.over(samples): …`, then `found()`.
 
     `stages` by their number; `holdings` tells how their parameters are cut over `mesh`.
     """
 
-    def __init__(self, stages: Mapping[int, nn.Module], holdings: Mapping[str, Holding], mesh: Mesh) -> None:
+    def __init__(self, stages: Mapping[int, nn.Module], holdings: Mapping[str, ShardSpec], mesh: Mesh) -> None:
         self._holdings, self._mesh = holdings, mesh
         self.layers = [
-            Seen(name, module, stage)
+            LayerRecord(name, module, stage)
             for stage, part in sorted(stages.items())
             for name, module in part.named_modules()
             if isinstance(module, nn.Linear | nn.Conv2d | CsrLinear) or hasattr(module, "arithmetic")
@@ -118,7 +118,7 @@ class Watch:
             for hook in hooks:
                 hook.remove()
 
-    def _hooks(self, seen: Seen, told: bool) -> list[Any]:
+    def _hooks(self, seen: LayerRecord, told: bool) -> list[Any]:
         product = _Product()
 
         def before(module: nn.Module, inputs: Any, named: Any) -> None:
@@ -143,7 +143,7 @@ class Watch:
         ]
 
     @torch.no_grad()
-    def _look(self, seen: Seen, x: Tensor, out: Tensor, product: _Product, told: bool) -> None:
+    def _look(self, seen: LayerRecord, x: Tensor, out: Tensor, product: _Product, told: bool) -> None:
         module: Any = seen.module
         weight = _weight(module)
         seen.inputs, seen.input_type = tuple(x.shape), x.dtype
@@ -156,7 +156,7 @@ class Watch:
         sides = _sides(product, x, weight) if product.found and not special else (x, weight)
         seen.factors = (sides[0].dtype, sides[1].dtype)
         arithmetic = getattr(module, "arithmetic", None)
-        if isinstance(arithmetic, Arithmetic):
+        if isinstance(arithmetic, QuantizedLinearOp):
             operands = arithmetic.operands(_some_rows(x.reshape(-1, x.shape[-1])), weight)
         else:
             operands = (Operand.of(_some_rows(sides[0].flatten(0, -2))), Operand.of(sides[1]))
@@ -177,9 +177,9 @@ class Watch:
                 "weight": _side(operands[1], seen.kinds[1], sides[1].dtype, weight.numel()),
             }
 
-    def _part(self, seen: Seen) -> str:
+    def _part(self, seen: LayerRecord) -> str:
         """Which part of the layer this rank multiplies, in words; empty where that is all of it."""
-        cuts = self._holdings.get(f"{seen.name}.weight", Holding()).cuts
+        cuts = self._holdings.get(f"{seen.name}.weight", ShardSpec()).cuts
         return ", ".join(
             f"1 of {self._mesh.size(axis)} parts of the {'outputs' if dim == 0 else 'inputs'} ({axis})"
             for axis, dim in cuts.items()

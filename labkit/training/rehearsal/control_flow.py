@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Wanders(TorchDispatchMode):
+class ControlFlowProbe(TorchDispatchMode):
     """While it is open: does the way through the model depend on numbers, on chance or on the number of the pass?
 
     Told by what a branch in Python needs: a number taken out of a tensor, a draw from numpy's or Python's generator, an

@@ -28,7 +28,7 @@ LATER = 10**6
 """Passes that a model's own counters are set forward, to see what begins late."""
 
 
-def inexact_parts(
+def non_parity_modules(
     model: nn.Module, ranks: int, passes: int = 1, task: Task | None = None, place: Place = lambda batch: batch
 ) -> list[str]:
     """One sentence for each reason why `ranks` ranks of `passes` passes differ from one process; [] if none is seen.

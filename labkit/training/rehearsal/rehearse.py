@@ -27,12 +27,12 @@ from labkit.experiment.fault import TaskFault, named
 from labkit.parallel.cast import widened
 from labkit.training.rehearsal import fingerprint, fits, hooks, leaves
 from labkit.training.rehearsal.advice import backward_fault, described, hint, samples_of, shape_of
-from labkit.training.rehearsal.control_flow import Wanders
-from labkit.training.rehearsal.exactness import inexact_parts
+from labkit.training.rehearsal.control_flow import ControlFlowProbe
+from labkit.training.rehearsal.exactness import non_parity_modules
 from labkit.training.rehearsal.ids import Ids
 from labkit.training.rehearsal.loss_proof import prove_loss
 from labkit.training.runtime import Runtime
-from labkit.training.sampling import Indices, Order
+from labkit.training.sampling import BatchOrder, Indices
 from labkit.workloads.base import Batch, Data, Task
 from labkit.workloads.fetch import checked, fetch
 from labkit.workloads.restore import restored
@@ -80,7 +80,7 @@ class Rehearsed:
 
 
 def rehearse(
-    experiment: Experiment, task: Task, runtime: Runtime, order: Order, phase: Callable[[str], None]
+    experiment: Experiment, task: Task, runtime: Runtime, order: BatchOrder, phase: Callable[[str], None]
 ) -> Rehearsed:
     """Try the task on this rank and compare it with the others' (collective).
 
@@ -121,7 +121,7 @@ def rehearse(
 def _proofs(experiment: Experiment, task: Task, runtime: Runtime, foreign: bool) -> list[str]:
     """Reasons why ranks, or passes of one, differ from one process; TaskFault where the loss does not allow several."""
     ranks, passes = 1 if runtime.isolated else runtime.ranks, experiment.gradients.accumulation
-    notes = inexact_parts(task.model, ranks, passes, task if foreign else None, runtime.place)
+    notes = non_parity_modules(task.model, ranks, passes, task if foreign else None, runtime.place)
     if runtime.isolated or ranks * passes == 1:
         return notes
     proof = prove_loss(task, runtime.place)
@@ -188,7 +188,7 @@ class _Rehearsal:
         runtime: Runtime,
         phase: Callable[[str], None],
         changed: Callable[[], bool],
-        order: Order,
+        order: BatchOrder,
         foreign: bool,
     ) -> None:
         self.experiment, self.task, self.runtime = experiment, task, runtime
@@ -202,7 +202,7 @@ class _Rehearsal:
     def run(self, rehearsed: Rehearsed) -> list[frozenset[str]]:
         """All of it; returns the names of the parameters that each pass used."""
         task, model = self.task, self.task.model
-        wanders = Wanders(self.changed) if _may_wander(model) else None
+        wanders = ControlFlowProbe(self.changed) if _may_wander(model) else None
         indices = self.passes(0)[0].tolist()[:SAMPLES] or [0]
         batch = checked(task.train, indices, "train")
         used = [self._train(batch, indices, wanders)]
@@ -236,7 +236,7 @@ class _Rehearsal:
             chosen = self.passes(1 + number)[0].tolist()[: SAMPLES if number % 2 else 4 * SAMPLES]
             yield checked(self.task.train, chosen, "train"), chosen
 
-    def _train(self, batch: Batch, indices: list[int], wanders: Wanders | None = None) -> frozenset[str]:
+    def _train(self, batch: Batch, indices: list[int], wanders: ControlFlowProbe | None = None) -> frozenset[str]:
         """One pass forward and backward; the names of the parameters that got a gradient."""
         model = self.task.model
         for one in self.trained.values():
