@@ -37,10 +37,10 @@ EXCEPTIONS = {
     "runs/liveness.py:hold": "the lock of a run, opened without following a link and without waiting",
     "runs/liveness.py:_inspect": "the lock of a run, opened without following a link and without waiting",
     # -- files that the user names --
-    "cli.py:_deliver": "where -o says",
+    "cli/output.py:deliver": "where -o says",
     "experiment/schema.py:Experiment.load": "an experiment, by its name",
-    "proofs/matrix_log.py:MatrixLog.__init__": "where --go-on says",
-    "proofs/matrix_log.py:MatrixLog.add": "where --go-on says",
+    "proofs/matrix_log.py:MatrixLog.__init__": "where --resume says",
+    "proofs/matrix_log.py:MatrixLog.add": "where --resume says",
     "workloads/custom.py:Custom.code_of": "the user's code",
     "workloads/locate.py:why_not": "the user's code",
     "workloads/files.py:kind": "the user's data",
@@ -54,7 +54,7 @@ EXCEPTIONS = {
     "workloads/models/transformers.py:_source_of_model": "the source of a model in transformers",
     "experiment/machine.py:_torch_cuda": "torch's version",
     # -- no files of anybody --
-    "cli.py:_give_up_output": "/dev/null",
+    "cli/output.py:give_up_output": "/dev/null",
     "launch/client.py:_open_log": "/dev/null",
     "launch/standby.py:_fork_supervisor": "/dev/null",
     "launch/board.py:Board.__init__": "memory",
