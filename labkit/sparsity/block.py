@@ -7,11 +7,14 @@ matrix [outputs, inputs x kernel].
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from labkit.sparsity.gradual import Gradual
+from labkit.sparsity.magnitude import kept_of
+from labkit.sparsity.method import REACHED_WITHIN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +27,19 @@ class Block(Gradual):
         size: int = Field(default=16, ge=1, le=1024)
         """Rows and columns of a block."""
 
+    def notes(self) -> list[str]:
+        """Return a sentence if the layers have too few blocks to come close to the target; [] otherwise."""
+        counts = [number_of_blocks(shape, self.options.size) for shape in self.setting.shapes.values()]
+        groups = counts if self.options.scope == "layer" else [sum(counts)]
+        reached = sum(count - kept_of(count, self.target) for count in groups) / sum(counts)
+        if abs(reached - self.target) <= REACHED_WITHIN:
+            return []
+        size = self.options.size
+        return [
+            f"sparsity.target {self.target:g} is out of reach for blocks of {size} × {size} weights: the layers have "
+            f"{sum(counts)} of them, so about {reached:.2f} become zero; set sparsity.size to a smaller block"
+        ]
+
     def choose(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Whole blocks, by the mean size of their weights."""
         from labkit.sparsity.magnitude import keep_largest
@@ -32,6 +48,13 @@ class Block(Gradual):
         scores = {name: means(weight, size) for name, weight in weights.items()}
         chosen = keep_largest(scores, self.sparsity(step + 1), self.options.scope, self.masks)
         return {name: spread(chosen[name], weight, size) for name, weight in weights.items()}
+
+
+def number_of_blocks(shape: tuple[int, ...], size: int) -> int:
+    """Return how many blocks of `size` × `size` cover a weight of this shape; those at the edge may be smaller."""
+    rows = shape[0] if len(shape) == 4 else math.prod(shape[:-1])
+    columns = math.prod(shape) // rows
+    return math.ceil(rows / size) * math.ceil(columns / size)
 
 
 def as_matrix(weight: Tensor) -> Tensor:

@@ -44,14 +44,19 @@ class Magnitude(Sparsifier):
         return keep_largest(weights, self.target, self.options.scope, self.masks)
 
 
+def kept_of(count: int, sparsity: float) -> int:
+    """Return how many of `count` weights or blocks stay: at least one, since a layer of zeros passes nothing on."""
+    return max(1, round((1 - sparsity) * count))
+
+
 def keep_largest(scores: dict[str, Tensor], sparsity: float, scope: str, masks: Masks) -> dict[str, Tensor]:
     """Masks that leave out the part `sparsity` of the smallest scores, of all layers (of all stages) or of each."""
     from labkit.sparsity.choose import largest
 
     sizes = {name: score.numel() for name, score in scores.items()}
     if scope == "layer":
-        return {name: largest(score.abs(), round((1 - sparsity) * sizes[name])) for name, score in scores.items()}
+        return {name: largest(score.abs(), kept_of(sizes[name], sparsity)) for name, score in scores.items()}
     row, begin = masks.in_a_row({name: value.abs() for name, value in scores.items()})
-    mask = largest(row, round((1 - sparsity) * len(row)))
+    mask = largest(row, kept_of(len(row), sparsity))
     parts = mask[begin : begin + sum(sizes.values())].split(list(sizes.values()))
     return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 MASK = "mask."
 """Before the names of masks in a checkpoint."""
+REACHED_WITHIN = 0.02
+"""A sparsity counts as reached if it differs from its target by no more."""
 
 
 class Options(BaseOptions):

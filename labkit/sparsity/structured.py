@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from labkit.experiment.problem import Problem
 from labkit.sparsity.cubic import Cubic
+from labkit.sparsity.method import REACHED_WITHIN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
 
     from labkit.experiment import Experiment
     from labkit.experiment.machine import Machine
-
-
-NEAR = 0.02
-"""A sparsity that differs from its target by no more is met."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class Structured(Cubic):
             weights += size
             zeros += size * (1 - self._kept(self.target, each.number) / each.number)
         reached = zeros / weights
-        if abs(reached - self.target) <= NEAR:
+        if abs(reached - self.target) <= REACHED_WITHIN:
             return []
         smallest = min(each.number for each in units)
         return [

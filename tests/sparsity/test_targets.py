@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
 from labkit.experiment import Experiment
+from labkit.sparsity.block import Block
+from labkit.sparsity.layers import prunable
 from labkit.sparsity.structured import Structured, Units
 
 
@@ -33,6 +37,43 @@ def test_few_units_cannot_meet_every_target(target: float, numbers: tuple[int, .
 @pytest.mark.parametrize(("target", "numbers"), [(0.5, (4, 64)), (0.75, (4,)), (0.9, (64, 128))])
 def test_one_that_is_met_needs_no_word(target: float, numbers: tuple[int, ...]) -> None:
     assert notes(target, *numbers) == []
+
+
+def block_notes(target: float, scope: str, size: int, *shapes: tuple[int, ...]) -> list[str]:
+    """The notes of block sparsity in a network with weights of these shapes."""
+    method: Any = object.__new__(Block)
+    method.setting, method.target = SimpleNamespace(shapes=dict(enumerate(shapes))), target
+    method.options = SimpleNamespace(scope=scope, size=size)
+    return list(method.notes())
+
+
+@pytest.mark.parametrize(
+    ("target", "scope", "shapes", "reached"),
+    [
+        (0.25, "global", [(16, 16)], "0.00"),  # found by random experiments: effective was 0.0 without a word
+        (0.5, "layer", [(16, 16), (10, 20)], "0.33"),
+        (0.9, "global", [(32, 3, 3, 3), (32, 32, 1, 1)], "0.88"),
+    ],
+)
+def test_few_blocks_cannot_meet_every_target(target: float, scope: str, shapes: list[Any], reached: str) -> None:
+    [note] = block_notes(target, scope, 16, *shapes)
+    assert f"sparsity.target {target:g} is out of reach for blocks of 16 × 16 weights" in note
+    assert f"about {reached} become zero" in note
+
+
+def test_many_blocks_meet_their_target() -> None:
+    assert block_notes(0.9, "global", 4, (64, 64), (64, 128)) == []
+    assert block_notes(0.5, "layer", 16, (64, 64), (32, 16)) == []
+
+
+def test_weights_under_weight_normalisation_stay_dense() -> None:
+    """A row of zeros has no direction: its norm divides by zero, and the network was NaN from then on."""
+
+    def model(normalised: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), normalised(nn.Linear(8, 8)), nn.Linear(8, 8), nn.Linear(8, 2))
+
+    for normalised in (nn.utils.weight_norm, nn.utils.parametrizations.weight_norm):
+        assert list(prunable(model(normalised), ends=True)) == ["0.weight", "2.weight", "3.weight"]
 
 
 def test_what_a_compressor_cannot_do_under_zero_is_said_as_it_is() -> None:

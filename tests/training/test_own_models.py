@@ -6,13 +6,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from labkit.experiment import Experiment
+from labkit.experiment.registry import registry
 from labkit.launch import launch
 from labkit.runs.run import Run
+from labkit.workloads.seed import seeded
 from tests.training import own_tasks
 from tests.training.by_hand import SEED, Loop, loop
 
@@ -223,6 +226,23 @@ def test_so_it_does_under_rules_that_send_gradients_themselves(name: str, rule: 
     state = saved(run)
     for weight, value in hand.model.named_parameters():
         assert (state[weight] - value.detach()).abs().max() <= EXACT, weight
+
+
+@pytest.mark.parametrize("method", registry("gradients.compression").names())
+@pytest.mark.parametrize("name", ["branch", "never_used"])
+def test_compressors_train_what_is_used_late_or_never(name: str, method: str) -> None:
+    """1-bit Adam freezes Adam's denominators after its warm-up, when the branch and what is unused have none."""
+    start = {"warmup_steps": 1} if method in ("onebit_adam", "topk") else {}
+    run = finished(experiment(name, {"dp_replicate": 2}, **{"gradients.compression": {"method": method, **start}}))
+    losses = run.data().loss
+    assert np.isfinite(losses).all()
+    assert losses.max() < 3 * losses[0]
+    with seeded(SEED):
+        untrained = getattr(own_tasks, name)()["model"].state_dict()
+    trained = saved(run)
+    for weight, value in untrained.items():
+        moved = float((trained[weight] - value).abs().max())
+        assert moved == 0 if "never" in weight or "spare" in weight else np.isfinite(moved), weight
 
 
 @pytest.mark.parametrize("layout", [PIPE, {**PIPE, "dp_shard": 2, "zero_stage": 1}, FOLDED], **NAMED)

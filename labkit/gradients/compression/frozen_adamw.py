@@ -32,19 +32,45 @@ class FrozenAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def blend(self, parameter: Tensor, gradient: Tensor) -> None:
-        """Make of a gradient, in place, the momentum with it in it; both in units of the denominator."""
-        known = (self.state[parameter]["exp_avg"] / self.denominator(parameter)).view_as(gradient)
-        gradient.lerp_(known, self._betas[0])
+        """Replace a gradient, in place, by the momentum that includes it; both are in units of the denominator."""
+        momentum = self.state.get(parameter, {}).get("exp_avg")
+        scaled = torch.zeros_like(gradient) if momentum is None else momentum / self.denominator(parameter)
+        gradient.lerp_(scaled.view_as(gradient), self._betas[0])
 
     @torch.no_grad()
     def denominator(self, parameter: Tensor) -> Tensor:
-        """√v + ε as the warm-up has left it."""
-        found = self._denominators.get(parameter)
-        if found is None:
-            mean_squares = self.state[parameter]["exp_avg_sq"] / (1 - self._betas[1] ** self.warmup)
+        """Return √v + ε as it was frozen after the warm-up, in the shape of the parameter; ones where v is unknown.
+
+        v is unknown while a parameter has had no gradient, or none but zeros (see `_estimate`).
+        """
+        denominator = self._denominators.get(parameter)
+        if denominator is None:
+            mean_squares = self._mean_squares(parameter)
+            if mean_squares is None:
+                return torch.ones_like(parameter)
+            mean_squares = mean_squares / (1 - self._betas[1] ** self.warmup)
             floor = FLOOR * float(mean_squares.mean().sqrt())
-            found = self._denominators[parameter] = mean_squares.sqrt_().clamp_(min=floor).add_(self._eps)
-        return found
+            denominator = mean_squares.sqrt_().clamp_(min=floor).add_(self._eps)
+            self._denominators[parameter] = denominator
+        return denominator
+
+    def _mean_squares(self, parameter: Tensor) -> Tensor | None:
+        """Return Adam's v of a parameter; None if there is none, or if it is zero everywhere."""
+        mean_squares: Tensor | None = self.state.get(parameter, {}).get("exp_avg_sq")
+        return mean_squares if mean_squares is not None and bool(mean_squares.any()) else None
+
+    def _estimate(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Set v of a parameter whose first gradient comes after the warm-up: the mean square of that gradient.
+
+        v = 0 would divide by ε alone, and the weights would be lost in one step.
+        """
+        state = self.state[parameter]
+        state.setdefault("step", torch.zeros((), device=parameter.device))
+        state.setdefault("exp_avg", torch.zeros_like(parameter))
+        if self.takes_momentum:
+            gradient = gradient / (1 - self._betas[0])
+        mean_square = gradient.square().mean() * (1 - self._betas[1] ** self.warmup)
+        state["exp_avg_sq"] = torch.ones_like(parameter) * mean_square
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -60,6 +86,8 @@ class FrozenAdamW(torch.optim.AdamW):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
+                if self._mean_squares(parameter) is None:
+                    self._estimate(parameter, parameter.grad)
                 state = self.state[parameter]
                 state["step"] += 1
                 state["exp_avg"].lerp_(parameter.grad, 1.0 if self.takes_momentum else 1 - self._betas[0])
