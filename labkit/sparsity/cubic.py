@@ -55,7 +55,9 @@ class Cubic(Sparsifier):
 
     def sparsity(self, step: int) -> float:
         """Part of the weights that is to be zero after `step` updates."""
-        done = min(1.0, (step - self._first) / max(1, self._last - self._first))
+        if step >= self._last:
+            return float(self.target)
+        done = (step - self._first) / (self._last - self._first)
         return float(self.target * (1 - (1 - done) ** 3)) if step >= self._first else 0.0
 
     def chooses(self, step: int) -> bool:

@@ -7,10 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from labkit.experiment import Experiment
 from labkit.sparsity.block import Block
+from labkit.sparsity.cubic import Cubic
 from labkit.sparsity.layers import prunable
 from labkit.sparsity.structured import Structured, Units
 
@@ -64,6 +67,22 @@ def test_few_blocks_cannot_meet_every_target(target: float, scope: str, shapes: 
 def test_many_blocks_meet_their_target() -> None:
     assert block_notes(0.9, "global", 4, (64, 64), (64, 128)) == []
     assert block_notes(0.5, "layer", 16, (64, 64), (32, 16)) == []
+
+
+@given(steps=st.integers(1, 300), at=st.floats(0, 0.9), span=st.floats(0.01, 1), every=st.none() | st.integers(1, 400))
+def test_the_cubic_schedule_ends_at_its_target(steps: int, at: float, span: float, every: int | None) -> None:
+    """Also in a run so short that it begins and ends in one update: it stayed dense there."""
+    options = SimpleNamespace(at=at, end=min(1.0, at + span), every=every)
+    experiment = Experiment().set({"sparsity.method": "gradual", "sparsity.target": 0.8})
+    context: Any = SimpleNamespace(
+        experiment=experiment, options=options, masks=None, shapes={"w": (2, 2)}, steps=steps
+    )
+    method: Any = Cubic(context)
+    cuts = [step for step in range(steps) if method.chooses(step)]
+    assert cuts
+    assert method.sparsity(cuts[-1] + 1) == 0.8
+    reached = [method.sparsity(step + 1) for step in cuts]
+    assert reached == sorted(reached)
 
 
 def test_weights_under_weight_normalisation_stay_dense() -> None:

@@ -83,12 +83,12 @@ MISTAKES = {
         "import labkit.training.trainer as trainer\n"
         "from labkit.training.sampling import BatchOrder\n"
         "whole = BatchOrder.passes\n"
-        "BatchOrder.passes = lambda self, step, rank, ranks, n, weights=None: [whole(self, step, rank, ranks, n)[-1]] * n\n"
+        "BatchOrder.passes = lambda self, step, rank, ranks, n, w=None: [whole(self, step, rank, ranks, n)[-1]] * n\n"
     ),
     "every rank sees the same samples": (
         "from labkit.training.sampling import BatchOrder\n"
         "right = BatchOrder.passes\n"
-        "BatchOrder.passes = lambda self, step, rank, ranks, passes, weights=None: right(self, step, 0, ranks, passes)\n"
+        "BatchOrder.passes = lambda self, step, rank, ranks, n, weights=None: right(self, step, 0, ranks, n)\n"
     ),
     "a rank is a millionth off": (
         "import labkit.training.weights as broken\n"
