@@ -78,7 +78,7 @@ def _inexact(before: Experiment, now: Experiment, contents: Contents) -> Iterato
     kept = contents.ranks == now.layout.world_size and same_ranks(before, now)
     compression = now.gradients.compression
     compressor = registry("gradients.compression")[compression.method].load()
-    remembers = compressor.remembers(compressor.Options(**compression.options))
+    remembers = compressor.describe_local_state(compressor.Options(**compression.options))
     if remembers and not kept:
         yield (
             f"the resume is not exact: {compression.method} keeps on each rank {remembers}, which belongs to the ranks "

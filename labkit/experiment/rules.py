@@ -164,7 +164,7 @@ def hosts_to_add_up_in(experiment: Experiment, machine: Machine) -> Iterator[Pro
 def _exchanges_gradients(experiment: Experiment) -> bool:
     """Do gradients travel, or does the update rule combine what ranks learned in another way?"""
     rule = registry("gradients.update")[experiment.gradients.update.method]
-    return rule.available and bool(rule.load().exchanges)
+    return rule.available and bool(rule.load().uses_ddp)
 
 
 def _hosts(experiment: Experiment) -> int:

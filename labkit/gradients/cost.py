@@ -12,16 +12,16 @@ These are the ring algorithms, by which gloo and NCCL send.
 from __future__ import annotations
 
 
-def all_reduce_bytes(size: int, ranks: int) -> int:
-    """What one of `ranks` ranks sends when a tensor of `size` bytes is added up over all."""
-    return round(2 * (ranks - 1) * size / ranks)
+def all_reduce_bytes(size: int, world_size: int) -> int:
+    """What one of `world_size` ranks sends when a tensor of `size` bytes is added up over all."""
+    return round(2 * (world_size - 1) * size / world_size)
 
 
-def all_gather_bytes(size: int, ranks: int) -> int:
+def all_gather_bytes(size: int, world_size: int) -> int:
     """The same when each rank's part of `size` bytes goes to all."""
-    return (ranks - 1) * size
+    return (world_size - 1) * size
 
 
-def all_to_all_bytes(size: int, ranks: int) -> int:
+def all_to_all_bytes(size: int, world_size: int) -> int:
     """The same when `size` bytes are dealt out evenly to all ranks."""
-    return round((ranks - 1) * size / ranks)
+    return round((world_size - 1) * size / world_size)

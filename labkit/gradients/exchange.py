@@ -66,59 +66,61 @@ class CommHook:
         """Updates done."""
         self.formula_bytes = 0
         self._overlap = overlap
-        self._factor = compressor.ranks if summed else 1
-        self._bundles: list[GradientBucket] = []
+        self._factor = compressor.world_size if summed else 1
+        self._buckets: list[GradientBucket] = []
         self._rounds: list[InFlight] = []
         self._futures: list[torch.futures.Future[Tensor]] = []
-        self._watch = Stopwatch(clock)
+        self._stopwatch = Stopwatch(clock)
         """At work and waiting, both."""
-        self.idle = False
+        self.disabled = False
         """Set while DDP only deals out its buckets: what it hands over then is no gradient and goes nowhere."""
 
     # -- one update ---------------------------------------------------------------------------------------------------
 
-    def send(self, flat: Tensor, parameters: Sequence[Any], shapes: Sequence[torch.Size]) -> None:
-        """Hand over the gradients of these parameters, one after the other in `flat`; they must stay until `arrive`."""
-        number = len(self._bundles)
-        bundle = GradientBucket(flat, tuple(parameters), tuple(map(tuple, shapes)), self.step, number)
-        self._bundles.append(bundle)
-        self.formula_bytes += self.compressor.expected(bundle)
+    def start_reduce(self, flat: Tensor, parameters: Sequence[Any], shapes: Sequence[torch.Size]) -> None:
+        """Hand over the gradients of these parameters, one after the other in `flat`; they must stay until `wait`."""
+        number = len(self._buckets)
+        bucket = GradientBucket(flat, tuple(parameters), tuple(map(tuple, shapes)), self.step, number)
+        self._buckets.append(bucket)
+        self.formula_bytes += self.compressor.expected_bytes(bucket)
         if self._overlap:
-            self._begin(bundle)
+            self._begin(bucket)
 
-    def _begin(self, bundle: GradientBucket) -> None:
-        begun = self._watch.now()
+    def _begin(self, bucket: GradientBucket) -> None:
+        begun = self._stopwatch.now()
         # What is linear may be scaled before or after; what is remembered should have the scale of the result.
         if self._factor != 1:
-            bundle.flat.mul_(self._factor)
-        rounds = self._in_units(bundle)
+            bucket.flat.mul_(self._factor)
+        rounds = self._reduce_scaled(bucket)
         next(rounds)
         self._rounds.append(rounds)
-        self._watch.add(begun)
+        self._stopwatch.add(begun)
 
-    def _in_units(self, bundle: GradientBucket) -> InFlight:
+    def _reduce_scaled(self, bucket: GradientBucket) -> InFlight:
         """The exchange, in units of the compressor."""
-        units = [self.compressor.unit(bundle, parameter) for parameter in bundle.parameters]
-        pairs = [(view, unit) for view, unit in zip(bundle.views(bundle.flat), units, strict=True) if unit is not None]
-        for view, unit in pairs:
-            view.div_(unit.view_as(view))
-        mean = yield from self.compressor.exchange(bundle)
-        if mean is not bundle.flat:
-            bundle.flat.copy_(mean)
-        for view, unit in pairs:
-            view.mul_(unit.view_as(view))
-        return bundle.flat
+        scales = [self.compressor.scale(bucket, parameter) for parameter in bucket.parameters]
+        pairs = [
+            (view, scale) for view, scale in zip(bucket.views(bucket.flat), scales, strict=True) if scale is not None
+        ]
+        for view, scale in pairs:
+            view.div_(scale.view_as(view))
+        mean = yield from self.compressor.reduce(bucket)
+        if mean is not bucket.flat:
+            bucket.flat.copy_(mean)
+        for view, scale in pairs:
+            view.mul_(scale.view_as(view))
+        return bucket.flat
 
-    def arrive(self) -> None:
+    def wait(self) -> None:
         """Wait for all that was handed over; it stands in place of what was sent."""
-        for bundle in self._bundles[len(self._rounds) :]:
-            self._begin(bundle)
-        begun = self._watch.now()
+        for bucket in self._buckets[len(self._rounds) :]:
+            self._begin(bucket)
+        begun = self._stopwatch.now()
         under_way = self._rounds
         while under_way:
             under_way = [rounds for rounds in under_way if not _go_on(rounds)]
-        self._bundles, self._rounds = [], []
-        self._watch.add(begun)
+        self._buckets, self._rounds = [], []
+        self._stopwatch.add(begun)
 
     def end_update(self) -> None:
         """All gradients of the update are there."""
@@ -126,7 +128,7 @@ class CommHook:
 
     # -- as DDP's communication hook ----------------------------------------------------------------------------------
 
-    def attach(self, replicated: Any) -> None:
+    def register(self, replicated: Any) -> None:
         """Let it exchange the gradients of a DistributedDataParallel."""
         # Not typed: DDP compares annotations with classes, and they are strings here.
         replicated.register_comm_hook(self, lambda exchange, bucket: exchange.hook(bucket))
@@ -135,14 +137,14 @@ class CommHook:
         """What DDP calls for every `torch.distributed.GradBucket` that is complete, in one order on all ranks."""
         flat, parameters = bucket.buffer(), bucket.parameters()
         future = torch.futures.Future[Tensor](devices=[flat.device] if flat.is_cuda else None)
-        if self.idle:
+        if self.disabled:
             future.set_result(flat)
             return future
         self._futures.append(future)
-        self.send(flat, parameters, [parameter.shape for parameter in parameters])
+        self.start_reduce(flat, parameters, [parameter.shape for parameter in parameters])
         if bucket.is_last():
-            flats = [bundle.flat for bundle in self._bundles]
-            self.arrive()
+            flats = [bucket.flat for bucket in self._buckets]
+            self.wait()
             self.end_update()
             for waiting, result in zip(self._futures, flats, strict=True):
                 waiting.set_result(result)
@@ -153,9 +155,9 @@ class CommHook:
 
     def counters(self) -> Counters:
         """So far."""
-        sent = sum(wire.sent for wire in self.compressor.wires)
-        waited = sum(wire.seconds for wire in self.compressor.wires)
-        return Counters(sent, waited, self._watch.seconds - waited, self.formula_bytes)
+        sent = sum(comm.sent for comm in self.compressor.comms)
+        waited = sum(comm.seconds for comm in self.compressor.comms)
+        return Counters(sent, waited, self._stopwatch.seconds - waited, self.formula_bytes)
 
 
 def _go_on(rounds: InFlight) -> bool:
@@ -178,19 +180,19 @@ class GradientReducer:
         self._optimizer, self._pipeline = experiment.optimizer, experiment.layout.pp > 1
         self._method: type[Compressor] = registry("gradients.compression")[self._gradients.compression.method].load()
         self._options = self._method.Options(**self._gradients.compression.options)
-        self._made: dict[int, CommHook] = {}
+        self._hooks: dict[int, CommHook] = {}
 
     @property
-    def wanted(self) -> bool:
+    def needs_hook(self) -> bool:
         """Must gradients take this way? What is not compressed, overlaps and knows no hosts has a shorter one."""
         return self._method.lossy or self._gradients.hierarchical
 
-    def over(self, group: dist.ProcessGroup, summed: bool = False) -> CommHook:
+    def hook_for(self, group: dist.ProcessGroup, summed: bool = False) -> CommHook:
         """The exchange among the ranks of `group`; one for each group."""
-        found = self._made.get(id(group))
+        found = self._hooks.get(id(group))
         if found is None:
             compressor = self._compressor(group)
-            found = self._made[id(group)] = CommHook(compressor, self._gradients.overlap, summed, self.clock)
+            found = self._hooks[id(group)] = CommHook(compressor, self._gradients.overlap, summed, self.clock)
         return found
 
     def _compressor(self, group: dist.ProcessGroup) -> Compressor:
@@ -198,61 +200,61 @@ class GradientReducer:
             return Hierarchical(self._method, self._options, self._hosts, self._steps, self._seed, self.clock)
         made = self._method(self._options, Communicator(group, self.clock), self._steps, self._seed)
         if self._pipeline:  # stages add up the gradients of weights that they share, and momenta do not add up
-            made.momentum = False
+            made.averages_momentum = False
         return made
 
     @property
-    def installed(self) -> str:
+    def compressor_name(self) -> str:
         """Name of the compressor that is at work; "none" where gradients take another way."""
-        names = {exchange.compressor.name for exchange in self._made.values()}
+        names = {exchange.compressor.name for exchange in self._hooks.values()}
         return "+".join(sorted(names)) or "none"
 
     def end_update(self) -> None:
         """All gradients of the update are there (DDP's exchange notices by itself)."""
-        for exchange in self._made.values():
+        for exchange in self._hooks.values():
             exchange.end_update()
 
     def resume(self, step: int) -> None:
         """So many updates are done."""
-        for exchange in self._made.values():
+        for exchange in self._hooks.values():
             exchange.step = step
 
     def counters(self) -> Counters:
         """What all of them have cost so far."""
-        return sum((exchange.counters() for exchange in self._made.values()), Counters())
+        return sum((exchange.counters() for exchange in self._hooks.values()), Counters())
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     @property
-    def remembers(self) -> bool:
+    def has_local_state(self) -> bool:
         """Does each rank keep something for itself?"""
-        return bool(self._made) and bool(self._method.remembers(self._options))
+        return bool(self._hooks) and bool(self._method.describe_local_state(self._options))
 
     def state(self) -> dict[str, Tensor]:
         """What this rank's compressors keep, by the order in which their groups were made, which follows the layout."""
         found: dict[str, Tensor] = {}
-        for place, exchange in enumerate(self._made.values()):
+        for place, exchange in enumerate(self._hooks.values()):
             found |= {f"{place}.{key}": tensor for key, tensor in exchange.compressor.state().items()}
         return found
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Go on from there."""
-        for place, exchange in enumerate(self._made.values()):
+        for place, exchange in enumerate(self._hooks.values()):
             start = f"{place}."
             own = {key[len(start) :]: tensor for key, tensor in state.items() if key.startswith(start)}
             exchange.compressor.load(own)
 
     # -- the optimizer ------------------------------------------------------------------------------------------------
 
-    def settings(self) -> Optimizer:
+    def inner_optimizer_config(self) -> Optimizer:
         """The optimizer's, without what the compressor does in its place."""
-        return self._method.inner(self._options, self._optimizer) if self._made else self._optimizer
+        return self._method.inner_optimizer_config(self._options, self._optimizer) if self._hooks else self._optimizer
 
     def optimizer(self) -> Callable[[Any], torch.optim.Optimizer] | None:
         """What makes the optimizer from groups of parameters, if the compressor brings its own."""
-        return next((exchange.compressor.optimizer(self._optimizer) for exchange in self._made.values()), None)
+        return next((exchange.compressor.optimizer(self._optimizer) for exchange in self._hooks.values()), None)
 
-    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Show the compressors what works on their results."""
-        for exchange in self._made.values():
-            exchange.compressor.bind(optimizer, self._optimizer)
+        for exchange in self._hooks.values():
+            exchange.compressor.attach_optimizer(optimizer, self._optimizer)

@@ -20,16 +20,16 @@ from labkit.gradients.stopwatch import Clock, Stopwatch
 class PendingWork:
     """An operation that has begun; `wait()` gives its result."""
 
-    def __init__(self, wire: Communicator, work: Any, result: Tensor) -> None:
-        self._wire, self._work, self._result = wire, work, result
+    def __init__(self, comm: Communicator, work: Any, result: Tensor) -> None:
+        self._comm, self._work, self._result = comm, work, result
 
     def wait(self) -> Tensor:
         """Block until the result is there (on a GPU: until the stream may use it)."""
         if self._work is not None:
-            begun = self._wire.watch.now()
+            begun = self._comm.stopwatch.now()
             self._work.wait()
             self._work = None
-            self._wire.watch.add(begun)
+            self._comm.stopwatch.add(begun)
         return self._result
 
     def done(self) -> bool:
@@ -50,12 +50,12 @@ class Communicator:
         self.sent = 0
         """Bytes that this rank has sent so far."""
         self.calls = 0
-        self.watch = Stopwatch(clock)
+        self.stopwatch = Stopwatch(clock)
 
     @property
     def seconds(self) -> float:
         """How long this rank has stood still for it, so far."""
-        return self.watch.seconds
+        return self.stopwatch.seconds
 
     def all_reduce(self, x: Tensor) -> PendingWork:
         """The sum over all ranks, in place."""
@@ -108,13 +108,13 @@ class Communicator:
         for _ in peers:
             self._count(_bytes(x))
             self.calls += 1
-        begun = self.watch.now()
+        begun = self.stopwatch.now()
         for work in dist.batch_isend_irecv(operations):
             work.wait()
-        self.watch.add(begun)
+        self.stopwatch.add(begun)
         return received
 
-    def receive_from_anyone(self, x: Tensor, tag: int = 0) -> int:
+    def receive_from_any(self, x: Tensor, tag: int = 0) -> int:
         """Block until somebody has sent to `x`; returns who. For threads that wait all the time: it counts no time."""
         self.calls += 1
         source = dist.recv(x, group=self.group, tag=tag)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from labkit.gradients.updates.average import as_reals, fill, flat
+from labkit.gradients.updates.average import as_reals, flatten, unflatten_into
 from labkit.parallel.mesh import REDUCED, Mesh
 
 Place = tuple[int, str]
@@ -84,10 +84,10 @@ class Buffers:
         means = [value for value in chosen if value.is_floating_point() or value.is_complex()]
         rest = [value for value in chosen if not (value.is_floating_point() or value.is_complex())]
         if means:
-            sums = flat(means, torch.float64).mul_(samples)
+            sums = flatten(means, torch.float64).mul_(samples)
             sums = torch.cat([sums, sums.new_tensor([samples])])
             dist.all_reduce(sums, group=self._group)
-            fill(means, sums[:-1] / sums[-1])
+            unflatten_into(means, sums[:-1] / sums[-1])
         first = dist.get_global_rank(self._group, 0)
         for value in rest:
             whole = value.contiguous()

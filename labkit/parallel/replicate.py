@@ -141,7 +141,7 @@ class ReplicatedModel:
         self._exchange: CommHook | None = None
         self._updates = 0
         """Updates whose gradients have been exchanged."""
-        self._steers = exchanges.wanted or not experiment.gradients.overlap
+        self._steers = exchanges.needs_hook or not experiment.gradients.overlap
         trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
         self._gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
 
@@ -153,13 +153,13 @@ class ReplicatedModel:
             import torch.distributed as dist
 
             assert dist.group.WORLD is not None
-            self._exchange = self._exchanges.over(dist.group.WORLD)
-            self._exchange.attach(self.wrapped)
-            self._exchange.idle = True
+            self._exchange = self._exchanges.hook_for(dist.group.WORLD)
+            self._exchange.register(self.wrapped)
+            self._exchange.disabled = True
         if hasattr(self.wrapped, "reducer"):
             deal_out(self.wrapped)
         if self._exchange is not None:
-            self._exchange.idle = False
+            self._exchange.disabled = False
 
     def share_memory(self, folder: Path, timeout_s: float) -> None:
         """Exchange gradients through memory of this machine from here on (collective)."""

@@ -81,7 +81,7 @@ class Bucket:
         """Adds up how long exchanges were waited for."""
         self._make()
         group = self._replicas
-        self._exchange: CommHook | None = exchanges.over(group, summed=True) if exchanges and group else None
+        self._exchange: CommHook | None = exchanges.hook_for(group, summed=True) if exchanges and group else None
 
     def _make(self) -> None:
         self._group = self._mesh.group(*summed_axes(self.holding))
@@ -104,7 +104,9 @@ class Bucket:
     def send(self) -> None:
         """Start the exchange."""
         if self._exchange is not None:
-            self._exchange.send(self.gradient, self.parameters, [parameter.shape for parameter in self.parameters])
+            self._exchange.start_reduce(
+                self.gradient, self.parameters, [parameter.shape for parameter in self.parameters]
+            )
         elif self._group is not None:
             self.sent += all_reduce_bytes(_bytes(self.gradient), self._group.size())
             self._work = dist.all_reduce(self.gradient, group=self._group, async_op=True)
@@ -117,7 +119,7 @@ class Bucket:
             self._work = None
             self._watch.add(begun)
         elif self._exchange is not None:
-            self._exchange.arrive()
+            self._exchange.wait()
         self.waiting = len(self.parameters)
 
     def release_unused(self) -> None:
@@ -246,8 +248,8 @@ class Zero1Bucket(Bucket):
         """Sum over the other axes too."""
         if self._exchange is not None:
             pieces = [piece.own for piece in self.pieces]
-            self._exchange.send(self._sum, pieces, [piece.shape for piece in pieces])
-            self._exchange.arrive()
+            self._exchange.start_reduce(self._sum, pieces, [piece.shape for piece in pieces])
+            self._exchange.wait()
         elif self._rest is not None:
             self.sent += all_reduce_bytes(_bytes(self._sum), self._rest.size())
             dist.all_reduce(self._sum, group=self._rest)
@@ -371,7 +373,7 @@ class GradientSync:
         self._on_host = mesh.on_host(*REDUCED) if sees_use else None
         self._sent_about_use = 0
         """Bytes by which this rank has told the others which parameters it has used, so far."""
-        compresses = exchanges.wanted and replicas(mesh.layout) > 1
+        compresses = exchanges.needs_hook and replicas(mesh.layout) > 1
         self._exchanges = exchanges if compresses else None
         # On a GPU by events of the stream: the wait of NCCL returns to the host at once.
         self._watch = Stopwatch(exchanges.clock)

@@ -116,7 +116,7 @@ class Trainer:
             autocast = runtime.accelerator.autocast
             self.model = ParallelModel(experiment, task, runtime.mesh, runtime.device, autocast, self.exchanges)
         else:
-            through_ddp = rule.exchanges
+            through_ddp = rule.uses_ddp
             self.model = ReplicatedModel(
                 experiment, task, runtime.mesh, runtime.accelerator, self.exchanges, through_ddp
             )
@@ -130,7 +130,7 @@ class Trainer:
         factor = experiment.launch.slowdown.get(runtime.rank, 1.0)
         self.run_pass = slow.stretched(self.model.run_pass, factor, runtime.device, meter)
         self.link = LinkCounter(experiment, runtime)
-        settings = self.exchanges.settings()
+        settings = self.exchanges.inner_optimizer_config()
         own = self.narrowing.optimizer() or self.exchanges.optimizer()
         self.optimizer = make_optimizer(settings, self.model.optimized(), own)
         if self.narrowing.draws and self.model.tied:
@@ -138,7 +138,7 @@ class Trainer:
                 f"{self.model.tied[0]} stands on two stages, whose copies would be rounded differently and drift "
                 "apart: choose another number format, or 32 bits for the optimizer's state"
             )
-        self.exchanges.bind(self.optimizer)
+        self.exchanges.attach_optimizer(self.optimizer)
         self.update = rule(
             UpdateContext(
                 experiment,
@@ -172,7 +172,7 @@ class Trainer:
         self._sum = Counters()
         """What all updates of this run have cost."""
         if isinstance(self.model, ReplicatedModel):
-            self.model.use(self.update.works_on())
+            self.model.use(self.update.training_module())
         self.weights = Weights(
             task,
             runtime,
@@ -198,7 +198,7 @@ class Trainer:
         self._write_sparsity(self.first)
         self._compute_once_uncompiled()
         self.model.train()
-        stopped = self._draw_tickets() if self.update.draws else self._go_through_rounds()
+        stopped = self._draw_tickets() if self.update.uses_work_queue else self._go_through_rounds()
         self.events.write("memory", peak_bytes=peak_bytes(self.runtime.device))
         if not stopped:
             self._look_afterwards()
@@ -206,7 +206,7 @@ class Trainer:
             if self.buffers is not None:
                 self.buffers.settle()
             self._save(self.done, unscheduled=not self._due(self.done, self._evaluate_every))
-        if not self.update.draws:
+        if not self.update.uses_work_queue:
             self.update.close()
         self._write_figures()
         return stopped
@@ -223,14 +223,14 @@ class Trainer:
 
     def _go_through_rounds(self) -> bool:
         """Every rank does every update; True if they were stopped."""
-        batches = self.update.supply(self.model, map(self.runtime.place, self._batches()))
+        batches = self.update.wrap_dataloader(self.model, map(self.runtime.place, self._batches()))
         stopped = False
         self.link.resume()
         while self.done < self.steps:
-            stopped = self.board.should_stop(self.runtime.rank, self.done, self.update.apart)
+            stopped = self.board.should_stop(self.runtime.rank, self.done, self.update.max_step_skew)
             if stopped:
                 break
-            if self.traced is not None and self.done == max(self.first, self.traced - self.update.under_way):
+            if self.traced is not None and self.done == max(self.first, self.traced - self.update.steps_in_flight):
                 self.trace.watch()  # what the traced update finds under way begins before it
             if self.done == self.traced:
                 self._traced_step(self.done, batches)
@@ -248,19 +248,19 @@ class Trainer:
             due = self._next_due(self.done)
             self._before = self._counters() or self._before  # what an evaluation sends belongs to no update
             self.link.resume()
-            rule.open(self.done * shares, due * shares)
+            rule.start_epoch(self.done * shares, due * shares)
             asked = False
-            while (ticket := rule.take(stop=asked)) is not None:
+            while (ticket := rule.next_work(stop=asked)) is not None:
                 self._work_on(ticket, *divmod(ticket, shares))
                 asked = self.board.asked_to_stop()
             self.meter.phase("optimizer")
             rule.close()
             self._exchanged()  # what came after this rank's last piece
             self.link.pause()
-            rule.unite()
+            rule.sync_weights()
             # Not all have seen the request at the same ticket.
             stopped = bool(self.runtime.add_up({"asked": float(asked)})["asked"])
-            self.done = rule.drawn // shares
+            self.done = rule.claimed_until // shares
             if self.done == due:
                 self._after(self.done)
             if stopped:
@@ -270,12 +270,12 @@ class Trainer:
     def _work_on(self, ticket: int, step: int, share: int) -> None:
         """One piece of work: the gradient over a share of update `step`, and what the rule makes of it."""
         meter, runtime, rule = self.meter, self.runtime, self.update
-        rate = self._rate(step) * self.update.rate_factor(step)
+        rate = self._rate(step) * self.update.lr_scale(step)
         meter.begin(step, rate, ticket)
         set_learning_rate(self.optimizer, rate)
         runtime.seed(self._random_state(step, share))
         self.narrowing.begin(step)
-        rule.pull()
+        rule.fetch_weights()
         shares = self.runtime.mesh.samples[1]
         indices = self.order.passes(step, share, shares, self.passes)
         batches = (runtime.place(fetch(self.task.train, chosen.tolist(), "train")) for chosen in indices)
@@ -285,7 +285,7 @@ class Trainer:
             meter.loss(loss * weight.shown, len(next(iter(batch.values()))))
         meter.phase("optimizer")
         self._measure_gradient()
-        stale = rule.push(ticket)
+        stale = rule.apply_gradient(ticket)
         self.model.after_update(self.optimizer)
         if stale is None:
             meter.cancel()
@@ -305,7 +305,7 @@ class Trainer:
     def _step(self, step: int, batches: Iterator[Batch], trace: Trace | None = None) -> None:
         """One update: the passes over this rank's share, the exchange of gradients in the last, the optimizer."""
         meter, runtime = self.meter, self.runtime
-        rate = self._rate(step) * self.update.rate_factor(step)
+        rate = self._rate(step) * self.update.lr_scale(step)
         meter.begin(step, rate)
         self._before = self._counters() or self._before  # what an evaluation sends belongs to no update
         set_learning_rate(self.optimizer, rate)
@@ -316,7 +316,7 @@ class Trainer:
             samples = len(next(iter(batch.values())))
             seen += samples
             last = number == self.passes - 1
-            with self.update.passes(self.model, last, step), self.sparsity.passes(step):
+            with self.update.forward_backward(self.model, last, step), self.sparsity.passes(step):
                 loss = self.run_pass(batch, self._scaled(weight.gradient), last, meter.phase)
             if loss is not None:
                 meter.loss(loss if weight.shown == 1 else loss * weight.shown, samples * self.model.counted)
@@ -492,7 +492,7 @@ class Trainer:
         mesh = self.runtime.mesh
         if last and mesh.rank == mesh.writer:
             self.watch = LayerProbe(self.model.stages, self.model.holdings, mesh)
-        with self.update.judged(), self.sparsity.passes(), self.compiled.uncompiled():
+        with self.update.averaged_weights(), self.sparsity.passes(), self.compiled.uncompiled():
             size = evaluation.batch_size(self.experiment, self.runtime.device)
             sums = evaluation.evaluate(self.task, self.model, self.runtime, alive, size, self.watch)
             if last:
@@ -507,7 +507,7 @@ class Trainer:
         """The trained network in other forms, if that was asked for (collective; the first rank makes them)."""
         if not afterwards.wanted(self.experiment):
             return
-        with self.update.judged(), self.sparsity.passes(), self.compiled.uncompiled():
+        with self.update.averaged_weights(), self.sparsity.passes(), self.compiled.uncompiled():
             if self.runtime.rank == 0:
                 alive = partial(self.meter.phase, "evaluation")
                 trained = afterwards.Trained(
@@ -531,7 +531,7 @@ class Trainer:
         self.meter.phase("checkpoint")
         mesh, rank = self.runtime.mesh, self.runtime.rank
         own = self._own(unscheduled)
-        self.update.consolidate(step)
+        self.update.average_replicas(step)
         weights, moments = state.gather(self.model, self.optimizer)
         folder = checkpoint.save(
             self.directory,
@@ -562,17 +562,17 @@ class Trainer:
     def _own(self, unscheduled: bool) -> state.State | None:
         """What this rank alone has: memories of its compressor; if the run was stopped, weights that are not united.
 
-        At a checkpoint that every run makes ranks unite their weights anyway (`consolidate`). None if no rank has any.
+        At a scheduled checkpoint ranks average their weights anyway (`average_replicas`). None if no rank has any.
         """
-        apart = unscheduled and self.update.parts_ways
-        if not (apart or self.exchanges.remembers):
+        apart = unscheduled and self.update.replicas_diverge
+        if not (apart or self.exchanges.has_local_state):
             return None
         own = {f"compressor.{name}": tensor for name, tensor in self.exchanges.state().items()}
         if apart:
             weights, moments = state.gather(self.model, self.optimizer, own=True)
             own |= {f"weights.{name}": tensor for name, tensor in weights.items()}
             own |= {f"moments.{name}": tensor for name, tensor in moments.items()}
-            own |= {f"rule.{name}": tensor for name, tensor in self.update.own_state().items()}
+            own |= {f"rule.{name}": tensor for name, tensor in self.update.local_state().items()}
         return own
 
     def _load(self, folder: Path) -> int:
@@ -595,7 +595,7 @@ class Trainer:
         self.exchanges.load(part("compressor"))
         if weights := part("weights"):
             state.restore(self.model, self.optimizer, weights, part("moments"))
-            self.update.load_own(part("rule"))
+            self.update.load_local_state(part("rule"))
 
     def _begin_anew(self) -> int:
         self.sparsity.begin()
@@ -624,7 +624,7 @@ class Trainer:
             effective={
                 "dtype": str(runtime.dtype).removeprefix("torch."),
                 "products": str(runtime.product_type()).removeprefix("torch."),
-                "compressor": self.exchanges.installed,
+                "compressor": self.exchanges.compressor_name,
                 "compiled": self.compiled.effective(),
                 "sparse_kernel": f"{self.sparsity.kernel} in {len(layers)} layers" if layers else "none",
                 "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else "none",
@@ -669,5 +669,5 @@ class Trainer:
             "counted_bytes_per_step": counted.bytes / updates,
             "formula_bytes_per_step": counted.formula_bytes / updates,
             "compression_seconds": counted.compression_seconds / updates,
-            "method": self.exchanges.installed,
+            "method": self.exchanges.compressor_name,
         }

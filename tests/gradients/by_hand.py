@@ -11,7 +11,7 @@ import torch
 from labkit.experiment import Experiment
 from labkit.experiment.registry import registry
 from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
-from labkit.training.sampling import Order
+from labkit.training.sampling import BatchOrder
 
 Flat = torch.Tensor
 
@@ -27,7 +27,7 @@ class Rank:
         self.experiment, self.place = experiment, place
         pairs = [(parameter, parameter.dim() > 1) for parameter in self.model.parameters()]
         self.optimizer = make_optimizer(experiment.optimizer, pairs)
-        self.order = Order(len(self.task.train), experiment.training.global_batch, experiment.training.seed)
+        self.order = BatchOrder(len(self.task.train), experiment.training.global_batch, experiment.training.seed)
 
     def gradient(self, step: int) -> float:
         """Leaves the gradient of its share, weighted so that the mean over ranks is the batch's; returns the loss."""

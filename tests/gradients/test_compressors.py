@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit.experiment.registry import registry
-from labkit.gradients.compression.randomk import draw
-from labkit.gradients.compression.topk import largest
+from labkit.gradients.compression.randomk import draw_indices
+from labkit.gradients.compression.topk import largest_indices
 from labkit.gradients.cost import all_gather_bytes, all_reduce_bytes, all_to_all_bytes
 from tests.gradients import wired
 from tests.parallel.below import on_ranks
@@ -117,7 +117,7 @@ def test_a_sampled_threshold_finds_exactly_the_largest(size: int, part: float, s
     flat = torch.randn(size, generator=random).pow(power)
     flat[: size // 3] = 0  # not like the rest
     count = max(1, int(part * size))
-    places = largest(flat, count, random)
+    places = largest_indices(flat, count, random)
     assert len(set(places.tolist())) == count
     assert sorted(flat[places].abs().tolist()) == sorted(flat.abs().topk(count).values.tolist())
 
@@ -125,14 +125,14 @@ def test_a_sampled_threshold_finds_exactly_the_largest(size: int, part: float, s
 @given(st.integers(1, 500), st.data())
 def test_random_places_are_different_and_the_same_for_the_same_seed(size: int, data: st.DataObject) -> None:
     count, seed = data.draw(st.integers(1, size)), data.draw(st.integers(0, 99))
-    places = draw(size, count, torch.Generator().manual_seed(seed))
+    places = draw_indices(size, count, torch.Generator().manual_seed(seed))
     assert len(set(places.tolist())) == count
     assert 0 <= min(places.tolist()) <= max(places.tolist()) < size
-    assert torch.equal(places, draw(size, count, torch.Generator().manual_seed(seed)))
+    assert torch.equal(places, draw_indices(size, count, torch.Generator().manual_seed(seed)))
 
 
 def test_every_place_is_drawn_as_often_as_any_other() -> None:
     random, hits = torch.Generator().manual_seed(0), torch.zeros(30)
     for _ in range(6000):
-        hits[draw(30, 3, random)] += 1
+        hits[draw_indices(30, 3, random)] += 1
     assert (hits - 600).abs().max() < 5 * 600**0.5

@@ -11,7 +11,7 @@ from labkit.gradients.compression.compressor import GradientBucket
 from labkit.gradients.compression.error_feedback import ErrorFeedback
 
 
-def bundles(parameters: list[Tensor], cut: int) -> list[GradientBucket]:
+def buckets(parameters: list[Tensor], cut: int) -> list[GradientBucket]:
     groups = [group for group in (parameters[:cut], parameters[cut:]) if group]
     return [
         GradientBucket(
@@ -26,9 +26,9 @@ def test_it_survives_being_dealt_out_anew(sizes: list[int], data: st.DataObject)
     parameters, memory = [torch.zeros(size) for size in sizes], ErrorFeedback()
     for number in range(4):
         order = data.draw(st.permutations(range(len(sizes))))
-        for bundle in bundles([parameters[place] for place in order], data.draw(st.integers(0, len(sizes)))):
-            flat = memory.of(bundle)
-            for parameter, view in zip(bundle.parameters, bundle.views(flat), strict=True):
+        for bucket in buckets([parameters[place] for place in order], data.draw(st.integers(0, len(sizes)))):
+            flat = memory.of(bucket)
+            for parameter, view in zip(bucket.parameters, bucket.views(flat), strict=True):
                 place = next(place for place, one in enumerate(parameters) if one is parameter)
                 # What was written in the round before, wherever it stood.
                 assert view.tolist() == [(place + 1) * number] * sizes[place]
@@ -37,7 +37,7 @@ def test_it_survives_being_dealt_out_anew(sizes: list[int], data: st.DataObject)
 
 def test_the_same_bundle_finds_the_same_memory() -> None:
     parameters, memory = [torch.zeros(3), torch.zeros(2)], ErrorFeedback()
-    [bundle] = bundles(parameters, 2)
-    memory.of(bundle).fill_(7)
-    assert memory.of(bundles(parameters, 2)[0]).data_ptr() == memory.of(bundle).data_ptr()
-    assert memory.of(bundle).tolist() == [7] * 5
+    [bucket] = buckets(parameters, 2)
+    memory.of(bucket).fill_(7)
+    assert memory.of(buckets(parameters, 2)[0]).data_ptr() == memory.of(bucket).data_ptr()
+    assert memory.of(bucket).tolist() == [7] * 5

@@ -8,7 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labkit.gradients.compression.packing import join, pack, pack_signs, packed_bytes, read_signs, take, unpack
+from labkit.gradients.compression.packing import (
+    join_bytes,
+    pack,
+    pack_signs,
+    packed_bytes,
+    split_bytes,
+    unpack,
+    unpack_signs,
+)
 
 
 @st.composite
@@ -41,10 +49,10 @@ def test_bits_lie_as_numpy_packs_them(bits: list[bool]) -> None:
 )
 def test_a_message_comes_apart_as_it_was_joined(kinds: list[tuple[torch.dtype, int]]) -> None:
     parts = [torch.arange(count).to(dtype) for dtype, count in kinds]
-    message = join(*parts)
+    message = join_bytes(*parts)
     assert len(message) == sum(part.numel() * part.element_size() for part in parts)
     shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), message])[1:]  # at an odd address
-    for part, found in zip(parts, take(shifted, [(len(part), part.dtype) for part in parts]), strict=True):
+    for part, found in zip(parts, split_bytes(shifted, [(len(part), part.dtype) for part in parts]), strict=True):
         assert found.dtype == part.dtype
         assert found.tolist() == part.tolist()
 
@@ -54,7 +62,7 @@ def test_signs_carry_their_rows_mean_magnitude(dtype: torch.dtype) -> None:
     rows = torch.randn(3, 24, dtype=dtype, generator=torch.Generator().manual_seed(0))
     message = pack_signs(rows)
     assert message.shape == (3, 4 + 3)
-    found = read_signs(message, 24, dtype)
+    found = unpack_signs(message, 24, dtype)
     assert found.dtype == dtype
     assert torch.equal(found.sign(), rows.sign())
     assert torch.allclose(found.abs(), rows.abs().mean(1, keepdim=True).expand_as(rows))

@@ -64,8 +64,8 @@ class Gradients:
         flat, sizes = self.own(step, dist.get_rank()), [parameter.numel() for parameter in self.parameters]
         border = sum(sizes[:3])
         for part, group in ((flat[:border], slice(0, 3)), (flat[border:], slice(3, None))):
-            exchange.send(part, self.parameters[group], [torch.Size(shape) for shape in SHAPES[group]])
-        exchange.arrive()
+            exchange.start_reduce(part, self.parameters[group], [torch.Size(shape) for shape in SHAPES[group]])
+        exchange.wait()
         exchange.end_update()
         return flat
 
@@ -103,8 +103,8 @@ def counted() -> dict[str, list[int]]:
         exchange, gradients = CommHook(compressor), Gradients(torch.float32)
         for step in range(3):
             gradients.exchange(exchange, step)
-        bundles, ranks = [SHAPES[:3], SHAPES[3:]], dist.get_world_size()
-        formula = sum(compressor.wire_bytes(compressor.options, bundles, ranks, step, STEPS) for step in range(3))
+        buckets, ranks = [SHAPES[:3], SHAPES[3:]], dist.get_world_size()
+        formula = sum(compressor.wire_bytes(compressor.options, buckets, ranks, step, STEPS) for step in range(3))
         counters = exchange.counters()
         assert counters.formula_bytes is not None
         found[key] = [counters.bytes, formula, counters.formula_bytes]
@@ -171,8 +171,8 @@ def unbiased() -> dict[str, list[float]]:
         compressor, gradients, results = make(key, **options), Gradients(), []
         for step in range(draws):
             flat = gradients.own(0, dist.get_rank())
-            bundle = GradientBucket(flat, tuple(gradients.parameters), SHAPES, step, 0)
-            results.append(compressor.begin(bundle)().clone())
+            bucket = GradientBucket(flat, tuple(gradients.parameters), SHAPES, step, 0)
+            results.append(compressor.start_reduce(bucket)().clone())
         table = torch.stack(results)
         spread = table.std(0)
         # What is always sent alike (the largest number of all ranks) has no spread.
@@ -212,8 +212,8 @@ def _tug_of_war(x: Tensor) -> Tensor:
 def _descend(compressor: Compressor, gradient: Any, x: Tensor, steps: int, rate: float) -> Tensor:
     parameter = torch.zeros(2)
     for step in range(steps):
-        bundle = GradientBucket(gradient(x).clone(), (parameter,), ((2,),), step, 0)
-        x = x - rate * (1 - step / steps) * compressor.begin(bundle)()
+        bucket = GradientBucket(gradient(x).clone(), (parameter,), ((2,),), step, 0)
+        x = x - rate * (1 - step / steps) * compressor.start_reduce(bucket)()
     return x
 
 
@@ -231,8 +231,8 @@ def many_buckets() -> list[float]:
             # Ranks differ in size only, so their mean has rank one too.
             flats.append(((1 + dist.get_rank()) * left @ right).flatten())
             means.append(((1 + dist.get_world_size()) / 2 * left @ right).flatten())
-            exchange.send(flats[-1], [parameter], [parameter.shape])
-        exchange.arrive()
+            exchange.start_reduce(flats[-1], [parameter], [parameter.shape])
+        exchange.wait()
         exchange.end_update()
         worst.append(max(float((flat - mean).abs().max()) for flat, mean in zip(flats, means, strict=True)))
     return worst
@@ -248,5 +248,5 @@ def storeys() -> dict[str, Any]:
             float((gradients.exchange(exchange, step) - gradients.mean(step)).abs().max()) for step in range(3)
         )
         counters = exchange.counters()
-        found[name] = [distance, counters.bytes, counters.formula_bytes, [wire.sent for wire in compressor.wires]]
+        found[name] = [distance, counters.bytes, counters.formula_bytes, [wire.sent for wire in compressor.comms]]
     return found

@@ -80,7 +80,7 @@ def one_with(found: list[Combination], *wanted: tuple[str, str]) -> Combination:
         ((TRAINING, "int8"), "import labkit.quantization.linear as m; m.NarrowLinear.forward = _plainly"),
         (
             ("gradients.compression.method", "sign"),
-            "import labkit.gradients.compression.sign as m; m.Sign.exchange = m.Sign.whole",
+            "import labkit.gradients.compression.sign as m; m.Sign.reduce = m.Sign.reduce_uncompressed",
         ),
     ],
 )

@@ -79,7 +79,7 @@ MISTAKES = {
     "the last pass alone is exchanged and counted": (
         "import contextlib\n"
         "import labkit.gradients.updates.synchronous as broken\n"
-        "broken.Synchronous.passes = lambda self, model, last, step: contextlib.nullcontext()\n"
+        "broken.Synchronous.forward_backward = lambda self, model, last, step: contextlib.nullcontext()\n"
         "import labkit.training.trainer as trainer\n"
         "from labkit.training.sampling import BatchOrder\n"
         "whole = BatchOrder.passes\n"

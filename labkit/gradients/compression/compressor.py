@@ -1,12 +1,12 @@
 """What a compressor is. Imports no torch: forms and commands read the files of the methods.
 
 A method answers three questions, after the split of GRACE (Xu et al., ICDCS 2021: compressor, communicator, memory):
-what is sent of some gradients and how the mean over the ranks comes out of it (`exchange`), what it remembers
+what is sent of some gradients and how the mean over the ranks comes out of it (`reduce`), what it remembers
 (`memory.py`), and how many bytes that takes by its formula (`wire_bytes`).
 
-`exchange` is a generator: it begins to send, yields, goes on when it is asked for what has arrived, and returns the
+`reduce` is a generator: it begins to send, yields, goes on when it is asked for what has arrived, and returns the
 mean. So a method that talks twice (PowerSGD, 1-bit Adam) reads as one piece of code, and many buckets can be under way
-at once: `exchange.py` goes through all of them, round by round, in the same order on all ranks. No collective ever
+at once: `reduce.py` goes through all of them, round by round, in the same order on all ranks. No collective ever
 starts in a callback or in another thread, where ranks may differ in order: that is what makes torch's PowerSGD hook
 fail on gloo.
 """
@@ -73,7 +73,7 @@ class GradientBucket:
 class CostContext:
     """When and among how many gradients travel: all that the number of bytes depends on, beside their shapes."""
 
-    ranks: int
+    world_size: int
     step: int
     """Updates done before."""
     steps: int
@@ -83,7 +83,7 @@ class CostContext:
 
 
 class Compressor:
-    """Base of all methods. A subclass has a `name` (its registry key), `Options`, `exchange` and `bundle_bytes`.
+    """Base of all methods. A subclass has a `name` (its registry key), `Options`, `reduce` and `bucket_bytes`.
 
     One instance serves the exchanges among the ranks of one wire. `steps`: updates of the whole training; `seed`: what
     random choices follow from, beside step, bundle and place on the wire.
@@ -92,51 +92,51 @@ class Compressor:
     name: ClassVar[str] = ""
     lossy: ClassVar[bool] = True
     """Does the mean that comes out differ from the mean of what goes in?"""
-    momentum = False
+    averages_momentum = False
     """Is what is averaged the momentum of AdamW (late.py)? Set to false for a run in which it must not be."""
 
     class Options(BaseOptions):
         pass
 
-    def __init__(self, options: Any, wire: Communicator, steps: int, seed: int = 0) -> None:
-        self.options, self.wire, self.steps, self.seed = options, wire, steps, seed
+    def __init__(self, options: Any, comm: Communicator, steps: int, seed: int = 0) -> None:
+        self.options, self.comm, self.steps, self.seed = options, comm, steps, seed
 
     @property
-    def wires(self) -> tuple[Communicator, ...]:
+    def comms(self) -> tuple[Communicator, ...]:
         """All groups that it talks in."""
-        return (self.wire,)
+        return (self.comm,)
 
     @property
-    def ranks(self) -> int:
+    def world_size(self) -> int:
         """Over how many ranks it averages."""
-        return self.wire.size
+        return self.comm.size
 
     # -- the method ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def exchange(self, bundle: GradientBucket) -> InFlight:
-        """Begin to average `bundle.flat` over the ranks; see `InFlight`. May work in place."""
+    def reduce(self, bucket: GradientBucket) -> InFlight:
+        """Begin to average `bucket.flat` over the ranks; see `InFlight`. May work in place."""
 
     @classmethod
-    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
+    def bucket_bytes(cls, options: Any, shapes: Sequence[Shape], context: CostContext) -> int:
         """What one rank sends for one bundle, by the formula."""
         raise TypeError(f"{cls.__name__} has no formula for a bundle by itself")
 
-    def whole(self, bundle: GradientBucket) -> InFlight:
+    def reduce_uncompressed(self, bucket: GradientBucket) -> InFlight:
         """Average without compression, e.g. before the method begins."""
-        pending = self.wire.all_reduce(bundle.flat.div_(self.wire.size))
+        pending = self.comm.all_reduce(bucket.flat.div_(self.comm.size))
         yield
         return pending.wait()
 
     @staticmethod
-    def whole_bytes(shapes: Sequence[Shape], moment: CostContext) -> int:
+    def uncompressed_bytes(shapes: Sequence[Shape], context: CostContext) -> int:
         """The same in bytes: 2·(N-1)/N·n."""
-        return all_reduce_bytes(numel(shapes) * moment.itemsize, moment.ranks)
+        return all_reduce_bytes(numel(shapes) * context.itemsize, context.world_size)
 
     # -- its optimizer ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def inner(cls, options: Any, optimizer: Optimizer) -> Optimizer:
+    def inner_optimizer_config(cls, options: Any, optimizer: Optimizer) -> Optimizer:
         """The optimizer's settings, without what the compressor does in its place."""
         return optimizer
 
@@ -144,17 +144,17 @@ class Compressor:
         """Makes the optimizer from groups of parameters, if the method brings its own for these settings."""
         return None
 
-    def bind(self, optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
         """What works on the result, and what the experiment asks of it; called once it exists."""
 
-    def unit(self, bundle: GradientBucket, parameter: Any) -> Tensor | None:
+    def scale(self, bucket: GradientBucket, parameter: Any) -> Tensor | None:
         """What the gradient of this parameter is divided by while it is under way, of its shape; None for nothing."""
         return None
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     @classmethod
-    def remembers(cls, options: Any) -> str:
+    def describe_local_state(cls, options: Any) -> str:
         """What each rank keeps for itself from update to update, in words; empty if it keeps nothing."""
         return ""
 
@@ -178,38 +178,38 @@ class Compressor:
 
     # -- used by others -----------------------------------------------------------------------------------------------
 
-    def begin(self, bundle: GradientBucket) -> Callable[[], Tensor]:
+    def start_reduce(self, bucket: GradientBucket) -> Callable[[], Tensor]:
         """Begin an exchange; call what is returned for the mean. For those who exchange one bundle at a time."""
-        rounds = self.exchange(bundle)
+        rounds = self.reduce(bucket)
         next(rounds)
         return lambda: finish(rounds)
 
     @classmethod
     def wire_bytes(
-        cls, options: Any, bundles: Sequence[Sequence[Shape]], ranks: int, step: int, steps: int, itemsize: int = 4
+        cls, options: Any, buckets: Sequence[Sequence[Shape]], world_size: int, step: int, steps: int, itemsize: int = 4
     ) -> int:
-        """Bytes that one of `ranks` ranks sends in update `step` (from 0) of `steps`, by the method's formula.
+        """Bytes that one of `world_size` ranks sends in update `step` (from 0) of `steps`, by the method's formula.
 
-        `bundles`: shapes of the parameters in each bucket; `itemsize`: bytes of a number of the gradient.
+        `buckets`: shapes of the parameters in each bucket; `itemsize`: bytes of a number of the gradient.
         """
-        moment = CostContext(ranks, step, steps, itemsize)
-        return sum(cls.bundle_bytes(options, shapes, moment) for shapes in bundles)
+        context = CostContext(world_size, step, steps, itemsize)
+        return sum(cls.bucket_bytes(options, shapes, context) for shapes in buckets)
 
-    def expected(self, bundle: GradientBucket) -> int:
+    def expected_bytes(self, bucket: GradientBucket) -> int:
         """What this rank sends for this bundle, by the formula."""
-        moment = CostContext(self.wire.size, bundle.step, self.steps, bundle.flat.element_size())
-        return self.bundle_bytes(self.options, bundle.shapes, moment)
+        context = CostContext(self.comm.size, bucket.step, self.steps, bucket.flat.element_size())
+        return self.bucket_bytes(self.options, bucket.shapes, context)
 
-    def generator(self, bundle: GradientBucket, shared: bool = False) -> torch.Generator:
+    def generator(self, bucket: GradientBucket, shared: bool = False) -> torch.Generator:
         """Random numbers for this bundle: those of this place on the wire, or the same on all ranks.
 
         Ranks that hold the same gradients in other groups (along tp) stand at the same place and draw the same.
         """
         import torch
 
-        place = 0 if shared else 1 + self.wire.rank
-        seed = ((self.seed * 1_000_003 + bundle.step) * 4099 + bundle.number) * 4099 + place
-        return torch.Generator(bundle.flat.device).manual_seed(seed % 2**63)
+        place = 0 if shared else 1 + self.comm.rank
+        seed = ((self.seed * 1_000_003 + bucket.step) * 4099 + bucket.number) * 4099 + place
+        return torch.Generator(bucket.flat.device).manual_seed(seed % 2**63)
 
     # -- rules --------------------------------------------------------------------------------------------------------
 
@@ -229,8 +229,8 @@ class Compressor:
         """Where it has no effect."""
         field = "gradients.compression.method"
         if replicas(experiment.layout) == 1 and experiment.layout.dp_shard > 1:
-            said = "has no effect: ZeRO adds gradients up by a reduce-scatter, in which no compressor stands"
-            yield Problem(field, f"{said}, and there are no replicas beside it (layout.dp_replicate)")
+            reason = "has no effect: ZeRO adds gradients up by a reduce-scatter, in which no compressor stands"
+            yield Problem(field, f"{reason}, and there are no replicas beside it (layout.dp_replicate)")
         elif replicas(experiment.layout) == 1:
             yield Problem(field, "has no effect: no two ranks see different samples")
         elif experiment.launch.isolated:
@@ -247,7 +247,7 @@ def finish(rounds: InFlight) -> Tensor:
             return mean
 
 
-def beginning(wanted: int | None, steps: int, part: float) -> int:
+def resolve_start_step(wanted: int | None, steps: int, part: float) -> int:
     """The first update of what begins at `wanted`; if that is left open, after `part` of the training."""
     return math.ceil(part * steps) if wanted is None else wanted
 

@@ -27,27 +27,27 @@ class ErrorFeedback:
         self._restored: dict[int, Tensor] = {}
         """What a checkpoint held, by the order in which bundles come, until they come."""
 
-    def of(self, bundle: GradientBucket) -> Tensor:
-        """What is remembered, laid out like `bundle.flat`; change it in place."""
-        key = _keys(bundle)
+    def of(self, bucket: GradientBucket) -> Tensor:
+        """What is remembered, laid out like `bucket.flat`; change it in place."""
+        key = _keys(bucket)
         flat = self._flats.get(key)
         if flat is None:
             place = len(self._flats)
-            flat = self._gather(bundle)
+            flat = self._gather(bucket)
             if place in self._restored:
                 flat.copy_(self._restored.pop(place))
             self._flats[key] = flat
         return flat
 
-    def _gather(self, bundle: GradientBucket) -> Tensor:
+    def _gather(self, bucket: GradientBucket) -> Tensor:
         """The same numbers in a new order."""
-        flat = torch.zeros_like(bundle.flat)
-        for parameter, view in zip(bundle.parameters, bundle.views(flat), strict=True):
+        flat = torch.zeros_like(bucket.flat)
+        for parameter, view in zip(bucket.parameters, bucket.views(flat), strict=True):
             known = self._views.get(parameter)
             if known is not None:
                 view.copy_(known)
             self._views[parameter] = view
-        moved = set(_keys(bundle))
+        moved = set(_keys(bucket))
         self._flats = {key: old for key, old in self._flats.items() if moved.isdisjoint(key)}
         return flat
 
@@ -61,6 +61,6 @@ class ErrorFeedback:
         self._restored = {int(place): flat for place, flat in state.items()}
 
 
-def _keys(bundle: GradientBucket) -> tuple[Any, ...]:
+def _keys(bucket: GradientBucket) -> tuple[Any, ...]:
     """What a bundle's parameters are known by: themselves, as tensors have no equality; names of stretches by value."""
-    return tuple(one if isinstance(one, tuple) else id(one) for one in bundle.parameters)
+    return tuple(one if isinstance(one, tuple) else id(one) for one in bucket.parameters)

@@ -38,35 +38,35 @@ class Half(Compressor):
 
         return torch.float16 if self.name == "fp16" else torch.bfloat16
 
-    def exchange(self, bundle: GradientBucket) -> InFlight:
+    def reduce(self, bucket: GradientBucket) -> InFlight:
         """The mean, rounded to 16 bits."""
-        return self._dealt_out(bundle) if self.options.sum_in == "fp32" else self._added_up(bundle)
+        return self._dealt_out(bucket) if self.options.sum_in == "fp32" else self._added_up(bucket)
 
-    def _added_up(self, bundle: GradientBucket) -> InFlight:
+    def _added_up(self, bucket: GradientBucket) -> InFlight:
         # Divided first: the sum of the ranks could leave the range of fp16 where no rank does.
-        pending = self.wire.all_reduce((bundle.flat / self.wire.size).to(self.dtype))
+        pending = self.comm.all_reduce((bucket.flat / self.comm.size).to(self.dtype))
         yield
-        return bundle.flat.copy_(pending.wait())
+        return bucket.flat.copy_(pending.wait())
 
-    def _dealt_out(self, bundle: GradientBucket) -> InFlight:
-        flat, ranks = bundle.flat, self.wire.size
-        parts = flat.new_zeros(ranks, -(-flat.numel() // ranks), dtype=self.dtype)
+    def _dealt_out(self, bucket: GradientBucket) -> InFlight:
+        flat, world_size = bucket.flat, self.comm.size
+        parts = flat.new_zeros(world_size, -(-flat.numel() // world_size), dtype=self.dtype)
         parts.view(-1)[: flat.numel()] = flat
-        dealt = self.wire.all_to_all(parts)
+        dealt = self.comm.all_to_all(parts)
         yield
         mean = dealt.wait().to(flat.dtype).mean(0).to(self.dtype)
-        gathered = self.wire.all_gather(mean)
+        gathered = self.comm.all_gather(mean)
         yield
         return flat.copy_(gathered.wait().view(-1)[: flat.numel()])
 
     @classmethod
-    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
+    def bucket_bytes(cls, options: Any, shapes: Sequence[Shape], context: CostContext) -> int:
         """2·(N-1)/N · 2n."""
-        count, ranks = numel(shapes), moment.ranks
+        count, world_size = numel(shapes), context.world_size
         if options.sum_in == "half":
-            return all_reduce_bytes(2 * count, ranks)
-        part = -(-count // ranks)
-        return all_to_all_bytes(2 * part * ranks, ranks) + all_gather_bytes(2 * part, ranks)
+            return all_reduce_bytes(2 * count, world_size)
+        part = -(-count // world_size)
+        return all_to_all_bytes(2 * part * world_size, world_size) + all_gather_bytes(2 * part, world_size)
 
 
 class Fp16(Half):

@@ -37,31 +37,31 @@ class Hierarchical(Compressor):
         between = [list(range(place, world, local)) for place in range(local)]
         self._inside = Communicator(_own_group(inside, rank), clock)
         self._method = method(options, Communicator(_own_group(between, rank), clock), steps, seed)
-        self._method.momentum = False  # it is known by parameter, and a part crosses their borders
-        super().__init__(options, self._method.wire, steps, seed)
+        self._method.averages_momentum = False  # it is known by parameter, and a part crosses their borders
+        super().__init__(options, self._method.comm, steps, seed)
         self.name = method.name  # type: ignore[misc]
 
     @property
-    def wires(self) -> tuple[Communicator, ...]:
+    def comms(self) -> tuple[Communicator, ...]:
         """That within the host and that between hosts."""
-        return (self._inside, self.wire)
+        return (self._inside, self.comm)
 
     @property
-    def ranks(self) -> int:
+    def world_size(self) -> int:
         """All of them."""
-        return self._inside.size * self.wire.size
+        return self._inside.size * self.comm.size
 
     def optimizer(self, settings: Optimizer) -> Callable[[Any], torch.optim.Optimizer] | None:
         """That of the method."""
         return self._method.optimizer(settings)
 
-    def bind(self, optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
         """Tell the method."""
-        self._method.bind(optimizer, settings)
+        self._method.attach_optimizer(optimizer, settings)
 
-    def unit(self, bundle: GradientBucket, parameter: Any) -> torch.Tensor | None:
+    def scale(self, bucket: GradientBucket, parameter: Any) -> torch.Tensor | None:
         """That of the method."""
-        return self._method.unit(bundle, parameter)
+        return self._method.scale(bucket, parameter)
 
     def state(self) -> dict[str, torch.Tensor]:
         """That of the method."""
@@ -71,32 +71,32 @@ class Hierarchical(Compressor):
         """To the method."""
         self._method.load(state)
 
-    def exchange(self, bundle: GradientBucket) -> InFlight:
+    def reduce(self, bucket: GradientBucket) -> InFlight:
         """The mean over all ranks."""
-        flat, local = bundle.flat, self._inside.size
+        flat, local = bucket.flat, self._inside.size
         parts = flat.new_zeros(local, -(-flat.numel() // local))
         parts.view(-1)[: flat.numel()] = flat
         dealt = self._inside.all_to_all(parts)
         yield
         part = dealt.wait().mean(0)
-        among_hosts = self._method.exchange(self._part(bundle, part))
+        among_hosts = self._method.reduce(self._part(bucket, part))
         mean = yield from among_hosts
         gathered = self._inside.all_gather(mean)
         yield
         return gathered.wait().view(-1)[: flat.numel()]
 
-    def _part(self, bundle: GradientBucket, part: Any) -> GradientBucket:
-        key = tuple(map(id, bundle.parameters))
-        return GradientBucket(part, (key,), (tuple(part.shape),), bundle.step, bundle.number)
+    def _part(self, bucket: GradientBucket, part: Any) -> GradientBucket:
+        key = tuple(map(id, bucket.parameters))
+        return GradientBucket(part, (key,), (tuple(part.shape),), bucket.step, bucket.number)
 
-    def expected(self, bundle: GradientBucket) -> int:
+    def expected_bytes(self, bucket: GradientBucket) -> int:
         """What this rank sends for this bundle, by the formula."""
-        size, local = bundle.flat.element_size(), self._inside.size
-        part = -(-bundle.flat.numel() // local)
-        among_hosts = CostContext(self.wire.size, bundle.step, self.steps, size)
+        size, local = bucket.flat.element_size(), self._inside.size
+        part = -(-bucket.flat.numel() // local)
+        among_hosts = CostContext(self.comm.size, bucket.step, self.steps, size)
         return (
             all_to_all_bytes(local * part * size, local)
-            + self._method.bundle_bytes(self.options, [(part,)], among_hosts)
+            + self._method.bucket_bytes(self.options, [(part,)], among_hosts)
             + all_gather_bytes(part * size, local)
         )
 

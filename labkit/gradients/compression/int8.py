@@ -39,30 +39,30 @@ class Int8(Compressor):
         chunk: int = Field(default=0, ge=0, le=2**31 - 1)
         """Numbers that share a scale; 0 for a scale per bucket."""
 
-    def exchange(self, bundle: GradientBucket) -> InFlight:
+    def reduce(self, bucket: GradientBucket) -> InFlight:
         """The mean of the rounded gradients."""
         import torch
 
-        from labkit.gradients.compression.noise import greatest, uniform
-        from labkit.gradients.compression.packing import join, take
+        from labkit.gradients.compression.noise import row_abs_max, uniform
+        from labkit.gradients.compression.packing import join_bytes, split_bytes
 
-        flat, levels, dtype = bundle.flat, self.options.levels, self._dtype()
+        flat, levels, dtype = bucket.flat, self.options.levels, self._dtype()
         rows = _scales(self.options, flat.numel())
         width = -(-flat.numel() // rows)
         table = flat.new_zeros(rows, width)
         table.view(-1)[: flat.numel()] = flat
-        scales = greatest(table).float()
+        scales = row_abs_max(table).float()
         steps = table.mul_((levels / torch.where(scales > 0, scales, 1)).to(flat.dtype))
-        noise = uniform(steps, self.generator(bundle))
+        noise = uniform(steps, self.generator(bucket))
         # Close to the greatest level the sum may be rounded up to the next whole number.
         whole = steps.add_(noise).floor_().clamp_(-levels, levels).to(dtype)
-        pending = self.wire.all_gather(join(scales, whole.view(-1)[: flat.numel()]))
+        pending = self.comm.all_gather(join_bytes(scales, whole.view(-1)[: flat.numel()]))
         yield
         out = flat.new_zeros(rows, width)
         for message in pending.wait():
-            scales, numbers = take(message, [(rows, torch.float32), (flat.numel(), dtype)])
+            scales, numbers = split_bytes(message, [(rows, torch.float32), (flat.numel(), dtype)])
             table.view(-1)[: flat.numel()] = numbers
-            out += table * (scales / (levels * self.wire.size)).to(flat.dtype)[:, None]
+            out += table * (scales / (levels * self.comm.size)).to(flat.dtype)[:, None]
         return out.view(-1)[: flat.numel()]
 
     def _dtype(self) -> torch.dtype:
@@ -71,11 +71,11 @@ class Int8(Compressor):
         return torch.int8 if self.options.levels <= 127 else torch.int16
 
     @classmethod
-    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
+    def bucket_bytes(cls, options: Any, shapes: Sequence[Shape], context: CostContext) -> int:
         """(N-1) · (n + 4 · scales)."""
         count = numel(shapes)
         width = 1 if options.levels <= 127 else 2
-        return all_gather_bytes(width * count + 4 * _scales(options, count), moment.ranks)
+        return all_gather_bytes(width * count + 4 * _scales(options, count), context.world_size)
 
 
 def _scales(options: Any, count: int) -> int:

@@ -7,7 +7,7 @@ does it (Tang et al., ICML 2021), v stays from there on as whole gradients have 
 linear in what arrives, nothing that error feedback brings late is lost, and gradients are compressed in units of √v,
 that is by what they do to the weights. SGD needs none of it.
 
-A method may also ask for the momentum (`momentum`): then what ranks average is the momentum with the gradient of each
+A method may also ask for the momentum (`averages_momentum`): then what ranks average is the momentum with the gradient of each
 in it, and AdamW takes the mean as it is. What is left out of a momentum that changes slowly is left out only once; but
 a method that sends little of it (top-k, low rank) would send the same part over and over.
 
@@ -26,7 +26,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compression.compressor import Compressor, CostContext, GradientBucket, InFlight, Shape, beginning
+from labkit.gradients.compression.compressor import (
+    Compressor,
+    CostContext,
+    GradientBucket,
+    InFlight,
+    Shape,
+    resolve_start_step,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -45,9 +52,9 @@ class LateOptions(BaseOptions):
 
 
 class LateCompressor(Compressor):
-    """Base of methods that begin late. A subclass has `compress` and `compressed_bytes`."""
+    """Base of methods that begin late. A subclass has `reduce_compressed` and `compressed_bytes`."""
 
-    part: ClassVar[float] = 0.05
+    warmup_fraction: ClassVar[float] = 0.05
     """Of the training, before which it does not begin unless told to."""
 
     class Options(LateOptions):
@@ -59,52 +66,52 @@ class LateCompressor(Compressor):
         """The optimizer, if its mean squares freeze."""
 
     @abstractmethod
-    def compress(self, bundle: GradientBucket) -> InFlight:
-        """Average `bundle.flat`, smaller."""
+    def reduce_compressed(self, bucket: GradientBucket) -> InFlight:
+        """Average `bucket.flat`, smaller."""
 
     @classmethod
     @abstractmethod
-    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], context: CostContext) -> int:
         """Of one bundle, once it has begun."""
 
-    def exchange(self, bundle: GradientBucket) -> InFlight:
+    def reduce(self, bucket: GradientBucket) -> InFlight:
         """The mean: whole at first, then compressed."""
-        if bundle.step < self.begins(self.options, self.steps):
-            return self.whole(bundle)
-        if self.momentum and self.adam is not None:
-            for parameter, view in zip(bundle.parameters, bundle.views(bundle.flat), strict=True):
+        if bucket.step < self.first_compressed_step(self.options, self.steps):
+            return self.reduce_uncompressed(bucket)
+        if self.averages_momentum and self.adam is not None:
+            for parameter, view in zip(bucket.parameters, bucket.views(bucket.flat), strict=True):
                 self.adam.blend(parameter, view)
-        return self.compress(bundle)
+        return self.reduce_compressed(bucket)
 
     @classmethod
-    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
+    def bucket_bytes(cls, options: Any, shapes: Sequence[Shape], context: CostContext) -> int:
         """At first those of an all-reduce."""
-        begun = moment.step >= cls.begins(options, moment.steps)
-        return cls.compressed_bytes(options, shapes, moment) if begun else cls.whole_bytes(shapes, moment)
+        begun = context.step >= cls.first_compressed_step(options, context.steps)
+        return cls.compressed_bytes(options, shapes, context) if begun else cls.uncompressed_bytes(shapes, context)
 
     @classmethod
-    def begins(cls, options: Any, steps: int) -> int:
+    def first_compressed_step(cls, options: Any, steps: int) -> int:
         """The first update with compression."""
-        return beginning(options.start_step, steps, cls.part)
+        return resolve_start_step(options.start_step, steps, cls.warmup_fraction)
 
     # -- the optimizer ------------------------------------------------------------------------------------------------
 
     def optimizer(self, settings: Optimizer) -> Callable[[Any], torch.optim.Optimizer] | None:
         """AdamW that stops learning its denominators."""
-        begins = self.begins(self.options, self.steps)
-        if settings.name != "adamw" or not self.options.freeze or not begins:
+        first_compressed_step = self.first_compressed_step(self.options, self.steps)
+        if settings.name != "adamw" or not self.options.freeze or not first_compressed_step:
             return None
         from labkit.gradients.compression.frozen_adamw import FrozenAdamW
 
-        return lambda groups: FrozenAdamW(groups, settings, begins, self.momentum)
+        return lambda groups: FrozenAdamW(groups, settings, first_compressed_step, self.averages_momentum)
 
-    def bind(self, optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
         """Learn whose units these are."""
         from labkit.gradients.compression.frozen_adamw import FrozenAdamW
 
         self.adam = optimizer if isinstance(optimizer, FrozenAdamW) else None
 
-    def unit(self, bundle: GradientBucket, parameter: Any) -> torch.Tensor | None:
+    def scale(self, bucket: GradientBucket, parameter: Any) -> torch.Tensor | None:
         """√v of the parameter."""
-        begun = bundle.step >= self.begins(self.options, self.steps)
+        begun = bucket.step >= self.first_compressed_step(self.options, self.steps)
         return self.adam.denominator(parameter) if self.adam is not None and begun else None

@@ -17,7 +17,7 @@ def uniform(like: Tensor, generator: torch.Generator) -> Tensor:
     return places.add_(2**15 + 0.5).mul_(2**-16).view(like.shape)
 
 
-def greatest(table: Tensor) -> Tensor:
+def row_abs_max(table: Tensor) -> Tensor:
     """The greatest magnitude of each row, shape [rows, 1] of [rows, width]."""
     low, high = table.aminmax(dim=1, keepdim=True)
     return torch.maximum(-low, high)

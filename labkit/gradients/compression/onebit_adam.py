@@ -29,7 +29,14 @@ from pydantic import Field
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options as BaseOptions
-from labkit.gradients.compression.compressor import CostContext, GradientBucket, InFlight, Shape, beginning, numel
+from labkit.gradients.compression.compressor import (
+    CostContext,
+    GradientBucket,
+    InFlight,
+    Shape,
+    numel,
+    resolve_start_step,
+)
 from labkit.gradients.compression.late import LateCompressor
 from labkit.gradients.cost import all_gather_bytes, all_to_all_bytes
 
@@ -48,7 +55,7 @@ class OneBitAdam(LateCompressor):
     """1-bit Adam."""
 
     name = "onebit_adam"
-    momentum = True
+    averages_momentum = True
 
     class Options(BaseOptions):
         """When it begins."""
@@ -67,40 +74,42 @@ class OneBitAdam(LateCompressor):
         super().__init__(*arguments)
         self._own_errors, self._sum_errors = ErrorFeedback(), ErrorFeedback()
 
-    def compress(self, bundle: GradientBucket) -> InFlight:
+    def reduce_compressed(self, bucket: GradientBucket) -> InFlight:
         """The mean momentum, as everything here in units of √v."""
         import torch
 
-        from labkit.gradients.compression.packing import pack_signs, read_signs
+        from labkit.gradients.compression.packing import pack_signs, unpack_signs
 
-        flat, ranks, count = bundle.flat, self.wire.size, bundle.flat.numel()
-        error, (chunks, width) = self._own_errors.of(bundle), _chunks(count, ranks)
-        parts = flat.new_zeros(ranks * chunks, width)
+        flat, world_size, count = bucket.flat, self.comm.size, bucket.flat.numel()
+        error, (chunks, width) = self._own_errors.of(bucket), _chunks(count, world_size)
+        parts = flat.new_zeros(world_size * chunks, width)
         parts.view(-1)[:count] = flat.add_(error)
         message = pack_signs(parts)
-        dealt = self.wire.all_to_all(message.view(ranks, -1))
-        torch.sub(flat, read_signs(message, width, flat.dtype).view(-1)[:count], out=error)
+        dealt = self.comm.all_to_all(message.view(world_size, -1))
+        torch.sub(flat, unpack_signs(message, width, flat.dtype).view(-1)[:count], out=error)
         yield
-        arrived = read_signs(dealt.wait().view(len(message), -1), width, flat.dtype)
-        mean = arrived.view(ranks, chunks, width).mean(0)
-        error = self._sum_errors.of(_place(bundle, mean.view(-1))).view_as(mean)
+        arrived = unpack_signs(dealt.wait().view(len(message), -1), width, flat.dtype)
+        mean = arrived.view(world_size, chunks, width).mean(0)
+        error = self._sum_errors.of(_place(bucket, mean.view(-1))).view_as(mean)
         message = pack_signs(mean.add_(error))
-        gathered = self.wire.all_gather(message)
-        torch.sub(mean, read_signs(message, width, flat.dtype), out=error)
+        gathered = self.comm.all_gather(message)
+        torch.sub(mean, unpack_signs(message, width, flat.dtype), out=error)
         yield
-        return read_signs(gathered.wait().flatten(0, 1), width, flat.dtype).view(-1)[:count]
+        return unpack_signs(gathered.wait().flatten(0, 1), width, flat.dtype).view(-1)[:count]
 
     @classmethod
-    def remembers(cls, options: Any) -> str:
+    def describe_local_state(cls, options: Any) -> str:
         """In words."""
         return "what the signs have left out on both sides"
 
     @classmethod
-    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], context: CostContext) -> int:
         """2·(N-1) · (n/8N + 4·n/1024N)."""
-        chunks, width = _chunks(numel(shapes), moment.ranks)
+        chunks, width = _chunks(numel(shapes), context.world_size)
         part = chunks * (4 + width // 8)
-        return all_to_all_bytes(part * moment.ranks, moment.ranks) + all_gather_bytes(part, moment.ranks)
+        return all_to_all_bytes(part * context.world_size, context.world_size) + all_gather_bytes(
+            part, context.world_size
+        )
 
     @classmethod
     def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
@@ -116,19 +125,19 @@ class OneBitAdam(LateCompressor):
             yield Problem(field, reason, "none")
 
     @classmethod
-    def begins(cls, options: Any, steps: int) -> int:
+    def first_compressed_step(cls, options: Any, steps: int) -> int:
         """The first update with compression."""
-        return beginning(options.warmup_steps, steps, 0.05)
+        return resolve_start_step(options.warmup_steps, steps, 0.05)
 
 
-def _chunks(count: int, ranks: int) -> tuple[int, int]:
+def _chunks(count: int, world_size: int) -> tuple[int, int]:
     """How many chunks with a scale each rank averages, and how many numbers are in one: signs in whole bytes."""
-    part = -(-count // ranks)
+    part = -(-count // world_size)
     chunks = -(-part // CHUNK)
     return chunks, -(-part // (8 * chunks)) * 8
 
 
-def _place(bundle: GradientBucket, mean: Tensor) -> GradientBucket:
+def _place(bucket: GradientBucket, mean: Tensor) -> GradientBucket:
     """The part that this rank averages, which is its own whatever the borders of parameters."""
-    key = tuple(map(id, bundle.parameters))
-    return GradientBucket(mean, (key,), (tuple(mean.shape),), bundle.step, bundle.number)
+    key = tuple(map(id, bucket.parameters))
+    return GradientBucket(mean, (key,), (tuple(mean.shape),), bucket.step, bucket.number)

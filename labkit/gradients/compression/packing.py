@@ -44,12 +44,12 @@ def unpack(packed: Tensor, count: int, values: Sequence[float], dtype: torch.dty
     return table.index_select(0, packed.int()).view(-1)[:count]
 
 
-def join(*parts: Tensor) -> Tensor:
+def join_bytes(*parts: Tensor) -> Tensor:
     """One message of bytes."""
     return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
 
 
-def take(message: Tensor, like: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
+def split_bytes(message: Tensor, like: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
     """The parts of a message again: `like` has their lengths and types."""
     sizes = [count * dtype.itemsize for count, dtype in like]
     parts = message.split(sizes)
@@ -63,7 +63,7 @@ def pack_signs(rows: Tensor) -> Tensor:
     return torch.cat([scales, pack(rows.signbit().view(-1), 1).view(len(rows), -1)], dim=1)
 
 
-def read_signs(messages: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+def unpack_signs(messages: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """The rows that such messages stand for: scale · sign, [rows, width]."""
     scales = messages[:, :4].flatten().clone().view(torch.float32)[:, None]
     numbers = unpack(messages[:, 4:].reshape(-1), len(messages) * width, (1.0, -1.0), dtype)

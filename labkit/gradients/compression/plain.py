@@ -25,14 +25,14 @@ class Uncompressed(Compressor):
     name = "none"
     lossy = False
 
-    def exchange(self, bundle: GradientBucket) -> InFlight:
+    def reduce(self, bucket: GradientBucket) -> InFlight:
         """One all-reduce, in place."""
-        return self.whole(bundle)
+        return self.reduce_uncompressed(bucket)
 
     @classmethod
-    def bundle_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
+    def bucket_bytes(cls, options: Any, shapes: Sequence[Shape], context: CostContext) -> int:
         """2·(N-1)/N·n."""
-        return cls.whole_bytes(shapes, moment)
+        return cls.uncompressed_bytes(shapes, context)
 
     @classmethod
     def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:

@@ -65,20 +65,20 @@ class PowerSGD(LateCompressor):
         self._restored: dict[int, Tensor] = {}
         """Factors from a checkpoint, by the order in which matrices first came, until they come."""
 
-    def compress(self, bundle: GradientBucket) -> InFlight:
+    def reduce_compressed(self, bucket: GradientBucket) -> InFlight:
         """The mean, as far as it has a low rank."""
         import torch
 
-        flat, views = bundle.flat, bundle.views(bundle.flat)
-        errors = self._errors.of(bundle) if self.options.error_feedback else None
+        flat, views = bucket.flat, bucket.views(bucket.flat)
+        errors = self._errors.of(bucket) if self.options.error_feedback else None
         if errors is not None:
             flat.add_(errors)
             errors.zero_()
-        ranks = [_rank(self.options, shape) for shape in bundle.shapes]
+        ranks = [_rank(self.options, shape) for shape in bucket.shapes]
         chosen = [place for place, rank in enumerate(ranks) if rank]
         matrices = [views[place].flatten(1) for place in chosen]
         whole = [view for view, rank in zip(views, ranks, strict=True) if not rank]
-        old = [self._factor(bundle.parameters[place], bundle.shapes[place], ranks[place], flat) for place in chosen]
+        old = [self._factor(bucket.parameters[place], bucket.shapes[place], ranks[place], flat) for place in chosen]
 
         left = [matrix @ factor for matrix, factor in zip(matrices, old, strict=True)]
         first = self._send([*left, *whole])
@@ -94,10 +94,10 @@ class PowerSGD(LateCompressor):
         right = _parts(second.wait(), own)
         for place, matrix, one, mine, mean in zip(chosen, matrices, left, own, right, strict=True):
             if errors is not None:
-                kept = bundle.views(errors)[place].flatten(1)
+                kept = bucket.views(errors)[place].flatten(1)
                 torch.addmm(matrix, one, mine.T, alpha=-1, out=kept)
             torch.mm(one, mean.T, out=matrix)
-            self._factors[bundle.parameters[place]] = mean
+            self._factors[bucket.parameters[place]] = mean
         return flat
 
     def _send(self, parts: list[Tensor]) -> PendingWork:
@@ -105,7 +105,7 @@ class PowerSGD(LateCompressor):
         import torch
 
         empty = torch.zeros(0) if not parts else parts[0].new_zeros(0)
-        return self.wire.all_reduce(torch.cat([empty, *(part.flatten() for part in parts)]).div_(self.wire.size))
+        return self.comm.all_reduce(torch.cat([empty, *(part.flatten() for part in parts)]).div_(self.comm.size))
 
     def _factor(self, key: Any, shape: Shape, rank: int, like: Tensor) -> Tensor:
         """What the last update left, or, the first time, random numbers that are the same on all ranks."""
@@ -132,19 +132,19 @@ class PowerSGD(LateCompressor):
         self._restored = {int(key[len(start) :]): one for key, one in state.items() if key.startswith(start)}
 
     @classmethod
-    def remembers(cls, options: Any) -> str:
+    def describe_local_state(cls, options: Any) -> str:
         """In words."""
         return "what a low rank has left out, and its factors"
 
     @classmethod
-    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], context: CostContext) -> int:
         """2·(N-1)/N · bytes of a number · ( Σ r·(m+n) + the rest ), the two rounds one after the other."""
-        size, ranks = moment.itemsize, [_rank(options, shape) for shape in shapes]
+        size, ranks = context.itemsize, [_rank(options, shape) for shape in shapes]
         factored = [(shape, rank) for shape, rank in zip(shapes, ranks, strict=True) if rank]
         first = sum(rank * shape[0] for shape, rank in factored)
         first += numel([shape for shape, rank in zip(shapes, ranks, strict=True) if not rank])
         second = sum(rank * math.prod(shape[1:]) for shape, rank in factored)
-        return all_reduce_bytes(first * size, moment.ranks) + all_reduce_bytes(second * size, moment.ranks)
+        return all_reduce_bytes(first * size, context.world_size) + all_reduce_bytes(second * size, context.world_size)
 
     @classmethod
     def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:

@@ -47,38 +47,38 @@ class RandomK(LateCompressor):
         super().__init__(*arguments)
         self._errors = ErrorFeedback()
 
-    def compress(self, bundle: GradientBucket) -> InFlight:
+    def reduce_compressed(self, bucket: GradientBucket) -> InFlight:
         """The mean at the drawn places, zero elsewhere."""
-        flat = bundle.flat
+        flat = bucket.flat
         count = _count(self.options, flat.numel())
-        places = draw(flat.numel(), count, self.generator(bundle, shared=True))
+        places = draw_indices(flat.numel(), count, self.generator(bucket, shared=True))
         if self.options.error_feedback:
-            flat = self._errors.of(bundle).add_(flat)
+            flat = self._errors.of(bucket).add_(flat)
         scale = 1 if self.options.error_feedback else flat.numel() / count
-        pending = self.wire.all_reduce(flat[places] * (scale / self.wire.size))
+        pending = self.comm.all_reduce(flat[places] * (scale / self.comm.size))
         if self.options.error_feedback:
             flat[places] = 0
         yield
-        out = bundle.flat.zero_()
+        out = bucket.flat.zero_()
         out[places] = pending.wait()
         return out
 
     @classmethod
-    def remembers(cls, options: Any) -> str:
+    def describe_local_state(cls, options: Any) -> str:
         """In words."""
         return "what it has not sent yet" if options.error_feedback else ""
 
     @classmethod
-    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], context: CostContext) -> int:
         """2·(N-1)/N · k · bytes of a number."""
-        return all_reduce_bytes(_count(options, numel(shapes)) * moment.itemsize, moment.ranks)
+        return all_reduce_bytes(_count(options, numel(shapes)) * context.itemsize, context.world_size)
 
 
 def _count(options: Any, size: int) -> int:
     return max(1, math.ceil(options.ratio * size))
 
 
-def draw(size: int, count: int, generator: Any) -> Tensor:
+def draw_indices(size: int, count: int, generator: Any) -> Tensor:
     """`count` different places below `size`, int64."""
     import torch
 

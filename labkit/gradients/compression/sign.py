@@ -30,7 +30,7 @@ class Sign(LateCompressor):
     """EF-signSGD."""
 
     name = "sign"
-    momentum = True
+    averages_momentum = True
 
     class Options(LateOptions):
         """What has a scale of its own, and what becomes of the rest."""
@@ -46,38 +46,38 @@ class Sign(LateCompressor):
         super().__init__(*arguments)
         self._errors = ErrorFeedback()
 
-    def compress(self, bundle: GradientBucket) -> InFlight:
+    def reduce_compressed(self, bucket: GradientBucket) -> InFlight:
         """The mean of the signs, each times its scale."""
         import torch
 
-        from labkit.gradients.compression.packing import join, pack, take, unpack
+        from labkit.gradients.compression.packing import join_bytes, pack, split_bytes, unpack
 
-        flat, sizes = bundle.flat, _stretches(self.options, bundle.sizes)
+        flat, sizes = bucket.flat, _stretches(self.options, bucket.sizes)
         if self.options.error_feedback:
-            flat.add_(self._errors.of(bundle))
+            flat.add_(self._errors.of(bucket))
         scales = torch.stack([part.mean() for part in flat.abs().split(sizes)]).float()
         negative = flat.signbit()
-        pending = self.wire.all_gather(join(scales, pack(negative, 1)))
+        pending = self.comm.all_gather(join_bytes(scales, pack(negative, 1)))
         if self.options.error_feedback:
             sent = _scaled(torch.ones_like(flat).copysign_(flat), scales, sizes)
-            torch.sub(flat, sent, out=self._errors.of(bundle))
+            torch.sub(flat, sent, out=self._errors.of(bucket))
         yield
         out = flat.zero_()
         for message in pending.wait():
-            scales, bits = take(message, [(len(sizes), torch.float32), (-(-flat.numel() // 8), torch.uint8)])
-            out += _scaled(unpack(bits, flat.numel(), (1.0, -1.0), flat.dtype), scales / self.wire.size, sizes)
+            scales, bits = split_bytes(message, [(len(sizes), torch.float32), (-(-flat.numel() // 8), torch.uint8)])
+            out += _scaled(unpack(bits, flat.numel(), (1.0, -1.0), flat.dtype), scales / self.comm.size, sizes)
         return out
 
     @classmethod
-    def remembers(cls, options: Any) -> str:
+    def describe_local_state(cls, options: Any) -> str:
         """In words."""
         return "what the signs have left out" if options.error_feedback else ""
 
     @classmethod
-    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], context: CostContext) -> int:
         """(N-1) · (n/8 + 4 · scales)."""
         scales = 1 if options.scale == "bucket" else len(shapes)
-        return all_gather_bytes(-(-numel(shapes) // 8) + 4 * scales, moment.ranks)
+        return all_gather_bytes(-(-numel(shapes) // 8) + 4 * scales, context.world_size)
 
 
 def _stretches(options: Any, sizes: list[int]) -> list[int]:

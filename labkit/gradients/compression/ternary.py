@@ -31,36 +31,38 @@ class Ternary(LateCompressor):
         clip_sigma: float = Field(default=2.5, ge=0, le=100)
         """Gradients are limited to so many standard deviations of their parameter; 0 for no limit (unbiased)."""
 
-    def compress(self, bundle: GradientBucket) -> InFlight:
+    def reduce_compressed(self, bucket: GradientBucket) -> InFlight:
         """The mean of the ternary gradients."""
         import torch
 
-        from labkit.gradients.compression.noise import greatest, uniform
-        from labkit.gradients.compression.packing import join, pack, packed_bytes, take, unpack
+        from labkit.gradients.compression.noise import row_abs_max, uniform
+        from labkit.gradients.compression.packing import join_bytes, pack, packed_bytes, split_bytes, unpack
 
-        flat, sizes = bundle.flat, bundle.sizes
+        flat, sizes = bucket.flat, bucket.sizes
         parts = flat.split(sizes)
         if self.options.clip_sigma:
             for part in parts:
                 limit = part.square().mean().sqrt_().mul_(self.options.clip_sigma)
                 part.clamp_(-limit, limit)
-        scales = torch.cat([greatest(part[None])[0] for part in parts]).float()
-        noise = uniform(flat, self.generator(bundle))
+        scales = torch.cat([row_abs_max(part[None])[0] for part in parts]).float()
+        noise = uniform(flat, self.generator(bucket))
         for part, scale in zip(noise.split(sizes), scales, strict=True):
             part.mul_(scale)
         digits = (flat > noise).byte() + 2 * (flat < -noise).byte()
-        pending = self.wire.all_gather(join(scales, pack(digits, 2)))
+        pending = self.comm.all_gather(join_bytes(scales, pack(digits, 2)))
         yield
         out = flat.zero_()
         for message in pending.wait():
-            scales, packed = take(message, [(len(sizes), torch.float32), (packed_bytes(len(flat), 2), torch.uint8)])
+            scales, packed = split_bytes(
+                message, [(len(sizes), torch.float32), (packed_bytes(len(flat), 2), torch.uint8)]
+            )
             numbers = unpack(packed, len(flat), (0.0, 1.0, -1.0, 0.0), flat.dtype)
-            for part, scale in zip(numbers.split(sizes), scales / self.wire.size, strict=True):
+            for part, scale in zip(numbers.split(sizes), scales / self.comm.size, strict=True):
                 part.mul_(scale)
             out += numbers
         return out
 
     @classmethod
-    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], context: CostContext) -> int:
         """(N-1) · (n/4 + 4 · parameters)."""
-        return all_gather_bytes(-(-numel(shapes) // 4) + 4 * len(shapes), moment.ranks)
+        return all_gather_bytes(-(-numel(shapes) // 4) + 4 * len(shapes), context.world_size)

@@ -24,7 +24,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from labkit.experiment.problem import Problem
-from labkit.gradients.compression.compressor import CostContext, GradientBucket, InFlight, Shape, beginning, numel
+from labkit.gradients.compression.compressor import (
+    CostContext,
+    GradientBucket,
+    InFlight,
+    Shape,
+    numel,
+    resolve_start_step,
+)
 from labkit.gradients.compression.late import LateCompressor, LateOptions
 from labkit.gradients.cost import all_gather_bytes
 
@@ -69,53 +76,53 @@ class TopK(LateCompressor):
         self._errors, self._velocities = ErrorFeedback(), ErrorFeedback()
         self._momentum = 0.0
 
-    def exchange(self, bundle: GradientBucket) -> InFlight:
+    def reduce(self, bucket: GradientBucket) -> InFlight:
         """The mean of the gradients or, with momentum correction, of the velocities."""
         if self.options.momentum_correction:
-            velocity = self._velocities.of(bundle)
-            bundle.flat.copy_(velocity.mul_(self._momentum).add_(bundle.flat))
-        return super().exchange(bundle)
+            velocity = self._velocities.of(bucket)
+            bucket.flat.copy_(velocity.mul_(self._momentum).add_(bucket.flat))
+        return super().reduce(bucket)
 
-    def compress(self, bundle: GradientBucket) -> InFlight:
+    def reduce_compressed(self, bucket: GradientBucket) -> InFlight:
         """The mean of what is largest on each rank."""
         import torch
 
-        from labkit.gradients.compression.packing import join, take
+        from labkit.gradients.compression.packing import join_bytes, split_bytes
 
-        flat, moment = bundle.flat, CostContext(self.wire.size, bundle.step, self.steps)
+        flat, context = bucket.flat, CostContext(self.comm.size, bucket.step, self.steps)
         if self.options.error_feedback:
-            flat = self._errors.of(bundle).add_(flat)
-        count = _count(self.options, flat.numel(), moment)
-        places = largest(flat, count, self.generator(bundle))
+            flat = self._errors.of(bucket).add_(flat)
+        count = _count(self.options, flat.numel(), context)
+        places = largest_indices(flat, count, self.generator(bucket))
         dtype = torch.float16 if self.options.values == "fp16" else flat.dtype
         values = flat[places].to(dtype)
-        pending = self.wire.all_gather(join(places.int(), values))
+        pending = self.comm.all_gather(join_bytes(places.int(), values))
         if self.options.error_feedback:
             flat[places] -= values.to(flat.dtype)
         if self.options.momentum_correction:
-            self._velocities.of(bundle)[places] = 0
+            self._velocities.of(bucket)[places] = 0
         yield
-        out = bundle.flat.zero_()
+        out = bucket.flat.zero_()
         for message in pending.wait():
-            places, values = take(message, [(count, torch.int32), (count, dtype)])
-            out.index_add_(0, places, values.to(out.dtype), alpha=1 / self.wire.size)
+            places, values = split_bytes(message, [(count, torch.int32), (count, dtype)])
+            out.index_add_(0, places, values.to(out.dtype), alpha=1 / self.comm.size)
         return out
 
     @classmethod
-    def remembers(cls, options: Any) -> str:
+    def describe_local_state(cls, options: Any) -> str:
         """In words."""
         return "what it has not sent yet" if options.error_feedback or options.momentum_correction else ""
 
     @classmethod
-    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], moment: CostContext) -> int:
+    def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], context: CostContext) -> int:
         """(N-1) · k · (4 + bytes of a value)."""
-        value = 2 if options.values == "fp16" else moment.itemsize
-        return all_gather_bytes(_count(options, numel(shapes), moment) * (4 + value), moment.ranks)
+        value = 2 if options.values == "fp16" else context.itemsize
+        return all_gather_bytes(_count(options, numel(shapes), context) * (4 + value), context.world_size)
 
     # -- momentum -----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def inner(cls, options: Any, optimizer: Optimizer) -> Optimizer:
+    def inner_optimizer_config(cls, options: Any, optimizer: Optimizer) -> Optimizer:
         """SGD without momentum, if that is here.
 
         Weight decay would have gone through the momentum too, and added up to 1/(1-m) of itself.
@@ -125,9 +132,9 @@ class TopK(LateCompressor):
         decay = optimizer.weight_decay / (1 - optimizer.momentum)
         return optimizer.model_copy(update={"momentum": 0.0, "weight_decay": decay})
 
-    def bind(self, optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
         """Learn the momentum."""
-        super().bind(optimizer, settings)
+        super().attach_optimizer(optimizer, settings)
         self._momentum = settings.momentum
 
     @classmethod
@@ -143,16 +150,16 @@ class TopK(LateCompressor):
             yield Problem(field, "SGD has no momentum here (optimizer.momentum is 0)", "false")
 
 
-def _count(options: Any, size: int, moment: CostContext) -> int:
+def _count(options: Any, size: int, context: CostContext) -> int:
     """How many of `size` entries are sent in this update."""
-    warmup = beginning(options.warmup_steps, moment.steps, 0.2)
+    warmup = resolve_start_step(options.warmup_steps, context.steps, 0.2)
     ratio = options.ratio
-    if moment.step < warmup and ratio < FIRST_RATIO:
-        ratio = FIRST_RATIO * (ratio / FIRST_RATIO) ** (moment.step / warmup)
+    if context.step < warmup and ratio < FIRST_RATIO:
+        ratio = FIRST_RATIO * (ratio / FIRST_RATIO) ** (context.step / warmup)
     return min(size, max(1, math.ceil(ratio * size)))
 
 
-def largest(flat: Tensor, count: int, generator: Any) -> Tensor:
+def largest_indices(flat: Tensor, count: int, generator: Any) -> Tensor:
     """Places of the `count` entries of the greatest magnitude, in no order, int64 [count]."""
     import torch
 

@@ -37,20 +37,20 @@ class Delayed(UpdateRule):
         predict: float = Field(default=2.0, ge=0, le=10)
         """How far ahead of the weights gradients are computed, in units of the move that is expected; 0 for not."""
 
-    def __init__(self, setting: UpdateContext) -> None:
-        super().__init__(setting)
-        self.apart = self.options.delay
-        self._under_way: deque[Any] = deque()
+    def __init__(self, context: UpdateContext) -> None:
+        super().__init__(context)
+        self.max_step_skew = self.options.delay
+        self._in_flight: deque[Any] = deque()
         self._applied = False
         self._old: list[Tensor] = []
         self._ahead: list[Tensor] = []
         """How far the weights are expected to move until a gradient is applied."""
 
-    def passes(self, model: Any, last: bool, step: int) -> AbstractContextManager[Any]:
+    def forward_backward(self, model: Any, last: bool, step: int) -> AbstractContextManager[Any]:
         """With `predict`, ahead of the weights."""
-        from labkit.gradients.updates.average import moved, trained_of
+        from labkit.gradients.updates.average import shifted_weights, trainable_weights
 
-        return moved(trained_of(self.model), self._ahead) if self._ahead else nullcontext()
+        return shifted_weights(trainable_weights(self.model), self._ahead) if self._ahead else nullcontext()
 
     def before_update(self, step: int) -> None:
         """Send this update's gradient, and put in its place the mean of the one whose time has come."""
@@ -58,13 +58,13 @@ class Delayed(UpdateRule):
         from labkit.gradients.updates.gradient_vector import GradientVector
 
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        gradients = GradientVector(self.model, self.setting.irregular)
+        gradients = GradientVector(self.model, self.context.irregular)
         vector = gradients.read()
-        self.formula_bytes += all_reduce_bytes(vector.numel() * vector.element_size(), self.wire.size)
-        self._under_way.append(self.wire.all_reduce(vector))
-        self._applied = len(self._under_way) > self.options.delay
+        self.formula_bytes += all_reduce_bytes(vector.numel() * vector.element_size(), self.comm.size)
+        self._in_flight.append(self.comm.all_reduce(vector))
+        self._applied = len(self._in_flight) > self.options.delay
         if self._applied:
-            gradients.write(self._under_way.popleft().wait().div_(self.wire.size))
+            gradients.write(self._in_flight.popleft().wait().div_(self.comm.size))
         else:
             for parameter in trained:
                 parameter.grad = None  # the optimizer leaves such parameters alone
@@ -79,37 +79,37 @@ class Delayed(UpdateRule):
             self._ahead = [(new - old) * reach for new, old in zip(trained, self._old, strict=True)]
         return self.options.delay if self._applied else None
 
-    def judged(self) -> AbstractContextManager[None]:
+    def averaged_weights(self) -> AbstractContextManager[None]:
         """All ranks hold the same weights."""
         return nullcontext()
 
-    def consolidate(self, step: int) -> None:
+    def average_replicas(self, step: int) -> None:
         """All ranks hold the same state; what is under way is kept with it."""
 
     def state(self) -> dict[str, Tensor]:
         """Sums of the gradients under way, the oldest first, and where the weights are expected."""
-        from labkit.gradients.updates.average import flat
+        from labkit.gradients.updates.average import flatten
 
-        kept = {f"delayed.{age:03}": pending.wait().cpu() for age, pending in enumerate(self._under_way)}
-        return kept | ({"ahead": flat(self._ahead).cpu()} if self._ahead else {})
+        kept = {f"delayed.{age:03}": pending.wait().cpu() for age, pending in enumerate(self._in_flight)}
+        return kept | ({"ahead": flatten(self._ahead).cpu()} if self._ahead else {})
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Go on with what was under way."""
         import torch
 
-        from labkit.gradients.updates.average import fill, trained_of
+        from labkit.gradients.updates.average import trainable_weights, unflatten_into
         from labkit.gradients.wire import PendingWork
 
         kept = [state[name] for name in sorted(state) if name.startswith("delayed.")]
         device = next(self.model.parameters()).device
         if "ahead" in state and self.options.predict:
-            self._ahead = [torch.empty_like(weights) for weights in trained_of(self.model)]
-            fill(self._ahead, state["ahead"].to(device))
-        self._under_way = deque(
-            PendingWork(self.wire, None, sums.to(device)) for sums in kept[max(0, len(kept) - self.options.delay) :]
+            self._ahead = [torch.empty_like(weights) for weights in trainable_weights(self.model)]
+            unflatten_into(self._ahead, state["ahead"].to(device))
+        self._in_flight = deque(
+            PendingWork(self.comm, None, sums.to(device)) for sums in kept[max(0, len(kept) - self.options.delay) :]
         )
 
     def close(self) -> None:
         """Gradients still under way are not used."""
-        for pending in self._under_way:
+        for pending in self._in_flight:
             pending.wait()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from labkit.gradients.updates.own_steps import LocalStepOptions, own_rate
+from labkit.gradients.updates.own_steps import LocalStepOptions, local_lr_scale
 from labkit.gradients.updates.update import AVERAGED, UpdateRule
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class DiLoCo(UpdateRule):
     """Local updates, then an outer optimizer."""
 
-    parts_ways = True
+    replicas_diverge = True
 
     class Options(LocalStepOptions):
         every: int = Field(default=2, ge=1, le=1_000_000)
@@ -41,25 +41,25 @@ class DiLoCo(UpdateRule):
         bits: Literal[32, 16, 8, 4] = 32
         """Bits in which each number of the outer gradient travels."""
 
-    def __init__(self, setting: UpdateContext) -> None:
-        super().__init__(setting)
-        self.apart = self.options.every - 1
+    def __init__(self, context: UpdateContext) -> None:
+        super().__init__(context)
+        self.max_step_skew = self.options.every - 1
 
     @classmethod
     def inexact_resume(cls, options: Any, unscheduled: bool, kept: bool) -> str:
         """The weights that ranks had to themselves are lost if they were averaged for a stop and not kept."""
         return AVERAGED if unscheduled and not kept else ""
 
-    def rate_factor(self, step: int) -> float:
+    def lr_scale(self, step: int) -> float:
         """Ranks step by themselves."""
-        return own_rate(self.options, self.setting.experiment)
+        return local_lr_scale(self.options, self.context.experiment)
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Begin with the weights as they are, or go on from a checkpoint."""
-        from labkit.gradients.updates.average import flat, trained_of
+        from labkit.gradients.updates.average import flatten, trainable_weights
         from labkit.gradients.updates.outer import Outer
 
-        self.outer = Outer(flat(trained_of(self.model)), self.options.outer_lr, self.options.outer_momentum)
+        self.outer = Outer(flatten(trainable_weights(self.model)), self.options.outer_lr, self.options.outer_momentum)
         for name, tensor in (("anchor", self.outer.anchor), ("velocity", self.outer.velocity)):
             if f"outer.{name}" in state:
                 tensor.copy_(state[f"outer.{name}"])
@@ -71,18 +71,25 @@ class DiLoCo(UpdateRule):
 
     def after_update(self, step: int) -> int | None:
         """Every H updates, and after the last one, the outer optimizer steps."""
-        if (step + 1) % self.options.every == 0 or step + 1 == self.setting.steps:
+        if (step + 1) % self.options.every == 0 or step + 1 == self.context.steps:
             self._step()
         return None
 
     def _step(self) -> None:
-        from labkit.gradients.compression.narrow import begin_mean, mean_bytes
-        from labkit.gradients.updates.average import average, average_bytes, buffers_of, fill, flat, trained_of
+        from labkit.gradients.compression.narrow import mean_bytes, start_mean
+        from labkit.gradients.updates.average import (
+            average,
+            average_bytes,
+            flatten,
+            floating_buffers,
+            trainable_weights,
+            unflatten_into,
+        )
 
-        weights = trained_of(self.model)
-        moved = self.outer.anchor - flat(weights)
-        fill(weights, self.outer.step(begin_mean(moved, self.wire, self.options.bits)()))
-        average(buffers_of(self.model), self.wire)
-        ranks = self.wire.size
-        self.formula_bytes += mean_bytes(moved.numel(), ranks, self.options.bits, moved.element_size())
-        self.formula_bytes += average_bytes(buffers_of(self.model), ranks)
+        weights = trainable_weights(self.model)
+        moved = self.outer.anchor - flatten(weights)
+        unflatten_into(weights, self.outer.step(start_mean(moved, self.comm, self.options.bits)()))
+        average(floating_buffers(self.model), self.comm)
+        world_size = self.comm.size
+        self.formula_bytes += mean_bytes(moved.numel(), world_size, self.options.bits, moved.element_size())
+        self.formula_bytes += average_bytes(floating_buffers(self.model), world_size)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from labkit.gradients.updates.own_steps import LocalStepOptions, own_rate
+from labkit.gradients.updates.own_steps import LocalStepOptions, local_lr_scale
 from labkit.gradients.updates.tickets import AsyncUpdateRule
 from labkit.gradients.updates.update import AVERAGED, UpdateRule, replicas_only
 
@@ -55,14 +55,14 @@ class Gossip(AsyncUpdateRule):
         every: int = Field(default=1, ge=1, le=1_000_000)
         """Updates of a rank between two meetings."""
 
-    def __init__(self, setting: UpdateContext) -> None:
-        super().__init__(setting)
-        self.draws = self.options.graph == "pairs"
-        self.parts_ways = not self.draws
+    def __init__(self, context: UpdateContext) -> None:
+        super().__init__(context)
+        self.uses_work_queue = self.options.graph == "pairs"
+        self.replicas_diverge = not self.uses_work_queue
         # On a ring the far side hears of a meeting through those between.
-        distance = self.wire.size // 2 if self.options.graph == "ring" else 1
-        self.apart = max(1, distance) * self.options.every - 1
-        self._random = random.Random(setting.experiment.training.seed * 1009 + self.wire.rank)
+        distance = self.comm.size // 2 if self.options.graph == "ring" else 1
+        self.max_step_skew = max(1, distance) * self.options.every - 1
+        self._random = random.Random(context.experiment.training.seed * 1009 + self.comm.rank)
         self._lock = threading.Lock()
         """Held while weights change."""
         self._merged = self._seen = self._updates = 0
@@ -76,9 +76,9 @@ class Gossip(AsyncUpdateRule):
             return "which ranks of gossip meet when is chance, so no two runs are alike"
         return AVERAGED if unscheduled and not kept else ""
 
-    def rate_factor(self, step: int) -> float:
+    def lr_scale(self, step: int) -> float:
         """Ranks step by themselves."""
-        return own_rate(self.options, self.setting.experiment)
+        return local_lr_scale(self.options, self.context.experiment)
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
@@ -90,45 +90,51 @@ class Gossip(AsyncUpdateRule):
 
     def after_update(self, step: int) -> int | None:
         """The ranks have stepped: mix their weights with those of their neighbours."""
-        from labkit.gradients.updates.average import average, average_bytes, fill, flat, state_of
+        from labkit.gradients.updates.average import (
+            average,
+            average_bytes,
+            flatten,
+            unflatten_into,
+            weights_and_buffers,
+        )
 
         if (step + 1) % self.options.every:
             return None
-        tensors = state_of(self.model)
-        if self.options.graph == "complete" or self.wire.size <= 3:  # up to three ranks, a ring is complete
-            average(tensors, self.wire)
-            self.formula_bytes += average_bytes(tensors, self.wire.size)
+        tensors = weights_and_buffers(self.model)
+        if self.options.graph == "complete" or self.comm.size <= 3:  # up to three ranks, a ring is complete
+            average(tensors, self.comm)
+            self.formula_bytes += average_bytes(tensors, self.comm.size)
             return None
-        own = flat(tensors)
-        size, rank = self.wire.size, self.wire.rank
-        before, after = self.wire.exchange(own, ((rank - 1) % size, (rank + 1) % size))
-        fill(tensors, (own + before + after).div_(3))
+        own = flatten(tensors)
+        size, rank = self.comm.size, self.comm.rank
+        before, after = self.comm.exchange(own, ((rank - 1) % size, (rank + 1) % size))
+        unflatten_into(tensors, (own + before + after).div_(3))
         self.formula_bytes += 2 * own.numel() * own.element_size()
         return None
 
-    def judged(self) -> AbstractContextManager[None]:
+    def averaged_weights(self) -> AbstractContextManager[None]:
         """By the mean of all ranks."""
-        return UpdateRule.judged(self)
+        return UpdateRule.averaged_weights(self)
 
-    def consolidate(self, step: int) -> None:
+    def average_replicas(self, step: int) -> None:
         """All ranks go on from the mean; in rounds, their moments too."""
-        from labkit.gradients.updates.average import average, state_of
+        from labkit.gradients.updates.average import average, weights_and_buffers
 
-        if self.draws:
-            average(state_of(self.model), self.wire)
+        if self.uses_work_queue:
+            average(weights_and_buffers(self.model), self.comm)
         else:
-            UpdateRule.consolidate(self, step)
+            UpdateRule.average_replicas(self, step)
 
     @property
-    def wires(self) -> tuple[Communicator, ...]:
+    def comms(self) -> tuple[Communicator, ...]:
         """Pairs talk in a group of their own."""
-        return (self.wire, self._pairs) if self.draws else (self.wire,)
+        return (self.comm, self._pairs) if self.uses_work_queue else (self.comm,)
 
     # -- pairs: by tickets --------------------------------------------------------------------------------------------
 
     @property
     def _answers(self) -> bool:
-        return self.wire.rank % 2 == 1
+        return self.comm.rank % 2 == 1
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Make the groups in which pairs talk (collective): messages of different stretches never meet."""
@@ -136,21 +142,21 @@ class Gossip(AsyncUpdateRule):
 
         from labkit.gradients.wire import Communicator
 
-        if self.draws:
+        if self.uses_work_queue:
             self._pairs = Communicator(dist.new_group(backend="gloo"))
 
-    def open(self, first: int, last: int) -> None:
+    def start_epoch(self, first: int, last: int) -> None:
         """Odd ranks begin to answer."""
-        super().open(first, last)
+        super().start_epoch(first, last)
         if self._answers:
             self._thread = threading.Thread(target=self._answer, name="labkit-gossip", daemon=True)
             self._thread.start()
 
-    def pull(self) -> None:
+    def fetch_weights(self) -> None:
         """Remember how often the weights have been mixed."""
         self._seen = self._merged
 
-    def push(self, ticket: int) -> int | None:
+    def apply_gradient(self, work_item: int) -> int | None:
         """Step with the own gradient; even ranks then meet an odd one. Returns how often others came in between."""
         with self._lock:
             stale = self._merged - self._seen
@@ -159,7 +165,7 @@ class Gossip(AsyncUpdateRule):
             raise self._failure
         self._updates += 1
         if not self._answers and self._updates % self.options.every == 0:
-            self._ask(self._random.randrange(1, self.wire.size, 2))
+            self._ask(self._random.randrange(1, self.comm.size, 2))
         return stale
 
     def counters(self) -> Counters | None:
@@ -168,34 +174,34 @@ class Gossip(AsyncUpdateRule):
             return super().counters()
 
     def _ask(self, neighbour: int) -> None:
-        from labkit.gradients.updates.average import fill, state_of
+        from labkit.gradients.updates.average import unflatten_into, weights_and_buffers
 
         own = self._weights()
         self._head(1, neighbour)
         asked = self._pairs.send(own, neighbour, _WEIGHTS)
         theirs = self._pairs.receive(own.new_empty(own.shape), neighbour, _ANSWER).wait()
         asked.wait()
-        fill(state_of(self.model), ((own + theirs) / 2).to(self._device))
+        unflatten_into(weights_and_buffers(self.model), ((own + theirs) / 2).to(self._device))
         self.formula_bytes += own.numel() * own.element_size()
 
     def _answer(self) -> None:
         """Odd ranks: mix with whoever comes, until all even ranks have taken their leave."""
         import torch
 
-        from labkit.gradients.updates.average import fill, state_of
+        from labkit.gradients.updates.average import unflatten_into, weights_and_buffers
 
         try:
-            guests = -(-self.wire.size // 2)
+            guests = -(-self.comm.size // 2)
             head, theirs = torch.zeros(1, dtype=torch.int64), self._weights()
             while guests:
-                guest = self._pairs.receive_from_anyone(head, _ASK)
+                guest = self._pairs.receive_from_any(head, _ASK)
                 if not head[0]:
                     guests -= 1
                     continue
                 self._pairs.receive(theirs, guest, _WEIGHTS).wait()
                 with self._lock:
                     own = self._weights()
-                    fill(state_of(self.model), ((own + theirs) / 2).to(self._device))
+                    unflatten_into(weights_and_buffers(self.model), ((own + theirs) / 2).to(self._device))
                     self._merged += 1
                     leaving = self._pairs.send(own, guest, _ANSWER)
                     self.formula_bytes += own.numel() * own.element_size()
@@ -211,9 +217,9 @@ class Gossip(AsyncUpdateRule):
 
     def _weights(self) -> Tensor:
         """Weights and buffers, on the host."""
-        from labkit.gradients.updates.average import flat, state_of
+        from labkit.gradients.updates.average import flatten, weights_and_buffers
 
-        return flat(state_of(self.model)).cpu()
+        return flatten(weights_and_buffers(self.model)).cpu()
 
     @property
     def _device(self) -> torch.device:
@@ -221,10 +227,10 @@ class Gossip(AsyncUpdateRule):
 
     def close(self) -> None:
         """Even ranks take their leave of all odd ones (collective)."""
-        if not self.draws:
+        if not self.uses_work_queue:
             return
         if not self._answers:
-            for neighbour in range(1, self.wire.size, 2):
+            for neighbour in range(1, self.comm.size, 2):
                 self._head(0, neighbour)
         if self._thread is not None:
             self._thread.join()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from labkit.gradients.updates.average import fill, flat
+from labkit.gradients.updates.average import flatten, unflatten_into
 
 
 class GradientVector:
@@ -24,7 +24,7 @@ class GradientVector:
     def read(self) -> Tensor:
         """Return a new vector of all gradients in the order of the model, zeros where there is none, and the counts."""
         gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in self._parameters]
-        values = flat(gradients)
+        values = flatten(gradients)
         if not self._irregular:
             return values
         counts = [float(parameter.grad is not None) for parameter in self._parameters]
@@ -35,7 +35,7 @@ class GradientVector:
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
-        fill([parameter.grad for parameter in self._parameters if parameter.grad is not None], vector)
+        unflatten_into([parameter.grad for parameter in self._parameters if parameter.grad is not None], vector)
         if self._irregular:
             counts = vector[len(vector) - len(self._parameters) :].tolist()
             for parameter, count in zip(self._parameters, counts, strict=True):

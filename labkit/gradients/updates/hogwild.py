@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from labkit.experiment.problem import Problem
-from labkit.gradients.updates.own_steps import LocalStepOptions, own_rate
+from labkit.gradients.updates.own_steps import LocalStepOptions, local_lr_scale
 from labkit.gradients.updates.tickets import AsyncUpdateRule
 
 if TYPE_CHECKING:
@@ -36,11 +36,11 @@ class Hogwild(AsyncUpdateRule):
         """Why it cannot run here."""
         yield from AsyncUpdateRule.problems(experiment, machine)
         if experiment.launch.device == "cuda":
-            said = "hogwild shares a model in the memory of the host; GPUs have one each"
-            yield Problem("gradients.update.method", said, "parameter_server")
+            reason = "hogwild shares a model in the memory of the host; GPUs have one each"
+            yield Problem("gradients.update.method", reason, "parameter_server")
         if experiment.launch.network is not None:
-            said = "hogwild sends nothing, so a slower link changes nothing; it is for one machine"
-            yield Problem("launch.network", said, "null")
+            reason = "hogwild sends nothing, so a slower link changes nothing; it is for one machine"
+            yield Problem("launch.network", reason, "null")
 
     @classmethod
     def inexact_resume(cls, options: Any, unscheduled: bool, kept: bool) -> str:
@@ -51,44 +51,44 @@ class Hogwild(AsyncUpdateRule):
         """Move the model of this rank into the shared memory; rank 0's values count (collective)."""
         import torch
 
-        from labkit.gradients.updates.average import state_of
+        from labkit.gradients.updates.average import weights_and_buffers
 
-        path, parts = self.setting.folder / "hogwild", state_of(self.model)
-        size = sum(_room(part) for part in parts) + _aligned(8 * self.wire.size)
+        path, parts = self.context.folder / "hogwild", weights_and_buffers(self.model)
+        size = sum(_room(part) for part in parts) + _aligned(8 * self.comm.size)
         token = torch.zeros(1)
-        if self.wire.rank == 0:
+        if self.comm.rank == 0:
             path.write_bytes(b"")
             path.chmod(0o600)
-        self.wire.all_reduce(token).wait()
+        self.comm.all_reduce(token).wait()
         memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
-        self.wire.all_reduce(token).wait()
-        if self.wire.rank == 0:
+        self.comm.all_reduce(token).wait()
+        if self.comm.rank == 0:
             path.unlink()
-        self._counts = memory[: 8 * self.wire.size].view(torch.int64)
+        self._counts = memory[: 8 * self.comm.size].view(torch.int64)
         """Updates made by each rank; each writes its own number only."""
-        begin = _aligned(8 * self.wire.size)
+        begin = _aligned(8 * self.comm.size)
         places = {}
         for part in parts:
             end = begin + part.numel() * part.element_size()
             places[part.data_ptr()] = memory[begin:end].view(part.dtype).view(part.shape)
-            if self.wire.rank == 0:
+            if self.comm.rank == 0:
                 places[part.data_ptr()].copy_(part)
             begin += _room(part)
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             tensor.data = places.get(tensor.data_ptr(), tensor.data)
-        self.wire.all_reduce(token).wait()
+        self.comm.all_reduce(token).wait()
 
-    def pull(self) -> None:
+    def fetch_weights(self) -> None:
         """The weights are in place; remember how often they have been changed."""
         self._seen = int(self._counts.sum())
 
-    def push(self, ticket: int) -> int | None:
+    def apply_gradient(self, work_item: int) -> int | None:
         """Step on the shared weights."""
         stale = int(self._counts.sum()) - self._seen
         for group in self.optimizer.param_groups:
-            group["lr"] *= own_rate(self.options, self.setting.experiment) / self.wire.size
+            group["lr"] *= local_lr_scale(self.options, self.context.experiment) / self.comm.size
         self.optimizer.step()
-        self._counts[self.wire.rank] += 1
+        self._counts[self.comm.rank] += 1
         return stale
 
     def counters(self) -> Counters | None:
@@ -99,7 +99,7 @@ class Hogwild(AsyncUpdateRule):
         """Wait for all ranks: nobody changes the weights until the next stretch."""
         import torch
 
-        self.wire.all_reduce(torch.zeros(1)).wait()
+        self.comm.all_reduce(torch.zeros(1)).wait()
 
 
 def _aligned(size: int) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from labkit.gradients.updates.own_steps import LocalStepOptions, own_rate
+from labkit.gradients.updates.own_steps import LocalStepOptions, local_lr_scale
 from labkit.gradients.updates.update import AVERAGED, UpdateRule
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class LocalSGD(UpdateRule):
     """Average the weights every few updates."""
 
-    parts_ways = True
+    replicas_diverge = True
 
     class Options(LocalStepOptions):
         every: int = Field(default=8, ge=1, le=1_000_000)
@@ -32,30 +32,30 @@ class LocalSGD(UpdateRule):
         average_optimizer: bool = True
         """Average the moments of the optimizer too."""
 
-    def __init__(self, setting: UpdateContext) -> None:
-        super().__init__(setting)
-        self.apart = self.options.every - 1
+    def __init__(self, context: UpdateContext) -> None:
+        super().__init__(context)
+        self.max_step_skew = self.options.every - 1
 
     @classmethod
     def inexact_resume(cls, options: Any, unscheduled: bool, kept: bool) -> str:
         """The weights that ranks had to themselves are lost if they were averaged for a stop and not kept."""
         return AVERAGED if unscheduled and not kept else ""
 
-    def rate_factor(self, step: int) -> float:
+    def lr_scale(self, step: int) -> float:
         """Ranks step by themselves."""
-        return own_rate(self.options, self.setting.experiment)
+        return local_lr_scale(self.options, self.context.experiment)
 
     def after_update(self, step: int) -> int | None:
         """Every `every` updates, and after the last one, the ranks meet."""
-        if (step + 1) % self.options.every == 0 or step + 1 == self.setting.steps:
+        if (step + 1) % self.options.every == 0 or step + 1 == self.context.steps:
             self._meet()
         return None
 
     def _meet(self) -> None:
-        from labkit.gradients.updates.average import average, average_bytes, moments_of, state_of
+        from labkit.gradients.updates.average import average, average_bytes, optimizer_moments, weights_and_buffers
 
-        tensors = state_of(self.model)
+        tensors = weights_and_buffers(self.model)
         if self.options.average_optimizer:
-            tensors += moments_of(self.optimizer)
-        average(tensors, self.wire)
-        self.formula_bytes += average_bytes(tensors, self.wire.size)
+            tensors += optimizer_moments(self.optimizer)
+        average(tensors, self.comm)
+        self.formula_bytes += average_bytes(tensors, self.comm.size)

@@ -24,7 +24,7 @@ class LocalStepOptions(Options):
     """Factor on the learning rate of a rank that steps by itself; empty: the root of the number of ranks for AdamW."""
 
 
-def own_rate(options: LocalStepOptions, experiment: Experiment) -> float:
+def local_lr_scale(options: LocalStepOptions, experiment: Experiment) -> float:
     """That factor."""
     if options.rate_factor is not None:
         return options.rate_factor

@@ -55,9 +55,9 @@ class ParameterServer(AsyncUpdateRule):
         backup: int = Field(default=0, ge=0, le=1000)
         """Ranks that a synchronous update does not wait for."""
 
-    def __init__(self, setting: UpdateContext) -> None:
-        super().__init__(setting)
-        self._drawn = 0
+    def __init__(self, context: UpdateContext) -> None:
+        super().__init__(context)
+        self._claimed_until = 0
         self._next: Any = None
 
     @staticmethod
@@ -66,11 +66,11 @@ class ParameterServer(AsyncUpdateRule):
         yield from AsyncUpdateRule.problems(experiment, machine)
         update: Any = experiment.gradients.update
         if update.backup and update.staleness:
-            said = "backup workers belong to synchronous updates: set staleness to 0"
-            yield Problem("gradients.update.backup", said, 0)
+            reason = "backup workers belong to synchronous updates: set staleness to 0"
+            yield Problem("gradients.update.backup", reason, 0)
         if update.backup >= experiment.layout.world_size > 1:
-            said = f"an update needs at least one of the {experiment.layout.world_size} ranks"
-            yield Problem("gradients.update.backup", said, experiment.layout.world_size - 1)
+            reason = f"an update needs at least one of the {experiment.layout.world_size} ranks"
+            yield Problem("gradients.update.backup", reason, experiment.layout.world_size - 1)
 
     @classmethod
     def inexact_resume(cls, options: Any, unscheduled: bool, kept: bool) -> str:
@@ -79,19 +79,19 @@ class ParameterServer(AsyncUpdateRule):
         return "" if synchronous else "which rank comes to the server first is chance, so no two runs are alike"
 
     @property
-    def wires(self) -> tuple[Communicator, ...]:
+    def comms(self) -> tuple[Communicator, ...]:
         """Ranks talk to the server in a group of their own."""
         return (self._to_server,)
 
     def counters(self) -> Counters | None:
         """Rank 0 sends the answers to all others, the others their gradients."""
-        with self._line.counting():
-            self.formula_bytes = self._line.formula_bytes
+        with self._client.counters_locked():
+            self.formula_bytes = self._client.formula_bytes
             return super().counters()
 
-    def works_on(self) -> nn.Module:
+    def training_module(self) -> nn.Module:
         """Rank 0 computes with a copy: the model itself is the server's."""
-        self._working = _copied(self.model) if self.wire.rank == 0 else self.model
+        self._working = _copied(self.model) if self.comm.rank == 0 else self.model
         return self._working
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -99,63 +99,71 @@ class ParameterServer(AsyncUpdateRule):
         import torch.distributed as dist
 
         from labkit.gradients.updates.gradient_vector import GradientVector
-        from labkit.gradients.updates.server import Local, Remote, Server
+        from labkit.gradients.updates.server import LocalClient, RemoteClient, Server
         from labkit.gradients.wire import Communicator
 
-        wire = Communicator(dist.new_group(backend="gloo"))
-        self._server = Server(self.setting, wire) if wire.rank == 0 else None
-        gradient_bytes = GradientVector(self.model, self.setting.irregular).nbytes
-        self._line: Local | Remote = Local(self._server) if self._server else Remote(wire, self.model, gradient_bytes)
-        self._to_server = wire
+        comm = Communicator(dist.new_group(backend="gloo"))
+        self._server = Server(self.context, comm) if comm.rank == 0 else None
+        gradient_bytes = GradientVector(self.model, self.context.irregular).nbytes
+        self._client: LocalClient | RemoteClient = (
+            LocalClient(self._server) if self._server else RemoteClient(comm, self.model, gradient_bytes)
+        )
+        self._to_server = comm
 
-    def open(self, first: int, last: int) -> None:
+    def start_epoch(self, first: int, last: int) -> None:
         """The server begins to listen, every rank asks for its first ticket."""
         if self._server is not None:
-            self._server.open(first, last)
-        self._next = self._line.ask()
+            self._server.start_epoch(first, last)
+        self._next = self._client.ask()
 
-    def take(self, stop: bool) -> int | None:
+    def next_work(self, stop: bool) -> int | None:
         """The ticket that came with the weights."""
-        if stop or self._next.ticket < 0:
-            self._line.leave(self._next)
+        if stop or self._next.work_item < 0:
+            self._client.leave(self._next)
             return None
-        return int(self._next.ticket)
+        return int(self._next.work_item)
 
-    def pull(self) -> None:
+    def fetch_weights(self) -> None:
         """Take over the weights that came with the ticket."""
-        from labkit.gradients.updates.average import fill, trained_of
+        from labkit.gradients.updates.average import trainable_weights, unflatten_into
 
-        fill(trained_of(self._working), self._next.weights)
+        unflatten_into(trainable_weights(self._working), self._next.weights)
 
-    def push(self, ticket: int) -> int | None:
+    def apply_gradient(self, work_item: int) -> int | None:
         """Bring the gradient, wait until it has been used or dropped; the answer holds the next ticket."""
         from labkit.gradients.updates.gradient_vector import GradientVector
 
-        gradient = GradientVector(self._working, self.setting.irregular).read().cpu()
-        self._next = self._line.push(self._next, gradient)
+        gradient = GradientVector(self._working, self.context.irregular).read().cpu()
+        self._next = self._client.push(self._next, gradient)
         return None if self._next.dropped else self._next.staleness
 
     def close(self) -> None:
         """The server answers until all have left (collective)."""
         if self._server is not None:
-            self._drawn = self._server.close()
+            self._claimed_until = self._server.close()
 
-    def unite(self) -> None:
+    def sync_weights(self) -> None:
         """All learn how far the server has come and get its weights, and the mean of buffers (collective)."""
         import torch
 
-        from labkit.gradients.updates.average import average, buffers_of, fill, flat, trained_of
+        from labkit.gradients.updates.average import (
+            average,
+            flatten,
+            floating_buffers,
+            trainable_weights,
+            unflatten_into,
+        )
 
-        self._drawn = int(self._to_server.broadcast(torch.tensor([self._drawn])).wait())
-        weights = flat(trained_of(self.model)).cpu()
-        fill(trained_of(self.model), self._to_server.broadcast(weights).wait())
-        fill(buffers_of(self.model), flat(buffers_of(self._working)))
-        average(buffers_of(self.model), self.wire)
+        self._claimed_until = int(self._to_server.broadcast(torch.tensor([self._claimed_until])).wait())
+        weights = flatten(trainable_weights(self.model)).cpu()
+        unflatten_into(trainable_weights(self.model), self._to_server.broadcast(weights).wait())
+        unflatten_into(floating_buffers(self.model), flatten(floating_buffers(self._working)))
+        average(floating_buffers(self.model), self.comm)
 
     @property
-    def drawn(self) -> int:
+    def claimed_until(self) -> int:
         """What the server has handed out and got back."""
-        return self._drawn
+        return self._claimed_until
 
 
 def _copied(model: nn.Module) -> nn.Module:

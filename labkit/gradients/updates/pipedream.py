@@ -43,9 +43,9 @@ class PipeDream(UpdateRule):
         predict: float = Field(default=2.0, ge=0, le=10)
         """With stashing: how far ahead weights are predicted, in multiples of the staleness; 0 is PipeDream itself."""
 
-    def __init__(self, setting: UpdateContext) -> None:
-        super().__init__(setting)
-        self.apart = self.under_way = setting.experiment.layout.pp
+    def __init__(self, context: UpdateContext) -> None:
+        super().__init__(context)
+        self.max_step_skew = self.steps_in_flight = context.experiment.layout.pp
         self._pipeline: Any = None
 
     @staticmethod
@@ -55,51 +55,53 @@ class PipeDream(UpdateRule):
 
         layout, gradients, workload = experiment.layout, experiment.gradients, experiment.workload.options
         if layout.pp == 1 or layout.world_size != layout.pp:
-            said = f"pipedream is a pipeline and nothing else (layout.pp alone above 1), the layout is {layout}"
-            yield Problem(METHOD, said, "synchronous")
+            reason = f"pipedream is a pipeline and nothing else (layout.pp alone above 1), the layout is {layout}"
+            yield Problem(METHOD, reason, "synchronous")
         if layout.schedule in V_SHAPED:
-            said = f"{layout.schedule} folds the pipeline, pipedream runs one stage per rank in the order of the chain"
-            yield Problem("layout.schedule", said, "1f1b")
+            reason = (
+                f"{layout.schedule} folds the pipeline, pipedream runs one stage per rank in the order of the chain"
+            )
+            yield Problem("layout.schedule", reason, "1f1b")
         if layout.stages_per_rank != 1:
             yield Problem("layout.stages_per_rank", "pipedream runs one stage per rank", 1)
         if gradients.accumulation != 1:
             yield Problem("gradients.accumulation", "pipedream makes an update of every minibatch, in one pass", 1)
         if gradients.compression.method != "none":
-            said = "stages of pipedream exchange activations and their gradients, not those of weights"
-            yield Problem("gradients.compression.method", said, "none")
+            reason = "stages of pipedream exchange activations and their gradients, not those of weights"
+            yield Problem("gradients.compression.method", reason, "none")
         if experiment.launch.isolated:
             yield Problem(METHOD, "isolated ranks never talk, and stages have to", "synchronous")
         if experiment.training.gradient_norm:
-            said = "the norm of the whole gradient would make all stages wait for each other in every update"
-            yield Problem("training.gradient_norm", said, "false")
+            reason = "the norm of the whole gradient would make all stages wait for each other in every update"
+            yield Problem("training.gradient_norm", reason, "false")
         tied = {"tied": workload.get("tied")}
         tied["transformers_config"] = (workload.get("transformers_config") or {}).get("tie_word_embeddings")
         for field in (name for name, value in tied.items() if value):
-            said = "a weight on two stages would make them wait for each other in every update"
-            yield Problem(f"workload.{field}", said, "false" if field == "tied" else None)
+            reason = "a weight on two stages would make them wait for each other in every update"
+            yield Problem(f"workload.{field}", reason, "false" if field == "tied" else None)
 
     @staticmethod
     def warnings(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         """What it does not ask for, and what it does otherwise."""
         layout = experiment.layout
         if experiment.optimizer.clip_norm is not None:
-            said = (
+            reason = (
                 f"each stage clips its own part of the gradient to 1/√{layout.pp} of it, so that none waits for the "
                 "others: the bound holds, but parts may be scaled differently"
             )
-            yield Problem("optimizer.clip_norm", said)
+            yield Problem("optimizer.clip_norm", reason)
         for name in ("schedule", "microbatches"):
             if getattr(layout, name) != type(layout).model_fields[name].default:
                 yield Problem(f"layout.{name}", "has no effect: pipedream's pipeline runs on whole minibatches")
 
-    def supply(self, model: Any, batches: Iterator[Any]) -> Iterator[Any]:
+    def wrap_dataloader(self, model: Any, batches: Iterator[Any]) -> Iterator[Any]:
         """The first stage begins minibatches before their update."""
         self._pipeline = model.pipeline
         return self._pipeline.supply(batches)
 
-    def passes(self, model: Any, last: bool, step: int) -> AbstractContextManager[Any]:
+    def forward_backward(self, model: Any, last: bool, step: int) -> AbstractContextManager[Any]:
         """Tell the stage how far it may run ahead."""
-        self._pipeline.begin(step, self.setting.until(step))
+        self._pipeline.begin(step, self.context.next_sync_step(step))
         return nullcontext()
 
     def before_update(self, step: int) -> None:
@@ -110,11 +112,11 @@ class PipeDream(UpdateRule):
         """Updates between the forward pass of this minibatch and its gradient, on this stage."""
         return self._pipeline.updated()
 
-    def judged(self) -> AbstractContextManager[None]:
+    def averaged_weights(self) -> AbstractContextManager[None]:
         """Every weight is on one rank, and the pipeline is empty."""
         return nullcontext()
 
-    def consolidate(self, step: int) -> None:
+    def average_replicas(self, step: int) -> None:
         """Every weight is on one rank, and the pipeline is empty."""
 
     @classmethod
@@ -127,4 +129,4 @@ class PipeDream(UpdateRule):
         import torch.distributed as dist
 
         self._pipeline.finish()
-        dist.barrier(self.wire.group)
+        dist.barrier(self.comm.group)

@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 class PostLocalSGD(LocalSGD):
     """Synchronous first, then local."""
 
-    exchanges = True
+    uses_ddp = True
 
     class Options(LocalSGD.Options):
         switch: float = Field(default=0.5, ge=0, le=1)
         """Part of the updates after which ranks train alone."""
 
-    def __init__(self, setting: UpdateContext) -> None:
-        super().__init__(setting)
-        self.first_local = round(self.options.switch * setting.steps)
+    def __init__(self, context: UpdateContext) -> None:
+        super().__init__(context)
+        self.first_local = round(self.options.switch * context.steps)
         """The first update (counted from 0) whose gradient is not exchanged."""
 
-    def rate_factor(self, step: int) -> float:
+    def lr_scale(self, step: int) -> float:
         """In the second part ranks step by themselves."""
-        return super().rate_factor(step) if step >= self.first_local else 1.0
+        return super().lr_scale(step) if step >= self.first_local else 1.0
 
-    def passes(self, model: Any, last: bool, step: int) -> AbstractContextManager[Any]:
+    def forward_backward(self, model: Any, last: bool, step: int) -> AbstractContextManager[Any]:
         """Gradients are exchanged in the last pass of the first part's updates."""
         return nullcontext() if last and step < self.first_local else model.no_sync()
 

@@ -56,9 +56,9 @@ class StreamingDiLoCo(DiLoCo):
         alpha: float = Field(default=0.5, ge=0, lt=1)
         """Part of its own weights that a rank keeps when a fragment arrives."""
 
-    def __init__(self, setting: UpdateContext) -> None:
-        super().__init__(setting)
-        self.apart += self.options.delay  # a fragment that has left is waited for so much later
+    def __init__(self, context: UpdateContext) -> None:
+        super().__init__(context)
+        self.max_step_skew += self.options.delay  # a fragment that has left is waited for so much later
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
@@ -66,11 +66,11 @@ class StreamingDiLoCo(DiLoCo):
         yield from replicas_only(experiment)
         update: Any = experiment.gradients.update
         if update.fragments > update.every:
-            said = f"{update.fragments} fragments cannot take turns within {update.every} updates"
-            yield Problem("gradients.update.fragments", said, update.every)
+            reason = f"{update.fragments} fragments cannot take turns within {update.every} updates"
+            yield Problem("gradients.update.fragments", reason, update.every)
         if update.delay >= update.every:
-            said = f"an exchange must arrive before the next one, after {update.every} updates, begins"
-            yield Problem("gradients.update.delay", said, update.every - 1)
+            reason = f"an exchange must arrive before the next one, after {update.every} updates, begins"
+            yield Problem("gradients.update.delay", reason, update.every - 1)
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Begin with the weights as they are, or go on from a checkpoint."""
@@ -83,7 +83,7 @@ class StreamingDiLoCo(DiLoCo):
 
     def after_update(self, step: int) -> int | None:
         """Take in what has arrived, send what has its turn; after the last update, bring all to its end."""
-        from labkit.gradients.updates.average import average, average_bytes, buffers_of
+        from labkit.gradients.updates.average import average, average_bytes, floating_buffers
 
         done = step + 1
         for fragment in self.fragments:
@@ -94,17 +94,17 @@ class StreamingDiLoCo(DiLoCo):
             self._leave(fragment, done)
             if not self.options.delay:
                 self._arrive(fragment, self.options.alpha)
-        if done == self.setting.steps:
+        if done == self.context.steps:
             self._settle()
             for fragment in self.fragments:
                 self._leave(fragment, done)
             for fragment in self.fragments:
                 self._arrive(fragment, alpha=0.0)
-            average(buffers_of(self.model), self.wire)
-            self.formula_bytes += average_bytes(buffers_of(self.model), self.wire.size)
+            average(floating_buffers(self.model), self.comm)
+            self.formula_bytes += average_bytes(floating_buffers(self.model), self.comm.size)
         return None
 
-    def own_state(self) -> dict[str, Tensor]:
+    def local_state(self) -> dict[str, Tensor]:
         """The means of the fragments under way, which have arrived now, and when they are to be used.
 
         Also the agreed weights and their momentum as they are before that.
@@ -119,7 +119,7 @@ class StreamingDiLoCo(DiLoCo):
                 kept |= {f"mean.{place}": mean, f"arrives.{place}": torch.tensor(fragment.arrives)}
         return kept
 
-    def load_own(self, state: dict[str, Tensor]) -> None:
+    def load_local_state(self, state: dict[str, Tensor]) -> None:
         """Let them arrive when they would have."""
         self.outer.anchor.copy_(state["anchor"])
         self.outer.velocity.copy_(state["velocity"])
@@ -128,10 +128,10 @@ class StreamingDiLoCo(DiLoCo):
                 mean = state[f"mean.{place}"].to(self.outer.anchor.device)
                 fragment.arrives, fragment.finish = int(state[f"arrives.{place}"]), lambda mean=mean: mean
 
-    def consolidate(self, step: int) -> None:
+    def average_replicas(self, step: int) -> None:
         """What is under way arrives; then all go on from the mean."""
         self._settle()
-        super().consolidate(step)
+        super().average_replicas(step)
 
     def _settle(self) -> None:
         for fragment in self.fragments:
@@ -139,23 +139,23 @@ class StreamingDiLoCo(DiLoCo):
                 self._arrive(fragment, self.options.alpha)
 
     def _leave(self, fragment: Fragment, done: int) -> None:
-        from labkit.gradients.compression.narrow import begin_mean, mean_bytes
-        from labkit.gradients.updates.average import flat, trained_of
+        from labkit.gradients.compression.narrow import mean_bytes, start_mean
+        from labkit.gradients.updates.average import flatten, trainable_weights
 
         here = slice(fragment.begin, fragment.end)
-        moved = self.outer.anchor[here] - flat(trained_of(self.model))[here]
-        fragment.finish = begin_mean(moved, self.wire, self.options.bits)
-        self.formula_bytes += mean_bytes(moved.numel(), self.wire.size, self.options.bits, moved.element_size())
+        moved = self.outer.anchor[here] - flatten(trainable_weights(self.model))[here]
+        fragment.finish = start_mean(moved, self.comm, self.options.bits)
+        self.formula_bytes += mean_bytes(moved.numel(), self.comm.size, self.options.bits, moved.element_size())
         fragment.arrives = done + self.options.delay
 
     def _arrive(self, fragment: Fragment, alpha: float) -> None:
-        from labkit.gradients.updates.average import fill, flat, trained_of
+        from labkit.gradients.updates.average import flatten, trainable_weights, unflatten_into
 
         assert fragment.finish is not None
         agreed = self.outer.step(fragment.finish(), fragment.begin)
         fragment.finish = None
-        weights = trained_of(self.model)
-        values = flat(weights)
+        weights = trainable_weights(self.model)
+        values = flatten(weights)
         own = values[fragment.begin : fragment.end]
         own.mul_(alpha).add_(agreed, alpha=1 - alpha)
-        fill(weights, values)
+        unflatten_into(weights, values)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Synchronous(UpdateRule):
     """All ranks wait for the average of all gradients before anyone changes a weight."""
 
-    exchanges = one_batch = True
+    uses_ddp = one_batch = True
 
     class Options(BaseOptions):
         pass
@@ -30,15 +30,15 @@ class Synchronous(UpdateRule):
         """It goes with everything."""
         return iter(())
 
-    def passes(self, model: Any, last: bool, step: int) -> AbstractContextManager[Any]:
+    def forward_backward(self, model: Any, last: bool, step: int) -> AbstractContextManager[Any]:
         """Only the last pass of an update exchanges gradients."""
         return nullcontext() if last else model.no_sync()
 
-    def judged(self) -> AbstractContextManager[None]:
+    def averaged_weights(self) -> AbstractContextManager[None]:
         """All ranks hold the same weights."""
         return nullcontext()
 
-    def consolidate(self, step: int) -> None:
+    def average_replicas(self, step: int) -> None:
         """All ranks hold the same state."""
 
     def counters(self) -> Counters | None:

@@ -28,11 +28,11 @@ class AsyncUpdateRule(UpdateRule):
     open → (take → pull → passes → push)* → close → unite
     """
 
-    draws = True
+    uses_work_queue = True
 
-    def __init__(self, setting: UpdateContext) -> None:
-        super().__init__(setting)
-        self._counter = Counter(self.wire.size)
+    def __init__(self, context: UpdateContext) -> None:
+        super().__init__(context)
+        self._queue = WorkQueue(self.comm.size)
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
@@ -41,29 +41,29 @@ class AsyncUpdateRule(UpdateRule):
 
         yield from replicas_only(experiment)
         if experiment.training.loader_workers:
-            said = "loader processes prepare batches ahead, and here nobody knows ahead who takes which"
-            yield Problem("training.loader_workers", said, 0)
+            reason = "loader processes prepare batches ahead, and here nobody knows ahead who takes which"
+            yield Problem("training.loader_workers", reason, 0)
 
-    def open(self, first: int, last: int) -> None:
+    def start_epoch(self, first: int, last: int) -> None:
         """A stretch of tickets begins (collective)."""
-        self._counter.open(first, last)
+        self._queue.start_epoch(first, last)
 
-    def consolidate(self, step: int) -> None:
+    def average_replicas(self, step: int) -> None:
         """Between two stretches all ranks hold one set of weights; moments are those of rank 0 in a checkpoint."""
 
-    def judged(self) -> AbstractContextManager[None]:
+    def averaged_weights(self) -> AbstractContextManager[None]:
         """Between two stretches all ranks hold one set of weights."""
         return nullcontext()
 
-    def take(self, stop: bool) -> int | None:
+    def next_work(self, stop: bool) -> int | None:
         """The next ticket; None if the stretch is over, or if this rank is to `stop`."""
-        return None if stop else self._counter.draw()
+        return None if stop else self._queue.draw()
 
-    def pull(self) -> None:
+    def fetch_weights(self) -> None:
         """A pass begins: make the working module hold the weights that its gradient will belong to."""
 
     @abstractmethod
-    def push(self, ticket: int) -> int | None:
+    def apply_gradient(self, work_item: int) -> int | None:
         """The gradient of the ticket is there: combine it. Returns its staleness in updates of the weights.
 
         None if the gradient came too late and was dropped; the ticket is drawn again then.
@@ -72,25 +72,25 @@ class AsyncUpdateRule(UpdateRule):
     def close(self) -> None:
         """No rank takes another ticket of the stretch (collective): finish what is under way."""
 
-    def unite(self) -> None:
+    def sync_weights(self) -> None:
         """Let all ranks hold one set of weights where they are to be judged (collective); no part of an update."""
 
     @property
-    def drawn(self) -> int:
+    def claimed_until(self) -> int:
         """Up to which ticket all have been drawn, equal on all ranks once the stretch is closed."""
-        return self._counter.drawn
+        return self._queue.claimed_until
 
 
-class Counter:
+class WorkQueue:
     """Hands out tickets, each one once, through the store in which the ranks have met."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, world_size: int) -> None:
         self._store: Any = None
         self._stretch = 0
         self._first = self._last = 0
-        self._ranks = ranks
+        self._ranks = world_size
 
-    def open(self, first: int, last: int) -> None:
+    def start_epoch(self, first: int, last: int) -> None:
         """Hand out [first, last) from here on."""
         from torch.distributed import distributed_c10d
 
@@ -100,11 +100,11 @@ class Counter:
 
     def draw(self) -> int | None:
         """The next ticket, None if there is none left."""
-        ticket = self._first + int(self._store.add(self._key, 1)) - 1
-        return ticket if ticket < self._last else None
+        work_item = self._first + int(self._store.add(self._key, 1)) - 1
+        return work_item if work_item < self._last else None
 
     @property
-    def drawn(self) -> int:
+    def claimed_until(self) -> int:
         """One more than the last ticket that was handed out."""
         return min(self._last, self._first + int(self._store.add(self._key, 0)))
 
