@@ -8,6 +8,7 @@ from pathlib import Path
 
 from labkit.cli.output import UsageError, print_json, print_line, print_lines, say
 from labkit.cli.parser import Commands, seconds
+from labkit.cli.reference import settings_page
 from labkit.experiment import ExperimentError, Problem
 from labkit.experiment.recipes import RECIPES
 from labkit.experiment.run_directory import TERMINAL
@@ -17,7 +18,8 @@ from labkit.experiment.safe_files import printable
 def add_to(commands: Commands) -> None:
     """Add the commands of this file and their arguments."""
     commands.add("recipes", recipes, "List the ready-made experiments.")
-    commands.add("fields", fields, "List every field that --set takes.")
+    parser = commands.add("fields", fields, "List every field that --set takes.")
+    parser.add_argument("--markdown", action="store_true", help="as the reference page of the documentation")
     parser = commands.add("runs", runs, "List the runs.")
     parser.add_argument("--all", action="store_true", help="all of them, not only the latest 20")
     parser = commands.add("show", show, "Show one run: state, cause, summary, last log lines.")
@@ -52,9 +54,11 @@ def fields(options: argparse.Namespace) -> int:
     from labkit.experiment.fields import fields as all_fields
 
     described = all_fields()
+    if options.markdown:
+        print_lines(settings_page(described))
     if options.json:
         print_json([field.to_dict() for field in described])
-    for field in described if not options.json else ():
+    for field in described if not options.json and not options.markdown else ():
         print_line(f"{field.name:36} {field.kind:24} {field.description}")
     return 0
 

@@ -16,7 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit.experiment.run_directory import RunDirectory, write_json
-from labkit.runs.data import MAX_GAP, MAX_LAYERS, MAX_LINE_BYTES, GrowingArray, RunData
+from labkit.runs.columns import GrowingArray
+from labkit.runs.data import RunData
+from labkit.runs.events import MAX_LAYERS
+from labkit.runs.reader import MAX_LINE_BYTES
+from labkit.runs.steps import MAX_GAP
 
 
 class Writer:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from labkit.experiment import Experiment
 from labkit.experiment.recipes import recipe
 from labkit.launch import launch
-from labkit.parallel.entries import Entries
+from labkit.parallel.entries import OptimizerShards
 from labkit.runs import Run
 from labkit.sparsity.masks import Masks
 
@@ -183,7 +183,7 @@ class Alone:
         from labkit.experiment import Layout
         from labkit.parallel.mesh import Mesh
 
-        self.stages, self.holdings = {0: module}, {}
+        self.stages, self.shard_specs = {0: module}, {}
         self.mesh = Mesh(Layout(), 0, "cpu", connect=False)
 
 
@@ -192,7 +192,7 @@ def test_without_the_mask_on_gradients_the_count_of_zeros_shows_it(monkeypatch: 
         torch.manual_seed(0)
         layer = torch.nn.Linear(8, 8)
         optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
-        masks = Masks(Entries(Alone(layer), ["weight"]), optimizer)
+        masks = Masks(OptimizerShards(Alone(layer), ["weight"]), optimizer)
         masks.set({"weight": torch.eye(8, dtype=torch.bool)})
         layer(torch.randn(4, 8)).square().sum().backward()
         masks.mask_gradients()
@@ -208,7 +208,7 @@ def test_what_grows_has_no_moments() -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(4, 4, bias=False)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
-    masks = Masks(Entries(Alone(layer), ["weight"]), optimizer)
+    masks = Masks(OptimizerShards(Alone(layer), ["weight"]), optimizer)
     layer(torch.randn(4, 4)).square().sum().backward()
     optimizer.step()
     before = torch.ones(4, 4, dtype=torch.bool)
@@ -246,6 +246,7 @@ def test_what_cannot_work_is_refused(method: str, changes: dict[str, Any], field
 
 def test_the_file_of_events_is_not_believed(tmp_path: Path) -> None:
     from labkit.runs.data import RunData
+    from labkit.runs.events import HANDLERS
 
     data = RunData.__new__(RunData)
     data.sparsity = []
@@ -257,9 +258,9 @@ def test_the_file_of_events_is_not_believed(tmp_path: Path) -> None:
         {"a": [1, 4, float("nan")]},
         {},
     ):
-        assert not data._sparsity(0, {"step": 1, "layers": layers})
-    assert not data._sparsity(1, {"step": 1, "layers": {"a": [1, 4, 0.5]}})
-    assert data._sparsity(0, {"step": 1, "layers": {"a": [1, 4, 0.5]}})
+        assert not HANDLERS["sparsity"](data, 0, {"step": 1, "layers": layers})
+    assert not HANDLERS["sparsity"](data, 1, {"step": 1, "layers": {"a": [1, 4, 0.5]}})
+    assert HANDLERS["sparsity"](data, 0, {"step": 1, "layers": {"a": [1, 4, 0.5]}})
     assert data.sparsity == [(1, {"a": (1, 4, 0.5)})]
 
 
@@ -267,7 +268,7 @@ def test_weights_grow_where_their_gradient_is_largest() -> None:
     """Not where the mask has just made gradients zero."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(6, 6, bias=False)
-    masks = Masks(Entries(Alone(layer), ["weight"]), torch.optim.SGD(layer.parameters(), lr=0.1))
+    masks = Masks(OptimizerShards(Alone(layer), ["weight"]), torch.optim.SGD(layer.parameters(), lr=0.1))
     masks.set({"weight": torch.eye(6, dtype=torch.bool)})
     layer(torch.randn(4, 6)).square().sum().backward()
     gradients = masks.gradients()["weight"]
