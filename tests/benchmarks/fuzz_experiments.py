@@ -38,6 +38,8 @@ ODDER = (
     *("label_missing", "ragged", "other_weights", "other_split", "everything_frozen", "lazy", "integer_parameter"),
 )
 LIMIT_S = 120.0
+TORCHS_WORDS = ("torch._C", "INTERNAL ASSERT", "LazyModule", "report a bug", "find_unused_parameters")
+"""No refusal of labkit has them: they are those of torch's own errors."""
 RISES = 1.5
 """How many times as large as in the beginning a loss may be at the end, on a rate of learning that is small."""
 
@@ -163,7 +165,7 @@ def judged(run: Run) -> str:
             return f"{run.state}, {cause.get('kind')}: {message}"
         if "\n" in message or "Traceback" in message or run.data().steps:
             return f"refused, but not in one sentence before the first step: {message}"
-        return ""
+        return f"refused in torch's words: {message}" if any(word in message for word in TORCHS_WORDS) else ""
     summary = run.summary()
     losses = [value for _, value in summary["loss"]]
     if not losses or any(value is None or not math.isfinite(value) for value in losses):
@@ -175,15 +177,17 @@ def judged(run: Run) -> str:
         return f"the accuracy is {accuracy}"
     if run.data().steps != experiment.training.steps and experiment.gradients.update.method != "hogwild":
         return f"{run.data().steps} steps are on record, {experiment.training.steps} were asked for"
-    return _effective(experiment, summary.get("effective") or {})
+    out_of_reach = any("out of reach" in note for note in summary.get("notes") or [])  # said before the first step
+    return _effective(experiment, summary.get("effective") or {}, out_of_reach)
 
 
-def _effective(experiment: Experiment, effective: dict[str, Any]) -> str:
+def _effective(experiment: Experiment, effective: dict[str, Any], out_of_reach: bool) -> str:
+    """What was asked for and was not in force, without a word about it; empty if there is nothing."""
     method = experiment.gradients.compression.method
     idle = any(warning.field.startswith("gradients.compression") for warning in experiment.warnings())
     if method != "none" and not idle and method not in str(effective.get("compressor")):
         return f"compression {method} was asked for, effective is {effective.get('compressor')}"
-    if experiment.sparsity.method != "none" and not effective.get("sparsity"):
+    if experiment.sparsity.method != "none" and not effective.get("sparsity") and not out_of_reach:
         return f"sparsity {experiment.sparsity.method} was asked for, effective is {effective.get('sparsity')}"
     return ""
 
