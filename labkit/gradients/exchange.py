@@ -1,8 +1,9 @@
-"""The exchange of one rank's gradients by a compressor: all buckets of an update under way at once, every byte counted.
+"""Communication hooks that reduce gradients with a compressor: all buckets in flight at once, every byte counted.
 
-Buckets are sent as they come, while the backward pass goes on (or, without overlap, when it is over). Only when the
-last one has been sent does anybody wait: then all are brought to their end, round by round, in the order in which they
-came. So ranks start all collectives in one order, whatever the method, and the transfers lie beside the computation.
+Each bucket is sent as soon as it is complete, while the backward pass continues (or, without overlap, when it is over).
+A rank waits only after it has started the last bucket: then it advances all of them, round by round, in the order in
+which they came. So all ranks start their collectives in the same order, whatever the method, and communication overlaps
+with computation.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from labkit.gradients.wire import Communicator
 
 @dataclass(frozen=True)
 class Counters:
-    """What combining gradients has cost a rank so far."""
+    """Cost of combining gradients on one rank, accumulated from the start of the run."""
 
     bytes: int = 0
-    """Sent, counted where it left."""
+    """Bytes sent, as counted by the sender."""
     exposed_seconds: float = 0.0
-    """Nothing was computed while gradients travelled; not a number where nobody can tell update by update."""
+    """Seconds of communication without computation; NaN where they cannot be measured for each step."""
     compression_seconds: float = 0.0
-    """Making gradients smaller and whole again."""
+    """Seconds spent on compressing and decompressing gradients."""
     formula_bytes: int = 0
-    """What the formula of the method says of the same updates."""
+    """Bytes sent for the same gradients according to the formula of the method."""
 
     def __add__(self, other: Counters) -> Counters:
-        """Both together."""
+        """Return the sum of both, field by field."""
         return Counters(
             self.bytes + other.bytes,
             self.exposed_seconds + other.exposed_seconds,
@@ -45,40 +46,47 @@ class Counters:
             self.formula_bytes + other.formula_bytes,
         )
 
-    def since(self, before: Counters) -> Counters:
-        """What has come since then."""
+    def since(self, earlier: Counters) -> Counters:
+        """Return what has been added since `earlier`."""
         return Counters(
-            self.bytes - before.bytes,
-            self.exposed_seconds - before.exposed_seconds,
-            self.compression_seconds - before.compression_seconds,
-            self.formula_bytes - before.formula_bytes,
+            self.bytes - earlier.bytes,
+            self.exposed_seconds - earlier.exposed_seconds,
+            self.compression_seconds - earlier.compression_seconds,
+            self.formula_bytes - earlier.formula_bytes,
         )
 
 
 class CommHook:
-    """Gradients averaged (or, if `summed`, added up) in place, over the wire of the compressor."""
+    """Averages gradients (or sums them, if `summed`) in place over the ranks of its compressor.
+
+    With `overlap`, the reduction of a bucket starts when it is handed over, otherwise in `wait`.
+    """
 
     def __init__(
         self, compressor: Compressor, overlap: bool = True, summed: bool = False, clock: Clock | None = None
     ) -> None:
         self.compressor = compressor
         self.step = 0
-        """Updates done."""
+        """Number of optimizer steps done."""
         self.formula_bytes = 0
+        """Bytes sent so far according to the formula of the compressor."""
         self._overlap = overlap
         self._factor = compressor.world_size if summed else 1
         self._buckets: list[GradientBucket] = []
-        self._rounds: list[InFlight] = []
+        self._reductions: list[InFlight] = []
         self._futures: list[torch.futures.Future[Tensor]] = []
         self._stopwatch = Stopwatch(clock)
-        """At work and waiting, both."""
+        """Total time in this hook: compression and waiting."""
         self.disabled = False
-        """Set while DDP only deals out its buckets: what it hands over then is no gradient and goes nowhere."""
+        """True while DDP only assigns its buckets: what it hands over then is not a gradient and is not sent."""
 
     # -- one update ---------------------------------------------------------------------------------------------------
 
     def start_reduce(self, flat: Tensor, parameters: Sequence[Any], shapes: Sequence[torch.Size]) -> None:
-        """Hand over the gradients of these parameters, one after the other in `flat`; they must stay until `wait`."""
+        """Start to reduce a bucket: the gradients of `parameters`, concatenated in `flat`.
+
+        `flat` must stay valid until `wait`, which leaves the result in it.
+        """
         number = len(self._buckets)
         bucket = GradientBucket(flat, tuple(parameters), tuple(map(tuple, shapes)), self.step, number)
         self._buckets.append(bucket)
@@ -88,16 +96,16 @@ class CommHook:
 
     def _begin(self, bucket: GradientBucket) -> None:
         begun = self._stopwatch.now()
-        # What is linear may be scaled before or after; what is remembered should have the scale of the result.
+        # A linear reduction may be scaled before or after; residuals should have the scale of the result.
         if self._factor != 1:
             bucket.flat.mul_(self._factor)
-        rounds = self._reduce_scaled(bucket)
-        next(rounds)
-        self._rounds.append(rounds)
+        reduction = self._reduce_scaled(bucket)
+        next(reduction)
+        self._reductions.append(reduction)
         self._stopwatch.add(begun)
 
     def _reduce_scaled(self, bucket: GradientBucket) -> InFlight:
-        """The exchange, in units of the compressor."""
+        """Reduce a bucket in units of the compressor's scales: divide by them before and multiply by them after."""
         scales = [self.compressor.scale(bucket, parameter) for parameter in bucket.parameters]
         pairs = [
             (view, scale) for view, scale in zip(bucket.views(bucket.flat), scales, strict=True) if scale is not None
@@ -112,29 +120,32 @@ class CommHook:
         return bucket.flat
 
     def wait(self) -> None:
-        """Wait for all that was handed over; it stands in place of what was sent."""
-        for bucket in self._buckets[len(self._rounds) :]:
+        """Wait until all buckets are reduced; each result replaces the gradients in its `flat`."""
+        for bucket in self._buckets[len(self._reductions) :]:
             self._begin(bucket)
         begun = self._stopwatch.now()
-        under_way = self._rounds
-        while under_way:
-            under_way = [rounds for rounds in under_way if not _go_on(rounds)]
-        self._buckets, self._rounds = [], []
+        in_flight = self._reductions
+        while in_flight:
+            in_flight = [reduction for reduction in in_flight if not _advance(reduction)]
+        self._buckets, self._reductions = [], []
         self._stopwatch.add(begun)
 
     def end_update(self) -> None:
-        """All gradients of the update are there."""
+        """Count an optimizer step whose gradients have all been reduced."""
         self.step += 1
 
     # -- as DDP's communication hook ----------------------------------------------------------------------------------
 
     def register(self, replicated: Any) -> None:
-        """Let it exchange the gradients of a DistributedDataParallel."""
-        # Not typed: DDP compares annotations with classes, and they are strings here.
-        replicated.register_comm_hook(self, lambda exchange, bucket: exchange.hook(bucket))
+        """Register this object as the communication hook of a DistributedDataParallel module."""
+        # The lambda has no annotations: DDP compares them with classes, and here they would be strings.
+        replicated.register_comm_hook(self, lambda hook, bucket: hook.reduce_ddp_bucket(bucket))
 
-    def hook(self, bucket: Any) -> torch.futures.Future[Tensor]:
-        """What DDP calls for every `torch.distributed.GradBucket` that is complete, in one order on all ranks."""
+    def reduce_ddp_bucket(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        """Start to reduce a complete `torch.distributed.GradBucket`; DDP calls this in the same order on all ranks.
+
+        The last bucket of a backward pass waits for all of them and completes their futures.
+        """
         flat, parameters = bucket.buffer(), bucket.parameters()
         future = torch.futures.Future[Tensor](devices=[flat.device] if flat.is_cuda else None)
         if self.disabled:
@@ -146,35 +157,38 @@ class CommHook:
             flats = [bucket.flat for bucket in self._buckets]
             self.wait()
             self.end_update()
-            for waiting, result in zip(self._futures, flats, strict=True):
-                waiting.set_result(result)
+            for future, result in zip(self._futures, flats, strict=True):
+                future.set_result(result)
             self._futures = []
         return future
 
     # -- what it cost -------------------------------------------------------------------------------------------------
 
     def counters(self) -> Counters:
-        """So far."""
-        sent = sum(comm.sent for comm in self.compressor.comms)
-        waited = sum(comm.seconds for comm in self.compressor.comms)
+        """Return the costs so far."""
+        sent = sum(comm.sent_bytes for comm in self.compressor.comms)
+        waited = sum(comm.wait_seconds for comm in self.compressor.comms)
         return Counters(sent, waited, self._stopwatch.seconds - waited, self.formula_bytes)
 
 
-def _go_on(rounds: InFlight) -> bool:
-    """One round further; True if it is over."""
+def _advance(reduction: InFlight) -> bool:
+    """Advance a reduction by one round; return True if it has ended."""
     try:
-        next(rounds)
+        next(reduction)
     except StopIteration:
         return True
     return False
 
 
 class GradientReducer:
-    """All exchanges of one rank: the compressor that its experiment wants, for every group that gradients go over."""
+    """The communication hooks of one rank: one for each process group that gradients are reduced over.
+
+    All of them use the compressor that the experiment asks for.
+    """
 
     def __init__(self, experiment: Experiment, steps: int, clock: Clock | None = None) -> None:
         self.clock = clock
-        """That of the device that computes; None for the host's."""
+        """Clock of the device that computes; None for the host's."""
         self._gradients, self._seed, self._steps = experiment.gradients, experiment.training.seed, steps
         self._hosts = getattr(experiment.launch.network, "hosts", 1)
         self._optimizer, self._pipeline = experiment.optimizer, experiment.layout.pp > 1
@@ -184,77 +198,80 @@ class GradientReducer:
 
     @property
     def needs_hook(self) -> bool:
-        """Must gradients take this way? What is not compressed, overlaps and knows no hosts has a shorter one."""
+        """True if gradients need a custom hook (compression or hierarchical reduction) instead of DDP's reducer."""
         return self._method.lossy or self._gradients.hierarchical
 
     def hook_for(self, group: dist.ProcessGroup, summed: bool = False) -> CommHook:
-        """The exchange among the ranks of `group`; one for each group."""
-        found = self._hooks.get(id(group))
-        if found is None:
+        """Return the hook for the ranks of `group`, which is created on the first call."""
+        hook = self._hooks.get(id(group))
+        if hook is None:
             compressor = self._compressor(group)
-            found = self._hooks[id(group)] = CommHook(compressor, self._gradients.overlap, summed, self.clock)
-        return found
+            hook = self._hooks[id(group)] = CommHook(compressor, self._gradients.overlap, summed, self.clock)
+        return hook
 
     def _compressor(self, group: dist.ProcessGroup) -> Compressor:
         if self._gradients.hierarchical:
             return Hierarchical(self._method, self._options, self._hosts, self._steps, self._seed, self.clock)
-        made = self._method(self._options, Communicator(group, self.clock), self._steps, self._seed)
-        if self._pipeline:  # stages add up the gradients of weights that they share, and momenta do not add up
-            made.averages_momentum = False
-        return made
+        compressor = self._method(self._options, Communicator(group, self.clock), self._steps, self._seed)
+        if self._pipeline:  # stages sum the gradients of weights that they share, but momenta must not be summed
+            compressor.averages_momentum = False
+        return compressor
 
     @property
     def compressor_name(self) -> str:
-        """Name of the compressor that is at work; "none" where gradients take another way."""
-        names = {exchange.compressor.name for exchange in self._hooks.values()}
+        """Name of the compressor in use; "none" if no gradient passes through a hook."""
+        names = {hook.compressor.name for hook in self._hooks.values()}
         return "+".join(sorted(names)) or "none"
 
     def end_update(self) -> None:
-        """All gradients of the update are there (DDP's exchange notices by itself)."""
-        for exchange in self._hooks.values():
-            exchange.end_update()
+        """Count an optimizer step in all hooks (one that is registered with DDP does so by itself)."""
+        for hook in self._hooks.values():
+            hook.end_update()
 
     def resume(self, step: int) -> None:
-        """So many updates are done."""
-        for exchange in self._hooks.values():
-            exchange.step = step
+        """Set the number of optimizer steps done, after a checkpoint was loaded."""
+        for hook in self._hooks.values():
+            hook.step = step
 
     def counters(self) -> Counters:
-        """What all of them have cost so far."""
-        return sum((exchange.counters() for exchange in self._hooks.values()), Counters())
+        """Return the costs of all hooks so far."""
+        return sum((hook.counters() for hook in self._hooks.values()), Counters())
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     @property
     def has_local_state(self) -> bool:
-        """Does each rank keep something for itself?"""
+        """True if the compressors keep tensors that differ between ranks, such as error-feedback buffers."""
         return bool(self._hooks) and bool(self._method.describe_local_state(self._options))
 
     def state(self) -> dict[str, Tensor]:
-        """What this rank's compressors keep, by the order in which their groups were made, which follows the layout."""
-        found: dict[str, Tensor] = {}
-        for place, exchange in enumerate(self._hooks.values()):
-            found |= {f"{place}.{key}": tensor for key, tensor in exchange.compressor.state().items()}
-        return found
+        """Return the local state of all compressors; keys begin with the number of the hook.
+
+        Hooks are numbered in the order in which they were created, which follows from the layout.
+        """
+        state: dict[str, Tensor] = {}
+        for index, hook in enumerate(self._hooks.values()):
+            state |= {f"{index}.{key}": tensor for key, tensor in hook.compressor.state().items()}
+        return state
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from there."""
-        for place, exchange in enumerate(self._hooks.values()):
-            start = f"{place}."
-            own = {key[len(start) :]: tensor for key, tensor in state.items() if key.startswith(start)}
-            exchange.compressor.load(own)
+        """Restore what `state` returned."""
+        for index, hook in enumerate(self._hooks.values()):
+            prefix = f"{index}."
+            own = {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
+            hook.compressor.load(own)
 
     # -- the optimizer ------------------------------------------------------------------------------------------------
 
     def inner_optimizer_config(self) -> Optimizer:
-        """The optimizer's, without what the compressor does in its place."""
+        """Return the optimizer config without the parts that the compressor implements itself."""
         return self._method.inner_optimizer_config(self._options, self._optimizer) if self._hooks else self._optimizer
 
     def optimizer(self) -> Callable[[Any], torch.optim.Optimizer] | None:
-        """What makes the optimizer from groups of parameters, if the compressor brings its own."""
-        return next((exchange.compressor.optimizer(self._optimizer) for exchange in self._hooks.values()), None)
+        """Return a factory from parameter groups to the compressor's own optimizer; None if it has none."""
+        return next((hook.compressor.optimizer(self._optimizer) for hook in self._hooks.values()), None)
 
     def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Show the compressors what works on their results."""
-        for exchange in self._hooks.values():
-            exchange.compressor.attach_optimizer(optimizer, self._optimizer)
+        """Give all compressors the optimizer that was built."""
+        for hook in self._hooks.values():
+            hook.compressor.attach_optimizer(optimizer, self._optimizer)

@@ -1,4 +1,4 @@
-"""The compressors and the update rules."""
+"""Registries of the compressors and of the update rules."""
 
 from labkit.experiment.registry import Method, Registry
 
@@ -6,7 +6,7 @@ COMPRESSION = Registry(
     "gradients.compression.method",
     "compression method",
     [
-        Method("none", "gradients travel as they are", "labkit.gradients.compression.plain:Uncompressed"),
+        Method("none", "gradients are sent as they are", "labkit.gradients.compression.plain:Uncompressed"),
         Method("fp16", "half precision", "labkit.gradients.compression.half:Fp16"),
         Method("bf16", "brain half precision", "labkit.gradients.compression.half:Bf16"),
         Method("int8", "eight bits, stochastic rounding (QSGD)", "labkit.gradients.compression.int8:Int8"),

@@ -82,7 +82,7 @@ def test_momentum_correction_is_for_sgd_with_momentum() -> None:
         ({"layout": {"dp_replicate": 1}}, "no two ranks"),
         ({"layout": {"tp": 2}}, "no two ranks"),
         ({"layout": {"dp_shard": 2, "zero_stage": 1}}, "reduce-scatter"),
-        ({"launch__isolated": True}, "never talk"),
+        ({"launch__isolated": True}, "exchange nothing"),
     ],
 )
 def test_where_it_has_no_effect_it_says_so(changes: dict[str, Any], words: str) -> None:

@@ -244,8 +244,8 @@ def tell(self):
     for module in self.model.stages.values():
         for name, parameter in module.named_parameters():
             found[name] = hashlib.sha256(parameter.detach().contiguous().numpy().tobytes()).hexdigest()
-    cut = [name for name, holding in self.model.holdings.items() if holding.cuts]
-    self.events.write("weights", place=self.runtime.mesh.place, digests=found, cut=cut)
+    cut = [name for name, spec in self.model.shard_specs.items() if spec.shard_dims]
+    self.events.write("weights", place=self.runtime.mesh.coordinates, digests=found, cut=cut)
     write(self)
 Trainer._write_figures = tell
 """

@@ -248,5 +248,5 @@ def storeys() -> dict[str, Any]:
             float((gradients.exchange(exchange, step) - gradients.mean(step)).abs().max()) for step in range(3)
         )
         counters = exchange.counters()
-        found[name] = [distance, counters.bytes, counters.formula_bytes, [wire.sent for wire in compressor.comms]]
+        found[name] = [distance, counters.bytes, counters.formula_bytes, [comm.sent_bytes for comm in compressor.comms]]
     return found

@@ -1,1 +1,1 @@
-"""Compressors: what is sent of a gradient, one file per method."""
+"""Compressors, which decide what is sent of a gradient: one file per method."""

@@ -1,4 +1,4 @@
-"""AdamW that stops learning its denominators: for compressors, and the optimizer of 1-bit Adam (late.py)."""
+"""AdamW with denominators that are frozen after a warm-up: for late compressors (late.py), among them 1-bit Adam."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from labkit.experiment import Optimizer
 
 FLOOR = 0.01
-"""A denominator is at least such a part of the root mean square of those of its parameter."""
+"""Smallest denominator, as a fraction of the root mean square of the denominators of its parameter."""
 
 
 class FrozenAdamW(torch.optim.AdamW):
-    """For `warmup` updates torch's AdamW; after that mean squares stay.
+    """AdamW of torch for `warmup` steps; afterwards the mean squares v no longer change.
 
-    If it `takes_momentum`, what it is given from then on is the momentum itself.
+    If it `takes_momentum`, the gradient of a parameter holds the momentum itself from then on.
 
-    Its state has the names of AdamW's, so that a checkpoint of one goes on in the other.
+    Its state has the names of AdamW's, so that a checkpoint of one can be loaded by the other.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class FrozenAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update."""
-        if self._updates is None:  # a checkpoint may have been read meanwhile
+        """Update the weights from the gradients or, after the warm-up, from the averaged momentum."""
+        if self._updates is None:  # not in __init__: a checkpoint may have been loaded since
             self._updates = max((int(state["step"]) for state in self.state.values()), default=0)
         self._updates += 1
         if self._updates <= self.warmup:

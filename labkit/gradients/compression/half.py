@@ -1,11 +1,11 @@
 """Gradients in 16 bits: half the bytes of float32.
 
 fp16 has 11 bits of mantissa and ends at 65,504: a gradient beyond that becomes infinite. bf16 has 8 bits and the range
-of float32. Sent and added up so, as torch's own compression hooks do (they refuse bf16 on gloo); but adding up in 16
-bits rounds at every rank on the way. With `sum_in: fp32` parts are dealt out (all-to-all), added up in float32, rounded
-once and gathered: the same bytes, a better sum.
+of float32. Gradients are sent and summed in that format, as torch's own compression hooks do (they refuse bf16 on
+gloo); but a sum in 16 bits is rounded on every rank that it passes. With `sum_in: fp32` ranks exchange shards
+(all-to-all), sum them in float32, round once and gather the result: the same bytes, a better sum.
 
-Bytes that one of N ranks sends for n numbers: 2·(N-1)/N · 2n, by either way (with fp32, n rounded up to a multiple of
+Bytes that one of N ranks sends for n elements: 2·(N-1)/N · 2n either way (with fp32, n is rounded up to a multiple of
 N).
 """
 
@@ -23,59 +23,59 @@ if TYPE_CHECKING:
 
 
 class Half(Compressor):
-    """What both formats do."""
+    """Base class of the fp16 and bf16 compressors: cast each bucket to 16 bits and all-reduce it."""
 
     class Options(BaseOptions):
-        """How ranks are added up."""
+        """Options of both 16-bit formats."""
 
         sum_in: Literal["half", "fp32"] = "half"
-        """The number format in which ranks are added up; the bytes are the same."""
+        """Precision in which the gradients of all ranks are summed; the number of bytes sent is the same."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """The format in which numbers travel."""
+        """Dtype in which gradients are sent."""
         import torch
 
         return torch.float16 if self.name == "fp16" else torch.bfloat16
 
     def reduce(self, bucket: GradientBucket) -> InFlight:
-        """The mean, rounded to 16 bits."""
-        return self._dealt_out(bucket) if self.options.sum_in == "fp32" else self._added_up(bucket)
+        """Average a bucket; the mean is rounded to 16 bits."""
+        return self._sum_in_fp32(bucket) if self.options.sum_in == "fp32" else self._sum_in_half(bucket)
 
-    def _added_up(self, bucket: GradientBucket) -> InFlight:
-        # Divided first: the sum of the ranks could leave the range of fp16 where no rank does.
+    def _sum_in_half(self, bucket: GradientBucket) -> InFlight:
+        # Divided first: the sum over the ranks could leave the range of fp16 even if the gradients do not.
         pending = self.comm.all_reduce((bucket.flat / self.comm.size).to(self.dtype))
         yield
         return bucket.flat.copy_(pending.wait())
 
-    def _dealt_out(self, bucket: GradientBucket) -> InFlight:
+    def _sum_in_fp32(self, bucket: GradientBucket) -> InFlight:
         flat, world_size = bucket.flat, self.comm.size
-        parts = flat.new_zeros(world_size, -(-flat.numel() // world_size), dtype=self.dtype)
-        parts.view(-1)[: flat.numel()] = flat
-        dealt = self.comm.all_to_all(parts)
+        shards = flat.new_zeros(world_size, -(-flat.numel() // world_size), dtype=self.dtype)
+        shards.view(-1)[: flat.numel()] = flat
+        exchanged = self.comm.all_to_all(shards)
         yield
-        mean = dealt.wait().to(flat.dtype).mean(0).to(self.dtype)
+        mean = exchanged.wait().to(flat.dtype).mean(0).to(self.dtype)
         gathered = self.comm.all_gather(mean)
         yield
         return flat.copy_(gathered.wait().view(-1)[: flat.numel()])
 
     @classmethod
     def bucket_bytes(cls, options: Any, shapes: Sequence[Shape], context: CostContext) -> int:
-        """2·(N-1)/N · 2n."""
+        """Return 2·(N-1)/N · 2n for n elements."""
         count, world_size = numel(shapes), context.world_size
         if options.sum_in == "half":
             return all_reduce_bytes(2 * count, world_size)
-        part = -(-count // world_size)
-        return all_to_all_bytes(2 * part * world_size, world_size) + all_gather_bytes(2 * part, world_size)
+        shard = -(-count // world_size)
+        return all_to_all_bytes(2 * shard * world_size, world_size) + all_gather_bytes(2 * shard, world_size)
 
 
 class Fp16(Half):
-    """IEEE half precision."""
+    """Compressor to IEEE half precision."""
 
     name = "fp16"
 
 
 class Bf16(Half):
-    """Brain half precision."""
+    """Compressor to bfloat16."""
 
     name = "bf16"

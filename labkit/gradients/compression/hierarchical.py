@@ -1,13 +1,14 @@
-"""Aggregation in two storeys: within a host first, where the link is fast, then between hosts, then back.
+"""Hierarchical reduction: within a host first, where the link is fast, then between hosts, then back.
 
-Of N = hosts · L ranks, the L of one host deal their gradients out (all-to-all) and add up one L-th each; ranks that
-stand at the same place in their hosts average these parts, which is all that crosses the slow link: one L-th of the
-gradients a rank, made smaller by the compressor; at last the parts are gathered within the host. (Goyal et al.,
-arXiv:1706.02677, section 4; the 2-level all-reduce of NCCL and Horovod.)
+With N = hosts · L ranks, the L ranks of one host reduce-scatter their gradients (by an all-to-all), so that each has
+the mean of one shard (one L-th). Ranks with the same local rank average their shards between hosts, and nothing else
+crosses the slow link: one L-th of the gradients per rank, compressed. Finally the shards are gathered within the host.
+(Goyal et al., arXiv:1706.02677, section 4; the 2-level all-reduce of NCCL and Horovod.)
 
-Bytes of one rank for n bytes: 2 · (L-1)/L · n within the host, and what the compressor needs among the hosts for n/L.
+Bytes that one rank sends for n bytes: 2 · (L-1)/L · n within the host, and what the compressor sends between hosts for
+n/L.
 
-Rank r stands in host r // L. The part of a rank crosses the borders of parameters.
+Rank r is on host r // L. A shard may begin and end within a parameter.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from labkit.gradients.wire import Communicator
 
 
 class Hierarchical(Compressor):
-    """`method` between hosts, plain sums within them. Making it is collective: all ranks of the run take part."""
+    """Reduces by `method` between hosts and without compression within them.
+
+    Creating it is collective: all ranks of the run must take part.
+    """
 
     def __init__(
         self, method: type[Compressor], options: Any, hosts: int, steps: int, seed: int, clock: Clock | None = None
@@ -34,74 +38,74 @@ class Hierarchical(Compressor):
         world, rank = dist.get_world_size(), dist.get_rank()
         local = world // hosts
         inside = [list(range(host * local, (host + 1) * local)) for host in range(hosts)]
-        between = [list(range(place, world, local)) for place in range(local)]
+        between = [list(range(local_rank, world, local)) for local_rank in range(local)]
         self._inside = Communicator(_own_group(inside, rank), clock)
         self._method = method(options, Communicator(_own_group(between, rank), clock), steps, seed)
-        self._method.averages_momentum = False  # it is known by parameter, and a part crosses their borders
+        self._method.averages_momentum = False  # momentum is kept by parameter, and a shard may end within one
         super().__init__(options, self._method.comm, steps, seed)
         self.name = method.name  # type: ignore[misc]
 
     @property
     def comms(self) -> tuple[Communicator, ...]:
-        """That within the host and that between hosts."""
+        """The communicator within the host and the one between hosts."""
         return (self._inside, self.comm)
 
     @property
     def world_size(self) -> int:
-        """All of them."""
+        """World size over both levels of the hierarchy."""
         return self._inside.size * self.comm.size
 
     def optimizer(self, settings: Optimizer) -> Callable[[Any], torch.optim.Optimizer] | None:
-        """That of the method."""
+        """Return the factory of the wrapped compressor's own optimizer; None if it has none."""
         return self._method.optimizer(settings)
 
     def attach_optimizer(self, optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
-        """Tell the method."""
+        """Forward the optimizer to the wrapped compressor."""
         self._method.attach_optimizer(optimizer, settings)
 
     def scale(self, bucket: GradientBucket, parameter: Any) -> torch.Tensor | None:
-        """That of the method."""
+        """Return the scale of the wrapped compressor."""
         return self._method.scale(bucket, parameter)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """That of the method."""
+        """Return the local state of the wrapped compressor."""
         return self._method.state()
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        """To the method."""
+        """Restore the local state of the wrapped compressor."""
         self._method.load(state)
 
     def reduce(self, bucket: GradientBucket) -> InFlight:
-        """The mean over all ranks."""
+        """Average a bucket over all ranks of the run."""
         flat, local = bucket.flat, self._inside.size
-        parts = flat.new_zeros(local, -(-flat.numel() // local))
-        parts.view(-1)[: flat.numel()] = flat
-        dealt = self._inside.all_to_all(parts)
+        shards = flat.new_zeros(local, -(-flat.numel() // local))
+        shards.view(-1)[: flat.numel()] = flat
+        exchanged = self._inside.all_to_all(shards)
         yield
-        part = dealt.wait().mean(0)
-        among_hosts = self._method.reduce(self._part(bucket, part))
-        mean = yield from among_hosts
+        shard = exchanged.wait().mean(0)
+        between_hosts = self._method.reduce(self._shard_bucket(bucket, shard))
+        mean = yield from between_hosts
         gathered = self._inside.all_gather(mean)
         yield
         return gathered.wait().view(-1)[: flat.numel()]
 
-    def _part(self, bucket: GradientBucket, part: Any) -> GradientBucket:
+    def _shard_bucket(self, bucket: GradientBucket, shard: Any) -> GradientBucket:
         key = tuple(map(id, bucket.parameters))
-        return GradientBucket(part, (key,), (tuple(part.shape),), bucket.step, bucket.number)
+        return GradientBucket(shard, (key,), (tuple(shard.shape),), bucket.step, bucket.number)
 
     def expected_bytes(self, bucket: GradientBucket) -> int:
-        """What this rank sends for this bundle, by the formula."""
+        """Return the bytes that this rank sends for a bucket on both levels, by the formula."""
         size, local = bucket.flat.element_size(), self._inside.size
-        part = -(-bucket.flat.numel() // local)
-        among_hosts = CostContext(self.comm.size, bucket.step, self.steps, size)
+        shard = -(-bucket.flat.numel() // local)
+        between_hosts = CostContext(self.comm.size, bucket.step, self.steps, size)
         return (
-            all_to_all_bytes(local * part * size, local)
-            + self._method.bucket_bytes(self.options, [(part,)], among_hosts)
-            + all_gather_bytes(part * size, local)
+            all_to_all_bytes(local * shard * size, local)
+            + self._method.bucket_bytes(self.options, [(shard,)], between_hosts)
+            + all_gather_bytes(shard * size, local)
         )
 
 
-def _own_group(families: list[list[int]], rank: int) -> Any:
-    """The group of the family that `rank` is in. All ranks make all groups, in one order."""
-    groups = [dist.new_group(family) for family in families]
-    return next(group for group, family in zip(groups, families, strict=True) if rank in family)
+def _own_group(members: list[list[int]], rank: int) -> Any:
+    """Create a process group for each list of ranks, and return the one that `rank` is in (collective)."""
+    groups = [dist.new_group(ranks) for ranks in members]
+    return next(group for group, ranks in zip(groups, members, strict=True) if rank in ranks)

@@ -1,14 +1,14 @@
-"""Eight bits with stochastic rounding (QSGD: Alistarh et al., NeurIPS 2017, with the greatest value as the scale).
+"""Eight bits with stochastic rounding (QSGD: Alistarh et al., NeurIPS 2017, with the largest magnitude as the scale).
 
-With s levels and the scale m = max |x| a rank sends, of each number,
+With s levels and the scale m = max |x|, a rank sends for each element
 
     q = floor( s · x / m + u ),   u uniform in [0, 1)
 
-and the receivers read m · q / s. The expectation of q is s · x / m, so the mean over ranks is unbiased: no memory is
-needed, and the error is noise that shrinks with the number of ranks. Everyone needs the numbers of everyone, with
-scales of their own, so they are gathered, not added up on the way: more ranks, more bytes.
+and the receivers decode m · q / s. The expectation of q is s · x / m, so the mean over ranks is unbiased: no error
+feedback is needed, and the error is noise that shrinks with the number of ranks. Ranks have different scales, so their
+messages cannot be summed on the way: every rank gathers those of all others, and the bytes grow with the world size.
 
-Bytes that one of N ranks sends for n numbers: (N-1) · (n + 4 · scales), twice n above 127 levels.
+Bytes that one of N ranks sends for n elements: (N-1) · (n + 4 · scales); above 127 levels 2n instead of n.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 
 
 class Int8(Compressor):
-    """QSGD."""
+    """QSGD: round each element stochastically to one of a few levels and gather the levels of all ranks."""
 
     name = "int8"
 
     class Options(BaseOptions):
-        """How fine the steps are."""
+        """Options of int8 compression."""
 
         levels: int = Field(default=127, ge=1, le=32767)
-        """Steps between zero and the scale; above 127 a number takes 16 bits."""
+        """Quantization levels between zero and the scale; above 127 an element takes 16 bits."""
         chunk: int = Field(default=0, ge=0, le=2**31 - 1)
-        """Numbers that share a scale; 0 for a scale per bucket."""
+        """Number of elements that share a scale; 0 for one scale per bucket."""
 
     def reduce(self, bucket: GradientBucket) -> InFlight:
-        """The mean of the rounded gradients."""
+        """Average the quantized gradients of all ranks."""
         import torch
 
         from labkit.gradients.compression.noise import row_abs_max, uniform
@@ -54,14 +54,14 @@ class Int8(Compressor):
         scales = row_abs_max(table).float()
         steps = table.mul_((levels / torch.where(scales > 0, scales, 1)).to(flat.dtype))
         noise = uniform(steps, self.generator(bucket))
-        # Close to the greatest level the sum may be rounded up to the next whole number.
-        whole = steps.add_(noise).floor_().clamp_(-levels, levels).to(dtype)
-        pending = self.comm.all_gather(join_bytes(scales, whole.view(-1)[: flat.numel()]))
+        # Just below the highest level the sum may be rounded up to the next integer.
+        codes = steps.add_(noise).floor_().clamp_(-levels, levels).to(dtype)
+        pending = self.comm.all_gather(join_bytes(scales, codes.view(-1)[: flat.numel()]))
         yield
         out = flat.new_zeros(rows, width)
         for message in pending.wait():
-            scales, numbers = split_bytes(message, [(rows, torch.float32), (flat.numel(), dtype)])
-            table.view(-1)[: flat.numel()] = numbers
+            scales, codes = split_bytes(message, [(rows, torch.float32), (flat.numel(), dtype)])
+            table.view(-1)[: flat.numel()] = codes
             out += table * (scales / (levels * self.comm.size)).to(flat.dtype)[:, None]
         return out.view(-1)[: flat.numel()]
 
@@ -72,7 +72,7 @@ class Int8(Compressor):
 
     @classmethod
     def bucket_bytes(cls, options: Any, shapes: Sequence[Shape], context: CostContext) -> int:
-        """(N-1) · (n + 4 · scales)."""
+        """Return (N-1) · (n + 4 · scales) for n elements."""
         count = numel(shapes)
         width = 1 if options.levels <= 127 else 2
         return all_gather_bytes(width * count + 4 * _scales(options, count), context.world_size)

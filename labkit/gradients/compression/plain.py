@@ -1,4 +1,4 @@
-"""Plain gradient averaging: full precision, every update synchronous. What every other method is compared with."""
+"""Plain gradient averaging in full precision: the baseline that every other method is compared with."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ if TYPE_CHECKING:
 
 
 class Uncompressed(Compressor):
-    """Gradients travel as they are.
+    """Averages gradients without compression.
 
     A ring all-reduce of n bytes over N ranks sends 2·(N-1)/N·n bytes from every rank (Patarasuk and Yuan, 2009).
 
-    Most runs never come here: DDP's own reducer and shared memory do the same sums on a shorter way. It stands in where
-    the exchange is to be steered (`gradients.overlap`, `gradients.hierarchical`).
+    Most runs do not use it, because DDP's own reducer and shared memory compute the same sums faster. It is used where
+    the reduction has to be controlled (`gradients.overlap`, `gradients.hierarchical`).
     """
 
     name = "none"
     lossy = False
 
     def reduce(self, bucket: GradientBucket) -> InFlight:
-        """One all-reduce, in place."""
+        """Average a bucket in place by one all-reduce."""
         return self.reduce_uncompressed(bucket)
 
     @classmethod
     def bucket_bytes(cls, options: Any, shapes: Sequence[Shape], context: CostContext) -> int:
-        """2·(N-1)/N·n."""
+        """Return 2·(N-1)/N·n for n bytes."""
         return cls.uncompressed_bytes(shapes, context)
 
     @classmethod
     def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """It goes with everything."""
+        """Yield nothing: it runs with every experiment."""
         return iter(())
 
     @classmethod
     def warnings(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """It is never without effect."""
+        """Yield nothing: there are no warnings."""
         return iter(())

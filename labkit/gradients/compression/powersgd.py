@@ -1,23 +1,23 @@
 """Low rank (PowerSGD: Vogels et al., NeurIPS 2019): a gradient matrix as the product of two thin ones.
 
-For a gradient M (m × n) with what was left out before, and Q (n × r) from the last update, one step of a power
-iteration:
+For a gradient M (m × n) plus the residual of earlier steps, and Q (n × r) from the last step, it makes one step of a
+power iteration:
 
-    P = mean(M·Q)        first round, then made orthonormal
+    P = mean(M·Q)        first round, then orthonormalised
     Q = mean(Mᵀ·P)       second round
-    M̂ = P·Qᵀ             what all ranks take; M - M̂ is kept for the next update
+    M̂ = P·Qᵀ             the result on all ranks; M - M̂ is the residual for the next step
 
-Means of products with the same factor are products with the mean, so both rounds are all-reduces, whatever the number
-of ranks. All matrices of a bucket travel in one message a round, in the first one together with what is not worth
-factoring: vectors, and matrices whose factors are not `min_saving` times smaller.
+The mean of products with the same factor is the product with the mean, so both rounds are all-reduces, whatever the
+world size. All matrices of a bucket are sent in one message per round. The message of the first round also holds what
+is not worth factoring: vectors, and matrices whose factors are not `min_saving` times smaller.
 
-The paper trains for many thousands of updates with rank 4 and less; a training of a few hundred has no time to wait for
-what a low rank leaves out, hence the default.
+The paper trains for many thousands of steps with rank 4 and less; a training of a few hundred steps has no time to wait
+for what a low rank leaves out, hence the default.
 
-torch's own hook starts the second round in the callback of the first, in another order on another rank if there are
-several buckets, and gloo then ends the process; here a bucket goes on only when all are under way.
+torch's own hook starts the second round in the callback of the first, so with several buckets the order may differ
+between ranks, and gloo then ends the process; here a bucket advances only when all buckets have been started.
 
-Bytes that one of N ranks sends: 2·(N-1)/N · bytes of a number · ( Σ r·(m+n) over the matrices + the rest ).
+Bytes that one of N ranks sends: 2·(N-1)/N · bytes per element · ( Σ r·(m+n) over the matrices + the rest ).
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class PowerSGD(LateCompressor):
     name = "powersgd"
 
     class Options(LateOptions):
-        """How thin the factors are."""
+        """Options of PowerSGD."""
 
         rank: int = Field(default=12, ge=1, le=4096)
-        """Rank of what is sent of a matrix."""
+        """Rank of the approximation of each gradient matrix."""
         min_saving: float = Field(default=2.0, ge=0, le=1e6)
-        """A matrix is factored if that makes it so many times smaller."""
+        """Factor a matrix only if that makes it at least this many times smaller."""
         error_feedback: bool = True
-        """What was left out is added to the next gradient."""
+        """Add what was left out to the next gradient."""
 
     def __init__(self, *arguments: Any) -> None:
         from labkit.gradients.compression.error_feedback import ErrorFeedback
@@ -63,10 +63,10 @@ class PowerSGD(LateCompressor):
         self._errors = ErrorFeedback()
         self._factors: dict[Any, Tensor] = {}
         self._restored: dict[int, Tensor] = {}
-        """Factors from a checkpoint, by the order in which matrices first came, until they come."""
+        """Factors from a checkpoint, by the order in which their matrices come, until they come."""
 
     def reduce_compressed(self, bucket: GradientBucket) -> InFlight:
-        """The mean, as far as it has a low rank."""
+        """Average a bucket, with a low-rank approximation of its matrices."""
         import torch
 
         flat, views = bucket.flat, bucket.views(bucket.flat)
@@ -75,45 +75,45 @@ class PowerSGD(LateCompressor):
             flat.add_(errors)
             errors.zero_()
         ranks = [_rank(self.options, shape) for shape in bucket.shapes]
-        chosen = [place for place, rank in enumerate(ranks) if rank]
-        matrices = [views[place].flatten(1) for place in chosen]
-        whole = [view for view, rank in zip(views, ranks, strict=True) if not rank]
-        old = [self._factor(bucket.parameters[place], bucket.shapes[place], ranks[place], flat) for place in chosen]
+        factored = [index for index, rank in enumerate(ranks) if rank]
+        matrices = [views[index].flatten(1) for index in factored]
+        unfactored = [view for view, rank in zip(views, ranks, strict=True) if not rank]
+        old = [self._factor(bucket.parameters[index], bucket.shapes[index], ranks[index], flat) for index in factored]
 
         left = [matrix @ factor for matrix, factor in zip(matrices, old, strict=True)]
-        first = self._send([*left, *whole])
+        first = self._start_mean([*left, *unfactored])
         yield
-        arrived = _parts(first.wait(), [*left, *whole])
-        for view, mean in zip(whole, arrived[len(left) :], strict=True):
+        means = _split(first.wait(), [*left, *unfactored])
+        for view, mean in zip(unfactored, means[len(left) :], strict=True):
             view.copy_(mean)
-        # Householder's way stays orthonormal in float32 where columns are nearly alike; Gram and Schmidt's does not.
-        left = [torch.linalg.qr(one).Q for one in arrived[: len(left)]]
-        own = [matrix.T @ one for matrix, one in zip(matrices, left, strict=True)]
-        second = self._send(own)
+        # With nearly parallel columns Householder reflections stay orthonormal in float32; Gram-Schmidt does not.
+        left = [torch.linalg.qr(mean).Q for mean in means[: len(left)]]
+        own = [matrix.T @ factor for matrix, factor in zip(matrices, left, strict=True)]
+        second = self._start_mean(own)
         yield
-        right = _parts(second.wait(), own)
-        for place, matrix, one, mine, mean in zip(chosen, matrices, left, own, right, strict=True):
+        right = _split(second.wait(), own)
+        for index, matrix, factor, mine, mean in zip(factored, matrices, left, own, right, strict=True):
             if errors is not None:
-                kept = bucket.views(errors)[place].flatten(1)
-                torch.addmm(matrix, one, mine.T, alpha=-1, out=kept)
-            torch.mm(one, mean.T, out=matrix)
-            self._factors[bucket.parameters[place]] = mean
+                residual = bucket.views(errors)[index].flatten(1)
+                torch.addmm(matrix, factor, mine.T, alpha=-1, out=residual)
+            torch.mm(factor, mean.T, out=matrix)
+            self._factors[bucket.parameters[index]] = mean
         return flat
 
-    def _send(self, parts: list[Tensor]) -> PendingWork:
-        """The mean of all parts, in one message."""
+    def _start_mean(self, tensors: list[Tensor]) -> PendingWork:
+        """Start to average all tensors in one message."""
         import torch
 
-        empty = torch.zeros(0) if not parts else parts[0].new_zeros(0)
-        return self.comm.all_reduce(torch.cat([empty, *(part.flatten() for part in parts)]).div_(self.comm.size))
+        empty = torch.zeros(0) if not tensors else tensors[0].new_zeros(0)
+        return self.comm.all_reduce(torch.cat([empty, *(tensor.flatten() for tensor in tensors)]).div_(self.comm.size))
 
     def _factor(self, key: Any, shape: Shape, rank: int, like: Tensor) -> Tensor:
-        """What the last update left, or, the first time, random numbers that are the same on all ranks."""
+        """Return Q from the last step or, the first time, random numbers that are the same on all ranks."""
         import torch
 
-        place = len(self._factors)
-        if key not in self._factors and place in self._restored:
-            self._factors[key] = self._restored.pop(place).to(like.device, like.dtype)
+        index = len(self._factors)
+        if key not in self._factors and index in self._restored:
+            self._factors[key] = self._restored.pop(index).to(like.device, like.dtype)
         if key not in self._factors:
             generator = torch.Generator().manual_seed(self.seed * 4099 + len(self._factors))
             columns = math.prod(shape[1:])
@@ -121,24 +121,24 @@ class PowerSGD(LateCompressor):
         return self._factors[key]
 
     def state(self) -> dict[str, Tensor]:
-        """What was left out, and the factors."""
-        factors = {f"factors.{place}": factor for place, factor in enumerate(self._factors.values())}
-        return super().state() | {f"factors.{place}": one for place, one in self._restored.items()} | factors
+        """Return the error-feedback buffers and the factors for a checkpoint."""
+        factors = {f"factors.{index}": factor for index, factor in enumerate(self._factors.values())}
+        return super().state() | {f"factors.{index}": factor for index, factor in self._restored.items()} | factors
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Both again."""
+        """Restore what `state` returned."""
         super().load(state)
-        start = "factors."
-        self._restored = {int(key[len(start) :]): one for key, one in state.items() if key.startswith(start)}
+        prefix = "factors."
+        self._restored = {int(key[len(prefix) :]): factor for key, factor in state.items() if key.startswith(prefix)}
 
     @classmethod
     def describe_local_state(cls, options: Any) -> str:
-        """In words."""
+        """Describe the error-feedback buffers and the factors."""
         return "what a low rank has left out, and its factors"
 
     @classmethod
     def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], context: CostContext) -> int:
-        """2·(N-1)/N · bytes of a number · ( Σ r·(m+n) + the rest ), the two rounds one after the other."""
+        """Return 2·(N-1)/N · bytes per element · ( Σ r·(m+n) + the rest ), as the sum of the two rounds."""
         size, ranks = context.itemsize, [_rank(options, shape) for shape in shapes]
         factored = [(shape, rank) for shape, rank in zip(shapes, ranks, strict=True) if rank]
         first = sum(rank * shape[0] for shape, rank in factored)
@@ -148,19 +148,19 @@ class PowerSGD(LateCompressor):
 
     @classmethod
     def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """It needs whole matrices."""
+        """Yield the reasons why it cannot run: it needs matrices, not slices of the flat gradient."""
         yield from super().problems(experiment, machine)
         field, layout = "gradients.compression.method", experiment.layout
         if experiment.gradients.hierarchical:
             yield Problem(
-                field, "between hosts a rank has a stretch of all gradients, and PowerSGD needs matrices", "none"
+                field, "between hosts a rank has a slice of all gradients, and PowerSGD needs matrices", "none"
             )
         if layout.dp_shard > 1 and layout.zero_stage in (1, 2) and replicas(layout) > 1:
-            yield Problem(field, "ZeRO leaves a rank a stretch of all gradients, and PowerSGD needs matrices", "none")
+            yield Problem(field, "ZeRO leaves a rank a slice of all gradients, and PowerSGD needs matrices", "none")
 
 
 def _rank(options: Any, shape: Shape) -> int:
-    """Rank of the factors of such a gradient; 0 if it travels whole."""
+    """Return the rank of the factors of a gradient with this shape; 0 if it is sent unfactored."""
     if len(shape) < 2 or 0 in shape:
         return 0
     rows, columns = shape[0], math.prod(shape[1:])
@@ -168,6 +168,7 @@ def _rank(options: Any, shape: Shape) -> int:
     return rank if rows * columns >= options.min_saving * rank * (rows + columns) else 0
 
 
-def _parts(message: Tensor, like: list[Tensor]) -> list[Tensor]:
-    parts = message.split([one.numel() for one in like])
-    return [part.view(one.shape) for part, one in zip(parts, like, strict=True)]
+def _split(message: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Split a flat message into tensors with the shapes of `like`."""
+    parts = message.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]

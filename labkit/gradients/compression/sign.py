@@ -1,16 +1,17 @@
-"""One bit a number, with error feedback (EF-signSGD: Karimireddy et al., ICML 2019; Seide et al., Interspeech 2014).
+"""One bit per element, with error feedback (EF-signSGD: Karimireddy et al., ICML 2019; Seide et al., Interspeech 2014).
 
-With the error e that is left from before, a rank sends of c = g + e the signs, eight to a byte, and the mean |c| of
-each parameter as its scale; the receivers read scale · sign(c), and what that leaves out is the next error:
+With the residual e of earlier steps and c = g + e, a rank sends the signs of c, eight to a byte, and the mean |c| of
+each parameter as its scale; the receivers decode scale · sign(c), and what that leaves out is the next residual:
 
     e ← c - mean|c| · sign(c)
 
-Under AdamW c is the momentum with this rank's gradient in it instead of the gradient (late.py, and `freeze`), as in
-1-bit Adam: it changes slowly, so its signs say more. The scale makes this the nearest of all vectors of one size and
-these signs. Without error feedback (signSGD, Bernstein et al., ICML 2018, here still with the scale) the result is
-biased: small gradients count as much as large ones, and what is always small is never heard.
+Under AdamW g is not the gradient but the momentum, into which this rank has blended its gradient (late.py, and
+`freeze`), as in 1-bit Adam: it changes slowly, so its signs say more. Of all vectors with these signs and entries of
+one magnitude, this scale gives the nearest. Without error feedback (signSGD, Bernstein et al., ICML 2018, here still
+with the scale) the result is biased: small gradients count as much as large ones, and an entry that is always small
+never gets its due.
 
-Bytes that one of N ranks sends for n numbers: (N-1) · (n/8 + 4 · scales).
+Bytes that one of N ranks sends for n elements: (N-1) · (n/8 + 4 · scales).
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ if TYPE_CHECKING:
 
 
 class Sign(LateCompressor):
-    """EF-signSGD."""
+    """EF-signSGD: send signs and a scale per parameter."""
 
     name = "sign"
     averages_momentum = True
 
     class Options(LateOptions):
-        """What has a scale of its own, and what becomes of the rest."""
+        """Options of sign compression."""
 
         scale: Literal["parameter", "bucket"] = "parameter"
-        """What shares one magnitude."""
+        """Which elements share a scale: those of a parameter or those of a bucket."""
         error_feedback: bool = True
-        """What was cut off is added to the next gradient."""
+        """Add what was left out to the next gradient."""
 
     def __init__(self, *arguments: Any) -> None:
         from labkit.gradients.compression.error_feedback import ErrorFeedback
@@ -47,12 +48,12 @@ class Sign(LateCompressor):
         self._errors = ErrorFeedback()
 
     def reduce_compressed(self, bucket: GradientBucket) -> InFlight:
-        """The mean of the signs, each times its scale."""
+        """Average the signs of all ranks, each multiplied by its scale."""
         import torch
 
         from labkit.gradients.compression.packing import join_bytes, pack, split_bytes, unpack
 
-        flat, sizes = bucket.flat, _stretches(self.options, bucket.sizes)
+        flat, sizes = bucket.flat, _scale_sizes(self.options, bucket.sizes)
         if self.options.error_feedback:
             flat.add_(self._errors.of(bucket))
         scales = torch.stack([part.mean() for part in flat.abs().split(sizes)]).float()
@@ -70,23 +71,23 @@ class Sign(LateCompressor):
 
     @classmethod
     def describe_local_state(cls, options: Any) -> str:
-        """In words."""
+        """Describe the error-feedback buffers, if there are any."""
         return "what the signs have left out" if options.error_feedback else ""
 
     @classmethod
     def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], context: CostContext) -> int:
-        """(N-1) · (n/8 + 4 · scales)."""
+        """Return (N-1) · (n/8 + 4 · scales) for n elements."""
         scales = 1 if options.scale == "bucket" else len(shapes)
         return all_gather_bytes(-(-numel(shapes) // 8) + 4 * scales, context.world_size)
 
 
-def _stretches(options: Any, sizes: list[int]) -> list[int]:
-    """How many numbers each scale is for."""
+def _scale_sizes(options: Any, sizes: list[int]) -> list[int]:
+    """Return how many elements each scale is for."""
     return sizes if options.scale == "parameter" else [sum(sizes)]
 
 
 def _scaled(flat: Tensor, scales: Tensor, sizes: list[int]) -> Tensor:
-    """Each stretch of `flat` times its scale, in place."""
+    """Multiply each slice of `flat` by its scale, in place, and return `flat`."""
     for part, scale in zip(flat.split(sizes), scales, strict=True):
         part.mul_(scale)
     return flat

@@ -1,11 +1,11 @@
-"""Minus one, zero, one (TernGrad: Wen et al., NeurIPS 2017): two bits a number.
+"""Minus one, zero or one (TernGrad: Wen et al., NeurIPS 2017): two bits per element.
 
-With the greatest magnitude m = max |g| of a parameter, a rank sends m and, of each number, its sign with probability
-|g|/m, else zero. The expectation is g, so no memory is needed; but the noise is large where one number stands far above
-the others. So, as in the paper, gradients are first limited to c standard deviations of their parameter; that makes the
-result biased where it cuts, and c = 0 turns it off.
+With the largest magnitude m = max |g| of a parameter, a rank sends m and, for each element, its sign with probability
+|g|/m and zero otherwise. The expectation is g, so no error feedback is needed; but the noise is large where one element
+is far above the others. So, as in the paper, gradients are first clipped to c standard deviations of their parameter;
+that biases the result where it clips, and c = 0 turns it off.
 
-Bytes that one of N ranks sends for n numbers: (N-1) · (n/4 + 4 · parameters).
+Bytes that one of N ranks sends for n elements: (N-1) · (n/4 + 4 · parameters).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from labkit.gradients.cost import all_gather_bytes
 
 
 class Ternary(LateCompressor):
-    """TernGrad."""
+    """TernGrad: send each element as its stochastically rounded sign, and a scale per parameter."""
 
     name = "ternary"
 
     class Options(LateOptions):
-        """What is done about large numbers."""
+        """Options of ternary compression."""
 
         clip_sigma: float = Field(default=2.5, ge=0, le=100)
-        """Gradients are limited to so many standard deviations of their parameter; 0 for no limit (unbiased)."""
+        """Clip gradients to this many standard deviations of their parameter; 0 for no clipping (unbiased)."""
 
     def reduce_compressed(self, bucket: GradientBucket) -> InFlight:
-        """The mean of the ternary gradients."""
+        """Average the ternary gradients of all ranks."""
         import torch
 
         from labkit.gradients.compression.noise import row_abs_max, uniform
@@ -56,13 +56,13 @@ class Ternary(LateCompressor):
             scales, packed = split_bytes(
                 message, [(len(sizes), torch.float32), (packed_bytes(len(flat), 2), torch.uint8)]
             )
-            numbers = unpack(packed, len(flat), (0.0, 1.0, -1.0, 0.0), flat.dtype)
-            for part, scale in zip(numbers.split(sizes), scales / self.comm.size, strict=True):
+            values = unpack(packed, len(flat), (0.0, 1.0, -1.0, 0.0), flat.dtype)
+            for part, scale in zip(values.split(sizes), scales / self.comm.size, strict=True):
                 part.mul_(scale)
-            out += numbers
+            out += values
         return out
 
     @classmethod
     def compressed_bytes(cls, options: Any, shapes: Sequence[Shape], context: CostContext) -> int:
-        """(N-1) · (n/4 + 4 · parameters)."""
+        """Return (N-1) · (n/4 + 4 · parameters) for n elements."""
         return all_gather_bytes(-(-numel(shapes) // 4) + 4 * len(shapes), context.world_size)
