@@ -135,3 +135,22 @@ def test_one_rank_a_host_has_one_storey() -> None:
 def test_overlap_that_never_is_says_so(changes: dict[str, Any], words: str) -> None:
     assert words in warnings(tiny(gradients__overlap=False, **changes))["gradients.overlap"]
     assert "gradients.overlap" not in warnings(tiny(gradients__overlap=False, launch__transport="network"))
+
+
+@pytest.mark.parametrize(
+    ("update", "refused"),
+    [({"method": "gossip"}, True), ({"method": "hogwild"}, True), ({"method": "gossip", "graph": "ring"}, False)],
+)
+@pytest.mark.parametrize("recomputed", ["full", "selective"])
+def test_activations_are_not_recomputed_with_other_weights(
+    update: dict[str, Any], refused: bool, recomputed: str
+) -> None:
+    """Found by random experiments: experts got other tokens in the recomputation, and torch gave up now and then."""
+    experiment = Experiment().set(
+        {"layout": {"dp_replicate": 2, "activation_checkpointing": recomputed}, "gradients.update": update}
+    )
+    reasons = [problem for problem in experiment.problems() if problem.field == "layout.activation_checkpointing"]
+    assert bool(reasons) == refused
+    if refused:
+        assert "between the forward pass and the recomputation" in reasons[0].reason
+        assert not experiment.set({"layout.activation_checkpointing": reasons[0].nearest}).problems()

@@ -1,10 +1,10 @@
 """Hogwild: one model in memory that all ranks share, changed by all of them without a lock (Niu et al., NIPS 2011).
 
-Every rank computes a gradient from the weights as it finds them, possibly half changed by others, and steps on them at
-once; nothing is sent. The paper's guarantee is for sparse problems; dense networks lose updates where two ranks write
-to the same place. Moments of the optimizer are each rank's own, buffers of the model are shared too.
+Every rank computes a gradient from the weights as it reads them, possibly while others change them, and steps at once;
+nothing is sent. The paper's guarantee is for sparse problems; dense networks lose updates where two ranks write to the
+same address. Each rank has its own optimizer moments; buffers of the model are shared like the weights.
 
-Each of N ranks steps with 1/N of its own learning rate, since N steps stand for one synchronous update.
+Each of N ranks steps with 1/N of the learning rate, since N steps make up one synchronous step.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from labkit.experiment.problem import Problem
 from labkit.gradients.updates.own_steps import LocalStepOptions, local_lr_scale
 from labkit.gradients.updates.tickets import AsyncUpdateRule
+from labkit.gradients.updates.update import recomputes_nothing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,35 +27,36 @@ if TYPE_CHECKING:
 
 
 class Hogwild(AsyncUpdateRule):
-    """One model in shared memory, no locks."""
+    """Lets all ranks train one model in shared memory without locks."""
 
     class Options(LocalStepOptions):
         pass
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Why it cannot run here."""
+        """Yield the reasons why it cannot run here."""
         yield from AsyncUpdateRule.problems(experiment, machine)
+        yield from recomputes_nothing(experiment)
         if experiment.launch.device == "cuda":
-            reason = "hogwild shares a model in the memory of the host; GPUs have one each"
+            reason = "hogwild shares a model in the memory of the host, but every GPU has its own memory"
             yield Problem("gradients.update.method", reason, "parameter_server")
         if experiment.launch.network is not None:
             reason = "hogwild sends nothing, so a slower link changes nothing; it is for one machine"
             yield Problem("launch.network", reason, "null")
 
     @classmethod
-    def inexact_resume(cls, options: Any, unscheduled: bool, kept: bool) -> str:
-        """Who writes first is chance."""
-        return "which rank of hogwild changes a weight first is chance, so no two runs are alike"
+    def inexact_resume(cls, options: Any, unscheduled: bool, restores_local_state: bool) -> str:
+        """Return why the resume is not exact: the order of writes depends on timing."""
+        return "which rank of hogwild changes a weight first depends on timing, so no two runs are identical"
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Move the model of this rank into the shared memory; rank 0's values count (collective)."""
+        """Move the model of this rank into shared memory, with the values of rank 0 (collective)."""
         import torch
 
         from labkit.gradients.updates.average import weights_and_buffers
 
-        path, parts = self.context.folder / "hogwild", weights_and_buffers(self.model)
-        size = sum(_room(part) for part in parts) + _aligned(8 * self.comm.size)
+        path, tensors = self.context.folder / "hogwild", weights_and_buffers(self.model)
+        size = sum(_allocated_bytes(tensor) for tensor in tensors) + _aligned(8 * self.comm.size)
         token = torch.zeros(1)
         if self.comm.rank == 0:
             path.write_bytes(b"")
@@ -65,48 +67,48 @@ class Hogwild(AsyncUpdateRule):
         if self.comm.rank == 0:
             path.unlink()
         self._counts = memory[: 8 * self.comm.size].view(torch.int64)
-        """Updates made by each rank; each writes its own number only."""
+        """Steps made by each rank; a rank writes only its own count."""
         begin = _aligned(8 * self.comm.size)
-        places = {}
-        for part in parts:
-            end = begin + part.numel() * part.element_size()
-            places[part.data_ptr()] = memory[begin:end].view(part.dtype).view(part.shape)
+        shared = {}
+        for tensor in tensors:
+            end = begin + tensor.numel() * tensor.element_size()
+            shared[tensor.data_ptr()] = memory[begin:end].view(tensor.dtype).view(tensor.shape)
             if self.comm.rank == 0:
-                places[part.data_ptr()].copy_(part)
-            begin += _room(part)
+                shared[tensor.data_ptr()].copy_(tensor)
+            begin += _allocated_bytes(tensor)
         for tensor in (*self.model.parameters(), *self.model.buffers()):
-            tensor.data = places.get(tensor.data_ptr(), tensor.data)
+            tensor.data = shared.get(tensor.data_ptr(), tensor.data)
         self.comm.all_reduce(token).wait()
 
     def fetch_weights(self) -> None:
-        """The weights are in place; remember how often they have been changed."""
-        self._seen = int(self._counts.sum())
+        """Record how often the weights have been changed so far; they are read in place."""
+        self._steps_before = int(self._counts.sum())
 
     def apply_gradient(self, work_item: int) -> int | None:
-        """Step on the shared weights."""
-        stale = int(self._counts.sum()) - self._seen
+        """Step on the shared weights and return how many steps all ranks have made since the gradient was started."""
+        staleness = int(self._counts.sum()) - self._steps_before
         for group in self.optimizer.param_groups:
             group["lr"] *= local_lr_scale(self.options, self.context.experiment) / self.comm.size
         self.optimizer.step()
         self._counts[self.comm.rank] += 1
-        return stale
+        return staleness
 
     def counters(self) -> Counters | None:
-        """Nothing is sent."""
+        """Return None: nothing is sent."""
         return None
 
     def close(self) -> None:
-        """Wait for all ranks: nobody changes the weights until the next stretch."""
+        """Wait for all ranks, so that no weight changes until the next epoch of the work queue (collective)."""
         import torch
 
         self.comm.all_reduce(torch.zeros(1)).wait()
 
 
 def _aligned(size: int) -> int:
-    """So many bytes or a few more, so that numbers of any kind may follow (complex ones of float64 take 16)."""
+    """Round a size up to a multiple of 16 bytes, so that any dtype may follow (complex128 takes 16 bytes)."""
     return -(-size // 16) * 16
 
 
-def _room(part: Tensor) -> int:
-    """Bytes of a tensor in the shared memory."""
-    return _aligned(part.numel() * part.element_size())
+def _allocated_bytes(tensor: Tensor) -> int:
+    """Return the bytes that a tensor takes in shared memory."""
+    return _aligned(tensor.numel() * tensor.element_size())

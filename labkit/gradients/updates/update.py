@@ -1,17 +1,18 @@
-"""When ranks combine what they learned: what every update rule is made of.
+"""The base class of update rules, which decide when ranks combine what they have learned.
 
-Two kinds of loop exist. In *rounds* every rank takes its share of every update (synchronous, local, delayed); in
-*tickets* (tickets.py) ranks draw one piece of work after the other and nobody waits for the slowest.
+There are two kinds of training loop. In *rounds* every rank computes its share of every optimizer step (synchronous,
+local, delayed); with a *work queue* (tickets.py) ranks take one work item after the other, and nobody waits for the
+slowest.
 
-All rules are told of the same moments of an update:
+The trainer calls every rule at the same points of an optimizer step,
 
-    passes forward and backward → before_update → optimizer → after_update
+    forward and backward passes → before_update → optimizer → after_update
 
-and of the moments at which one set of weights has to stand for all ranks: `averaged_weights` (an evaluation, which leaves the
-training as it is) and `average_replicas` (a checkpoint: from here on the ranks really go on from one state, so that a
-resumed run repeats what the first one did).
+and wherever one set of weights has to represent all ranks: `averaged_weights` for an evaluation, which does not change
+the training, and `average_replicas` for a checkpoint, after which all ranks continue from one state, so that a resumed
+run repeats what the first one did.
 
-A rule's file imports torch inside its methods only: forms read its options.
+The file of a rule imports torch only inside its methods, because forms read its options.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ if TYPE_CHECKING:
     from labkit.gradients.wire import Communicator
 
 
-AVERAGED = "the stop averaged weights that each rank had to itself, and other ranks cannot go on with those"
-"""Why a run of a rule that `replicas_diverge` does not go on exactly from the checkpoint of a stopped one."""
+AVERAGED = "the stop averaged weights that differed between ranks, and only the same ranks can resume with their own"
+"""Why a resume from the checkpoint of a stopped run is not exact if the rule lets replicas diverge."""
 
 
 @dataclass(frozen=True)
 class UpdateContext:
-    """What an update rule works with on its rank."""
+    """Everything that an update rule needs on its rank."""
 
     experiment: Experiment
     options: Any
@@ -48,40 +49,39 @@ class UpdateContext:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     comm: Communicator
-    """To all ranks."""
+    """Communicator of all ranks."""
     steps: int
-    """Updates of the whole run."""
+    """Number of optimizer steps of the whole run."""
     lr_at: Callable[[int], float]
-    """Learning rate of update t (counted from 0)."""
+    """Learning rate of optimizer step t (counted from 0)."""
     folder: Path
-    """A private local folder of the run."""
+    """Private local folder of the run."""
     timeout_s: float
-    """How long a rank waits for another one."""
+    """Seconds for which a rank waits for another one."""
     irregular: bool
-    """May a pass leave parameters without a gradient?"""
+    """Whether a pass may leave parameters without a gradient."""
     next_sync_step: Callable[[int], int]
-    """After how many updates, as known when update t begins, the ranks stand still: for an evaluation, a checkpoint, a
-    stop or the end."""
+    """Given step t, the next step at which all ranks synchronise: for an evaluation, a checkpoint, a stop or the end."""
 
 
 class UpdateRule:
-    """Base of the rules in which every rank takes part in every update."""
+    """Base class of rules; by default every rank takes part in every optimizer step."""
 
     uses_ddp: ClassVar[bool] = False
-    """Do gradients travel through DistributedDataParallel?"""
+    """Whether gradients are reduced by DistributedDataParallel."""
     one_batch: ClassVar[bool] = False
-    """Do all ranks work on one batch in each update, of which every gradient is a part?"""
+    """Whether in each step all ranks compute parts of the gradient of one batch."""
     uses_work_queue: bool = False
-    """Do ranks draw tickets?"""
+    """Whether ranks take their work from a work queue (tickets.py)."""
     max_step_skew: int = 0
-    """By how many updates another rank may be ahead of rank 0 when it must hear of a stop: `Board.should_stop`.
+    """Maximum number of steps by which a rank may be ahead of rank 0 (see `Board.should_stop`).
 
-    Whatever makes ranks wait for each other bounds it; a stop comes so many updates later.
+    It is bounded by whatever makes ranks wait for each other; a stop takes effect that many steps later.
     """
     replicas_diverge: bool = False
-    """Do ranks hold weights of their own between updates?"""
+    """Whether ranks hold different weights between optimizer steps."""
     steps_in_flight: int = 0
-    """Updates that have begun before the one that ends next, on which a trace has to look back."""
+    """Number of steps that have started before the one that ends next; a trace has to begin that much earlier."""
 
     def __init__(self, context: UpdateContext) -> None:
         self.context, self.options, self.comm = context, context.options, context.comm
@@ -89,40 +89,46 @@ class UpdateRule:
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Why this rule cannot run here."""
+        """Yield the reasons why this rule cannot run here."""
         return replicas_only(experiment)
 
     def lr_scale(self, step: int) -> float:
-        """Factor on this rank's learning rate in update `step`."""
+        """Return the factor on this rank's learning rate in step `step`."""
         return 1.0
 
     def training_module(self) -> nn.Module:
-        """The module that computes gradients on this rank."""
+        """Return the module that computes gradients on this rank."""
         return self.model
 
     def wrap_dataloader(self, model: Any, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches of this rank, one a pass, in order; a rule may look ahead in them. `model`: the rank's own."""
+        """Return an iterator over the batches of this rank, one per pass; a rule may look ahead in it.
+
+        `model` is the parallel model of this rank.
+        """
         return batches
 
     def forward_backward(self, model: Any, last: bool, step: int) -> AbstractContextManager[Any]:
-        """Around one pass forward and backward of update `step`; `last`: of this update. `model`: the rank's own."""
+        """Return a context manager around one forward and backward pass of step `step`.
+
+        `model` is the parallel model of this rank; `last` marks the last pass of the step.
+        """
         return nullcontext()
 
     def before_update(self, step: int) -> None:
-        """The gradients of update `step` (counted from 0) are there; the optimizer comes next."""
+        """Do what is due between the last backward pass of step `step` (counted from 0) and the optimizer."""
 
     def after_update(self, step: int) -> int | None:
-        """The optimizer has stepped. Returns the staleness of the gradient it used, in updates, if that is measured."""
+        """Do what is due after the optimizer; return the staleness of its gradient in steps, or None if not measured."""
         return None
 
     def averaged_weights(self) -> AbstractContextManager[None]:
-        """While it is open (collective) the model holds the weights by which the run is judged: the ranks' mean."""
+        """Return a context manager in which the model holds the weights to evaluate: the mean over all ranks (collective)."""
         from labkit.gradients.updates.average import averaged_replicas
 
         return averaged_replicas(self.model, self.comm)
 
     def average_replicas(self, step: int) -> None:
-        """All ranks go on from one state (collective): the mean of weights, buffers and optimizer moments."""
+        """Replace weights, buffers and optimizer moments by their mean over all ranks (collective)."""
         from labkit.gradients.updates.average import (
             average,
             broadcast_from_first,
@@ -135,62 +141,77 @@ class UpdateRule:
         broadcast_from_first(integer_buffers(self.model), self.comm)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps beside weights and moments, equal on all ranks after `average_replicas`."""
+        """Return what a checkpoint stores besides weights and moments; equal on all ranks after `average_replicas`."""
         return {}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from there; called after the weights have been restored, with nothing in it for a new run."""
+        """Restore what `state` returned; called after the weights were restored, with an empty dict for a new run."""
 
     def local_state(self) -> dict[str, Tensor]:
-        """What a checkpoint of a stopped run keeps of this rank alone, beside its weights and moments (collective)."""
+        """Return what the checkpoint of a stopped run stores for this rank alone besides weights and moments (collective)."""
         return {}
 
     def load_local_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from there: the same ranks; called after `load` and after the weights of this rank are in place."""
+        """Restore what `local_state` returned on the same rank; called after `load` and after its weights were restored."""
 
     @classmethod
-    def inexact_resume(cls, options: Any, unscheduled: bool, kept: bool) -> str:
-        """Why a run that goes on from a checkpoint differs from one that was never interrupted; empty if it does not.
+    def inexact_resume(cls, options: Any, unscheduled: bool, restores_local_state: bool) -> str:
+        """Return why a resumed run differs from one that was never interrupted; empty if it does not.
 
-        `unscheduled`: the checkpoint was written because of a stop; `kept`: each rank goes on with its own weights.
+        `unscheduled`: the checkpoint was written because of a stop. `restores_local_state`: each rank resumes with its
+        own weights.
         """
         return ""
 
     def close(self) -> None:
-        """The training is over (collective)."""
+        """Finish what is in flight at the end of the training (collective)."""
 
     # -- what it cost -------------------------------------------------------------------------------------------------
 
     formula_bytes = 0
-    """What the formula of the rule says of the bytes that this rank has sent so far."""
+    """Bytes that this rank has sent so far, by the formula of the rule."""
 
     @property
     def comms(self) -> tuple[Communicator, ...]:
-        """All groups that it talks in."""
+        """All communicators that this rule uses."""
         return (self.comm,)
 
     def counters(self) -> Counters | None:
-        """So far, evaluations and checkpoints included; None where only gradients travel, which count themselves."""
+        """Return the costs so far, with evaluations and checkpoints; None if a communication hook or DDP counts them."""
         from labkit.gradients.exchange import Counters
 
-        waited = sum(comm.seconds for comm in self.comms)
-        return Counters(sum(comm.sent for comm in self.comms), waited, 0.0, self.formula_bytes)
+        waited = sum(comm.wait_seconds for comm in self.comms)
+        return Counters(sum(comm.sent_bytes for comm in self.comms), waited, 0.0, self.formula_bytes)
 
 
 def replicas_only(experiment: Experiment) -> Iterator[Problem]:
-    """Rules that let ranks hold different weights know whole models only, and gradients as they are."""
+    """Yield the constraints of rules with diverging replicas: plain data parallelism and no gradient compression."""
     from labkit.experiment.problem import Problem
 
     layout, update = experiment.layout, experiment.gradients.update.method
     if layout.world_size != layout.dp_replicate:
-        reason = f"{update} needs whole models on all ranks (layout.dp_replicate alone), the layout is {layout}"
+        reason = f"{update} needs a full model on every rank (layout.dp_replicate alone), the layout is {layout}"
         yield Problem("gradients.update.method", reason, "synchronous")
     if layout.world_size == 1:
         yield Problem("gradients.update.method", f"{update} needs more than one rank", "synchronous")
     if experiment.launch.isolated:
         yield Problem(
-            "gradients.update.method", f"isolated ranks never talk, {update} has nothing to do", "synchronous"
+            "gradients.update.method", f"isolated ranks exchange nothing, so {update} has nothing to do", "synchronous"
         )
     if experiment.gradients.compression.method != "none":
         reason = f"{update} sends no gradients through a compressor"
         yield Problem("gradients.compression.method", reason, "none")
+
+
+def recomputes_nothing(experiment: Experiment) -> Iterator[Problem]:
+    """Yield the constraint of rules under which weights change during a pass: activations are not recomputed.
+
+    The recomputation would use other weights than the forward pass: wrong gradients, and with experts, which then get
+    other tokens, tensors of other shapes.
+    """
+    from labkit.experiment.problem import Problem
+
+    if experiment.layout.activation_checkpointing != "none":
+        update = experiment.gradients.update.method
+        reason = f"under {update} weights may change between the forward pass and the recomputation of its activations"
+        yield Problem("layout.activation_checkpointing", reason, "none")
