@@ -87,8 +87,8 @@ class CommHook:
 
         `flat` must stay valid until `wait`, which leaves the result in it.
         """
-        number = len(self._buckets)
-        bucket = GradientBucket(flat, tuple(parameters), tuple(map(tuple, shapes)), self.step, number)
+        index = len(self._buckets)
+        bucket = GradientBucket(flat, tuple(parameters), tuple(map(tuple, shapes)), self.step, index)
         self._buckets.append(bucket)
         self.formula_bytes += self.compressor.expected_bytes(bucket)
         if self._overlap:

@@ -45,7 +45,7 @@ REFUSED = {
         "onebit_adam",
         {"layout": {"dp_replicate": 2, "pp": 2, "microbatches": 2}},
         METHOD,
-        "do not add up",
+        "cannot be summed",
     ),
     "another update rule": ("sign", {"gradients__update": {"method": "local_sgd"}}, METHOD, "no gradients"),
 }

@@ -55,7 +55,7 @@ class GradientBucket:
     shapes: tuple[Shape, ...]
     step: int
     """Number of optimizer steps done before this one, since the beginning of the training."""
-    number: int
+    index: int
     """Position of the bucket among those of its optimizer step."""
 
     @property
@@ -212,7 +212,7 @@ class Compressor:
         import torch
 
         offset = 0 if shared else 1 + self.comm.rank
-        seed = ((self.seed * 1_000_003 + bucket.step) * 4099 + bucket.number) * 4099 + offset
+        seed = ((self.seed * 1_000_003 + bucket.step) * 4099 + bucket.index) * 4099 + offset
         return torch.Generator(bucket.flat.device).manual_seed(seed % 2**63)
 
     # -- rules --------------------------------------------------------------------------------------------------------

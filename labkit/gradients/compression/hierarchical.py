@@ -91,7 +91,7 @@ class Hierarchical(Compressor):
 
     def _shard_bucket(self, bucket: GradientBucket, shard: Any) -> GradientBucket:
         key = tuple(map(id, bucket.parameters))
-        return GradientBucket(shard, (key,), (tuple(shard.shape),), bucket.step, bucket.number)
+        return GradientBucket(shard, (key,), (tuple(shard.shape),), bucket.step, bucket.index)
 
     def expected_bytes(self, bucket: GradientBucket) -> int:
         """Return the bytes that this rank sends for a bucket on both levels, by the formula."""

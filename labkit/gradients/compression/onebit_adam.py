@@ -109,7 +109,7 @@ class OneBitAdam(LateCompressor):
         chunks, width = _chunks(numel(shapes), context.world_size)
         shard = chunks * (4 + width // 8)
         return all_to_all_bytes(shard * context.world_size, context.world_size) + all_gather_bytes(
-            part, context.world_size
+            shard, context.world_size
         )
 
     @classmethod
@@ -122,7 +122,7 @@ class OneBitAdam(LateCompressor):
         if experiment.gradients.hierarchical:
             yield Problem(field, "between hosts a rank has a slice of all gradients, without their momentum", "none")
         if experiment.layout.pp > 1:
-            reason = "stages sum the gradients of weights that they share, and momenta must not be summed"
+            reason = "stages sum the gradients of weights that they share, but momenta cannot be summed"
             yield Problem(field, reason, "none")
 
     @classmethod
@@ -141,4 +141,4 @@ def _chunks(count: int, world_size: int) -> tuple[int, int]:
 def _shard_bucket(bucket: GradientBucket, mean: Tensor) -> GradientBucket:
     """Return a bucket for the shard that this rank averages, which may begin and end within a parameter."""
     key = tuple(map(id, bucket.parameters))
-    return GradientBucket(mean, (key,), (tuple(mean.shape),), bucket.step, bucket.number)
+    return GradientBucket(mean, (key,), (tuple(mean.shape),), bucket.step, bucket.index)

@@ -66,5 +66,5 @@ def pack_signs(rows: Tensor) -> Tensor:
 def unpack_signs(messages: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Decode what `pack_signs` returned: scale · sign, shape [rows, width]."""
     scales = messages[:, :4].flatten().clone().view(torch.float32)[:, None]
-    numbers = unpack(messages[:, 4:].reshape(-1), len(messages) * width, (1.0, -1.0), dtype)
-    return numbers.view(-1, width).mul_(scales)
+    signs = unpack(messages[:, 4:].reshape(-1), len(messages) * width, (1.0, -1.0), dtype)
+    return signs.view(-1, width).mul_(scales)

@@ -1,1 +1,1 @@
-"""Update rules: when ranks combine what they have learned, one file per rule."""
+"""Update rules, which decide when ranks combine what they have learned: one file per rule."""

@@ -1,12 +1,13 @@
-"""Delayed gradients: what was computed d updates ago is applied now, so that its exchange has d updates to arrive.
+"""Delayed gradients: a gradient that was computed d steps ago is applied now, so that its all-reduce may take d steps.
 
-All ranks apply the same mean gradient to the same weights, only a staler one: w ← w - η·g(w of d updates ago). Sources:
+All ranks apply the same mean gradient to the same weights, only a staler one: w ← w - η·g(w of d steps ago). Sources:
 Zinkevich, Langford and Smola, "Slow Learners are Fast", NIPS 2009; Zhu et al., "Delayed Gradient Averaging", 2021. It
-sends what synchronous training sends. The first d updates have nothing to apply; the last d gradients are not used.
+sends as many bytes as synchronous training. The first d steps have nothing to apply; the last d gradients are not used.
 
-With `predict`, gradients are computed where the weights will be when they are applied, as far as one can tell: d times
-the last update ahead (Chen, Yang and Cheng, SpecTrain, 2018), or further, which damps what the delay excites (Kosson et
-al., "Pipelined Backpropagation at Scale", 2021). Without it the loss pays more the larger the steps are.
+With `predict`, gradients are computed at the weights that are expected when they are applied: d times the last change
+of the weights ahead (Chen, Yang and Cheng, SpecTrain, 2018), or further, which damps the oscillations that the delay
+excites (Kosson et al., "Pipelined Backpropagation at Scale", 2021). Without it, the larger the steps, the more the loss
+suffers.
 """
 
 from __future__ import annotations
@@ -27,33 +28,33 @@ if TYPE_CHECKING:
 
 
 class Delayed(UpdateRule):
-    """Gradients some updates late."""
+    """Applies each mean gradient a fixed number of steps late."""
 
     one_batch = True
 
     class Options(BaseOptions):
         delay: int = Field(default=1, ge=0, le=100)
-        """By how many updates gradients come late; 0 is synchronous training without overlap."""
+        """Number of steps by which gradients are late; 0 is synchronous training without overlap."""
         predict: float = Field(default=2.0, ge=0, le=10)
-        """How far ahead of the weights gradients are computed, in units of the move that is expected; 0 for not."""
+        """How far ahead of the weights gradients are computed, in multiples of the expected change; 0 turns it off."""
 
     def __init__(self, context: UpdateContext) -> None:
         super().__init__(context)
         self.max_step_skew = self.options.delay
         self._in_flight: deque[Any] = deque()
         self._applied = False
-        self._old: list[Tensor] = []
-        self._ahead: list[Tensor] = []
-        """How far the weights are expected to move until a gradient is applied."""
+        self._old_weights: list[Tensor] = []
+        self._offsets: list[Tensor] = []
+        """Expected change of the weights until a gradient is applied."""
 
     def forward_backward(self, model: Any, last: bool, step: int) -> AbstractContextManager[Any]:
-        """With `predict`, ahead of the weights."""
+        """Return a context manager that shifts the weights to those expected, if `predict` asks for it."""
         from labkit.gradients.updates.average import shifted_weights, trainable_weights
 
-        return shifted_weights(trainable_weights(self.model), self._ahead) if self._ahead else nullcontext()
+        return shifted_weights(trainable_weights(self.model), self._offsets) if self._offsets else nullcontext()
 
     def before_update(self, step: int) -> None:
-        """Send this update's gradient, and put in its place the mean of the one whose time has come."""
+        """Start to reduce this step's gradient, and replace it by the mean gradient that is due."""
         from labkit.gradients.cost import all_reduce_bytes
         from labkit.gradients.updates.gradient_vector import GradientVector
 
@@ -69,47 +70,47 @@ class Delayed(UpdateRule):
             for parameter in trained:
                 parameter.grad = None  # the optimizer leaves such parameters alone
         if self.options.predict and self.options.delay:
-            self._old = [parameter.detach().clone() for parameter in trained]
+            self._old_weights = [parameter.detach().clone() for parameter in trained]
 
     def after_update(self, step: int) -> int | None:
-        """Every gradient is as old as it is late."""
-        if self._old:
+        """Return the staleness of the gradient, which is the delay; None if none was applied."""
+        if self._old_weights:
             trained = [parameter.detach() for parameter in self.model.parameters() if parameter.requires_grad]
-            reach = self.options.predict * self.options.delay
-            self._ahead = [(new - old) * reach for new, old in zip(trained, self._old, strict=True)]
+            factor = self.options.predict * self.options.delay
+            self._offsets = [(new - old) * factor for new, old in zip(trained, self._old_weights, strict=True)]
         return self.options.delay if self._applied else None
 
     def averaged_weights(self) -> AbstractContextManager[None]:
-        """All ranks hold the same weights."""
+        """Return a context manager that does nothing: all ranks hold the same weights."""
         return nullcontext()
 
     def average_replicas(self, step: int) -> None:
-        """All ranks hold the same state; what is under way is kept with it."""
+        """Do nothing: all ranks hold the same state, and gradients in flight are stored with it."""
 
     def state(self) -> dict[str, Tensor]:
-        """Sums of the gradients under way, the oldest first, and where the weights are expected."""
+        """Return the sums of the gradients in flight, the oldest first, and the expected change of the weights."""
         from labkit.gradients.updates.average import flatten
 
-        kept = {f"delayed.{age:03}": pending.wait().cpu() for age, pending in enumerate(self._in_flight)}
-        return kept | ({"ahead": flatten(self._ahead).cpu()} if self._ahead else {})
+        state = {f"delayed.{age:03}": pending.wait().cpu() for age, pending in enumerate(self._in_flight)}
+        return state | ({"ahead": flatten(self._offsets).cpu()} if self._offsets else {})
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on with what was under way."""
+        """Restore the gradients in flight and the expected change of the weights."""
         import torch
 
         from labkit.gradients.updates.average import trainable_weights, unflatten_into
         from labkit.gradients.wire import PendingWork
 
-        kept = [state[name] for name in sorted(state) if name.startswith("delayed.")]
+        stored = [state[name] for name in sorted(state) if name.startswith("delayed.")]
         device = next(self.model.parameters()).device
         if "ahead" in state and self.options.predict:
-            self._ahead = [torch.empty_like(weights) for weights in trainable_weights(self.model)]
-            unflatten_into(self._ahead, state["ahead"].to(device))
+            self._offsets = [torch.empty_like(weights) for weights in trainable_weights(self.model)]
+            unflatten_into(self._offsets, state["ahead"].to(device))
         self._in_flight = deque(
-            PendingWork(self.comm, None, sums.to(device)) for sums in kept[max(0, len(kept) - self.options.delay) :]
+            PendingWork(self.comm, None, sums.to(device)) for sums in stored[max(0, len(stored) - self.options.delay) :]
         )
 
     def close(self) -> None:
-        """Gradients still under way are not used."""
+        """Wait for the gradients still in flight, which are not used."""
         for pending in self._in_flight:
             pending.wait()

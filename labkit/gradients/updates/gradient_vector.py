@@ -1,9 +1,9 @@
 """All gradients of a model as one vector, as update rules send them.
 
-Where a pass may leave parameters without a gradient (a branch that is not taken, a layer that nothing uses), one count
-for each parameter rides along: how many of the added vectors had a gradient. What nobody had one for gets none back, so
-that the optimizer leaves it alone as it does in one process; a gradient of zeros would let it decay and follow its
-momentum.
+Where a pass may leave parameters without a gradient (a branch that is not taken, a layer that nothing uses), the vector
+also holds one count per parameter: how many of the summed vectors had a gradient for it. A parameter without a gradient
+on any rank gets none back, so that the optimizer leaves it alone as it does in one process; with a gradient of zeros it
+would decay and follow its momentum.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class GradientVector:
                 parameter.grad = parameter.grad if count else None
 
     def empty(self) -> Tensor:
-        """Return an uninitialised vector of the right length and number format, on the host."""
+        """Return an uninitialised vector of the right length and dtype on the CPU."""
         return torch.empty_like(self.read(), device="cpu")
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one vector."""
+        """Size of one vector in bytes."""
         vector = self.read()
         return vector.numel() * vector.element_size()

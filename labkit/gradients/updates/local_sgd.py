@@ -1,11 +1,11 @@
-"""Local SGD: ranks train alone and average their weights every H updates (Stich, ICLR 2019; Lin et al., ICLR 2020).
+"""Local SGD: ranks train alone and average their weights every H steps (Stich, ICLR 2019; Lin et al., ICLR 2020).
 
-An average of n bytes over N ranks sends 2·(N-1)/N·n from each, once in H updates: per update that is 1/H of what
-synchronous training sends. With H = 1 and SGD, the mean of the ranks' weights is what the mean gradient gives, also
-with momentum, because all of it is linear; AdamW divides, so there it is close only.
+To average n bytes over N ranks each sends 2·(N-1)/N·n bytes, once every H steps: per step that is 1/H of what
+synchronous training sends. With H = 1 and SGD, the mean of the ranks' weights equals the result of the mean gradient,
+also with momentum, because all of it is linear; with AdamW, which divides, it is only close.
 
-What is averaged: weights, buffers (running means of normalisations) and the moments of the optimizer, which are twice
-as much again for AdamW; without `average_optimizer` they stay local.
+Ranks average weights, buffers (running means of normalisations) and the moments of the optimizer, which for AdamW add
+twice the bytes of the weights; without `average_optimizer` moments stay local.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class LocalSGD(UpdateRule):
-    """Average the weights every few updates."""
+    """Averages the weights of all ranks every few steps."""
 
     replicas_diverge = True
 
     class Options(LocalStepOptions):
         every: int = Field(default=8, ge=1, le=1_000_000)
-        """Updates between two averages (H)."""
+        """Local steps between two averagings (H)."""
         average_optimizer: bool = True
         """Average the moments of the optimizer too."""
 
@@ -37,21 +37,21 @@ class LocalSGD(UpdateRule):
         self.max_step_skew = self.options.every - 1
 
     @classmethod
-    def inexact_resume(cls, options: Any, unscheduled: bool, kept: bool) -> str:
-        """The weights that ranks had to themselves are lost if they were averaged for a stop and not kept."""
-        return AVERAGED if unscheduled and not kept else ""
+    def inexact_resume(cls, options: Any, unscheduled: bool, restores_local_state: bool) -> str:
+        """Return why the resume is not exact: a stop averages the local weights unless each rank gets its own back."""
+        return AVERAGED if unscheduled and not restores_local_state else ""
 
     def lr_scale(self, step: int) -> float:
-        """Ranks step by themselves."""
+        """Return the learning-rate multiplier of local steps."""
         return local_lr_scale(self.options, self.context.experiment)
 
     def after_update(self, step: int) -> int | None:
-        """Every `every` updates, and after the last one, the ranks meet."""
+        """Average over all ranks every `every` steps and after the last one."""
         if (step + 1) % self.options.every == 0 or step + 1 == self.context.steps:
-            self._meet()
+            self._average()
         return None
 
-    def _meet(self) -> None:
+    def _average(self) -> None:
         from labkit.gradients.updates.average import average, average_bytes, optimizer_moments, weights_and_buffers
 
         tensors = weights_and_buffers(self.model)

@@ -1,4 +1,4 @@
-"""The outer optimizer of DiLoCo: it moves weights that all ranks agree on by what the ranks have moved on average."""
+"""The outer optimizer of DiLoCo: it moves the weights shared by all ranks by the mean change of the ranks' weights."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from torch import Tensor
 
 
 class Outer:
-    """SGD with Nesterov momentum on flat weights: Douillard et al., DiLoCo, 2023.
+    """SGD with Nesterov momentum on flat weights (Douillard et al., DiLoCo, 2023).
 
-    The outer gradient is how far the ranks have come: anchor - mean of their weights.
+    The outer gradient is the anchor minus the mean of the ranks' weights.
     """
 
     def __init__(self, anchor: Tensor, lr: float, momentum: float) -> None:
         self.anchor = anchor
-        """The weights that all ranks agree on, flat."""
+        """Flat weights that are equal on all ranks."""
         self.lr, self.momentum = lr, momentum
         self.velocity = torch.zeros_like(anchor)
 
     def step(self, gradient: Tensor, begin: int = 0) -> Tensor:
-        """Move the stretch from `begin` on by its outer gradient; returns the new weights of that stretch."""
+        """Update the slice that starts at `begin` by its outer gradient, and return the new weights of that slice."""
         end = begin + gradient.numel()
         velocity, anchor = self.velocity[begin:end], self.anchor[begin:end]
         velocity.mul_(self.momentum).add_(gradient)

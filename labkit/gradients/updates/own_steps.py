@@ -1,10 +1,10 @@
-"""The learning rate of ranks that step by themselves, on a part of the batch each.
+"""The learning rate of ranks that take local steps, each on its part of the batch.
 
-AdamW divides by the size of the gradients that it sees, and those of a rank's own samples are noisier than the mean
-over N ranks: where noise prevails by √N. So its steps are that much shorter, and the mean of what N ranks do moves less
-than synchronous training would. The square-root rule for adaptive optimizers puts that right: √N times the rate
-(Malladi et al., "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms", NeurIPS 2022). SGD divides by
-nothing.
+AdamW divides by the size of its gradients, and those of a rank's own samples are noisier than the mean over N ranks: by
+a factor of √N where noise dominates. So its steps are shorter by that factor, and the mean over N ranks moves less than
+in synchronous training. The square-root scaling rule for adaptive optimizers corrects this: √N times the learning rate
+(Malladi et al., "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms", NeurIPS 2022). SGD does not divide,
+so it needs no correction.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from labkit.experiment.registry import Options
 
 
 class LocalStepOptions(Options):
-    """What rules have in common whose ranks step by themselves."""
+    """Options of all rules whose ranks take local steps."""
 
     rate_factor: float | None = Field(default=None, gt=0, le=1000)
-    """Factor on the learning rate of a rank that steps by itself; empty: the root of the number of ranks for AdamW."""
+    """Learning-rate multiplier of local steps; empty: the square root of the number of ranks for AdamW, 1 for SGD."""
 
 
 def local_lr_scale(options: LocalStepOptions, experiment: Experiment) -> float:
-    """That factor."""
+    """Return the learning-rate multiplier for ranks that take local steps."""
     if options.rate_factor is not None:
         return options.rate_factor
     return math.sqrt(experiment.layout.dp_replicate) if experiment.optimizer.name == "adamw" else 1.0

@@ -1,23 +1,23 @@
-"""A parameter server: rank 0 keeps the weights, every rank fetches them, computes a gradient and brings it back.
+"""A parameter server: rank 0 keeps the weights; every rank fetches them, computes a gradient and sends it back.
 
-Nobody waits, up to a bound: no gradient is used that is more than `staleness` updates old. A gradient whose use would
-make another one, still being computed or waiting, older than that has to wait; when every rank waits, all are used
-together as one mean. So
+Ranks do not wait for each other, except to bound staleness: no gradient is applied that is more than `staleness`
+updates old. A gradient has to wait if applying it would make another one, which is being computed or waits itself,
+older than that; when all ranks wait, the mean of their gradients is applied. So
 
-- staleness 0 is synchronous training: all ranks bring their gradients, one update with their mean follows;
-- without a bound (-1) every gradient is used when it comes.
+- staleness 0 is synchronous training: all ranks send their gradients, and one update with their mean follows;
+- without a bound (-1) every gradient is applied when it arrives.
 
-k gradients of N ranks make k/N of an update: the learning rate is that part of it. AdamW divides by the size of what it
-sees, and the mean of k gradients is noisier than that of N: there it is √(k/N) of it (own_steps.py). Updates from stale
-weights act like a momentum of 1 - 1/N by themselves (Mitliagkas et al., "Asynchrony begets Momentum", 2016), so the
-server's own is lower by as much. With `scaled`, a gradient that
-is τ updates old counts 1/(1+τ) (Zhang et al., "Staleness-aware Async-SGD", IJCAI 2016). With `backup` = b and
-staleness 0, an update takes the first N - b gradients and those that come late are dropped, their samples drawn again
-(Chen et al., "Revisiting Distributed Synchronous SGD", 2016).
+An update from k gradients of N ranks has k/N of the learning rate. AdamW divides by the size of its gradients, and the
+mean of k gradients is noisier than that of N: there the factor is √(k/N) (own_steps.py). Updates from stale weights act
+like a momentum of 1 - 1/N by themselves (Mitliagkas et al., "Asynchrony begets Momentum", 2016), so the momentum of the
+server's optimizer is lower by that amount. With `scaled`, a gradient that is τ updates old has the weight 1/(1+τ)
+(Zhang et al., "Staleness-aware Async-SGD", IJCAI 2016). With `backup` = b and staleness 0, an update uses the first
+N - b gradients; those that come late are dropped, and their samples are computed again (Chen et al., "Revisiting
+Distributed Synchronous SGD", 2016).
 
-Rank 0 computes too, with a copy of the model beside the server's thread. A gradient costs n bytes there, the weights
-n bytes back; the server's rank sends for all. Ranks talk over gloo, also where they compute on GPUs. If a rank dies,
-the supervisor ends the run and names it.
+Rank 0 computes gradients too, with a copy of the model next to the server's thread. Every gradient sends n bytes to the
+server, and the reply n bytes of weights back; rank 0 sends all replies. Ranks communicate by gloo even if they compute
+on GPUs. If a rank dies, the supervisor ends the run and names it.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ if TYPE_CHECKING:
 
 
 class ParameterServer(AsyncUpdateRule):
-    """Bounded staleness."""
+    """Applies the gradients of all ranks on a server, asynchronously with bounded staleness."""
 
     class Options(BaseOptions):
         staleness: int = Field(default=16, ge=-1, le=1_000_000)
-        """Most updates between the weights that a gradient saw and those it changes: 0 synchronous, -1 no bound."""
+        """Maximum number of updates by which a gradient may be stale: 0 is synchronous, -1 has no bound."""
         scaled: bool = False
-        """Count a gradient that is τ updates old as 1/(1+τ)."""
+        """Weight a gradient that is τ updates old by 1/(1+τ)."""
         momentum: float | None = Field(default=None, ge=0, lt=1)
-        """Momentum of the server's optimizer (first beta of AdamW); empty: lower than usual, if not synchronous."""
+        """Momentum of the server's optimizer (first beta of AdamW); empty: lower than usual unless synchronous."""
         backup: int = Field(default=0, ge=0, le=1000)
-        """Ranks that a synchronous update does not wait for."""
+        """Number of ranks that a synchronous update does not wait for."""
 
     def __init__(self, context: UpdateContext) -> None:
         super().__init__(context)
         self._claimed_until = 0
-        self._next: Any = None
+        self._reply: Any = None
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Why it cannot run here."""
+        """Yield the reasons why it cannot run here."""
         yield from AsyncUpdateRule.problems(experiment, machine)
         update: Any = experiment.gradients.update
         if update.backup and update.staleness:
@@ -73,29 +73,33 @@ class ParameterServer(AsyncUpdateRule):
             yield Problem("gradients.update.backup", reason, experiment.layout.world_size - 1)
 
     @classmethod
-    def inexact_resume(cls, options: Any, unscheduled: bool, kept: bool) -> str:
-        """Without staleness, every update is the mean over all ranks, whoever comes first."""
+    def inexact_resume(cls, options: Any, unscheduled: bool, restores_local_state: bool) -> str:
+        """Return why the resume is not exact; without staleness it is: every update is the mean over all ranks."""
         synchronous = options.staleness == 0 and options.backup == 0
-        return "" if synchronous else "which rank comes to the server first is chance, so no two runs are alike"
+        return (
+            ""
+            if synchronous
+            else "which gradient reaches the server first depends on timing, so no two runs are identical"
+        )
 
     @property
     def comms(self) -> tuple[Communicator, ...]:
-        """Ranks talk to the server in a group of their own."""
+        """All communicators that this rule uses: clients and server have one of their own."""
         return (self._to_server,)
 
     def counters(self) -> Counters | None:
-        """Rank 0 sends the answers to all others, the others their gradients."""
+        """Return the costs so far: rank 0 sends the replies to all others, the others send their gradients."""
         with self._client.counters_locked():
             self.formula_bytes = self._client.formula_bytes
             return super().counters()
 
     def training_module(self) -> nn.Module:
-        """Rank 0 computes with a copy: the model itself is the server's."""
+        """Return the model or, on rank 0, a copy of it, since the server updates the model itself."""
         self._working = _copied(self.model) if self.comm.rank == 0 else self.model
         return self._working
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Make the group in which ranks talk to the server (collective)."""
+        """Create the process group of server and clients, the server and this rank's client (collective)."""
         import torch.distributed as dist
 
         from labkit.gradients.updates.gradient_vector import GradientVector
@@ -111,39 +115,42 @@ class ParameterServer(AsyncUpdateRule):
         self._to_server = comm
 
     def start_epoch(self, first: int, last: int) -> None:
-        """The server begins to listen, every rank asks for its first ticket."""
+        """Start the server's thread; every rank requests its first work item (collective)."""
         if self._server is not None:
             self._server.start_epoch(first, last)
-        self._next = self._client.ask()
+        self._reply = self._client.ask()
 
     def next_work(self, stop: bool) -> int | None:
-        """The ticket that came with the weights."""
-        if stop or self._next.work_item < 0:
-            self._client.leave(self._next)
+        """Return the work item that came with the weights; None if there is none or this rank is to `stop`."""
+        if stop or self._reply.work_item < 0:
+            self._client.sign_off(self._reply)
             return None
-        return int(self._next.work_item)
+        return int(self._reply.work_item)
 
     def fetch_weights(self) -> None:
-        """Take over the weights that came with the ticket."""
+        """Load the weights that came with the work item."""
         from labkit.gradients.updates.average import trainable_weights, unflatten_into
 
-        unflatten_into(trainable_weights(self._working), self._next.weights)
+        unflatten_into(trainable_weights(self._working), self._reply.weights)
 
     def apply_gradient(self, work_item: int) -> int | None:
-        """Bring the gradient, wait until it has been used or dropped; the answer holds the next ticket."""
+        """Send the gradient and wait until it was applied or dropped; the reply has the next work item.
+
+        Returns the staleness of the gradient, or None if it was dropped.
+        """
         from labkit.gradients.updates.gradient_vector import GradientVector
 
         gradient = GradientVector(self._working, self.context.irregular).read().cpu()
-        self._next = self._client.push(self._next, gradient)
-        return None if self._next.dropped else self._next.staleness
+        self._reply = self._client.send_gradient(self._reply, gradient)
+        return None if self._reply.dropped else self._reply.staleness
 
     def close(self) -> None:
-        """The server answers until all have left (collective)."""
+        """Wait until the server has replied to all ranks and they have signed off (collective)."""
         if self._server is not None:
             self._claimed_until = self._server.close()
 
     def sync_weights(self) -> None:
-        """All learn how far the server has come and get its weights, and the mean of buffers (collective)."""
+        """Broadcast the server's progress and weights, and average the buffers of all ranks (collective)."""
         import torch
 
         from labkit.gradients.updates.average import (
@@ -162,12 +169,12 @@ class ParameterServer(AsyncUpdateRule):
 
     @property
     def claimed_until(self) -> int:
-        """What the server has handed out and got back."""
+        """Index up to which all work items have been handed out and completed."""
         return self._claimed_until
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A copy of the model whose parameters have the hooks of the original ones, which a copy of a tensor leaves out."""
+    """Return a copy of the model with the hooks of its parameters, which `deepcopy` leaves out."""
     from copy import deepcopy
 
     from labkit.gradients.parameter_hooks import accumulated_hooks, gradient_hooks

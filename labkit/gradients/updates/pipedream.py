@@ -1,16 +1,17 @@
 """PipeDream: an asynchronous pipeline with weight stashing (Narayanan et al., SOSP 2019).
 
-A minibatch of `training.global_batch` samples is one update, and no stage waits until an update is over everywhere:
-while its gradient is on the way back, the stages begin the next ones. Stage s of S steps with gradients that are
-S-1-s updates stale; they belong to the weights of their own forward pass, of which it keeps S-1-s versions. With
-`stash` off the backward pass finds newer weights than the forward pass had: what comes out is no gradient of anything.
+A minibatch of `training.global_batch` samples makes one optimizer step, and no stage waits until a step is over
+everywhere: while its gradient is on the way back, the stages start the next minibatches. Stage s of S steps with
+gradients that are S-1-s steps stale; they belong to the weights of their own forward pass, of which it keeps S-1-s
+versions. With `stash` off the backward pass uses newer weights than the forward pass: its result is not the gradient of
+any function.
 
-PipeDream itself is `predict` = 0. Beyond it, minibatches may see weights that are predicted for the update in which
-their gradient is used (Kosson et al., "Pipelined Backpropagation at Scale", 2021, arXiv:2003.11666).
+PipeDream itself has `predict` = 0. Otherwise minibatches use weights that are predicted for the step in which their
+gradient is applied (Kosson et al., "Pipelined Backpropagation at Scale", 2021, arXiv:2003.11666).
 
-Evaluations, checkpoints, stops and the end find the pipeline empty, and it fills again afterwards: the first S-1
-updates then are less stale. A resumed run goes on exactly, unless it was a stop that emptied the pipeline. What the
-ranks do stands in labkit/parallel/asynchronous.py; this rule tells them when.
+The pipeline is empty at evaluations, checkpoints, stops and the end, and fills again afterwards: the first S-1 steps
+are then less stale. A resumed run is exact unless a stop emptied the pipeline. labkit/parallel/asynchronous.py has the
+work of the ranks; this rule decides when it is done.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ METHOD = "gradients.update.method"
 
 
 class PipeDream(UpdateRule):
-    """Stages that do not wait for each other's updates."""
+    """Runs an asynchronous pipeline, whose stages do not wait for each other's optimizer steps."""
 
     class Options(BaseOptions):
         stash: bool = True
-        """Keep the weights of a minibatch's forward pass for its backward pass; off shows what that is for."""
+        """Keep the weights of a minibatch's forward pass for its backward pass; turn it off to see why it is needed."""
         predict: float = Field(default=2.0, ge=0, le=10)
         """With stashing: how far ahead weights are predicted, in multiples of the staleness; 0 is PipeDream itself."""
 
@@ -50,7 +51,7 @@ class PipeDream(UpdateRule):
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Why it cannot run here."""
+        """Yield the reasons why it cannot run here."""
         from labkit.experiment.layout import V_SHAPED
 
         layout, gradients, workload = experiment.layout, experiment.gradients, experiment.workload.options
@@ -70,7 +71,7 @@ class PipeDream(UpdateRule):
             reason = "stages of pipedream exchange activations and their gradients, not those of weights"
             yield Problem("gradients.compression.method", reason, "none")
         if experiment.launch.isolated:
-            yield Problem(METHOD, "isolated ranks never talk, and stages have to", "synchronous")
+            yield Problem(METHOD, "isolated ranks exchange nothing, but stages have to", "synchronous")
         if experiment.training.gradient_norm:
             reason = "the norm of the whole gradient would make all stages wait for each other in every update"
             yield Problem("training.gradient_norm", reason, "false")
@@ -82,7 +83,7 @@ class PipeDream(UpdateRule):
 
     @staticmethod
     def warnings(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """What it does not ask for, and what it does otherwise."""
+        """Yield the settings that have no effect or a different one."""
         layout = experiment.layout
         if experiment.optimizer.clip_norm is not None:
             reason = (
@@ -95,38 +96,38 @@ class PipeDream(UpdateRule):
                 yield Problem(f"layout.{name}", "has no effect: pipedream's pipeline runs on whole minibatches")
 
     def wrap_dataloader(self, model: Any, batches: Iterator[Any]) -> Iterator[Any]:
-        """The first stage begins minibatches before their update."""
+        """Return an iterator over batches that the pipeline wraps: its first stage looks ahead."""
         self._pipeline = model.pipeline
-        return self._pipeline.supply(batches)
+        return self._pipeline.wrap_dataloader(batches)
 
     def forward_backward(self, model: Any, last: bool, step: int) -> AbstractContextManager[Any]:
-        """Tell the stage how far it may run ahead."""
-        self._pipeline.begin(step, self.context.next_sync_step(step))
+        """Tell the pipeline which step begins and how far it may run ahead; return a context that does nothing."""
+        self._pipeline.begin_update(step, self.context.next_sync_step(step))
         return nullcontext()
 
     def before_update(self, step: int) -> None:
-        """Stash the weights."""
-        self._pipeline.keep()
+        """Stash the weights for minibatches in flight."""
+        self._pipeline.stash_weights()
 
     def after_update(self, step: int) -> int | None:
-        """Updates between the forward pass of this minibatch and its gradient, on this stage."""
-        return self._pipeline.updated()
+        """Return the staleness: steps of this stage between the forward pass of the minibatch and its gradient."""
+        return self._pipeline.finish_update()
 
     def averaged_weights(self) -> AbstractContextManager[None]:
-        """Every weight is on one rank, and the pipeline is empty."""
+        """Return a context manager that does nothing: every weight is on one rank, and the pipeline is empty."""
         return nullcontext()
 
     def average_replicas(self, step: int) -> None:
-        """Every weight is on one rank, and the pipeline is empty."""
+        """Do nothing: every weight is on one rank, and the pipeline is empty."""
 
     @classmethod
-    def inexact_resume(cls, options: Any, unscheduled: bool, kept: bool) -> str:
-        """A pipeline that a stop has emptied fills again, so some updates are less stale than they would have been."""
-        return "the stop emptied the pipeline, which a run that goes on has to fill again" if unscheduled else ""
+    def inexact_resume(cls, options: Any, unscheduled: bool, restores_local_state: bool) -> str:
+        """Return why the resume is not exact: after a stop the pipeline fills again, and some steps are less stale."""
+        return "the stop emptied the pipeline, which a resumed run has to fill again" if unscheduled else ""
 
     def close(self) -> None:
-        """Wait for all stages: the last one is done first, and the others still read what it has sent."""
+        """Wait for all stages: the last one finishes first, while others still receive what it sent (collective)."""
         import torch.distributed as dist
 
-        self._pipeline.finish()
+        self._pipeline.wait_until_sent()
         dist.barrier(self.comm.group)

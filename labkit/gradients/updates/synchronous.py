@@ -1,4 +1,4 @@
-"""The rule that every other one is compared with: all ranks wait for the mean of all gradients."""
+"""Synchronous training, the baseline of all update rules: all ranks wait for the mean of all gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Synchronous(UpdateRule):
-    """All ranks wait for the average of all gradients before anyone changes a weight."""
+    """Lets all ranks wait for the mean of all gradients before they change a weight."""
 
     uses_ddp = one_batch = True
 
@@ -27,20 +27,20 @@ class Synchronous(UpdateRule):
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """It goes with everything."""
+        """Yield nothing: it runs with every experiment."""
         return iter(())
 
     def forward_backward(self, model: Any, last: bool, step: int) -> AbstractContextManager[Any]:
-        """Only the last pass of an update exchanges gradients."""
+        """Return a context manager that keeps DDP from reducing gradients, except in the last pass of a step."""
         return nullcontext() if last else model.no_sync()
 
     def averaged_weights(self) -> AbstractContextManager[None]:
-        """All ranks hold the same weights."""
+        """Return a context manager that does nothing: all ranks hold the same weights."""
         return nullcontext()
 
     def average_replicas(self, step: int) -> None:
-        """All ranks hold the same state."""
+        """Do nothing: all ranks hold the same state."""
 
     def counters(self) -> Counters | None:
-        """Gradients are all that travels."""
+        """Return None: only gradients are sent, and the model counts them."""
         return None

@@ -1,8 +1,8 @@
-"""Update rules in which nobody waits for the slowest: ranks draw one piece of work after the other.
+"""Asynchronous update rules, in which nobody waits for the slowest: ranks take their work from a work queue.
 
-Ticket k stands for the share k mod N of update k div N, of N shares: the same samples as in the rounds of N ranks, but
-who takes which, and when, is decided by who is free. Tickets are drawn in stretches, [first, last); between two
-stretches all ranks meet, and the model may be judged or saved.
+Work item k is share k mod N of optimizer step k div N, of N shares: the same samples as in rounds of N ranks, but each
+item goes to the rank that is free first. Items are handed out in epochs, [first, last); between two epochs all ranks
+synchronise, and the model may be evaluated or saved.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 
 class AsyncUpdateRule(UpdateRule):
-    """Base of these rules. The trainer asks in this order:
+    """Base class of asynchronous rules.
 
-    open → (take → pull → passes → push)* → close → unite
+    The trainer calls their methods in this order:
+
+    start_epoch → (next_work → fetch_weights → forward and backward → apply_gradient)* → close → sync_weights
     """
 
     uses_work_queue = True
@@ -36,78 +38,80 @@ class AsyncUpdateRule(UpdateRule):
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Why this rule cannot run here."""
+        """Yield the reasons why this rule cannot run here."""
         from labkit.experiment.problem import Problem
 
         yield from replicas_only(experiment)
         if experiment.training.loader_workers:
-            reason = "loader processes prepare batches ahead, and here nobody knows ahead who takes which"
+            reason = (
+                "loader processes prepare batches ahead, but with a work queue a rank does not know which it will get"
+            )
             yield Problem("training.loader_workers", reason, 0)
 
     def start_epoch(self, first: int, last: int) -> None:
-        """A stretch of tickets begins (collective)."""
+        """Start an epoch of work items [first, last) (collective)."""
         self._queue.start_epoch(first, last)
 
     def average_replicas(self, step: int) -> None:
-        """Between two stretches all ranks hold one set of weights; moments are those of rank 0 in a checkpoint."""
+        """Do nothing: between two epochs all ranks hold the same weights; a checkpoint has the moments of rank 0."""
 
     def averaged_weights(self) -> AbstractContextManager[None]:
-        """Between two stretches all ranks hold one set of weights."""
+        """Return a context manager that does nothing: between two epochs all ranks hold the same weights."""
         return nullcontext()
 
     def next_work(self, stop: bool) -> int | None:
-        """The next ticket; None if the stretch is over, or if this rank is to `stop`."""
-        return None if stop else self._queue.draw()
+        """Return the next work item; None if the epoch is over or this rank is to `stop`."""
+        return None if stop else self._queue.next_work()
 
     def fetch_weights(self) -> None:
-        """A pass begins: make the working module hold the weights that its gradient will belong to."""
+        """Load the weights at which the next gradient is computed into the training module."""
 
     @abstractmethod
     def apply_gradient(self, work_item: int) -> int | None:
-        """The gradient of the ticket is there: combine it. Returns its staleness in updates of the weights.
+        """Apply the gradient of a work item and return its staleness, in updates of the weights.
 
-        None if the gradient came too late and was dropped; the ticket is drawn again then.
+        Returns None if the gradient came too late and was dropped; its work item is then handed out again.
         """
 
     def close(self) -> None:
-        """No rank takes another ticket of the stretch (collective): finish what is under way."""
+        """Finish what is in flight at the end of an epoch, when no rank takes another work item (collective)."""
 
     def sync_weights(self) -> None:
-        """Let all ranks hold one set of weights where they are to be judged (collective); no part of an update."""
+        """Give all ranks the same weights between two epochs, e.g. to evaluate them (collective)."""
 
     @property
     def claimed_until(self) -> int:
-        """Up to which ticket all have been drawn, equal on all ranks once the stretch is closed."""
+        """Index up to which all work items have been handed out; equal on all ranks after `close`."""
         return self._queue.claimed_until
 
 
 class WorkQueue:
-    """Hands out tickets, each one once, through the store in which the ranks have met."""
+    """Hands out each work item once, through the store of the default process group."""
 
     def __init__(self, world_size: int) -> None:
         self._store: Any = None
-        self._stretch = 0
+        self._epoch = 0
         self._first = self._last = 0
         self._ranks = world_size
 
     def start_epoch(self, first: int, last: int) -> None:
-        """Hand out [first, last) from here on."""
+        """Hand out the work items [first, last) from now on."""
         from torch.distributed import distributed_c10d
 
         self._store = distributed_c10d._get_default_store()
-        self._stretch += 1
+        self._epoch += 1
         self._first, self._last = first, last
 
-    def draw(self) -> int | None:
-        """The next ticket, None if there is none left."""
+    def next_work(self) -> int | None:
+        """Return the next work item; None if none is left."""
         work_item = self._first + int(self._store.add(self._key, 1)) - 1
         return work_item if work_item < self._last else None
 
     @property
     def claimed_until(self) -> int:
-        """One more than the last ticket that was handed out."""
+        """Index after the last work item that was handed out."""
         return min(self._last, self._first + int(self._store.add(self._key, 0)))
 
     @property
     def _key(self) -> str:
-        return f"tickets-{self._stretch}"
+        return f"tickets-{self._epoch}"

@@ -61,7 +61,7 @@ class UpdateContext:
     irregular: bool
     """Whether a pass may leave parameters without a gradient."""
     next_sync_step: Callable[[int], int]
-    """Given step t, the next step at which all ranks synchronise: for an evaluation, a checkpoint, a stop or the end."""
+    """Given step t, the next step at which all ranks synchronise (evaluation, checkpoint, stop or end)."""
 
 
 class UpdateRule:
@@ -118,11 +118,11 @@ class UpdateRule:
         """Do what is due between the last backward pass of step `step` (counted from 0) and the optimizer."""
 
     def after_update(self, step: int) -> int | None:
-        """Do what is due after the optimizer; return the staleness of its gradient in steps, or None if not measured."""
+        """Do what is due after the optimizer; return the staleness of its gradient in steps, None if not measured."""
         return None
 
     def averaged_weights(self) -> AbstractContextManager[None]:
-        """Return a context manager in which the model holds the weights to evaluate: the mean over all ranks (collective)."""
+        """Return a context manager in which the model holds the mean weights of all ranks, to evaluate (collective)."""
         from labkit.gradients.updates.average import averaged_replicas
 
         return averaged_replicas(self.model, self.comm)
@@ -148,11 +148,11 @@ class UpdateRule:
         """Restore what `state` returned; called after the weights were restored, with an empty dict for a new run."""
 
     def local_state(self) -> dict[str, Tensor]:
-        """Return what the checkpoint of a stopped run stores for this rank alone besides weights and moments (collective)."""
+        """Return what a stopped run stores for this rank alone besides its weights and moments (collective)."""
         return {}
 
     def load_local_state(self, state: dict[str, Tensor]) -> None:
-        """Restore what `local_state` returned on the same rank; called after `load` and after its weights were restored."""
+        """Restore what `local_state` returned on this rank; called after `load` and after its weights were restored."""
 
     @classmethod
     def inexact_resume(cls, options: Any, unscheduled: bool, restores_local_state: bool) -> str:
@@ -177,7 +177,7 @@ class UpdateRule:
         return (self.comm,)
 
     def counters(self) -> Counters | None:
-        """Return the costs so far, with evaluations and checkpoints; None if a communication hook or DDP counts them."""
+        """Return the costs so far, evaluations and checkpoints included; None if the model counts them itself."""
         from labkit.gradients.exchange import Counters
 
         waited = sum(comm.wait_seconds for comm in self.comms)
