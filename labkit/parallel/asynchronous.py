@@ -4,16 +4,17 @@ PipeDream, Narayanan et al., SOSP 2019, section 3. A minibatch is one update. St
 
     forward of minibatch t + S-1-s, with its newest weights → backward of minibatch t → step on its newest weights
 
-so S-s minibatches are under way there, all stages are busy, and there is no bubble. Between the two passes of a
-minibatch the stage makes S-1-s updates: it steps with a gradient that is so many updates stale, w ← w - η·g(w of
-S-1-s updates ago). That gradient is one at all only if the backward pass finds the weights of its forward pass. So the
-weights move to new memory in each update and minibatches under way keep the old: S-1-s versions more (weight stashing).
+so S-s minibatches are in flight there, all stages are busy, and there is no bubble. Between the two passes of a
+minibatch the stage makes S-1-s updates: it steps with a gradient that is S-1-s updates stale, w ← w - η·g(w of S-1-s
+updates ago). It is a gradient at all only if the backward pass uses the weights of its forward pass. So the weights
+move to new memory in each update and minibatches in flight keep the old: S-1-s further versions (weight stashing).
 
 A stale gradient is the gradient at old weights. With a horizon h the two passes of a minibatch use weights that are
 predicted for the time at which the gradient arrives: w + h·a·(w - w of the update before), where a is the staleness
 (linear weight prediction: Kosson et al. 2021, arXiv:2003.11666, who find h = 2 better than 1). It costs one version.
 
-Evaluations, checkpoints, stops and the end find the pipeline empty: no minibatch is begun before that would end after.
+The pipeline is empty at evaluations, checkpoints, stops and the end: no minibatch begins before one of them that would
+end after it.
 """
 
 from __future__ import annotations
@@ -33,42 +34,48 @@ from labkit.parallel.pipeline import Loss, Pipeline
 from labkit.workloads.base import Batch
 
 
-class Supply:
-    """Batches in their order; the first stage looks ahead in them."""
+class LookaheadBatches:
+    """An iterator over batches in which the first stage can look ahead."""
 
     def __init__(self, batches: Iterator[Batch]) -> None:
         self._batches = batches
-        self._seen: deque[Batch] = deque()
+        self._fetched: deque[Batch] = deque()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        return self._seen.popleft() if self._seen else next(self._batches)
+        return self._fetched.popleft() if self._fetched else next(self._batches)
 
-    def look(self, further: int) -> Batch:
-        """The batch that comes after `further` others."""
-        while len(self._seen) <= further:
-            self._seen.append(next(self._batches))
-        return self._seen[further]
+    def peek(self, offset: int) -> Batch:
+        """Return the batch that comes `offset` batches after the next one, without consuming any."""
+        while len(self._fetched) <= offset:
+            self._fetched.append(next(self._batches))
+        return self._fetched[offset]
 
 
 @dataclass
-class _UnderWay:
-    """A minibatch between its two passes."""
+class _InFlight:
+    """A minibatch between its forward and its backward pass."""
 
     number: int
     x: Tensor
     out: Tensor
-    """What the backward pass starts from: the output, on the last stage the loss."""
+    """The tensor from which the backward pass starts: the output, on the last stage the loss."""
     weights: list[Tensor]
+    """The weights of its forward pass."""
     version: int
-    """Updates that had been made when these were the newest weights."""
+    """Number of updates that had been made when these were the newest weights."""
     sent: Sent | None
+    """The message that carries the output to the next stage."""
 
 
 class AsynchronousPipeline(Pipeline):
-    """One stage of it. Of every update the trainer asks `begin`, `run`, `keep`, then the optimizer, then `updated`."""
+    """One stage of the asynchronous pipeline.
+
+    For every update the trainer calls `begin_update`, `run` and `stash_weights`, then steps the optimizer, then calls
+    `finish_update`.
+    """
 
     def __init__(
         self,
@@ -81,182 +88,188 @@ class AsynchronousPipeline(Pipeline):
         horizon: float,
     ) -> None:
         super().__init__(modules, layout, mesh, device, loss)
-        place, places = mesh.index("pp"), list(range(layout.pp))
-        self.ahead = layout.pp - 1 - place
-        """By how many minibatches the forward pass is ahead of the backward pass."""
+        pp_rank, pp_ranks = mesh.index("pp"), list(range(layout.pp))
+        self.ahead = layout.pp - 1 - pp_rank
+        """Number of minibatches by which the forward pass is ahead of the backward pass."""
         self.version = 0
-        """Updates of the weights so far."""
-        self.most_stashed = 0
-        """Most bytes of stashed weights after an update, of those in which the timeline was kept."""
+        """Number of updates of the weights so far."""
+        self.max_stashed_bytes = 0
+        """Largest number of bytes of stashed weights after an update, over the updates with a recorded timeline."""
         self._stash, self._horizon = stash, horizon if stash else 0.0
-        self._number = place
-        self._module = modules[place]
+        self._number = pp_rank
+        self._module = modules[pp_rank]
         self._parameters = list(self._module.parameters())
-        position = {parameter: at for at, parameter in enumerate(self._parameters)}
+        position = {parameter: index for index, parameter in enumerate(self._parameters)}
         self._slots = [
             (owner._parameters, name, position[parameter])
             for owner in self._module.modules()
             for name, parameter in owner.named_parameters(recurse=False)
         ]
-        forth, back = mesh.along("pp", places), mesh.along("pp", places)
-        assert forth is not None
-        assert back is not None
-        self._inputs = None if self.first else Inbox(forth, place - 1, device)
-        self._outputs = None if self.last else Outbox(forth, place + 1)
-        self._gradients = None if self.last else Inbox(back, place + 1, device)
-        self._gradients_out = None if self.first else Outbox(back, place - 1)
+        forward_group, backward_group = mesh.new_group_along("pp", pp_ranks), mesh.new_group_along("pp", pp_ranks)
+        assert forward_group is not None
+        assert backward_group is not None
+        self._inputs = None if self.first else Inbox(forward_group, pp_rank - 1, device)
+        self._outputs = None if self.last else Outbox(forward_group, pp_rank + 1)
+        self._gradients = None if self.last else Inbox(backward_group, pp_rank + 1, device)
+        self._gradients_out = None if self.first else Outbox(backward_group, pp_rank - 1)
         self._gradient_sent: Sent | None = None
-        self._supply = Supply(iter(()))
-        self._under_way: deque[_UnderWay] = deque()
+        self._batches = LookaheadBatches(iter(()))
+        self._in_flight: deque[_InFlight] = deque()
         self._update = self._until = 0
         self._next = 0
-        """The minibatch whose forward pass comes next."""
+        """Number of the minibatch whose forward pass comes next."""
         self._newest: list[Tensor] | None = None
+        """The newest weights as `_weights` returns them; None before they are needed."""
         self._before: list[Tensor] | None = None
-        """The weights before the last update, if anything is to be predicted from them."""
-        self._used = 0
+        """The weights before the last update, if weights are predicted from them."""
+        self._used_version = 0
+        """Version of the weights of the minibatch whose backward pass came last."""
 
     # -- one update ---------------------------------------------------------------------------------------------------
 
-    def supply(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, to be drawn by the trainer; from here on the first stage looks ahead in them."""
-        self._supply = Supply(batches)
-        return self._supply
+    def wrap_dataloader(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Return the same batches for the trainer to draw; from now on the first stage looks ahead in them."""
+        self._batches = LookaheadBatches(batches)
+        return self._batches
 
-    def begin(self, update: int, until: int) -> None:
-        """Update number `update` begins, its batch has been drawn; after `until` updates the pipeline has to be empty.
+    def begin_update(self, update: int, until: int) -> None:
+        """Begin update number `update`, whose batch has been drawn; after `until` updates the pipeline must be empty.
 
-        `until` may come closer from update to update, but all stages have to be told `pp` updates before.
+        `until` may decrease from update to update, but all stages have to learn of it `pp` updates before.
         """
         self._update, self._until = update, until
-        if not self._under_way:
+        if not self._in_flight:
             self._next, self._before = update, None
-        further = self._newly.stop - update - 1
-        if self.first and further:
-            self._supply.look(further - 1)  # now, so that fetching counts as such
+        lookahead = self._to_begin.stop - update - 1
+        if self.first and lookahead:
+            self._batches.peek(lookahead - 1)  # now, so that it counts as loading time
 
     @property
-    def _newly(self) -> range:
-        """Minibatches begun in this update: several when the pipeline fills, none when it empties."""
+    def _to_begin(self) -> range:
+        """Numbers of the minibatches that begin in this update: several as the pipeline fills, none as it empties."""
         return range(self._next, min(self._update + self.ahead + 1, self._until))
 
     def run(self, x: Tensor, samples: int) -> list[Tensor]:
-        """The forward and the backward passes of this update; the loss on the last stage."""
-        newly = self._newly
-        for number in newly:
+        """Run the forward passes and the backward pass of this update; return the loss on the last stage, else []."""
+        to_begin = self._to_begin
+        for number in to_begin:
             self._forward(number, x, samples)
-        self._next = newly.stop
-        loss = [self._under_way[0].out.detach()] if self.last else []
+        self._next = to_begin.stop
+        loss = [self._in_flight[0].out.detach()] if self.last else []
         self._backward()
         return loss
 
-    def keep(self) -> None:
-        """The optimizer is about to change the weights: minibatches under way keep those that they have seen."""
-        seen = bool(self._under_way) and self._under_way[-1].version == self.version
+    def stash_weights(self) -> None:
+        """Before an optimizer step, move the weights to new memory if minibatches in flight still need the old."""
+        in_use = bool(self._in_flight) and self._in_flight[-1].version == self.version
         predicts = self._horizon > 0 and self.ahead > 0 and self._next < self._until
         self._before = [parameter.data for parameter in self._parameters] if predicts else None
-        if predicts or (seen and self._stash):
+        if predicts or (in_use and self._stash):
             for parameter in self._parameters:
                 if parameter.requires_grad:
                     parameter.data = parameter.data.clone()
 
-    def updated(self) -> int:
-        """The optimizer has stepped. Returns the staleness of the gradient that it used, in updates."""
-        stale = self.version - self._used
+    def finish_update(self) -> int:
+        """Count the optimizer step; return the staleness, in updates, of the gradient that it used."""
+        staleness = self.version - self._used_version
         self.version += 1
         if self.timeline.actions is not None:
-            self.most_stashed = max(self.most_stashed, self._stashed_bytes())
+            self.max_stashed_bytes = max(self.max_stashed_bytes, self._stashed_bytes())
         self._newest = None
-        return stale
+        return staleness
 
-    def finish(self) -> None:
-        """Nothing is under way: wait until all that was sent has left."""
+    def wait_until_sent(self) -> None:
+        """Wait until the last gradient has been sent, when no minibatch is in flight any more."""
         if self._gradient_sent is not None:
             self._gradient_sent.wait()
 
     def _stashed_bytes(self) -> int:
-        """Memory of weights beside the newest ones: for minibatches under way, and to predict from."""
-        live = {parameter.untyped_storage().data_ptr() for parameter in self._parameters}
-        kept = {}
-        for weights in (self._before or [], *(one.weights for one in self._under_way)):
+        """Return the bytes of all weights but the newest: those of minibatches in flight, and those to predict from."""
+        newest = {parameter.untyped_storage().data_ptr() for parameter in self._parameters}
+        stashed = {}
+        for weights in (self._before or [], *(minibatch.weights for minibatch in self._in_flight)):
             for weight in weights:
                 storage = weight.untyped_storage()
-                kept[storage.data_ptr()] = storage.nbytes()
-        return sum(size for address, size in kept.items() if address not in live)
+                stashed[storage.data_ptr()] = storage.nbytes()
+        return sum(size for address, size in stashed.items() if address not in newest)
 
     # -- one minibatch ------------------------------------------------------------------------------------------------
 
     def _forward(self, number: int, x: Tensor, samples: int) -> None:
         if self._inputs is not None:
-            x = self._inputs.take().requires_grad_()
+            x = self._inputs.receive().requires_grad_()
             if number + 1 < self._until:
-                self._inputs.expect()
+                self._inputs.start_receive()
         elif number > self._update:
-            x = self._supply.look(number - self._update - 1)["x"]
-        weights = self._weights(age=number - self._update)
+            x = self._batches.peek(number - self._update - 1)["x"]
+        weights = self._weights(staleness=number - self._update)
 
         def compute() -> Tensor:
-            with self._holding(weights):
+            with self._use_weights(weights):
                 out: Tensor = self._module(x)
             return self._loss(out, torch.arange(samples, device=self._device)) if self.last else out
 
         out = self.timeline.timed("F", self._number, number, compute)
         sent = None if self._outputs is None else self._outputs.send(out.detach())
-        self._under_way.append(_UnderWay(number, x, out, weights, self.version, sent))
+        self._in_flight.append(_InFlight(number, x, out, weights, self.version, sent))
 
     def _backward(self) -> None:
-        one = self._under_way.popleft()
-        assert one.number == self._update
+        minibatch = self._in_flight.popleft()
+        assert minibatch.number == self._update
         gradient = None
         if self._gradients is not None:
-            gradient = self._gradients.take()
-            if one.number + 1 < self._until:
-                self._gradients.expect()
-        if one.sent is not None:
-            one.sent.wait()  # its gradient has come back, so it has arrived
+            gradient = self._gradients.receive()
+            if minibatch.number + 1 < self._until:
+                self._gradients.start_receive()
+        if minibatch.sent is not None:
+            minibatch.sent.wait()  # its gradient has come back, so it has arrived
 
         def compute() -> None:
-            with self._holding(one.weights):  # what is computed again (activation checkpointing) needs them too
-                torch.autograd.backward(one.out, gradient)
+            with self._use_weights(minibatch.weights):  # recomputation (activation checkpointing) needs them too
+                torch.autograd.backward(minibatch.out, gradient)
 
-        self.timeline.timed("B", self._number, one.number, compute)
-        self._used = one.version
+        self.timeline.timed("B", self._number, minibatch.number, compute)
+        self._used_version = minibatch.version
         if self._gradients_out is not None:
-            assert one.x.grad is not None
+            assert minibatch.x.grad is not None
             if self._gradient_sent is not None:
                 self._gradient_sent.wait()
-            self._gradient_sent = self._gradients_out.send(one.x.grad)
+            self._gradient_sent = self._gradients_out.send(minibatch.x.grad)
 
-    def _weights(self, age: int) -> list[Tensor]:
-        """The weights for a minibatch whose gradient will be so stale: the newest ones, or those predicted for then.
+    def _weights(self, staleness: int) -> list[Tensor]:
+        """Return the weights for a minibatch whose gradient will be `staleness` updates stale.
 
-        They are tensors of their own whose gradients are those of the parameters. The newest ones lie in the memory of
-        the parameters, which autograd does not know: it would refuse a backward pass through weights that were changed
-        in place meanwhile. With stashing nobody changes them, without it nobody notices.
+        They are the newest weights, or those predicted for the update in which the gradient arrives: separate tensors
+        that share the gradients of the parameters. The newest ones also share the memory of the parameters, but
+        autograd does not know this: it would refuse a backward pass through weights changed in place meanwhile. With
+        stashing they are not changed in place; without it autograd does not notice the change.
         """
-        if age and self._before is not None:
+        if staleness and self._before is not None:
             return [
-                _standing_for(parameter, before.lerp(parameter.data, 1 + self._horizon * age))
+                _in_place_of(parameter, before.lerp(parameter.data, 1 + self._horizon * staleness))
                 for parameter, before in zip(self._parameters, self._before, strict=True)
             ]
         if self._newest is None:
-            self._newest = [_standing_for(parameter, parameter.data) for parameter in self._parameters]
+            self._newest = [_in_place_of(parameter, parameter.data) for parameter in self._parameters]
         return self._newest
 
     @contextmanager
-    def _holding(self, weights: Sequence[Tensor]) -> Iterator[None]:
-        """Meanwhile the stage computes with these weights."""
-        for owned, name, at in self._slots:
-            owned[name] = weights[at]  # type: ignore[assignment]
+    def _use_weights(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """Context manager in which the stage computes with these weights."""
+        for owned, name, index in self._slots:
+            owned[name] = weights[index]  # type: ignore[assignment]
         try:
             yield
         finally:
-            for owned, name, at in self._slots:
-                owned[name] = self._parameters[at]
+            for owned, name, index in self._slots:
+                owned[name] = self._parameters[index]
 
 
-def _standing_for(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """`value`, in the place of the parameter."""
+def _in_place_of(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """Return `value` prepared to replace the parameter in a forward pass: its gradient is the parameter's.
+
+    A parameter that is not trained is returned itself.
+    """
     if not parameter.requires_grad:
         return parameter
     value.requires_grad_()

@@ -17,19 +17,22 @@ from torch import Tensor
 
 from labkit.experiment.layout import Layout
 from labkit.parallel import stages
-from labkit.parallel.cast import as_reals, widened
+from labkit.parallel.cast import as_reals, widen
 from labkit.workloads.base import Batch, Blocks, Task
 from labkit.workloads.same_buffers import same_buffers
 
 REPEATS = 5
-"""Of which the first only warms up."""
+"""Measurements of each block, of which the first only warms up."""
 
 Sample = Callable[[], Batch]
-"""Makes a microbatch to measure with."""
+"""Makes a micro-batch to measure with."""
 
 
-def lengths(layout: Layout, task: Task, device: torch.device, sample: Sample) -> list[int]:
-    """Number of blocks of every stage. Collective if the blocks are measured; ValueError if they cannot be cut so."""
+def stage_lengths(layout: Layout, task: Task, device: torch.device, sample: Sample) -> list[int]:
+    """Return the number of blocks of every stage, as `layout.stage_blocks` or `layout.balance` asks.
+
+    Collective if the blocks are measured. Raises ValueError if the blocks cannot be cut into that many stages.
+    """
     assert isinstance(task.model, Blocks)
     count = layout.pp * layout.stages_per_rank
     blocks = len(task.model.blocks)
@@ -40,28 +43,28 @@ def lengths(layout: Layout, task: Task, device: torch.device, sample: Sample) ->
     if layout.balance == "parameters":
         costs = [float(sum(p.numel() for p in block.parameters())) for block in task.model.blocks.values()]
     elif layout.balance == "cost":
-        costs = _agreed(task, device, sample)
+        costs = _measure_on_rank_0(task, device, sample)
     else:
         costs = [1.0] * blocks
     return stages.minimal_maximum(costs, count)
 
 
-def _agreed(task: Task, device: torch.device, sample: Sample) -> list[float]:
-    """What rank 0 measures, on all ranks: each would measure something else."""
+def _measure_on_rank_0(task: Task, device: torch.device, sample: Sample) -> list[float]:
+    """Measure the blocks on rank 0 and broadcast the result: every rank would measure something else (collective)."""
     assert isinstance(task.model, Blocks)
     costs = torch.zeros(len(task.model.blocks), dtype=torch.float64, device=device)
     if dist.get_rank() == 0:
         with same_buffers(task.model):
-            costs.copy_(torch.tensor(measured(task, sample()), dtype=torch.float64))
+            costs.copy_(torch.tensor(measure_blocks(task, sample()), dtype=torch.float64))
     dist.broadcast(costs, 0)
     return [float(cost) for cost in costs.tolist()]
 
 
-def measured(task: Task, batch: Batch) -> list[float]:
-    """Seconds of a forward and a backward pass of every block over this batch (median of some repeats)."""
+def measure_blocks(task: Task, batch: Batch) -> list[float]:
+    """Return the median seconds of a forward and a backward pass of every block over this batch."""
     assert isinstance(task.model, Blocks)
     blocks = list(task.model.blocks.values())
-    found: list[list[float]] = [[] for _ in blocks]
+    measurements: list[list[float]] = [[] for _ in blocks]
     for _ in range(REPEATS):
         x: Tensor = batch["x"]
         for number, block in enumerate(blocks):
@@ -69,13 +72,13 @@ def measured(task: Task, batch: Batch) -> list[float]:
             begun = _now(x)
             out: Tensor = block(x)
             last = number == len(blocks) - 1
-            loss = task.loss(widened(out), batch) if last else as_reals(out).sum()
+            loss = task.loss(widen(out), batch) if last else as_reals(out).sum()
             loss.backward()
-            found[number].append(_now(x) - begun)
+            measurements[number].append(_now(x) - begun)
             x = out
     for parameter in task.model.parameters():
         parameter.grad = None
-    return [median(seconds[1:]) for seconds in found]
+    return [median(seconds[1:]) for seconds in measurements]
 
 
 def _now(x: Tensor) -> float:

@@ -1,12 +1,12 @@
-"""Buffers that change in training, made one for all ranks: running means, counts, whatever a model keeps.
+"""Buffers that change in training, kept equal on all ranks: running means, counts, whatever a model keeps.
 
 Each rank sees other samples, so its running means are those of its share. One process would see all of them. So after
 every update such a buffer becomes the mean over the ranks, weighted by their samples: exactly what one process has if
 the buffer is a mean of samples, and in any case equal on all ranks, in every evaluation and in the checkpoint (issue
-11, B 08). Numbers that have no mean (counts of batches, truth values) are those of the first rank.
+11, B 08). Buffers that have no mean (counts of batches, booleans) take the values of the first rank.
 
-Which buffers change is seen by their numbers (kernels of batch normalisation do not count versions), and agreed upon
-after the first update and before every evaluation and checkpoint; a model without any costs nothing in between.
+Which buffers change is detected by their values (kernels of batch normalisation do not count versions), and agreed upon
+after the first update and before every evaluation and checkpoint; a model without such buffers costs nothing then.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from labkit.gradients.updates.average import as_reals, flatten, unflatten_into
 from labkit.parallel.mesh import REDUCED, Mesh
 
-Place = tuple[int, str]
+BufferKey = tuple[int, str]
 """Stage and name of a buffer."""
 
 
 class Buffers:
-    """The buffers of this rank's stages. `stages`: the modules that passes go through."""
+    """The buffers of this rank's stages. `stages`: the modules used in forward and backward passes."""
 
     def __init__(self, stages: Mapping[int, nn.Module], mesh: Mesh) -> None:
         self._stages = stages
@@ -33,54 +33,56 @@ class Buffers:
         if dist.is_initialized():
             # Without a mesh all ranks are replicas of one another.
             self._group = mesh.group(*REDUCED) if mesh.device_mesh is not None else dist.group.WORLD
-        self._changing: set[Place] = set()
-        """Equal on all ranks."""
-        self._seen = self._sums()
+        self._changing: set[BufferKey] = set()
+        """Buffers that have changed on any rank; equal on all ranks."""
+        self._checksums = self._compute_checksums()
         self._agreed = False
 
-    def _all(self) -> dict[Place, Tensor]:
-        return {(at, name): value for at, stage in self._stages.items() for name, value in stage.named_buffers()}
+    def _all(self) -> dict[BufferKey, Tensor]:
+        return {
+            (stage, name): value for stage, module in self._stages.items() for name, value in module.named_buffers()
+        }
 
-    def _sums(self) -> dict[Place, tuple[float, ...]]:
-        """Two sums by which the numbers of a buffer are known again, for each that is not known to change."""
-        return {place: _sums_of(value) for place, value in self._all().items() if place not in self._changing}
+    def _compute_checksums(self) -> dict[BufferKey, tuple[float, ...]]:
+        """Return two checksums of each buffer that is not known to change."""
+        return {key: _checksums_of(value) for key, value in self._all().items() if key not in self._changing}
 
     def after_update(self, samples: float) -> None:
-        """Unite what changes (collective where something does). `samples`: how many this rank has seen in it."""
-        if self._group is None or not self._seen:
-            return  # nobody to agree with, or no buffers
+        """Average the buffers that change (collective if there are any), weighted by this rank's `samples`."""
+        if self._group is None or not self._checksums:
+            return  # no other ranks, or no buffers
         if not self._agreed:
             self._agree()
-        self._unite(samples)
+        self._average(samples)
 
-    def settle(self) -> None:
-        """Before an evaluation or a checkpoint (collective): all ranks hold the same."""
-        if self._group is None or not self._seen:
+    def synchronize(self) -> None:
+        """Make all buffers equal on all ranks before an evaluation or a checkpoint (collective)."""
+        if self._group is None or not self._checksums:
             return
         before = set(self._changing)
         self._agree()
         if self._changing != before:
-            self._unite(1.0)
+            self._average(1.0)
 
     def _agree(self) -> None:
-        """Learn from all ranks what has changed since the last look."""
+        """Add to `_changing` what has changed on any rank since the model was built (collective)."""
         self._agreed = True
-        now = self._sums()
-        places = list(now)
-        if not places:
+        checksums = self._compute_checksums()
+        keys = list(checksums)
+        if not keys:
             return
-        mine = torch.tensor([now[place] != self._seen.get(place) for place in places], dtype=torch.uint8)
-        mine = mine.to(self._all()[places[0]].device)
-        dist.all_reduce(mine, dist.ReduceOp.MAX, group=self._group)
-        self._changing |= {place for place, changed in zip(places, mine.tolist(), strict=True) if changed}
+        changed = torch.tensor([checksums[key] != self._checksums.get(key) for key in keys], dtype=torch.uint8)
+        changed = changed.to(self._all()[keys[0]].device)
+        dist.all_reduce(changed, dist.ReduceOp.MAX, group=self._group)
+        self._changing |= {key for key, flag in zip(keys, changed.tolist(), strict=True) if flag}
 
     @torch.no_grad()
-    def _unite(self, samples: float) -> None:
+    def _average(self, samples: float) -> None:
         if not self._changing:
             return
         assert self._group is not None
-        held = self._all()
-        chosen = [held[place].detach() for place in sorted(self._changing)]
+        buffers = self._all()
+        chosen = [buffers[key].detach() for key in sorted(self._changing)]
         means = [value for value in chosen if value.is_floating_point() or value.is_complex()]
         rest = [value for value in chosen if not (value.is_floating_point() or value.is_complex())]
         if means:
@@ -90,13 +92,13 @@ class Buffers:
             unflatten_into(means, sums[:-1] / sums[-1])
         first = dist.get_global_rank(self._group, 0)
         for value in rest:
-            whole = value.contiguous()
-            dist.broadcast(whole, first, group=self._group)
-            value.copy_(whole)
+            contiguous = value.contiguous()
+            dist.broadcast(contiguous, first, group=self._group)
+            value.copy_(contiguous)
 
 
-def _sums_of(buffer: Tensor) -> tuple[float, ...]:
-    """The sum of the numbers, and their sum weighted by their places."""
-    numbers = as_reals(buffer.detach()).to(torch.float64).nan_to_num().flatten()
-    places = torch.arange(1, len(numbers) + 1, dtype=torch.float64, device=numbers.device)
-    return float(numbers.sum()), float(numbers @ places)
+def _checksums_of(buffer: Tensor) -> tuple[float, ...]:
+    """Return the sum of the buffer's elements, and their sum weighted by their 1-based positions."""
+    elements = as_reals(buffer.detach()).to(torch.float64).nan_to_num().flatten()
+    positions = torch.arange(1, len(elements) + 1, dtype=torch.float64, device=elements.device)
+    return float(elements.sum()), float(elements @ positions)

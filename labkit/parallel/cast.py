@@ -1,8 +1,8 @@
-"""The number format of a run, and what it means for a tensor: floating tensors take it, complex ones its complex twin.
+"""The dtype of a run, and what it means for a tensor: real tensors are cast to it, complex ones to its complex twin.
 
-`Module.to(dtype)` makes real numbers of complex ones: the imaginary part is gone, with a warning in a log (seen with
-torch 2.13). Rotary factors, spectral layers and phases are complex in many published models, so here they keep both
-parts. Integers, booleans and everything else stay as they are.
+`Module.to(dtype)` casts complex tensors to real ones: the imaginary part is gone, with only a warning in a log (seen
+with torch 2.13). Rotary factors, spectral layers and phases are complex in many published models, so here they keep
+both parts. Integers, booleans and everything else stay as they are.
 """
 
 from __future__ import annotations
@@ -15,14 +15,22 @@ from torch import Tensor, nn
 from labkit.experiment.fault import TaskFault
 from labkit.gradients.updates.average import as_reals
 
-__all__ = ["as_reals", "at_least_float32", "complex_names", "place_module", "placed", "type_of", "widened"]
+__all__ = [
+    "as_reals",
+    "at_least_float32",
+    "complex_parameter_names",
+    "dtype_in_run",
+    "place_module",
+    "place_tensor",
+    "widen",
+]
 
 COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
-"""The complex type whose two parts have this type. There is none of bfloat16, and that of float16 knows no products."""
+"""Complex dtype by the dtype of its two parts. bfloat16 has none, and that of float16 cannot multiply."""
 
 
-def type_of(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The type that `tensor` takes in a run in `dtype`; TaskFault where no complex type has parts of that type."""
+def dtype_in_run(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of `tensor` in a run in `dtype`; TaskFault if it is complex and no complex dtype fits."""
     if tensor.is_complex():
         if dtype not in COMPLEX:
             name = str(dtype).removeprefix("torch.")
@@ -34,27 +42,27 @@ def type_of(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if tensor.is_floating_point() else tensor.dtype
 
 
-def placed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The tensor on `device`, in the type that it takes in a run in `dtype`."""
-    return tensor.to(device, type_of(tensor, dtype), non_blocking=True)
+def place_tensor(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the tensor on `device`, cast as a run in `dtype` needs it."""
+    return tensor.to(device, dtype_in_run(tensor, dtype), non_blocking=True)
 
 
 def place_module(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Move parameters and buffers to `device` and cast them, in place; returns the module."""
-    convert: Callable[[Tensor], Tensor] = lambda tensor: tensor.to(device, type_of(tensor, dtype))  # noqa: E731
+    """Move parameters and buffers to `device` and cast them, in place; return the module."""
+    convert: Callable[[Tensor], Tensor] = lambda tensor: tensor.to(device, dtype_in_run(tensor, dtype))  # noqa: E731
     return module._apply(convert)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The type in which losses are computed and targets are kept where weights are kept in `dtype`."""
+    """Return the dtype of losses and targets for weights in `dtype`: the wider of `dtype` and float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def widened(output: Tensor) -> Tensor:
-    """The output of a model as losses and metrics take it: floating numbers in float32 at least."""
+def widen(output: Tensor) -> Tensor:
+    """Return a model's output for losses and metrics: real floating-point tensors in at least float32."""
     return output.to(at_least_float32(output.dtype)) if output.is_floating_point() else output
 
 
-def complex_names(module: nn.Module) -> list[str]:
-    """Names of the complex parameters that are trained."""
-    return [name for name, one in module.named_parameters() if one.is_complex() and one.requires_grad]
+def complex_parameter_names(module: nn.Module) -> list[str]:
+    """Return the names of the complex parameters that are trained."""
+    return [name for name, p in module.named_parameters() if p.is_complex() and p.requires_grad]

@@ -6,13 +6,13 @@
 | all-reduce             | identity               | `reduce_from_region`                |
 | all-gather             | reduce-scatter         | `gather_from_sequence_region`       |
 | reduce-scatter         | all-gather             | `reduce_scatter_to_sequence_region` |
-| all-gather             | keep the own chunk     | `all_gather`                        |
-| keep the own chunk     | all-gather             | `split`                             |
+| all-gather             | keep the local chunk   | `all_gather`                        |
+| keep the local chunk   | all-gather             | `split`                             |
 | all-to-all             | all-to-all             | `all_to_all`                        |
 
 `copy_to_region` and `reduce_from_region` (Megatron's f and g) enclose a tensor-parallel region. With sequence
-parallelism the next two take their places: they send the same bytes, but the activations between two regions are
-sharded too. `all_gather` and `split` are for computations that every rank repeats.
+parallelism the next two replace them: they send the same bytes, but the activations between two regions are sharded
+too. `all_gather` and `split` are for computations that every rank repeats.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Group = dist.ProcessGroup
 
 
 def all_reduce_no_grad(x: Tensor, group: Group) -> Tensor:
-    """Return the sum of `x` over all ranks of `group`, without a gradient."""
+    """Return the sum of `x` over all ranks of `group`; no gradient flows through it."""
     x = x.contiguous().clone()
     dist.all_reduce(x, group=group)
     return x
 
 
 def all_gather_no_grad(x: Tensor, group: Group, dim: int) -> Tensor:
-    """Concatenate the `x` of all ranks along `dim`, in the order of their ranks, without a gradient."""
+    """Concatenate the `x` of all ranks along `dim`, in the order of their ranks; no gradient flows through it."""
     moved = x.movedim(dim, 0).contiguous()
     out = moved.new_empty((group.size() * moved.shape[0], *moved.shape[1:]))
     dist.all_gather_into_tensor(out, moved, group=group)
-    # Contiguous: each layer that reads it would make a copy of its own otherwise, and keep it for its backward pass.
+    # Contiguous: otherwise each layer that reads it would make its own copy and keep that for its backward pass.
     return out.movedim(0, dim).contiguous()
 
 
@@ -49,7 +49,7 @@ def _reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     return out.movedim(0, dim).contiguous()
 
 
-def _own(x: Tensor, group: Group, dim: int) -> Tensor:
+def _local_chunk(x: Tensor, group: Group, dim: int) -> Tensor:
     return x.chunk(group.size(), dim)[group.rank()].contiguous()
 
 
@@ -75,17 +75,17 @@ class _ReduceFromRegion(torch.autograd.Function):
 
 
 class _PairedCollectives(torch.autograd.Function):
-    """One collective forward, another one backward."""
+    """Apply one collective in the forward pass and another in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int, there: Any, back: Any) -> Tensor:
-        ctx.group, ctx.dim, ctx.back = group, dim, back
-        out: Tensor = there(x, group, dim)
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int, collective: Any, backward_collective: Any) -> Tensor:
+        ctx.group, ctx.dim, ctx.backward_collective = group, dim, backward_collective
+        out: Tensor = collective(x, group, dim)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return ctx.back(grad, ctx.group, ctx.dim), None, None, None, None
+        return ctx.backward_collective(grad, ctx.group, ctx.dim), None, None, None, None
 
 
 class _AllToAll(torch.autograd.Function):
@@ -131,15 +131,18 @@ def reduce_scatter_to_sequence_region(x: Tensor, group: Group, dim: int) -> Tens
 
 
 def all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
-    """All-gather `x` along `dim` for a computation that every rank repeats; backward keeps the own chunk."""
-    return _apply(_PairedCollectives, x, group, dim, all_gather_no_grad, _own)
+    """All-gather `x` along `dim` for a computation that every rank repeats; backward keeps the local chunk."""
+    return _apply(_PairedCollectives, x, group, dim, all_gather_no_grad, _local_chunk)
 
 
 def split(x: Tensor, group: Group, dim: int) -> Tensor:
     """Keep this rank's chunk along `dim` of a tensor that every rank has computed; backward all-gathers."""
-    return _apply(_PairedCollectives, x, group, dim, _own, all_gather_no_grad)
+    return _apply(_PairedCollectives, x, group, dim, _local_chunk, all_gather_no_grad)
 
 
 def all_to_all(x: Tensor, group: Group, send: list[int], receive: list[int]) -> Tensor:
-    """Send the first `send[0]` rows of `x` to rank 0, the next `send[1]` to rank 1, …; receive `receive[r]` from r."""
+    """Send `send[r]` consecutive rows of `x` to each rank r, in order; return the `receive[r]` rows from each rank r.
+
+    The backward pass sends the gradients back.
+    """
     return _apply(_AllToAll, x, group, send, receive)

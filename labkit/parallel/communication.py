@@ -1,4 +1,4 @@
-"""What one update sends from one rank, in numbers. Imports no torch: `replicate.py` is read by forms too."""
+"""What one rank sends in one update, in numbers. Imports no torch: `replicate.py` is read by forms too."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ Axes = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Communication:
-    """One update's communication of one rank."""
+    """Communication of one rank in one update."""
 
     wire_bytes: float
     """Bytes that leave the rank."""
     exposed_seconds: float
+    """Time in which computation waited for communication."""
     axes: Axes
 
     @classmethod
-    def of(cls, axes: Axes) -> Communication:
-        """Over all axes."""
-        sent, exposed = (sum(one[key] for one in axes.values()) for key in ("wire_bytes", "exposed_seconds"))
+    def from_axes(cls, axes: Axes) -> Communication:
+        """Add up the bytes and seconds of all axes."""
+        sent, exposed = (sum(axis[key] for axis in axes.values()) for key in ("wire_bytes", "exposed_seconds"))
         return cls(sent, exposed, axes)

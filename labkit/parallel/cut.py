@@ -1,10 +1,10 @@
-"""What a rank holds of a parameter: notes that stand on the parameter itself while a layout is applied.
+"""What a rank holds of a parameter: a `ShardSpec` on the parameter itself, written while a layout is applied.
 
-`cut`: the axis along whose ranks the parameter is cut, and the dimension that is cut.
+`shard_dims`: the mesh axes along which the parameter is sharded, and the sharded dimension for each.
 `tied`: see labkit.parallel.tie.
-`pattern`: the parameter holds some places of a matrix only.
-`partial`: axes along which every rank has only a part of the gradient although it holds the same values; the parts are
-added after the backward pass.
+`pattern`: the parameter holds only some elements of a matrix.
+`partial`: axes along which every rank computes only a part of the gradient although all hold the same values; the parts
+are added up after the backward pass.
 """
 
 from __future__ import annotations
@@ -19,60 +19,64 @@ from labkit.parallel.mesh import Mesh
 
 
 class Pattern(Protocol):
-    """Which places of a matrix a vector of values belongs to."""
+    """The places of a sparse matrix to which a vector of values belongs (labkit.sparsity.csr)."""
 
-    def spread(self, values: Tensor) -> Tensor: ...
+    def to_dense(self, values: Tensor) -> Tensor: ...
 
-    def taken(self, dense: Tensor) -> Tensor: ...
+    def from_dense(self, dense: Tensor) -> Tensor: ...
 
     def set(self, mask: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How one parameter lies on the mesh."""
+    """How one parameter is laid out on the mesh."""
 
-    cuts: dict[str, int] = field(default_factory=dict)
-    """Axis to dimension."""
+    shard_dims: dict[str, int] = field(default_factory=dict)
+    """Mesh axis to the tensor dimension that is sharded along it."""
     partial: frozenset[str] = frozenset()
+    """Mesh axes along which the gradient still has to be added up."""
     tied: str | None = None
-    """Name of a weight that several stages of a pipeline hold; each has a copy of its own."""
+    """Name of the weight if several stages of a pipeline hold it; each of them has a copy of its own."""
     copy: bool = False
-    """One of the copies beyond the first."""
+    """True for every copy of a tied weight but the first."""
     pattern: Pattern | None = None
-    """Of a sparse matrix, whose values alone are the parameter."""
+    """Sparsity pattern, if the parameter holds only the values that a sparse matrix keeps."""
 
 
-def holding(parameter: Tensor) -> ShardSpec:
-    """What is noted on the parameter; by default it is whole on every rank."""
-    noted: ShardSpec = getattr(parameter, "labkit_holding", None) or ShardSpec()
-    return noted
+def shard_spec_of(parameter: Tensor) -> ShardSpec:
+    """Return the parameter's shard spec; without one the parameter is whole on every rank."""
+    spec: ShardSpec = getattr(parameter, "labkit_shard_spec", None) or ShardSpec()
+    return spec
 
 
-def note(parameter: Tensor, **changes: object) -> None:
-    """Change what is noted on the parameter."""
-    parameter.labkit_holding = replace(holding(parameter), **changes)  # type: ignore[attr-defined, arg-type]
+def annotate(parameter: Tensor, **changes: object) -> None:
+    """Change fields of the parameter's shard spec."""
+    parameter.labkit_shard_spec = replace(shard_spec_of(parameter), **changes)  # type: ignore[attr-defined, arg-type]
 
 
-def cut(parameter: Tensor, mesh: Mesh, axis: str, dim: int) -> nn.Parameter:
-    """The part of the parameter that this rank holds, along `axis` of the mesh and dimension `dim`."""
-    parts, index = mesh.size(axis), mesh.index(axis)
-    done: nn.Parameter | None = getattr(parameter, "labkit_part", None)
-    if done is not None:  # a weight that stands in two places is cut once, and stays one weight
-        assert holding(done).cuts == {**holding(parameter).cuts, axis: dim}
-        return done
-    if parameter.shape[dim] % parts:  # of models that no rule knows before the ranks have built them
-        raise ValueError(f"{parts} ranks along {axis} do not divide a weight of {list(parameter.shape)} evenly")
-    part = nn.Parameter(
-        parameter.detach().chunk(parts, dim)[index].clone(memory_format=torch.contiguous_format),
+def shard_parameter(parameter: Tensor, mesh: Mesh, axis: str, dim: int) -> nn.Parameter:
+    """Return this rank's shard of the parameter, sharded along dimension `dim` over `axis` of the mesh.
+
+    Raises ValueError if the ranks along `axis` do not divide the dimension evenly.
+    """
+    count, index = mesh.size(axis), mesh.index(axis)
+    existing: nn.Parameter | None = getattr(parameter, "labkit_shard", None)
+    if existing is not None:  # a weight used in two places is sharded once, and stays one weight
+        assert shard_spec_of(existing).shard_dims == {**shard_spec_of(parameter).shard_dims, axis: dim}
+        return existing
+    if parameter.shape[dim] % count:  # in models that no rule knows before the ranks have built them
+        raise ValueError(f"{count} ranks along {axis} do not divide a weight of {list(parameter.shape)} evenly")
+    shard = nn.Parameter(
+        parameter.detach().chunk(count, dim)[index].clone(memory_format=torch.contiguous_format),
         requires_grad=parameter.requires_grad,
     )
-    before = holding(parameter)
-    part.labkit_holding = replace(before, cuts={**before.cuts, axis: dim})  # type: ignore[attr-defined]
-    parameter.labkit_part = part  # type: ignore[attr-defined]
-    return part
+    spec = shard_spec_of(parameter)
+    shard.labkit_shard_spec = replace(spec, shard_dims={**spec.shard_dims, axis: dim})  # type: ignore[attr-defined]
+    parameter.labkit_shard = shard  # type: ignore[attr-defined]
+    return shard
 
 
 def add_partial(parameter: Tensor, axis: str) -> None:
-    """Note that the gradient of the parameter has to be added along `axis`."""
-    note(parameter, partial=holding(parameter).partial | {axis})
+    """Record in the shard spec that the gradient of the parameter has to be added up along `axis`."""
+    annotate(parameter, partial=shard_spec_of(parameter).partial | {axis})

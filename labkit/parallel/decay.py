@@ -1,4 +1,4 @@
-"""Which parameters weight decay pulls towards zero: weights do, biases and gains (fewer than two dimensions) do not."""
+"""Which parameters weight decay applies to: weights, but not biases and norm weights (fewer than two dimensions)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ if TYPE_CHECKING:
 
 
 def decays(parameter: Tensor) -> bool:
-    """Is it a weight? The values of a sparse matrix are, and say so themselves."""
+    """Return whether weight decay applies to the parameter.
+
+    It applies to tensors of at least two dimensions, and to parameters marked with `labkit_decays`: the values of a
+    sparse matrix.
+    """
     return parameter.dim() >= 2 or getattr(parameter, "labkit_decays", False)
 
 
-def by_shape(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, bool]]:
-    """Each parameter, and whether it decays."""
+def with_decay_flags(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, bool]]:
+    """Pair each parameter with whether weight decay applies to it."""
     return [(parameter, decays(parameter)) for parameter in parameters]

@@ -1,10 +1,10 @@
 """The model of one rank: the layout applied to a workload's model, and one pass forward and backward through it.
 
-Order of application: cut the chain into stages (pp), the sequence (cp), experts (ep) and layers (tp), then either shard
-what is left with `fully_shard` (ZeRO 3) or lay its gradients out in buckets (`GradientSync`: no sharding, ZeRO 1, 2).
-Plain data parallelism takes torch's DDP instead, which overlaps best and to which compression hooks belong.
+Order of application: cut the chain into stages (pp), shard the sequence (cp), experts (ep) and layers (tp), then either
+shard the rest with `fully_shard` (ZeRO 3) or lay its gradients out in buckets (`GradientSync`: no sharding, ZeRO 1, 2).
+Plain data parallelism uses torch's DDP instead, which overlaps best and has comm hooks for compression.
 
-Losses are weighed so that gradients have to be *added up* over ranks, microbatches and passes, never averaged.
+Losses are weighed so that gradients have to be *added up* over ranks, micro-batches and passes, never averaged.
 """
 
 from __future__ import annotations
@@ -22,49 +22,49 @@ from labkit.experiment import Experiment, Layout
 from labkit.gradients.exchange import Counters, GradientReducer
 from labkit.parallel import balance, context, expert, loss, recompute, stages, tensor
 from labkit.parallel.asynchronous import AsynchronousPipeline
-from labkit.parallel.cast import as_reals, at_least_float32, placed, widened
+from labkit.parallel.cast import as_reals, at_least_float32, place_tensor, widen
 from labkit.parallel.communication import Axes, Communication
-from labkit.parallel.cut import holding
+from labkit.parallel.cut import shard_spec_of
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.pipeline import Pipeline
 from labkit.parallel.shard import FullySharded
 from labkit.parallel.sync import GradientSync, Zero1Bucket
 from labkit.parallel.tie import Ties
 from labkit.parallel.timeline import Timeline
-from labkit.parallel.weigh import counts_samples, is_nothing, loss_of, weight_of
+from labkit.parallel.weigh import counts_samples, is_zero, loss_of, weight_of
 from labkit.workloads.base import Batch, Blocks, Task
 
 Phase = Callable[[str], None]
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
-def _something_to_train(whole: dict[int, nn.Module], layout: Layout) -> None:
-    """ValueError where frozen weights leave a rank, or a schedule that splits backward passes, without work."""
-    trained = {number for number, stage in whole.items() if any(p.requires_grad for p in stage.parameters())}
-    for place in range(layout.pp):
-        if not trained & set(stages.held_by(layout, place)):
-            named = " and ".join(map(str, stages.held_by(layout, place)))
-            raise ValueError(f"stage {named} has nothing to train; cut the model otherwise (layout.stage_blocks)")
+def _assert_trainable(all_stages: dict[int, nn.Module], layout: Layout) -> None:
+    """Raise ValueError if frozen weights leave a rank, or a schedule that splits the backward pass, without work."""
+    trained = {number for number, stage in all_stages.items() if any(p.requires_grad for p in stage.parameters())}
+    for pp_rank in range(layout.pp):
+        if not trained & set(stages.stages_of_rank(layout, pp_rank)):
+            numbers = " and ".join(map(str, stages.stages_of_rank(layout, pp_rank)))
+            raise ValueError(f"stage {numbers} has nothing to train; cut the model otherwise (layout.stage_blocks)")
     if layout.schedule in stages.SPLITTING and trained and 0 not in trained:
-        # torch looks for the way from the loss to a stage's input, and there is none: the weights would get nothing.
+        # torch looks for a path from the loss to a stage's input, and there is none: the weights would get no gradient.
         raise ValueError(f"under {layout.schedule} the first stage must have something to train (layout.stage_blocks)")
 
 
 def offloads(experiment: Experiment) -> bool:
-    """Does what this rank owns lie in the host's memory instead of on its GPU?"""
+    """Return whether this rank's shards are offloaded from its GPU to the host's memory."""
     return experiment.layout.cpu_offload and experiment.launch.device == "cuda"
 
 
 def _is_asynchronous(experiment: Experiment) -> bool:
-    """Does the pipeline run without waiting for updates?"""
+    """Return whether the pipeline runs without waiting for updates (PipeDream)."""
     return experiment.gradients.update.method == "pipedream"
 
 
 class ParallelModel:
-    """What the trainer drives, for every layout but plain data parallelism."""
+    """The model that the trainer trains, for every layout but plain data parallelism (`ReplicatedModel`)."""
 
     exchange = "process group"
-    """What gradients go through."""
+    """What reduces the gradients; see `ReplicatedModel.exchange`."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class ParallelModel:
         mesh: Mesh,
         device: torch.device,
         autocast: Autocast,
-        exchanges: GradientReducer,
+        reducer: GradientReducer,
     ) -> None:
         layout = experiment.layout
         self._autocast, self._device = autocast, device
@@ -82,7 +82,7 @@ class ParallelModel:
         self._batch: Batch = {}
         self._ties: Ties | None = None
         self.stages = self._cut_into_stages(experiment, device)
-        """Stage number to module; one stage, the whole model, without a pipeline."""
+        """Module by stage number; without a pipeline one stage, the whole model."""
         for module in self.stages.values():
             if layout.cp > 1:
                 context.apply(module, mesh)
@@ -92,30 +92,30 @@ class ParallelModel:
                 tensor.apply(module, mesh, layout.sequence_parallel)
             if layout.activation_checkpointing != "none":
                 recompute.apply(module, layout.activation_checkpointing)
-        loss.spread(task, mesh)
+        loss.shard_loss(task, mesh)
         named = [pair for module in self.stages.values() for pair in module.named_parameters()]
-        self.holdings = {name: holding(parameter) for name, parameter in named}
+        self.shard_specs = {name: shard_spec_of(parameter) for name, parameter in named}
         self._gradients: GradientSync | FullySharded
         if layout.dp_shard > 1 and layout.zero_stage == 3:
-            self._gradients = FullySharded(self.stages.values(), self.holdings, mesh, offloads(experiment))
+            self._gradients = FullySharded(self.stages.values(), self.shard_specs, mesh, offloads(experiment))
         else:
             stage = layout.zero_stage if layout.dp_shard > 1 else 0
-            trained = [(name, one, self.holdings[name]) for name, one in named if one.requires_grad]
-            sees_use = not _is_asynchronous(experiment)  # there, stashed weights take the place of the parameters
-            self._gradients = GradientSync(trained, mesh, stage, experiment.gradients, exchanges, sees_use)
+            trained = [(name, p, self.shard_specs[name]) for name, p in named if p.requires_grad]
+            tracks_use = not _is_asynchronous(experiment)  # there, stashed weights replace the parameters
+            self._gradients = GradientSync(trained, mesh, stage, experiment.gradients, reducer, tracks_use)
         self.averaged_over = self._gradients.averaged_over
         for module in self.stages.values():
-            expert.weigh_samples(module, self.averaged_over / experiment.training.global_batch)
-        self.then: Callable[[], None] = lambda: None
-        """Called after every update, once the weights are whole."""
+            expert.set_sample_weight(module, self.averaged_over / experiment.training.global_batch)
+        self.on_weights_updated: Callable[[], None] = lambda: None
+        """Called after every update, once all ranks have the new weights."""
         self.traffic: Axes | None = None
-        """What the traced update has sent; None before it."""
+        """Communication of the traced update by axis; None before it."""
         self._pipeline = self._make_pipeline(experiment) if layout.pp > 1 else None
-        self._part = 1 / layout.cp
-        """Of every sample, this rank computes such a part."""
-        knows = self._pipeline is None or self._pipeline.last
-        self.counted = self._part if knows and mesh.index("tp") == 0 else 0.0
-        """How much this rank's losses and metrics count: others with the same samples hold the same or nothing."""
+        self._sample_share = 1 / layout.cp
+        """Fraction of every sample's sequence that this rank computes."""
+        has_loss = self._pipeline is None or self._pipeline.last
+        self.metric_weight = self._sample_share if has_loss and mesh.index("tp") == 0 else 0.0
+        """Weight of this rank's losses and metrics: other ranks with the same samples have the same values or none."""
 
     def _cut_into_stages(self, experiment: Experiment, device: torch.device) -> dict[int, nn.Module]:
         layout, model = self.layout, self.task.model
@@ -124,161 +124,162 @@ class ParallelModel:
         if not isinstance(model, Blocks):
             raise ValueError("a pipeline needs a model that is a chain of blocks (labkit.workloads.base.Blocks)")
         names = list(model.blocks)
-        dtype = next(one.dtype for one in model.parameters() if one.is_floating_point())
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
 
         def microbatch() -> Batch:
             samples = experiment.training.global_batch // layout.data_parallel // experiment.gradients.accumulation
-            pieces = 1 if _is_asynchronous(experiment) else layout.microbatches
-            batch = self.task.train.__getitems__(list(range(max(1, samples // pieces))))
-            wide = at_least_float32(dtype)
-            return {name: placed(x, device, dtype if name == "x" else wide) for name, x in batch.items()}
+            count = 1 if _is_asynchronous(experiment) else layout.microbatches
+            batch = self.task.train.__getitems__(list(range(max(1, samples // count))))
+            target_dtype = at_least_float32(dtype)
+            return {name: place_tensor(x, device, dtype if name == "x" else target_dtype) for name, x in batch.items()}
 
-        lengths = balance.lengths(layout, self.task, device, microbatch)
-        whole: dict[int, nn.Module] = {
-            number: Blocks({name: model.blocks[name] for name in group})
-            for number, group in enumerate(stages.groups(names, lengths))
+        lengths = balance.stage_lengths(layout, self.task, device, microbatch)
+        all_stages: dict[int, nn.Module] = {
+            number: Blocks({name: model.blocks[name] for name in stage_names})
+            for number, stage_names in enumerate(stages.split_into_stages(names, lengths))
         }
-        _something_to_train(whole, layout)
-        self._ties = Ties(whole, stages.places(layout), self.mesh)
+        _assert_trainable(all_stages, layout)
+        self._ties = Ties(all_stages, stages.pp_rank_by_stage(layout), self.mesh)
         if self._ties.names and _is_asynchronous(experiment):
             raise ValueError(
-                f"{self._ties.names[0]} stands on two stages, which would have to wait for each other in every update: "
+                f"{self._ties.names[0]} is on two stages, which would have to wait for each other in every update: "
                 "an asynchronous pipeline has no tied weights"
             )
-        model.blocks.clear()  # what other ranks hold takes no memory here
-        return {number: whole[number] for number in stages.held_by(layout, self.mesh.index("pp"))}
+        model.blocks.clear()  # the stages of other ranks take no memory here
+        return {number: all_stages[number] for number in stages.stages_of_rank(layout, self.mesh.index("pp"))}
 
     def _make_pipeline(self, experiment: Experiment) -> Pipeline:
-        made = (self.stages, self.layout, self.mesh, self._device, self._stage_loss)
+        arguments = (self.stages, self.layout, self.mesh, self._device, self._stage_loss)
         if _is_asynchronous(experiment):
             options = experiment.gradients.update.options
-            return AsynchronousPipeline(*made, stash=options["stash"], horizon=options["predict"])
-        return Pipeline(*made)
+            return AsynchronousPipeline(*arguments, stash=options["stash"], horizon=options["predict"])
+        return Pipeline(*arguments)
 
     @property
     def sharded(self) -> Sequence[Zero1Bucket]:
-        """Buckets of which each rank optimizes a part."""
+        """Buckets of which each rank updates a shard (ZeRO 1 and 2)."""
         return self._gradients.sharded
 
     # -- one update ---------------------------------------------------------------------------------------------------
 
-    def optimized(self) -> list[tuple[nn.Parameter, bool]]:
-        """What the optimizer works on, and whether it decays."""
-        return self._gradients.optimized()
+    def optimizer_parameters(self) -> list[tuple[nn.Parameter, bool]]:
+        """Return the parameters that the optimizer updates, each with whether weight decay applies to it."""
+        return self._gradients.optimizer_parameters()
 
     def run_pass(self, batch: Batch, weight: float, last: bool, phase: Phase) -> Tensor | None:
-        """Forward and backward; the mean loss over the batch on ranks that know it.
+        """Run forward and backward over `batch`; return its mean loss, or None on ranks whose loss does not count.
 
         `weight`: share of these samples in the update, times `averaged_over`; the gradients of all shares add up to
-        the update's.
+        the gradient of the update. `phase` is called with "forward" and "backward" as each begins.
         """
         self._gradients.begin_pass(last, scheduled=self._pipeline is not None)
         phase("forward")
-        weight *= self._part
+        weight *= self._sample_share
         if self._pipeline is not None:
             loss = self._run_schedule(self._pipeline, batch, weight)
-            phase("backward")  # the schedule's own backward passes lie between its forward passes
+            phase("backward")  # the schedule interleaves its backward passes with its forward passes
         else:
             with self._autocast():
                 output = self.stages[0](batch["x"])
-            loss = loss_of(self.task, output, batch, counts=not is_nothing(weight))
+            loss = loss_of(self.task, output, batch, counts=not is_zero(weight))
             phase("backward")
             (loss * weight).backward()
         self._gradients.end_pass(last)
         if last and self._ties is not None:
-            self._ties.add_up(self._gradients.tied())
-        return loss.detach() if loss is not None and self.counted else None
+            self._ties.all_reduce_gradients(self._gradients.tied_gradients())
+        return loss.detach() if loss is not None and self.metric_weight else None
 
     def _run_schedule(self, pipeline: Pipeline, batch: Batch, weight: float) -> Tensor | None:
         samples = len(next(iter(batch.values())))
-        whole = 0.0 if is_nothing(weight) else weight_of(self.task, batch) if pipeline.last else 1.0
-        self._batch, self._weight = batch, weight / whole if whole else 0.0
+        batch_weight = 0.0 if is_zero(weight) else weight_of(self.task, batch) if pipeline.last else 1.0
+        self._batch, self._weight = batch, weight / batch_weight if batch_weight else 0.0
         with self._autocast():
             losses = pipeline.run(batch["x"], samples)
         self._batch = {}
         if not losses:
             return None
         total = torch.stack(losses).sum()
-        return total / weight if whole else total
+        return total / weight if batch_weight else total
 
     def _stage_loss(self, output: Tensor, index: Tensor) -> Tensor:
-        part = {name: value[index] for name, value in self._batch.items()}
-        counted = float(len(index)) if counts_samples(self.task) else weight_of(self.task, part)
-        with torch.autocast(output.device.type, enabled=False):  # the schedule runs under that of the run
-            return loss_of(self.task, output, part, counts=counted > 0) * (counted * self._weight)
+        microbatch = {name: value[index] for name, value in self._batch.items()}
+        weight = float(len(index)) if counts_samples(self.task) else weight_of(self.task, microbatch)
+        with torch.autocast(output.device.type, enabled=False):  # the schedule runs under the autocast of the run
+            return loss_of(self.task, output, microbatch, counts=weight > 0) * (weight * self._weight)
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Which pass exchanges gradients is told to `run_pass`."""
+        """Do nothing: `run_pass` is told which pass reduces the gradients."""
         return nullcontext()
 
     def grad_norm(self) -> Tensor:
-        """The norm of the update's whole gradient, equal on all ranks."""
+        """Return the norm of the update's gradient over all parameters, equal on all ranks (collective)."""
         total = self._own_square()
         dist.all_reduce(total)
         return total.sqrt()
 
     def _own_square(self) -> Tensor:
-        """What this rank adds to the square of the norm."""
-        parts = [
-            as_reals(gradient.detach()).double().square().sum() * share for gradient, share in self._gradients.terms()
+        """Return this rank's term of the squared norm."""
+        terms = [
+            as_reals(gradient.detach()).double().square().sum() * factor
+            for gradient, factor in self._gradients.norm_terms()
         ]
-        return torch.stack(parts).sum().to(self._device)
+        return torch.stack(terms).sum().to(self._device)
 
     def clip(self, limit: float) -> Tensor | None:
-        """Scale all gradients so that their global norm is at most `limit`; returns the norm before.
+        """Scale all gradients so that their global norm is at most `limit`; return the norm before.
 
         Stages of an asynchronous pipeline do not wait for each other: each scales its own part to a norm of at most
-        `limit`/√stages, which keeps the bound, and nobody knows the norm of the whole.
+        `limit`/√stages, which keeps the bound; the global norm is unknown, and None is returned.
         """
-        apart = isinstance(self._pipeline, AsynchronousPipeline)
-        norm = self._own_square().sqrt() if apart else self.grad_norm()
-        most = limit / math.sqrt(self.layout.pp) if apart else limit
-        factor = (most / (norm + 1e-6)).clamp(max=1.0)
-        for gradient, _ in self._gradients.terms():
+        per_stage = isinstance(self._pipeline, AsynchronousPipeline)
+        norm = self._own_square().sqrt() if per_stage else self.grad_norm()
+        max_norm = limit / math.sqrt(self.layout.pp) if per_stage else limit
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient, _ in self._gradients.norm_terms():
             gradient.mul_(factor.to(gradient.device, gradient.dtype))
-        return None if apart else norm
+        return None if per_stage else norm
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimizer has stepped."""
+        """All-gather parameters and reset gradients after an optimizer step, then call `on_weights_updated`."""
         self._gradients.after_update()
-        self.then()
+        self.on_weights_updated()
 
     @property
     def tied(self) -> tuple[str, ...]:
-        """Weights of which several stages have a copy."""
+        """Names of the weights that several stages hold."""
         return tuple(self._ties.names) if self._ties is not None else ()
 
     @property
     def pipeline(self) -> Pipeline | None:
-        """The part of this rank; None without stages."""
+        """The stages of the pipeline that this rank runs; None without a pipeline."""
         return self._pipeline
 
     @property
     def timeline(self) -> Timeline | None:
-        """That of the pipeline, if there is one."""
+        """The timeline of the pipeline; None without a pipeline."""
         return self._pipeline.timeline if self._pipeline else None
 
     def counters(self) -> Counters | None:
-        """What combining gradients has cost so far; None where torch does it by itself (ZeRO 3)."""
+        """Return the cost of reducing gradients so far; None if torch reduces them by itself (ZeRO 3)."""
         return self._gradients.counters() if isinstance(self._gradients, GradientSync) else None
 
     def communication(self) -> Communication | None:
-        """What the traced update has sent; None before it."""
-        return None if self.traffic is None else Communication.of(self.traffic)
+        """Return the communication of the traced update; None before it."""
+        return None if self.traffic is None else Communication.from_axes(self.traffic)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def output(self, x: Tensor) -> Tensor | None:
-        """Output of the whole model; None on ranks that do not hold the last stage. All ranks call it together."""
+        """Return the output of the whole model; None on ranks without the last stage (collective)."""
         with self._autocast():
             out: Tensor | None = self.stages[0](x) if self._pipeline is None else self._pipeline.forward(x)
-        return None if out is None else widened(out)
+        return None if out is None else widen(out)
 
     def output_everywhere(self, x: Tensor) -> Tensor:
-        """Output of the whole model, on all ranks."""
+        """Return the output of the whole model on all ranks (collective)."""
         out = self.output(x)
         if self._pipeline is not None:
-            return self._pipeline.share(out)
+            return self._pipeline.broadcast_output(out)
         assert out is not None
         return out
 

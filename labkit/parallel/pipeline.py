@@ -1,7 +1,7 @@
-"""Pipeline parallelism: each rank holds some stages of the model, microbatches walk through them.
+"""Pipeline parallelism: each rank holds some stages of the model, and micro-batches pass through them one by one.
 
-The schedules are those of `torch.distributed.pipelining`. `naive` is GPipe with a single microbatch: one stage works
-while all others wait, the seed of the idea.
+The schedules are those of `torch.distributed.pipelining`. `naive` is GPipe with a single micro-batch: one stage works
+while all others wait, the starting point of the idea.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.distributed.pipelining import schedules as torch_schedules
 from labkit.experiment.layout import Layout
 from labkit.parallel.cast import as_reals
 from labkit.parallel.mesh import Mesh
-from labkit.parallel.stages import places
+from labkit.parallel.stages import pp_rank_by_stage
 from labkit.parallel.timeline import TimedStage, Timeline
 from labkit.workloads.same_buffers import same_buffers
 
@@ -33,11 +33,11 @@ SCHEDULES = {
 }
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""(output of a microbatch, numbers of its samples) to the loss that is followed backward."""
+"""(output of a micro-batch, indices of its samples) to the training loss."""
 
 
 class _Contiguous(torch.autograd.Function):
-    """Lets a tensor through; its gradient comes out in one piece, because it is sent on as it is."""
+    """The identity, with a contiguous gradient, because the gradient is sent to the previous stage as it is."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -48,22 +48,22 @@ class _Contiguous(torch.autograd.Function):
         return grad.contiguous()
 
 
-class _Held(nn.Module):
-    """One stage as torch's schedules see it: what is sent is in one piece, and sharding is hidden.
+class _StageModule(nn.Module):
+    """One stage as torch's schedules see it: its outputs and gradients are contiguous, and its sharding is hidden.
 
     A sharded module that torch recognises would exchange gradients in the middle of the schedule.
 
-    Before the first batch torch runs every stage to find out shapes, on memory that nobody has written. What is there
-    differs from rank to rank, so that ranks that share a mixture of experts would route tokens differently and break
-    off. Unless it `computes` what belongs to a batch, a stage sees zeros, and its buffers stay as they are.
+    Before the first batch torch runs every stage on uninitialised memory to infer shapes. Its content differs from rank
+    to rank, so that ranks that share a mixture of experts would route tokens differently and fail. Unless it computes
+    on a batch (`has_batch`), a stage gets zeros as input, and its buffers stay unchanged.
     """
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner, self.computes = inner, False
+        self.inner, self.has_batch = inner, False
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.computes:
+        if self.has_batch:
             return self._run(x)
         with same_buffers(self.inner):
             return self._run(torch.zeros_like(x, requires_grad=x.requires_grad))
@@ -87,27 +87,33 @@ class Pipeline:
         self.modules, self.group, self.layout, self._mesh = modules, group, layout, mesh
         self.first, self.last = 0 in modules, count - 1 in modules
         self._loss, self._count, self._device = loss, count, device
-        self._where = places(layout)
+        self._pp_rank_of_stage = pp_rank_by_stage(layout)
         self._ranks = dist.get_process_group_ranks(group)
         self.timeline = Timeline(device, self.microbatches)
         self._schedule: Any = None
 
     @property
     def microbatches(self) -> int:
+        """Number of micro-batches per pass."""
         return 1 if self.layout.schedule == "naive" else self.layout.microbatches
 
     def run(self, x: Tensor, samples: int) -> list[Tensor]:
-        """Forward and backward over a batch of `samples`, cut into microbatches; their losses on the last stage."""
+        """Run forward and backward over a batch of `samples`, split into micro-batches.
+
+        Returns the losses of the micro-batches on the rank with the last stage, an empty list elsewhere.
+        """
         if self._schedule is None:
-            made = getattr(torch_schedules, SCHEDULES[self.layout.schedule])
-            single = issubclass(made, torch_schedules.PipelineScheduleSingle)
-            held = [
-                TimedStage(_Held(module), number, self._count, self._device, group=self.group, timeline=self.timeline)
+            schedule_class = getattr(torch_schedules, SCHEDULES[self.layout.schedule])
+            single = issubclass(schedule_class, torch_schedules.PipelineScheduleSingle)
+            timed_stages = [
+                TimedStage(
+                    _StageModule(module), number, self._count, self._device, group=self.group, timeline=self.timeline
+                )
                 for number, module in self.modules.items()
             ]
-            stages: Any = held[0] if single else held
+            stages: Any = timed_stages[0] if single else timed_stages
             loss = self.timeline.with_loss(self._loss)
-            self._schedule = made(stages, self.microbatches, loss_fn=loss, scale_grads=False)
+            self._schedule = schedule_class(stages, self.microbatches, loss_fn=loss, scale_grads=False)
         inputs = (x,) if self.first else ()
         target = torch.arange(samples, device=self._device) if self.last else None
         losses: list[Tensor] = []
@@ -116,35 +122,37 @@ class Pipeline:
         return losses
 
     def forward(self, x: Tensor) -> Tensor | None:
-        """Forward alone, stage after stage; the output on the ranks that hold the last stage, None elsewhere.
+        """Run only the forward pass, stage after stage, and return the output; None on ranks without the last stage.
 
-        Shapes travel with the activations, so that the batch may have any size.
+        Shapes are sent with the activations, so the batch may have any size.
         """
-        where, ranks, me = self._where, self._ranks, self._mesh.index("pp")
+        pp_rank_of, ranks, pp_rank = self._pp_rank_of_stage, self._ranks, self._mesh.index("pp")
         out: Tensor | None = x if self.first else None
         for number in range(self._count):
-            if where[number] != me:
+            if pp_rank_of[number] != pp_rank:
                 continue
-            if number and where[number - 1] != me:
-                out = _receive(ranks[where[number - 1]], self.group, self._device)
+            if number and pp_rank_of[number - 1] != pp_rank:
+                out = _receive(ranks[pp_rank_of[number - 1]], self.group, self._device)
             assert out is not None
             out = self.modules[number](out)
-            if number + 1 < self._count and where[number + 1] != me:
-                _send(out, ranks[where[number + 1]], self.group)
+            if number + 1 < self._count and pp_rank_of[number + 1] != pp_rank:
+                _send(out, ranks[pp_rank_of[number + 1]], self.group)
         return out if self.last else None
 
-    def share(self, output: Tensor | None) -> Tensor:
-        """The output that the last stage has made, on every rank of the pipeline."""
-        holder = self._ranks[self._where[self._count - 1]]
-        described = torch.zeros(HEAD, dtype=torch.int64, device=self._device) if output is None else head(output)
-        dist.broadcast(described, holder, self.group)
-        shared = empty(described) if output is None else output.contiguous()
-        dist.broadcast(shared, holder, self.group)
-        return shared
+    def broadcast_output(self, output: Tensor | None) -> Tensor:
+        """Return the last stage's output on every rank of the pipeline; the other ranks pass None (collective)."""
+        source = self._ranks[self._pp_rank_of_stage[self._count - 1]]
+        header = (
+            torch.zeros(HEADER_SIZE, dtype=torch.int64, device=self._device) if output is None else make_header(output)
+        )
+        dist.broadcast(header, source, self.group)
+        result = empty_from_header(header) if output is None else output.contiguous()
+        dist.broadcast(result, source, self.group)
+        return result
 
 
-# Kind, number of dimensions and shape go ahead of a tensor whose receiver does not know them.
-HEAD = 8
+HEADER_SIZE = 8
+"""Elements of a header: dtype, number of dimensions and shape of a tensor that its receiver does not know."""
 _DTYPES = (
     torch.float32,
     torch.float64,
@@ -158,26 +166,26 @@ _DTYPES = (
 )
 
 
-def head(x: Tensor) -> Tensor:
-    """What goes ahead of `x`."""
+def make_header(x: Tensor) -> Tensor:
+    """Return the header (dtype, number of dimensions, shape) that is sent before `x`, int64 [HEADER_SIZE]."""
     shape = [_DTYPES.index(x.dtype), x.dim(), *x.shape]
-    return torch.tensor(shape + [0] * (HEAD - len(shape)), device=x.device)
+    return torch.tensor(shape + [0] * (HEADER_SIZE - len(shape)), device=x.device)
 
 
-def empty(described: Tensor) -> Tensor:
-    """Room for what this head has been ahead of."""
-    kind, dims, *shape = described.tolist()
-    return torch.empty(shape[:dims], dtype=_DTYPES[kind], device=described.device)
+def empty_from_header(header: Tensor) -> Tensor:
+    """Allocate the tensor that a header describes."""
+    dtype, dims, *shape = header.tolist()
+    return torch.empty(shape[:dims], dtype=_DTYPES[dtype], device=header.device)
 
 
 def _send(x: Tensor, to: int, group: dist.ProcessGroup) -> None:
-    dist.send(head(x), to, group)
+    dist.send(make_header(x), to, group)
     dist.send(as_reals(x.contiguous()), to, group)
 
 
 def _receive(source: int, group: dist.ProcessGroup, device: torch.device) -> Tensor:
-    described = torch.zeros(HEAD, dtype=torch.int64, device=device)
-    dist.recv(described, source, group)
-    x = empty(described)
+    header = torch.zeros(HEADER_SIZE, dtype=torch.int64, device=device)
+    dist.recv(header, source, group)
+    x = empty_from_header(header)
     dist.recv(as_reals(x), source, group)
     return x

@@ -1,8 +1,8 @@
-"""Activation checkpointing: activations are computed again in the backward pass instead of being kept (Chen et al.
-2016, arXiv:1604.06174).
+"""Activation checkpointing: activations are recomputed in the backward pass instead of being kept (Chen et al. 2016,
+arXiv:1604.06174).
 
 `full` keeps only the input of every block. `selective` also keeps the results of matrix products, convolutions and
-attention, which cost the most to compute again, and recomputes what is cheap: norms, activations, sums (as torchtitan
+attention, which cost the most to recompute, and recomputes what is cheap: norms, activations, sums (as torchtitan
 does; Korthikanti et al. 2022, arXiv:2205.05198). Neither changes a number.
 """
 
@@ -37,9 +37,9 @@ def _policy(context: Any, operation: Any, *inputs: Any, **options: Any) -> Check
 
 
 def apply(module: nn.Module, which: str) -> None:
-    """Recompute the inside of every block, in place; names of parameters stay as they are.
+    """Checkpoint every block of `module`, in place, as `which` says ("full" or "selective"); parameter names stay.
 
-    A model that is no chain of blocks is one block, and is recomputed as a whole.
+    A model that is not a chain of blocks counts as one block and is recomputed as a whole.
     """
     options: dict[str, Any] = {"use_reentrant": False}
     if which == "selective":

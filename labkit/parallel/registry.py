@@ -1,4 +1,4 @@
-"""The axes along which a model is spread, and the pipeline schedules."""
+"""The axes along which a model is distributed, and the pipeline schedules."""
 
 from labkit.experiment.registry import Method, Registry
 

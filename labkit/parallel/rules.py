@@ -1,4 +1,4 @@
-"""What an axis of the layout asks of the model and of the batch. Imports no torch: forms and commands read it."""
+"""What an axis of the layout requires of the model and of the batch. Imports no torch: forms and commands read it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def _options(experiment: Experiment) -> Any:
     return registry("workload")[experiment.workload.name].load().Options(**experiment.workload.options)
 
 
-def network(experiment: Experiment) -> str:
-    """The kind of network: gpt, transformers, resnet, vit, driver or custom."""
+def network_kind(experiment: Experiment) -> str:
+    """Return the kind of network: gpt, transformers, resnet, vit, driver or custom."""
     kinds = {"driving": "driver", "custom": "custom"}
     name = experiment.workload.name
     return kinds[name] if name in kinds else str(_options(experiment).model)
 
 
 def num_blocks(experiment: Experiment) -> int | None:
-    """Length of the chain of blocks; None where only the ranks know it."""
-    kind, options = network(experiment), _options(experiment)
+    """Return the length of the chain of blocks; None if only the ranks know it."""
+    kind, options = network_kind(experiment), _options(experiment)
     if kind == "resnet":
         return int(3 * options.network_depth + 2)
     if kind == "vit":
@@ -39,13 +39,13 @@ def num_blocks(experiment: Experiment) -> int | None:
 
 
 def _known_config(options: Any) -> dict[str, Any]:
-    """What is said of a model of transformers; nothing of a trained one, which only the ranks read."""
+    """Return the known config of a model of transformers; empty for a pretrained one, which only the ranks read."""
     return dict(options.transformers_config or {})
 
 
-def unbreakable(experiment: Experiment) -> str | None:
-    """Which model cannot be taken apart into blocks, in words; None if it can, or if only the ranks know."""
-    kind, options = network(experiment), _options(experiment)
+def unsplittable_model(experiment: Experiment) -> str | None:
+    """Name the model if it cannot be split into blocks; None if it can, or if only the ranks know."""
+    kind, options = network_kind(experiment), _options(experiment)
     if kind != "transformers" or options.pretrained or is_chain(_known_config(options), options.context):
         return None
     return f"a {_known_config(options).get('model_type')} model of transformers"
@@ -54,16 +54,16 @@ def unbreakable(experiment: Experiment) -> str | None:
 NO_SEQUENCE = "this network has no sequence to cut"
 
 
-def sequence(experiment: Experiment) -> int:
-    """Length of the sequence that the network attends to."""
+def sequence_length(experiment: Experiment) -> int:
+    """Return the length of the sequence that the network attends to."""
     options = _options(experiment)
-    return int((options.image_size // options.patch) ** 2 if network(experiment) == "vit" else options.context)
+    return int((options.image_size // options.patch) ** 2 if network_kind(experiment) == "vit" else options.context)
 
 
 def _nearest(size: int, *numbers: int) -> int:
-    """The greatest size up to `size` that divides all numbers."""
-    whole = gcd(*numbers)
-    return max(part for part in range(1, size + 1) if whole % part == 0)
+    """Return the largest number up to `size` that divides all `numbers`."""
+    divisible = gcd(*numbers)
+    return max(divisor for divisor in range(1, size + 1) if divisible % divisor == 0)
 
 
 class Shard:
@@ -73,16 +73,18 @@ class Shard:
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         layout = experiment.layout
         if layout.cpu_offload and layout.zero_stage != 3:
-            yield Problem("layout.cpu_offload", "only what ZeRO stage 3 shards can wait in the host's memory", "false")
+            yield Problem(
+                "layout.cpu_offload", "only what ZeRO stage 3 shards can be offloaded to the host's memory", "false"
+            )
 
 
 def _cut_by_tp(experiment: Experiment) -> dict[str, int]:
-    """What tensor parallelism deals out to ranks, in words, and how many of it there are."""
-    kind, options = network(experiment), _options(experiment)
+    """Map each thing that tensor parallelism distributes over ranks, in words, to how many of it there are."""
+    kind, options = network_kind(experiment), _options(experiment)
     if kind == "transformers":
         names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
-        known = _known_config(options)
-        sizes = {"vocab_size": BYTES} | known if known else {}
+        config = _known_config(options)
+        sizes = {"vocab_size": BYTES} | config if config else {}
         return {f"{name} {size}": size for name in names if isinstance(size := sizes.get(name), int)}
     if kind == "resnet":
         width = options.network_width
@@ -94,14 +96,14 @@ def _cut_by_tp(experiment: Experiment) -> dict[str, int]:
 
 
 class TensorAxis:
-    """The axis tp: layers cut over ranks."""
+    """The axis tp: layers sharded over ranks."""
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        kind, tp, field = network(experiment), experiment.layout.tp, "layout.tp"
-        what = "your own model" if kind == "custom" else unbreakable(experiment)
-        if what is not None:
-            yield Problem(field, f"labkit has no plan for cutting the layers of {what}", 1)
+        kind, tp, field = network_kind(experiment), experiment.layout.tp, "layout.tp"
+        model = "your own model" if kind == "custom" else unsplittable_model(experiment)
+        if model is not None:
+            yield Problem(field, f"labkit has no plan for cutting the layers of {model}", 1)
             return
         sizes = _cut_by_tp(experiment)
         for words, size in sizes.items():
@@ -113,25 +115,25 @@ class TensorAxis:
             why = "labkit does not cut the norms of a model of transformers" if kind == "transformers" else NO_SEQUENCE
             yield Problem("layout.sequence_parallel", why, "false")
             return
-        length = sequence(experiment)
+        length = sequence_length(experiment)
         if length % tp:
             yield Problem("layout.sequence_parallel", f"{tp} ranks do not divide a sequence of {length}", "false")
 
 
 class ContextAxis:
-    """The axis cp: the sequence cut over ranks."""
+    """The axis cp: the sequence sharded over ranks."""
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        kind, cp, field = network(experiment), experiment.layout.cp, "layout.cp"
-        what = "your own model" if kind == "custom" else unbreakable(experiment)
-        if what is not None or kind in ("resnet", "driver"):
-            yield Problem(field, f"labkit has no ring for the attention of {what}" if what else NO_SEQUENCE, 1)
+        kind, cp, field = network_kind(experiment), experiment.layout.cp, "layout.cp"
+        model = "your own model" if kind == "custom" else unsplittable_model(experiment)
+        if model is not None or kind in ("resnet", "driver"):
+            yield Problem(field, f"labkit has no ring for the attention of {model}" if model else NO_SEQUENCE, 1)
             return
         options = _options(experiment)
         if kind == "transformers" and _known_config(options).get("attention_dropout"):
             yield Problem("workload.transformers_config", "the ring has no dropout: set attention_dropout to 0")
-        length = sequence(experiment)
+        length = sequence_length(experiment)
         chunks = 2 * cp * (experiment.layout.tp if experiment.layout.sequence_parallel else 1)
         if length % chunks:
             yield Problem(
@@ -142,19 +144,21 @@ class ContextAxis:
             )
         if kind == "gpt" and options.experts and options.capacity:
             yield Problem(
-                "workload.capacity", "an expert's room is counted over whole sequences, and cp cuts them into parts", 0
+                "workload.capacity",
+                "an expert's capacity is counted over whole sequences, but cp cuts them into parts",
+                0,
             )
 
 
 class ExpertAxis:
-    """The axis ep: experts dealt out to ranks."""
+    """The axis ep: experts distributed over ranks."""
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         options, ep, field = _options(experiment), experiment.layout.ep, "layout.ep"
-        experts = options.experts if network(experiment) == "gpt" else 0
+        experts = options.experts if network_kind(experiment) == "gpt" else 0
         if not experts:
-            yield Problem(field, "this network has no experts to deal out (workload.experts of the GPT)", 1)
+            yield Problem(field, "this network has no experts to distribute (workload.experts of the GPT)", 1)
         elif experts % ep:
             yield Problem(field, f"{ep} ranks do not divide {experts} experts", _nearest(ep, experts))
 
@@ -165,9 +169,9 @@ class PipelineAxis:
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         layout = experiment.layout
-        what = unbreakable(experiment)
-        if what is not None:
-            yield Problem("layout.pp", f"labkit cannot take {what} apart into blocks", 1)
+        model = unsplittable_model(experiment)
+        if model is not None:
+            yield Problem("layout.pp", f"labkit cannot split {model} into blocks", 1)
             return
         blocks = num_blocks(experiment)
         scheduled = experiment.gradients.update.method != "pipedream"  # which has a pipeline of its own
@@ -201,18 +205,18 @@ class PipelineAxis:
 
 
 def schedule_problems(layout: Layout) -> Iterator[Problem]:
-    """What the schedule asks of stages and microbatches."""
+    """Yield the problems of the schedule with the number of stages and micro-batches."""
     schedule, stages = layout.schedule, layout.stages_per_rank
     if schedule in SPLITTING and layout.activation_checkpointing == "selective":
         yield Problem(
             "layout.activation_checkpointing",
-            f"{schedule} goes backward through a block twice, and torch keeps what selective recomputation needs for "
-            "one time only",
+            f"{schedule} splits the backward pass of a block in two, but torch keeps what selective recomputation "
+            "needs for only one of them",
             "full",
         )
     count = layout.pp * stages
     if schedule in V_SHAPED and stages != 2:
-        yield Problem("layout.stages_per_rank", f"{schedule} folds the pipeline: exactly 2 stages per rank", 2)
+        yield Problem("layout.stages_per_rank", f"{schedule} folds the pipeline and needs exactly 2 stages per rank", 2)
     elif schedule in SEVERAL and stages < 2:
         yield Problem("layout.stages_per_rank", f"{schedule} needs at least 2 stages per rank", 2)
     elif schedule not in SEVERAL + V_SHAPED and stages != 1:

@@ -1,11 +1,12 @@
 """ZeRO stage 3: parameters, gradients and optimizer state are sharded, by torch's `fully_shard` (FSDP2).
 
 Each block gathers its parameters just before it needs them and frees them afterwards (Rajbhandari et al. 2020; Zhao et
-al. 2023, "PyTorch FSDP"). With dp_replicate beside dp_shard, shards are replicated: hybrid sharding (HSDP).
+al. 2023, "PyTorch FSDP"). With dp_replicate in addition to dp_shard, shards are replicated: hybrid sharding (HSDP).
 
-Inside a pipeline the exchange waits until the schedule is over. A schedule that splits the backward pass computes
-weight gradients outside of autograd's own run, where FSDP's hooks do not see them: with torch 2.13 the zero-bubble
-schedules then train silently wrong. So parameters stay gathered during the schedule, and one exchange follows it.
+Inside a pipeline the gradients are not reduced before the schedule is over. A schedule that splits the backward pass
+computes weight gradients outside of autograd's own run, where FSDP's hooks do not see them: with torch 2.13 the
+zero-bubble schedules then train silently wrong. So parameters stay gathered during the schedule, and one reduce-scatter
+follows it.
 """
 
 from __future__ import annotations
@@ -21,31 +22,33 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 
 from labkit.parallel.cut import ShardSpec
-from labkit.parallel.decay import by_shape
+from labkit.parallel.decay import with_decay_flags
 from labkit.parallel.mesh import Mesh
-from labkit.parallel.sync import Zero1Bucket, share, summed_axes
+from labkit.parallel.sync import Zero1Bucket, norm_share, summed_axes
 from labkit.workloads.base import Blocks
 
 AXES = ("dp_replicate", "dp_shard")
-"""Over these `fully_shard` adds gradients up, and divides by the number of ranks."""
+"""Axes over which `fully_shard` averages gradients."""
 FINALIZES = hasattr(FSDPModule, "finalize_backward")
-"""Can the end of a backward pass be said from outside (torch 2.15)?"""
+"""True if the caller can mark the end of a backward pass (torch 2.15)."""
 
 
 class FullySharded:
     """The modules of one rank under `fully_shard`: the same methods as `GradientSync`."""
 
     sharded: tuple[Zero1Bucket, ...] = ()
-    """It has no buckets of ours."""
+    """Always empty: `fully_shard` uses no buckets of labkit."""
 
-    def __init__(self, modules: Iterable[nn.Module], holdings: dict[str, ShardSpec], mesh: Mesh, offload: bool) -> None:
-        self._mesh, self._holdings = mesh, holdings
+    def __init__(
+        self, modules: Iterable[nn.Module], shard_specs: dict[str, ShardSpec], mesh: Mesh, offload: bool
+    ) -> None:
+        self._mesh, self._shard_specs = mesh, shard_specs
         self._modules = [_shard(module, mesh, offload) for module in modules]
         self._scheduled = False
         self.averaged_over = mesh.size(*AXES)
 
     def begin_pass(self, last: bool, scheduled: bool) -> None:
-        """Before a pass. During a schedule all parameters stay gathered, and nothing is exchanged."""
+        """Prepare a pass. During a schedule all parameters stay gathered, and no gradients are reduced."""
         self._scheduled = scheduled
         for module in self._modules:
             module.set_requires_gradient_sync(last and not scheduled)
@@ -58,21 +61,21 @@ class FullySharded:
                     part.unshard()
 
     def end_pass(self, last: bool) -> None:
-        """After a pass; after the `last` one the update's gradients are complete."""
+        """Reduce what a pass has left to reduce; after the `last` one the gradients of the update are complete."""
         if self._scheduled:
             for module in self._modules:
-                _exchange(module)
+                _reduce_scatter_gradients(module)
         if last:
             self._sum_rest()
 
     def _sum_rest(self) -> None:
-        """Sum over the axes that `fully_shard` does not know."""
-        rows: dict[tuple[str, ...], list[Tensor]] = {}
+        """Sum gradients over the axes that `fully_shard` does not know."""
+        by_axes: dict[tuple[str, ...], list[Tensor]] = {}
         for name, parameter in self._named_parameters():
-            axes = tuple(axis for axis in summed_axes(self._holdings[name]) if axis not in AXES)
+            axes = tuple(axis for axis in summed_axes(self._shard_specs[name]) if axis not in AXES)
             if self._mesh.group(*axes) is not None and parameter.grad is not None:
-                rows.setdefault(axes, []).append(local(parameter.grad))
-        for axes, gradients in rows.items():
+                by_axes.setdefault(axes, []).append(to_local(parameter.grad))
+        for axes, gradients in by_axes.items():
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat, group=self._mesh.group(*axes))
             for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
@@ -82,53 +85,56 @@ class FullySharded:
         for module in self._modules:
             yield from module.named_parameters()  # type: ignore[attr-defined]
 
-    def optimized(self) -> list[tuple[nn.Parameter, bool]]:
-        """What the optimizer works on, and whether it decays."""
-        return by_shape(parameter for _, parameter in self._named_parameters())
+    def optimizer_parameters(self) -> list[tuple[nn.Parameter, bool]]:
+        """Return the parameters that the optimizer updates, each with whether weight decay applies to it."""
+        return with_decay_flags(parameter for _, parameter in self._named_parameters())
 
     def after_update(self) -> None:
-        """The optimizer has stepped: gradients start from nothing again."""
+        """Remove all gradients after an optimizer step."""
         for _, parameter in self._named_parameters():
             parameter.grad = None
 
-    def terms(self) -> Iterable[tuple[Tensor, float]]:
-        """Every gradient of this rank with the share of its squared norm that this rank adds to the global one."""
+    def norm_terms(self) -> Iterable[tuple[Tensor, float]]:
+        """Yield each gradient of this rank with the factor of its squared norm in the global one."""
         for name, parameter in self._named_parameters():
             if parameter.grad is not None:
-                yield local(parameter.grad), self._mesh.size("dp_shard") * share(self._holdings[name], self._mesh)
+                yield (
+                    to_local(parameter.grad),
+                    self._mesh.size("dp_shard") * norm_share(self._shard_specs[name], self._mesh),
+                )
 
-    def tied(self) -> Iterable[tuple[str, Tensor]]:
-        """Gradients of weights that other stages hold too."""
+    def tied_gradients(self) -> Iterable[tuple[str, Tensor]]:
+        """Yield (name, gradient) of the weights that other stages hold too."""
         for name, parameter in self._named_parameters():
-            tie = self._holdings[name].tied
-            if tie and parameter.grad is not None:
-                yield tie, local(parameter.grad)
+            tied = self._shard_specs[name].tied
+            if tied and parameter.grad is not None:
+                yield tied, to_local(parameter.grad)
 
 
 def _shard(module: nn.Module, mesh: Mesh, offload: bool) -> FSDPModule:
-    """Shard every block of a chain, then what is left of it, in place.
+    """Shard every block of a chain, then the rest of the module, in place; return the module.
 
-    Blocks that share a weight belong to what is left: it is gathered once for both. With `offload`, what this rank
-    owns lies in the host's memory and is brought to the GPU for as long as a block is gathered.
+    Blocks that share a weight belong to the rest, which is gathered once for both. With `offload`, this rank's shards
+    are kept in the host's memory and copied to the GPU for as long as a block is gathered.
     """
     policy = CPUOffloadPolicy() if offload else OffloadPolicy()
     for parameter in module.parameters():
-        parameter.data = parameter.data.contiguous()  # FSDP takes no others; most are so already
-    grid = mesh.sub(*(axis for axis in AXES if mesh.size(axis) > 1))
+        parameter.data = parameter.data.contiguous()  # FSDP accepts no others; most are contiguous already
+    submesh = mesh.submesh(*(axis for axis in AXES if mesh.size(axis) > 1))
     blocks = list(module.blocks.values()) if isinstance(module, Blocks) else []
-    held = Counter(parameter for block in blocks for parameter in block.parameters())
+    uses = Counter(parameter for block in blocks for parameter in block.parameters())
     for block in blocks:
-        if all(held[parameter] == 1 for parameter in block.parameters()):
-            fully_shard(block, mesh=grid, offload_policy=policy)
-    return fully_shard(module, mesh=grid, offload_policy=policy)
+        if all(uses[parameter] == 1 for parameter in block.parameters()):
+            fully_shard(block, mesh=submesh, offload_policy=policy)
+    return fully_shard(module, mesh=submesh, offload_policy=policy)
 
 
 def _sharded_parts(module: Any) -> Iterable[FSDPModule]:
     return (part for part in module.modules() if isinstance(part, FSDPModule))
 
 
-def _exchange(module: FSDPModule) -> None:
-    """Reduce-scatter the gradients of all microbatches, free the gathered parameters."""
+def _reduce_scatter_gradients(module: FSDPModule) -> None:
+    """Reduce-scatter the gradients of all micro-batches and free the gathered parameters."""
     module.set_reshard_after_backward(True)
     module.set_requires_gradient_sync(True)
     if FINALIZES:
@@ -136,7 +142,7 @@ def _exchange(module: FSDPModule) -> None:
         _as_any(module).set_manual_backward_finalization(False)
         return
     module.set_is_last_backward(True)
-    # As torch's own pipeline stage does (torch.distributed.pipelining.stage): before 2.15 there is no public call.
+    # As torch's own pipeline stage does it (torch.distributed.pipelining.stage): before 2.15 there is no public call.
     state: Any = fully_shard.state(module)  # type: ignore[attr-defined]
     for member in state._state_ctx.all_states:
         for group in _groups(member):
@@ -145,19 +151,19 @@ def _exchange(module: FSDPModule) -> None:
 
 
 def _as_any(module: Any) -> Any:
-    """The module, for calls that the pinned torch does not have."""
+    """Return the module untyped, for calls that the pinned torch does not have."""
     return module
 
 
 def _groups(state: Any) -> list[Any]:
-    """The groups of parameters of one module under `fully_shard`; before torch 2.12 there is at most one."""
-    several = getattr(state, "_fsdp_param_groups", None)
-    if several is not None:
-        return list(several)
+    """Return the parameter groups of one module under `fully_shard`; before torch 2.12 there is at most one."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is not None:
+        return list(groups)
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of a (possibly sharded) tensor that this rank holds."""
-    found: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return found
+def to_local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a DTensor, and any other tensor as it is."""
+    shard: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return shard

@@ -1,4 +1,7 @@
-"""A chain of blocks cut into pipeline stages, and which rank holds which stage."""
+"""A chain of blocks cut into pipeline stages, and which rank holds which stage.
+
+A pp rank is a rank's index along the pipeline axis.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +9,42 @@ from collections.abc import Sequence
 
 from labkit.experiment.layout import V_SHAPED, Layout
 
-__all__ = ["SEVERAL", "SPLITTING", "V_SHAPED", "groups", "held_by", "held_last", "minimal_maximum", "places"]
+__all__ = [
+    "SEVERAL",
+    "SPLITTING",
+    "V_SHAPED",
+    "minimal_maximum",
+    "pp_rank_by_stage",
+    "pp_rank_of_last_stage",
+    "split_into_stages",
+    "stages_of_rank",
+]
 
 SPLITTING = ("interleaved_zero_bubble", "zbv", "dualpipev")
 """Schedules that compute the gradients of inputs and of weights at different times."""
 SEVERAL = ("interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble")
+"""Schedules with several stages per rank, apart from those in the shape of a V."""
 
 
-def held_by(layout: Layout, place: int) -> list[int]:
-    """Numbers of the stages that the rank at `place` along pp holds, in the order of the chain."""
-    return layout.stages(place)
+def stages_of_rank(layout: Layout, pp_rank: int) -> list[int]:
+    """Return the numbers of the stages that a pp rank holds, in the order of the chain."""
+    return layout.stages(pp_rank)
 
 
-def places(layout: Layout) -> dict[int, int]:
-    """Place along pp of the rank that holds each stage."""
-    return {number: place for place in range(layout.pp) for number in held_by(layout, place)}
+def pp_rank_by_stage(layout: Layout) -> dict[int, int]:
+    """Map the number of each stage to the pp rank that holds it."""
+    return {number: pp_rank for pp_rank in range(layout.pp) for number in stages_of_rank(layout, pp_rank)}
 
 
-def held_last(layout: Layout) -> int:
-    """Place along pp of the rank that holds the last stage."""
-    return places(layout)[layout.pp * layout.stages_per_rank - 1]
+def pp_rank_of_last_stage(layout: Layout) -> int:
+    """Return the pp rank that holds the last stage."""
+    return pp_rank_by_stage(layout)[layout.pp * layout.stages_per_rank - 1]
 
 
 def minimal_maximum(costs: Sequence[float], parts: int) -> list[int]:
-    """Lengths of `parts` consecutive groups of `costs` whose most expensive one is as cheap as possible; none is empty.
+    """Return the lengths of `parts` non-empty consecutive groups of `costs` whose largest sum is as small as possible.
 
-    Exact, by dynamic programming over (group, end): O(parts · n²). ValueError with fewer costs than parts.
+    Exact, by dynamic programming over (group, end): O(parts · n²). Raises ValueError with fewer costs than parts.
     """
     count = len(costs)
     if parts > count:
@@ -57,12 +70,12 @@ def minimal_maximum(costs: Sequence[float], parts: int) -> list[int]:
     return lengths[::-1]
 
 
-def groups(names: Sequence[str], lengths: Sequence[int]) -> list[list[str]]:
-    """The names of the blocks of every stage."""
+def split_into_stages(names: Sequence[str], lengths: Sequence[int]) -> list[list[str]]:
+    """Return the names of the blocks of every stage; ValueError if `lengths` do not add up to all blocks."""
     if sum(lengths) != len(names):
         raise ValueError(f"stages of {list(lengths)} blocks do not make the {len(names)} blocks of the model")
-    found, begin = [], 0
+    stages, begin = [], 0
     for length in lengths:
-        found.append(list(names[begin : begin + length]))
+        stages.append(list(names[begin : begin + length]))
         begin += length
-    return found
+    return stages

@@ -1,13 +1,13 @@
-"""Tensor parallelism: single layers are cut over ranks (Shoeybi et al. 2019, arXiv:1909.08053).
+"""Tensor parallelism: single layers are sharded over ranks (Shoeybi et al. 2019, arXiv:1909.08053).
 
-A pair of layers is cut so that nothing travels between the two: the first by columns (each rank computes some of the
-outputs), the second by rows (each rank adds up over some of the inputs), and one sum over the ranks completes the pair.
-In an attention the pair are query, key, value and the output layer, and the outputs of a rank are whole heads. The
-embedding is cut along the vocabulary.
+A pair of layers is sharded so that nothing is sent between the two: the first is column-parallel (each rank computes
+some of the outputs), the second row-parallel (each rank adds up over some of the inputs), and one sum over the ranks
+completes the pair. In attention the pair is (query, key, value) and the output layer, and the outputs of a rank are
+whole heads. The embedding is sharded along the vocabulary.
 
-With `sequence_parallel` the activations between the pairs are cut along the sequence, so norms and residual sums are
-computed once instead of on every rank (Korthikanti et al. 2022, arXiv:2205.05198). What is replicated there sees a part
-of the tokens only: its gradient is noted as partial along `tp`.
+With `sequence_parallel` the activations between the pairs are sharded along the sequence, so norms and residual sums
+are computed once instead of on every rank (Korthikanti et al. 2022, arXiv:2205.05198). Replicated parameters there see
+only a part of the tokens: their gradient is marked as partial along `tp`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from labkit.parallel import collectives
-from labkit.parallel.cut import add_partial, cut
+from labkit.parallel.cut import add_partial, shard_parameter
 from labkit.parallel.mesh import Mesh
 
 SEQUENCE = 1
@@ -26,13 +26,13 @@ SEQUENCE = 1
 
 
 class RowParallelLinear(nn.Module):
-    """A linear layer or convolution of which this rank holds some inputs; the results are summed over the ranks."""
+    """A linear layer or convolution sharded along its inputs; the results are summed over the ranks."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, mesh: Mesh, sequence: bool) -> None:
         super().__init__()
         group = mesh.group("tp")
         assert group is not None
-        self.weight = cut(layer.weight, mesh, "tp", 1)
+        self.weight = shard_parameter(layer.weight, mesh, "tp", 1)
         self.bias = layer.bias
         self.arithmetic: Callable[[Tensor, Tensor], Tensor] = getattr(layer, "arithmetic", nn.functional.linear)
         if isinstance(layer, nn.Conv2d):
@@ -43,44 +43,48 @@ class RowParallelLinear(nn.Module):
             add_partial(self.bias, "tp")
 
     def forward(self, x: Tensor) -> Tensor:
-        part = self.arithmetic(x, self.weight)
+        partial = self.arithmetic(x, self.weight)
         if self._sequence:
-            whole = collectives.reduce_scatter_to_sequence_region(part, self._group, SEQUENCE)
+            total = collectives.reduce_scatter_to_sequence_region(partial, self._group, SEQUENCE)
         else:
-            whole = collectives.reduce_from_region(part, self._group)
-        # Once, after the sum.
-        return whole if self.bias is None else whole + self.bias
+            total = collectives.reduce_from_region(partial, self._group)
+        # The bias is added once, after the sum.
+        return total if self.bias is None else total + self.bias
 
 
 class VocabParallelEmbedding(nn.Module):
-    """An embedding of which this rank holds some rows; the others contribute zeros."""
+    """An embedding sharded along the vocabulary; for tokens of other ranks this rank contributes zeros to the sum."""
 
     def __init__(self, embedding: nn.Embedding, mesh: Mesh, sequence: bool) -> None:
         super().__init__()
         group = mesh.group("tp")
         assert group is not None
-        self.weight = cut(embedding.weight, mesh, "tp", 0)
+        self.weight = shard_parameter(embedding.weight, mesh, "tp", 0)
         self._first = mesh.index("tp") * len(self.weight)
         self._group, self._sequence = group, sequence
 
     def forward(self, tokens: Tensor) -> Tensor:
         local = tokens - self._first
-        mine = (local >= 0) & (local < len(self.weight))
-        part = nn.functional.embedding(local.where(mine, 0), self.weight) * mine.unsqueeze(-1)
+        is_local = (local >= 0) & (local < len(self.weight))
+        partial = nn.functional.embedding(local.where(is_local, 0), self.weight) * is_local.unsqueeze(-1)
         if self._sequence:
-            return collectives.reduce_scatter_to_sequence_region(part, self._group, SEQUENCE)
-        return collectives.reduce_from_region(part, self._group)
+            return collectives.reduce_scatter_to_sequence_region(partial, self._group, SEQUENCE)
+        return collectives.reduce_from_region(partial, self._group)
 
 
-def columns(layer: nn.Linear | nn.Conv2d, mesh: Mesh) -> None:
-    """Keep this rank's outputs of the layer, in place."""
-    layer.weight = cut(layer.weight, mesh, "tp", 0)
+def column_parallel(layer: nn.Linear | nn.Conv2d, mesh: Mesh) -> None:
+    """Make the layer column-parallel in place: keep only this rank's outputs."""
+    layer.weight = shard_parameter(layer.weight, mesh, "tp", 0)
     if layer.bias is not None:
-        layer.bias = cut(layer.bias, mesh, "tp", 0)
+        layer.bias = shard_parameter(layer.bias, mesh, "tp", 0)
 
 
-def entrance(module: nn.Module, mesh: Mesh, sequence: bool, name: str = "") -> None:
-    """The first input of `module`, or the one called `name`, enters a region in which every rank computes a part."""
+def enter_region_at_input(module: nn.Module, mesh: Mesh, sequence: bool, name: str = "") -> None:
+    """Register a hook by which an input of `module` enters the tensor-parallel region.
+
+    It is the first positional input, or the keyword argument `name` if there is none. With `sequence` the input is
+    all-gathered along the sequence.
+    """
     group = mesh.group("tp")
     assert group is not None
 
@@ -91,16 +95,16 @@ def entrance(module: nn.Module, mesh: Mesh, sequence: bool, name: str = "") -> N
             else collectives.copy_to_region(x, group)
         )
 
-    def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
-        if inputs:
-            return (enter(inputs[0]), *inputs[1:]), named
-        return inputs, named | {name: enter(named[name])}
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (enter(args[0]), *args[1:]), kwargs
+        return args, kwargs | {name: enter(kwargs[name])}
 
     module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
-    """Cut every layer of `module` that has a plan, in place."""
+    """Shard every layer of `module` that has a plan, in place."""
     from labkit.workloads.models.decoder import DecoderEmbedding, DecoderHead, DecoderLayer
     from labkit.workloads.models.driver import Surroundings
     from labkit.workloads.models.experts import Experts, MixtureOfExperts
@@ -115,13 +119,13 @@ def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
         if isinstance(part, Attention):
             assert part.heads % mesh.size("tp") == 0, "refused by a rule"
             for layer in (part.query, part.key, part.value):
-                columns(layer, mesh)
+                column_parallel(layer, mesh)
             part.out = RowParallelLinear(part.out, mesh, sequence)  # type: ignore[assignment]
-            entrance(part, mesh, sequence)
+            enter_region_at_input(part, mesh, sequence)
         elif isinstance(part, MLP):
-            columns(part.up, mesh)
+            column_parallel(part.up, mesh)
             part.down = RowParallelLinear(part.down, mesh, sequence)  # type: ignore[assignment]
-            entrance(part, mesh, sequence)
+            enter_region_at_input(part, mesh, sequence)
         elif isinstance(part, Layer) and sequence:
             for norm in (part.attention_norm, part.mlp_norm):
                 for parameter in norm.parameters():
@@ -132,22 +136,22 @@ def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
                 add_partial(part.position.weight, "tp")
                 part.cut_positions = lambda x, dim: x.chunk(mesh.size("tp"), dim)[mesh.index("tp")]
         elif isinstance(part, TokenHead):
-            columns(part.score, mesh)
-            entrance(part.score, mesh, sequence)  # the scores stay cut: labkit.parallel.loss
+            column_parallel(part.score, mesh)
+            enter_region_at_input(part.score, mesh, sequence)  # the logits stay sharded: labkit.parallel.loss
             if sequence:
                 for parameter in part.norm.parameters():
                     add_partial(parameter, "tp")
         elif isinstance(part, PatchEmbedding) and sequence:
             part.register_forward_hook(lambda m, i, out: collectives.split(out, group, SEQUENCE))
         elif isinstance(part, MeanHead) and sequence:
-            # Before a hook of context parallelism, whose cut came first.
+            # Before a hook of context parallelism, which sharded the sequence first.
             part.register_forward_pre_hook(lambda m, i: (collectives.all_gather(i[0], group, SEQUENCE),), prepend=True)
         elif isinstance(part, Experts):
-            part.up, part.down = cut(part.up, mesh, "tp", 1), cut(part.down, mesh, "tp", 2)
-            entrance(part, mesh, False)
+            part.up, part.down = shard_parameter(part.up, mesh, "tp", 1), shard_parameter(part.down, mesh, "tp", 2)
+            enter_region_at_input(part, mesh, False)
             part.register_forward_hook(lambda m, i, out: collectives.reduce_from_region(out, group))
         elif isinstance(part, MixtureOfExperts) and sequence:
-            # Every rank routes all tokens: the router would see other shares of an expert's queue otherwise.
+            # Every rank routes all tokens: otherwise the router would see other shares of an expert's queue.
             part.register_forward_pre_hook(lambda m, i: (collectives.all_gather(i[0], group, SEQUENCE),))
             part.register_forward_hook(lambda m, i, out: collectives.split(out, group, SEQUENCE))
         elif isinstance(part, DecoderEmbedding):
@@ -155,46 +159,46 @@ def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
         elif isinstance(part, DecoderLayer):
             _by_plan(part.layer, part.plan, mesh)
         elif isinstance(part, DecoderHead):
-            columns(part.score, mesh)
-            entrance(part.score, mesh, False)
+            column_parallel(part.score, mesh)
+            enter_region_at_input(part.score, mesh, False)
         elif isinstance(part, ResidualBlock):
             _residual_block(part, mesh)
         elif isinstance(part, Surroundings):
-            columns(part.each[0], mesh)  # type: ignore[arg-type]
+            column_parallel(part.each[0], mesh)  # type: ignore[arg-type]
             part.each[2] = RowParallelLinear(part.each[2], mesh, False)  # type: ignore[arg-type]
-            entrance(part.each, mesh, False)
+            enter_region_at_input(part.each, mesh, False)
 
 
 def _residual_block(block: nn.Module, mesh: Mesh) -> None:
-    """Convolution by columns, group norm by whole groups, activation, convolution by rows."""
+    """Shard a residual block: column-parallel convolution, group norm by whole groups, row-parallel convolution."""
     convs: Any = block.convs
     first, norm, _, second, _ = convs
     size = mesh.size("tp")
     assert norm.num_groups % size == 0, "refused by a rule"
-    columns(first, mesh)
-    norm.weight, norm.bias = cut(norm.weight, mesh, "tp", 0), cut(norm.bias, mesh, "tp", 0)
+    column_parallel(first, mesh)
+    norm.weight, norm.bias = shard_parameter(norm.weight, mesh, "tp", 0), shard_parameter(norm.bias, mesh, "tp", 0)
     norm.num_groups, norm.num_channels = norm.num_groups // size, norm.num_channels // size
     convs[3] = RowParallelLinear(second, mesh, False)
-    entrance(convs, mesh, False)
+    enter_region_at_input(convs, mesh, False)
 
 
 def _by_plan(layer: nn.Module, plan: dict[str, str], mesh: Mesh) -> None:
-    """A layer of transformers, as its own plan says."""
+    """Shard a layer of transformers as its own `plan` says; ValueError for a style that labkit does not know."""
     parents: set[str] = set()
     for name, style in plan.items():
-        parent, _, last = name.rpartition(".")
+        parent, _, attribute = name.rpartition(".")
         part = layer.get_submodule(name)
         if style == "colwise":
             assert isinstance(part, nn.Linear)
-            columns(part, mesh)
+            column_parallel(part, mesh)
             parents.add(parent)
         elif style == "rowwise":
             assert isinstance(part, nn.Linear)
-            setattr(layer.get_submodule(parent), last, RowParallelLinear(part, mesh, False))
+            setattr(layer.get_submodule(parent), attribute, RowParallelLinear(part, mesh, False))
         elif style == "replicated_with_grad_allreduce":  # e.g. a norm of single heads, of which each rank has some
             for parameter in part.parameters():
                 add_partial(parameter, "tp")
         else:
-            raise ValueError(f"labkit does not know how to cut {name} {style}, as its plan in transformers asks for")
+            raise ValueError(f"labkit does not know how to shard {name} {style}, as its plan in transformers asks")
     for parent in sorted(parents):
-        entrance(layer.get_submodule(parent), mesh, False, "hidden_states")
+        enter_region_at_input(layer.get_submodule(parent), mesh, False, "hidden_states")

@@ -1,10 +1,10 @@
-"""When each stage of a pipeline computes what: a `PipelineStage` that keeps a timeline while it is asked to.
+"""When each stage of a pipeline computes what: a `PipelineStage` that records a timeline on request.
 
-Kinds: F forward, B whole backward, I backward to the inputs alone, W backward to the weights alone (the two halves into
-which zero-bubble schedules split B: Qi et al. 2023, arXiv:2401.10241). Moments are seconds of CLOCK_MONOTONIC, the same
-clock for all processes of a machine. On a GPU a traced step is computed chunk by chunk: the rank waits for the stream
-that computes before and after each. It does not wait for the whole device: receives that were posted ahead end only
-when another stage has come past its own wait.
+Kinds: F forward, B whole backward, I backward to the inputs only, W backward to the weights only (the two halves into
+which zero-bubble schedules split B: Qi et al. 2023, arXiv:2401.10241). Times are seconds of CLOCK_MONOTONIC, the same
+clock for all processes of a machine. On a GPU a traced step is computed chunk by chunk: the rank waits for the
+computing stream before and after each. It does not wait for the whole device: receives that were posted ahead end only
+when another stage has passed its own wait.
 """
 
 from __future__ import annotations
@@ -19,74 +19,75 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 
 Action = tuple[str, int, int, float, float]
-"""Kind, stage, microbatch, begin, end."""
+"""Kind, stage, micro-batch, begin and end (s)."""
 
 
 class Timeline:
-    """The actions of one rank. `actions` is None while nothing is kept."""
+    """The actions of one rank. `actions` is None while nothing is recorded."""
 
     def __init__(self, device: torch.device, microbatches: int) -> None:
         self.actions: list[Action] | None = None
         self._cuda, self._microbatches, self._passes = device.type == "cuda", microbatches, 0
 
     def start(self) -> None:
-        """Keep what is computed from now on, if that is not so already."""
+        """Start recording, unless it has started already."""
         if self.actions is None:
             self.actions, self._passes = [], 0
 
     def stop(self) -> list[Action]:
-        """What has been kept, in the order in which it was computed."""
-        found, self.actions = self.actions or [], None
-        return found
+        """Stop recording and return the actions in the order in which they were computed."""
+        actions, self.actions = self.actions or [], None
+        return actions
 
     def end_pass(self) -> None:
-        """One pass is over: microbatches of the next one are counted on."""
+        """Mark the end of a pass; the micro-batches of the next pass are numbered after those of this one."""
         self._passes += 1
 
     def now(self) -> float:
+        """Return the time (s), on a GPU once the current stream has finished its work."""
         if self._cuda:
             torch.cuda.current_stream().synchronize()
         return time.monotonic()
 
-    def keep(self, kind: str, stage: int, microbatch: int, begin: float) -> None:
-        """An action ends now."""
+    def record(self, kind: str, stage: int, microbatch: int, begin: float) -> None:
+        """Record an action that began at `begin` and ends now."""
         if self.actions is not None:
             number = self._passes * self._microbatches + microbatch
             self.actions.append((kind, stage, number, begin, self.now()))
 
     def timed(self, kind: str, stage: int, microbatch: int, compute: Callable[[], Any]) -> Any:
-        """Compute, and keep when that was."""
+        """Call `compute`, record it as an action, and return its result."""
         if self.actions is None:
             return compute()
         begin = self.now()
         result = compute()
-        self.keep(kind, stage, microbatch, begin)
+        self.record(kind, stage, microbatch, begin)
         return result
 
     def with_loss(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The loss follows the last stage's forward pass and counts as a part of it."""
+        """Wrap `loss` so that its time counts as part of the last stage's forward pass, which it follows."""
 
-        def computed(*inputs: Any, **named: Any) -> Tensor:
-            out = loss(*inputs, **named)
+        def timed_loss(*inputs: Any, **kwargs: Any) -> Tensor:
+            out = loss(*inputs, **kwargs)
             if self.actions:
                 *action, _ = self.actions[-1]
                 self.actions[-1] = (*action, self.now())  # type: ignore[assignment]
             return out
 
-        return computed
+        return timed_loss
 
 
 class TimedStage(PipelineStage):
-    """A stage that tells its timeline what it computes."""
+    """A pipeline stage that records what it computes in `timeline`."""
 
-    def __init__(self, *given: Any, timeline: Timeline, **named: Any) -> None:
-        super().__init__(*given, **named)
+    def __init__(self, *args: Any, timeline: Timeline, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._timeline = timeline
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        """The first messages to neighbours, without those that a stage of a V would send to its own rank.
+        """Return the first messages to neighbours, without those that a stage of a V would send to its own rank.
 
-        gloo refuses them, and torch 2.11 makes them all the same.
+        gloo refuses these, and torch 2.11 makes them nevertheless.
         """
         own = dist.get_rank()
         return [operation for operation in super()._get_init_p2p_neighbors_ops() if operation.peer != own]
@@ -94,13 +95,13 @@ class TimedStage(PipelineStage):
     def _timed(self, kind: str, microbatch: int, compute: Callable[[], Any]) -> Any:
         return self._timeline.timed(kind, self.stage_index, microbatch, compute)
 
-    def forward_one_chunk(self, fwd_chunk_id: int, *given: Any, **named: Any) -> Any:
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         run = super().forward_one_chunk
-        self.submod.computes = True  # type: ignore[assignment]  # labkit.parallel.pipeline
+        self.submod.has_batch = True  # type: ignore[assignment]  # labkit.parallel.pipeline
         try:
-            return self._timed("F", fwd_chunk_id, lambda: run(fwd_chunk_id, *given, **named))
+            return self._timed("F", fwd_chunk_id, lambda: run(fwd_chunk_id, *args, **kwargs))
         finally:
-            self.submod.computes = False  # type: ignore[assignment]
+            self.submod.has_batch = False  # type: ignore[assignment]
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False

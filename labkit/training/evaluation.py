@@ -41,7 +41,7 @@ def evaluate(
 
     `alive` is called before every batch; `watch` sees the layers of this rank in the first one.
     """
-    index, shares = runtime.mesh.samples
+    index, shares = runtime.mesh.data_shard
     mine = np.array_split(np.arange(len(task.test)), shares)[index]
     # Ranks that work together on a sample must all run, and as often: every share has as many batches as the longest.
     longest = math.ceil(len(task.test) / shares)
@@ -58,7 +58,7 @@ def evaluate(
                 output = model.output(batch["x"])
             if output is None:
                 continue
-            counted = 0.0 if empty else model.counted
+            counted = 0.0 if empty else model.metric_weight
             for name, value in task.evaluate(output, batch).items():
                 totals[name] = totals.get(name, 0.0) + (float(value) * counted if counted else 0.0)
     model.train(True)
@@ -83,7 +83,7 @@ def drive(task: Task, model: Model, runtime: Runtime, seed: int, alive: Callable
     `alive` is called whenever the model is asked. Replicas share the work; ranks of a spread model all do the same.
     """
     spread = isinstance(model, ParallelModel)
-    called = _Whole(model, runtime) if isinstance(model, ParallelModel) else model.bare
+    called = _Whole(model, runtime) if isinstance(model, ParallelModel) else model.unwrapped
     watched = called.register_forward_pre_hook(lambda module, inputs: alive())
     model.train(False)
     try:

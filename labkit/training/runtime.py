@@ -18,11 +18,11 @@ from accelerate import Accelerator
 
 from labkit.experiment import Experiment
 from labkit.experiment.registry import registry
-from labkit.parallel.cast import at_least_float32, placed
+from labkit.parallel.cast import at_least_float32, place_tensor
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.model import offloads
 from labkit.parallel.replicate import Replicate
-from labkit.parallel.stages import held_last
+from labkit.parallel.stages import pp_rank_of_last_stage
 from labkit.workloads.seed import seed_generators
 
 PATIENCE_S = 30.0
@@ -82,7 +82,7 @@ class Runtime:
             cpu=cpu,
             mixed_precision=precision.mixed_precision,
             gradient_accumulation_steps=1,  # the loop weighs its passes itself
-            kwargs_handlers=[Replicate.handler(experiment), *precision.handlers()],
+            kwargs_handlers=[Replicate.ddp_handler(experiment), *precision.handlers()],
             step_scheduler_with_optimizer=False,
         )
         # Silently training N separate models is the worst that can happen: several launchers do it.
@@ -112,7 +112,8 @@ class Runtime:
         """
         wide = at_least_float32(self.dtype)
         return {
-            name: placed(tensor, self.device, self.dtype if name == "x" else wide) for name, tensor in batch.items()
+            name: place_tensor(tensor, self.device, self.dtype if name == "x" else wide)
+            for name, tensor in batch.items()
         }
 
     def product_type(self) -> torch.dtype:
@@ -133,9 +134,9 @@ class Runtime:
         DDP looks at the graph of each pass; buckets leave when a pass is over, in one order on all ranks. Returns the
         experiment that the model is made from.
         """
-        handler = self.accelerator.ddp_handler
-        if handler is not None:
-            handler.find_unused_parameters = True
+        ddp_handler = self.accelerator.ddp_handler
+        if ddp_handler is not None:
+            ddp_handler.find_unused_parameters = True
         return experiment.set({"gradients.overlap": False}) if self.spread else experiment
 
     def add_up(self, sums: dict[str, float]) -> dict[str, float]:
@@ -144,7 +145,7 @@ class Runtime:
             return sums
         if self.mesh.size("pp") > 1:  # only the last stage has seen a result
             names: list[Any] = [sorted(sums)]
-            dist.broadcast_object_list(names, self.mesh.first_with(pp=held_last(self.mesh.layout)))
+            dist.broadcast_object_list(names, self.mesh.first_rank_at(pp=pp_rank_of_last_stage(self.mesh.layout)))
             sums = dict.fromkeys(names[0], 0.0) | sums
         keys = sorted(sums)
         total = torch.tensor([sums[key] for key in keys], dtype=torch.float64, device=self.device)

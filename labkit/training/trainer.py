@@ -27,7 +27,7 @@ from labkit.parallel import shared_memory, state
 from labkit.parallel.buffers import Buffers
 from labkit.parallel.cast import at_least_float32, place_module
 from labkit.parallel.cut import ShardSpec
-from labkit.parallel.entries import Entries
+from labkit.parallel.entries import OptimizerShards
 from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel
 from labkit.quantization.narrowing import PrecisionController
@@ -121,10 +121,10 @@ class Trainer:
                 experiment, task, runtime.mesh, runtime.accelerator, self.exchanges, through_ddp
             )
             if through_ddp:
-                folder = runtime.folder if shared_memory.offered(experiment) else None
-                self.model.exchange_through(folder, runtime.timeout_s)
+                folder = runtime.folder if shared_memory.uses_shared_memory(experiment) else None
+                self.model.set_up_exchange(folder, runtime.timeout_s)
                 if (memory := self.model.memory) is not None:
-                    meter.spun = lambda: memory.spun
+                    meter.spun = lambda: memory.spin_wait_seconds
         if lost := hooks.lost_in(with_hooks, self.model.stages.values()):
             raise TaskFault(lost)
         factor = experiment.launch.slowdown.get(runtime.rank, 1.0)
@@ -132,7 +132,7 @@ class Trainer:
         self.link = LinkCounter(experiment, runtime)
         settings = self.exchanges.inner_optimizer_config()
         own = self.narrowing.optimizer() or self.exchanges.optimizer()
-        self.optimizer = make_optimizer(settings, self.model.optimized(), own)
+        self.optimizer = make_optimizer(settings, self.model.optimizer_parameters(), own)
         if self.narrowing.draws and self.model.tied:
             raise ValueError(
                 f"{self.model.tied[0]} stands on two stages, whose copies would be rounded differently and drift "
@@ -154,25 +154,25 @@ class Trainer:
                 self._until,
             )
         )
-        self.model.holdings |= {
+        self.model.shard_specs |= {
             name: ShardSpec(pattern=layer.pattern)
             for name, layer in sparse_layers.items()
             if isinstance(layer, CsrLinear)
         }
-        masks = Masks(Entries(self.model, shapes), self.optimizer)
+        masks = Masks(OptimizerShards(self.model, shapes), self.optimizer)
         setting = SparsityContext(experiment, sparsity_options, masks, shapes, self.steps, sparse_layers, sparse_units)
         self.sparsity = sparsity(setting)
         self.about_model["warnings"] += self.sparsity.notes()
         self.first = self._load(Path(resume)) if resume else self._begin_anew()
         self.exchanges.resume(self.first)
         self.narrowing.start(self.model.stages.values(), self.optimizer, self.first)
-        self.model.then = self.narrowing.after_update
+        self.model.on_weights_updated = self.narrowing.after_update
         self._before = Counters()
         """What combining had cost when the update began."""
         self._sum = Counters()
         """What all updates of this run have cost."""
         if isinstance(self.model, ReplicatedModel):
-            self.model.use(self.update.training_module())
+            self.model.set_training_module(self.update.training_module())
         self.weights = Weights(
             task,
             runtime,
@@ -204,7 +204,7 @@ class Trainer:
             self._look_afterwards()
         if stopped and self.done > self._saved_at and self.experiment.training.checkpoint_every != 0:
             if self.buffers is not None:
-                self.buffers.settle()
+                self.buffers.synchronize()
             self._save(self.done, unscheduled=not self._due(self.done, self._evaluate_every))
         if not self.update.uses_work_queue:
             self.update.close()
@@ -243,7 +243,7 @@ class Trainer:
 
     def _draw_tickets(self) -> bool:
         """Ranks draw work and meet where something is due; True if they were stopped."""
-        rule, shares = self.update, self.runtime.mesh.samples[1]
+        rule, shares = self.update, self.runtime.mesh.data_shard[1]
         while self.done < self.steps:
             due = self._next_due(self.done)
             self._before = self._counters() or self._before  # what an evaluation sends belongs to no update
@@ -276,7 +276,7 @@ class Trainer:
         runtime.seed(self._random_state(step, share))
         self.narrowing.begin(step)
         rule.fetch_weights()
-        shares = self.runtime.mesh.samples[1]
+        shares = self.runtime.mesh.data_shard[1]
         indices = self.order.passes(step, share, shares, self.passes)
         batches = (runtime.place(fetch(self.task.train, chosen.tolist(), "train")) for chosen in indices)
         for number, (batch, weight) in enumerate(self._weighed(batches)):
@@ -316,10 +316,10 @@ class Trainer:
             samples = len(next(iter(batch.values())))
             seen += samples
             last = number == self.passes - 1
-            with self.update.forward_backward(self.model, last, step), self.sparsity.passes(step):
+            with self.update.forward_backward(self.model, last, step), self.sparsity.effective_weights(step):
                 loss = self.run_pass(batch, self._scaled(weight.gradient), last, meter.phase)
             if loss is not None:
-                meter.loss(loss if weight.shown == 1 else loss * weight.shown, samples * self.model.counted)
+                meter.loss(loss if weight.shown == 1 else loss * weight.shown, samples * self.model.metric_weight)
         meter.phase("optimizer")
         self.update.before_update(step)
         self.sparsity.before_update(step)
@@ -344,8 +344,8 @@ class Trainer:
         churn = self.sparsity.take_churn()
         if churn is None:
             return
-        with self.sparsity.passes():  # the weights that the network uses
-            zeros, churn = self.sparsity.masks.zeros(changed=True), self.sparsity.masks.together(churn)
+        with self.sparsity.effective_weights():  # the weights that the network uses
+            zeros, churn = self.sparsity.masks.zeros(changed=True), self.sparsity.masks.gather_named(churn)
         if self.runtime.rank == 0:
             self._tell_zeros(step, zeros, churn)
 
@@ -408,7 +408,7 @@ class Trainer:
         Without loader processes the data is asked directly: a DataLoader in this process could not prefetch, and costs
         more than fetching a batch of small images does.
         """
-        share, shares = self.runtime.mesh.samples
+        share, shares = self.runtime.mesh.data_shard
         follow = self.shares.follow
         sampler = MicroBatchSampler(
             self.order,
@@ -437,7 +437,7 @@ class Trainer:
     def _seeds_of_pass(self, number: int) -> tuple[int, int]:
         """Seeds of the pass with this number in the row of this run's passes: for its samples, and for the rest."""
         step, part = divmod(number, self.passes)
-        places = (self.runtime.mesh.samples[0], self.runtime.rank)
+        places = (self.runtime.mesh.data_shard[0], self.runtime.rank)
         states = (self._random_state(self.first + step, place) for place in places)
         for_samples, for_the_rest = ((state + part * _BETWEEN_PASSES) % 2**63 for state in states)
         return for_samples, for_the_rest
@@ -453,7 +453,7 @@ class Trainer:
             return
         with self.link.paused():
             if self.buffers is not None:
-                self.buffers.settle()
+                self.buffers.synchronize()
             if evaluates:
                 self._evaluate(step, last=step == self.steps)
             if saves:
@@ -491,8 +491,8 @@ class Trainer:
         alive()
         mesh = self.runtime.mesh
         if last and mesh.rank == mesh.writer:
-            self.watch = LayerProbe(self.model.stages, self.model.holdings, mesh)
-        with self.update.averaged_weights(), self.sparsity.passes(), self.compiled.uncompiled():
+            self.watch = LayerProbe(self.model.stages, self.model.shard_specs, mesh)
+        with self.update.averaged_weights(), self.sparsity.effective_weights(), self.compiled.uncompiled():
             size = evaluation.batch_size(self.experiment, self.runtime.device)
             sums = evaluation.evaluate(self.task, self.model, self.runtime, alive, size, self.watch)
             if last:
@@ -507,7 +507,7 @@ class Trainer:
         """The trained network in other forms, if that was asked for (collective; the first rank makes them)."""
         if not afterwards.wanted(self.experiment):
             return
-        with self.update.averaged_weights(), self.sparsity.passes(), self.compiled.uncompiled():
+        with self.update.averaged_weights(), self.sparsity.effective_weights(), self.compiled.uncompiled():
             if self.runtime.rank == 0:
                 alive = partial(self.meter.phase, "evaluation")
                 trained = afterwards.Trained(
@@ -540,7 +540,7 @@ class Trainer:
             checkpoint.Saved(
                 weights,
                 moments,
-                mesh.place["pp"] if mesh.rank == mesh.writer else None,
+                mesh.coordinates["pp"] if mesh.rank == mesh.writer else None,
                 self.update.state() | self.sparsity.state(),
                 own,
             ),
@@ -605,7 +605,7 @@ class Trainer:
     # -- beginning and end --------------------------------------------------------------------------------------------
 
     def _write_start(self) -> None:
-        runtime, metric, layers = self.runtime, self.task.metric, self.sparsity.setting.layers
+        runtime, metric, layers = self.runtime, self.task.metric, self.sparsity.context.layers
         self.events.write(
             "start",
             device=str(runtime.device),
@@ -651,7 +651,7 @@ class Trainer:
         effective = self.narrowing.found() | (self.scaling.found() if self.scaling is not None else {})
         if compared := self.sparsity.masks.compared:
             effective["masks_equal_on_ranks"] = compared
-        effective |= self.sparsity.found()
+        effective |= self.sparsity.statistics()
         if effective:
             self.events.write("effective", found=effective)
         self.meter.phase("done")

@@ -40,7 +40,7 @@ class Weights:
         self._task, self.by_samples = task, counts_samples(task)
         """Are all losses means over samples?"""
         self._runtime, self._global_batch, self._averaged_over = runtime, global_batch, averaged_over
-        self._together = together and runtime.mesh.samples[1] > 1 and dist.is_initialized()
+        self._together = together and runtime.mesh.data_shard[1] > 1 and dist.is_initialized()
 
     def of_samples(self, samples: int) -> Weight:
         """A pass over so many samples, if its loss is a mean over them."""
@@ -67,5 +67,5 @@ class Weights:
         mesh = self._runtime.mesh
         sums = torch.tensor(numbers, dtype=torch.float64, device=self._runtime.device)
         dist.all_reduce(sums)
-        same = mesh.layout.world_size / mesh.samples[1]
+        same = mesh.layout.world_size / mesh.data_shard[1]
         return [number / same for number in sums.tolist()]

@@ -109,12 +109,12 @@ CASES = [
     sets("unknown workload", "workload.name=visoin", "unknown workload 'visoin'", "vision"),
     sets("unknown method", "gradients.compression.method=zip", "unknown compression method 'zip'"),
     sets(
-        "sparse without a target", "sparsity.method=rigl", "rigl needs to know which part of the weights shall be zero"
+        "sparse without a target", "sparsity.method=rigl", "rigl needs to know which fraction of the weights should become zero"
     ),
     sets("option of another method", ['gradients.compression={"method": "sign", "ratio": 0.1}'], "ratio"),
     sets("stages as text", "layout.stage_blocks=1,5", "layout.stage_blocks: must be a list such as [1, 5]"),
     sets("axis without a sequence", "layout=cp2", "layout.cp: this network has no sequence to cut"),
-    sets("axis without experts", "layout=ep2", "layout.ep: this network has no experts to deal out"),
+    sets("axis without experts", "layout=ep2", "layout.ep: this network has no experts to distribute"),
     sets("slow link without packets", ["launch.network.rate_mbit=100", "launch.transport=shared_memory"], "launch."),
     sets(
         "masks of ranks apart",

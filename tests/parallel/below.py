@@ -19,11 +19,11 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from labkit.experiment import Layout
-from labkit.parallel.cut import holding
+from labkit.parallel.cut import shard_spec_of
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.pipeline import SCHEDULES, Pipeline
 from labkit.parallel.shard import FullySharded
-from labkit.parallel.stages import held_by
+from labkit.parallel.stages import stages_of_rank
 from labkit.workloads.base import Blocks
 
 SAMPLES, MICROBATCHES, STEPS = 8, 4, 4
@@ -102,7 +102,7 @@ def sharded_in_torchs_schedules() -> dict[str, list[float]]:
     place, part = mesh.get_local_rank("pp"), mesh.get_local_rank("dp")
     found = {}
     for schedule in ("interleaved_1f1b", *SPLITTING):
-        mine = held_by(Layout(pp=2, stages_per_rank=2, schedule=schedule), place)
+        mine = stages_of_rank(Layout(pp=2, stages_per_rank=2, schedule=schedule), place)
         held: Any = [_stages()[number] for number in mine]
         for stage in held:
             for block in stage.blocks.values():
@@ -133,9 +133,9 @@ def sharded_in_labkits() -> dict[str, list[float]]:
     for schedule in ("interleaved_1f1b", *SPLITTING):
         layout = Layout(pp=2, dp_shard=2, stages_per_rank=2, schedule=schedule, microbatches=MICROBATCHES)
         mesh = Mesh(layout, dist.get_rank(), "cpu")
-        modules = {number: _stages()[number] for number in held_by(layout, mesh.index("pp"))}
-        holdings = {name: holding(p) for module in modules.values() for name, p in module.named_parameters()}
-        sharded = FullySharded(modules.values(), holdings, mesh, offload=False)
+        modules = {number: _stages()[number] for number in stages_of_rank(layout, mesh.index("pp"))}
+        shard_specs = {name: shard_spec_of(p) for module in modules.values() for name, p in module.named_parameters()}
+        sharded = FullySharded(modules.values(), shard_specs, mesh, offload=False)
         x, y = (whole.chunk(2)[mesh.index("dp_shard")] for whole in _data())
 
         def loss(output: Tensor, index: Tensor, y: Tensor = y) -> Tensor:
@@ -149,7 +149,7 @@ def sharded_in_labkits() -> dict[str, list[float]]:
             sharded.end_pass(True)
             return losses
 
-        parameters = [parameter for parameter, _ in sharded.optimized()]
+        parameters = [parameter for parameter, _ in sharded.optimizer_parameters()]
         found[schedule] = _train(parameters, update, 2, 4)
     return found
 

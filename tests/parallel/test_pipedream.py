@@ -15,14 +15,14 @@ from labkit.experiment import Experiment
 from labkit.experiment.recipes import recipe
 from labkit.experiment.registry import registry
 from labkit.launch import launch
-from labkit.parallel.asynchronous import Supply
-from labkit.parallel.decay import by_shape
-from labkit.parallel.stages import groups, minimal_maximum
+from labkit.parallel.asynchronous import LookaheadBatches
+from labkit.parallel.decay import with_decay_flags
+from labkit.parallel.stages import minimal_maximum, split_into_stages
 from labkit.plots.memory import memory
 from labkit.plots.timeline import timeline
 from labkit.runs import Run
 from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
-from labkit.training.sampling import Order
+from labkit.training.sampling import BatchOrder
 from tests.launch.helpers import events, start, steps_written, wait_until
 
 pytestmark = pytest.mark.timeout(900)  # whole recipes are trained
@@ -75,9 +75,9 @@ def simulated(experiment: Experiment, empty: tuple[int, ...] = (0,)) -> list[flo
     model = task.model.double()
     names = list(model.blocks)
     lengths = experiment.layout.stage_blocks or minimal_maximum([1.0] * len(names), stages)
-    stage_of = {name: stage for stage, group in enumerate(groups(names, lengths)) for name in group}
-    optimizer = make_optimizer(settings, by_shape(model.parameters()))
-    order = Order(len(task.train), experiment.training.global_batch, experiment.training.seed)
+    stage_of = {name: stage for stage, group in enumerate(split_into_stages(names, lengths)) for name in group}
+    optimizer = make_optimizer(settings, with_decay_flags(model.parameters()))
+    order = BatchOrder(len(task.train), experiment.training.global_batch, experiment.training.seed)
     losses, versions = [], []
     for update in range(steps):
         versions.append({name: one.detach().clone() for name, one in model.named_parameters()})
@@ -236,8 +236,8 @@ def test_its_timeline_is_drawn() -> None:
 
 
 def test_batches_are_handed_out_in_order_whoever_looks_ahead() -> None:
-    supply = Supply(iter([{"x": torch.tensor(number)} for number in range(5)]))
-    assert [int(next(supply)["x"]), int(supply.look(2)["x"]), int(supply.look(0)["x"])] == [0, 3, 1]
+    supply = LookaheadBatches(iter([{"x": torch.tensor(number)} for number in range(5)]))
+    assert [int(next(supply)["x"]), int(supply.peek(2)["x"]), int(supply.peek(0)["x"])] == [0, 3, 1]
     assert [int(batch["x"]) for batch in supply] == [1, 2, 3, 4]
 
 

@@ -32,10 +32,10 @@ from labkit.experiment.registry import registry
 from labkit.gradients.exchange import GradientReducer
 from labkit.parallel import context, expert, recompute, rules, tensor
 from labkit.parallel.context import Ring
-from labkit.parallel.cut import holding
+from labkit.parallel.cut import shard_spec_of
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.pipeline import SCHEDULES
-from labkit.parallel.stages import groups, minimal_maximum
+from labkit.parallel.stages import minimal_maximum, split_into_stages
 from labkit.parallel.sync import GradientSync
 from labkit.proofs.cases import FAMILIES
 from labkit.workloads.base import Blocks
@@ -148,12 +148,12 @@ def positions_would_be_lost() -> None:
 # -- context and experts ----------------------------------------------------------------------------------------------
 
 
-@protects_from("only what ZeRO stage 3 shards can wait in the host's memory")
+@protects_from("only what ZeRO stage 3 shards can be offloaded to the host's memory")
 def buckets_would_stay_where_they_are() -> None:
     parameter = nn.Parameter(torch.zeros(4, device="meta"))
     own = Experiment()
     sync = GradientSync(
-        [("one", parameter, holding(parameter))],
+        [("one", parameter, shard_spec_of(parameter))],
         Unconnected(),
         0,
         own.gradients,
@@ -188,7 +188,7 @@ def a_rank_would_have_no_second_chunk() -> None:
         context.zigzag(torch.arange(6), 0, 0, 2)
 
 
-@protects_from("an expert's room is counted over whole sequences")
+@protects_from("an expert's capacity is counted over whole sequences")
 def other_tokens_would_find_room() -> None:
     torch.manual_seed(0)
     model = MixtureOfExperts(8, 4, 2, 0.75, 0.0)
@@ -197,7 +197,7 @@ def other_tokens_would_find_room() -> None:
     assert not torch.allclose(halves, model(x))
 
 
-@protects_from("this network has no experts to deal out")
+@protects_from("this network has no experts to distribute")
 def nothing_would_be_dealt_out() -> None:
     model = gpt(16, 8, 8, 1, 2)
     before = shapes(model)
@@ -216,7 +216,7 @@ def tokens_would_go_to_no_expert() -> None:
 # -- pipeline ---------------------------------------------------------------------------------------------------------
 
 
-@protects_from("cannot take .+ apart into blocks")
+@protects_from("cannot split .+ into blocks")
 def there_is_nothing_to_cut() -> None:
     pytest.importorskip("transformers")
     from labkit.workloads.models.transformers import causal_model
@@ -229,7 +229,7 @@ def there_is_nothing_to_cut() -> None:
 def a_stage_would_be_empty() -> None:
     names = ["embed", "layer", "head"]
     with pytest.raises(ValueError, match="do not make the 3 blocks"):
-        groups(names, [1, 1])
+        split_into_stages(names, [1, 1])
     with pytest.raises(ValueError, match="cannot be cut into 4 stages"):
         minimal_maximum([1.0] * 3, 4)
 
@@ -241,7 +241,7 @@ def a_short_microbatch_would_not_fit() -> None:
     assert "Failed to run stage backward" in first
 
 
-@protects_from("goes backward through a block twice")
+@protects_from("splits the backward pass of a block in two")
 def what_was_recomputed_would_be_gone() -> None:
     block = Blocks({"one": nn.Sequential(nn.Linear(4, 4), nn.Tanh())})
     recompute.apply(block, "selective")
@@ -268,7 +268,7 @@ def schedule(name: str, stages: int, microbatches: int) -> Any:
     return made(held[0] if single and stages == 1 else held, microbatches, loss_fn=lambda output, target: output.sum())
 
 
-@protects_from("folds the pipeline: exactly 2 stages per rank")
+@protects_from("folds the pipeline and needs exactly 2 stages per rank")
 def torch_wants_two_stages() -> None:
     for name in ("zbv", "dualpipev"):
         with pytest.raises(ValueError, match="requires exactly 2 stages per rank, but got 3"):

@@ -99,7 +99,7 @@ import labkit.training.trainer as trainer
 import torch, torch.distributed as dist
 write = trainer.Trainer._write_figures
 def compared(self):
-    for name, parameter in self.model.bare.named_parameters():
+    for name, parameter in self.model.unwrapped.named_parameters():
         other = [torch.empty_like(parameter) for _ in range(dist.get_world_size())]
         dist.all_gather(other, parameter.detach().contiguous())
         assert all(torch.equal(parameter, one) for one in other), name

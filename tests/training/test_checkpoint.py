@@ -16,7 +16,7 @@ from labkit.experiment import Experiment, Layout, Optimizer, checkpoint_files
 from labkit.experiment.run_directory import RunDirectory
 from labkit.experiment.tensor_files import load_file, save_file
 from labkit.parallel import state
-from labkit.parallel.decay import by_shape
+from labkit.parallel.decay import with_decay_flags
 from labkit.parallel.mesh import Mesh
 from labkit.training import checkpoint
 from labkit.training.optimizers import make_optimizer
@@ -42,7 +42,7 @@ class Tied(nn.Module):
 def made(seed: int, name: Any = "adamw", momentum: float = 0.9, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(seed)
     model = Tied().to(dtype)
-    return model, make_optimizer(Optimizer(name=name, lr=0.05, momentum=momentum), by_shape(model.parameters()))
+    return model, make_optimizer(Optimizer(name=name, lr=0.05, momentum=momentum), with_decay_flags(model.parameters()))
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> list[float]:
@@ -63,7 +63,7 @@ class Alone:
     sharded = ()
 
     def __init__(self, model: nn.Module) -> None:
-        self.holdings: dict[str, Any] = {}
+        self.shard_specs: dict[str, Any] = {}
         self.stages, self.mesh = {0: model}, Mesh(Layout(), 0, "cpu", connect=False)
 
 
@@ -202,7 +202,7 @@ def test_a_checkpoint_of_another_model_is_refused(directory: RunDirectory) -> No
     folder = save(directory, 1, model, optimizer, Experiment(), writes=True)
     other = nn.Linear(4, 7)
     with pytest.raises(ValueError, match="does not fit this model"):
-        load(folder, other, make_optimizer(Optimizer(), by_shape(other.parameters())))
+        load(folder, other, make_optimizer(Optimizer(), with_decay_flags(other.parameters())))
 
 
 # -- damage that a parser does not see --------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from labkit.quantization.linear import narrow
 from labkit.runs import kernels as reading
 from labkit.sparsity import csr
 from labkit.training.after import kernels
-from labkit.training.probes.layers import Watch
+from labkit.training.probes.layers import LayerProbe
 from tests.quantization.networks import wanted
 from tests.quantization.test_runs import ran
 from tests.training.test_numbers import MESH
@@ -28,7 +28,7 @@ def measured(model: nn.Module, x: torch.Tensor, **autocast: Any) -> tuple[list[r
     def inside() -> Any:
         return torch.autocast("cpu", **autocast) if autocast else nullcontext()
 
-    watch = Watch({0: model}, {}, MESH)
+    watch = LayerProbe({0: model}, {}, MESH)
     with torch.no_grad(), inside(), watch.over(len(x)):
         model(x)
     found = kernels.measure(EXPERIMENT, watch.layers, watch.samples, inside, lambda: None)

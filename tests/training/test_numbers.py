@@ -16,7 +16,7 @@ from labkit.parallel.mesh import Mesh
 from labkit.quantization.arithmetic import FakeArithmetic, GridArithmetic, Int8Arithmetic, TernaryArithmetic
 from labkit.quantization.linear import NarrowLinear, QuantizedLinearOp, narrow
 from labkit.sparsity import csr
-from labkit.training.probes.layers import BINS, MOST_LAYERS, Watch, _Product, histogram
+from labkit.training.probes.layers import BINS, MOST_LAYERS, LayerProbe, _Product, histogram
 from tests.quantization.networks import wanted
 from tests.quantization.test_runs import ran
 
@@ -43,8 +43,8 @@ def network() -> nn.Sequential:
     )
 
 
-def watched(model: nn.Module, x: torch.Tensor, **autocast: Any) -> tuple[Watch, torch.Tensor]:
-    watch = Watch({0: model}, {}, MESH)
+def watched(model: nn.Module, x: torch.Tensor, **autocast: Any) -> tuple[LayerProbe, torch.Tensor]:
+    watch = LayerProbe({0: model}, {}, MESH)
     context = torch.autocast("cpu", **autocast) if autocast else torch.enable_grad()
     with context, watch.over(len(x)):
         out = model(x)

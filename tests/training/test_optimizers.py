@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from labkit.experiment import Optimizer
-from labkit.parallel.decay import by_shape
+from labkit.parallel.decay import with_decay_flags
 from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
 
 
@@ -50,7 +50,7 @@ def test_biases_and_gains_do_not_decay(name: Any, kind: type) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     model[1].weight.requires_grad_(False)
     optimizer = make_optimizer(
-        Optimizer(name=name, lr=0.5, weight_decay=0.1, momentum=0.8, eps=1e-6), by_shape(model.parameters())
+        Optimizer(name=name, lr=0.5, weight_decay=0.1, momentum=0.8, eps=1e-6), with_decay_flags(model.parameters())
     )
     assert isinstance(optimizer, kind)
     decayed, plain = optimizer.param_groups

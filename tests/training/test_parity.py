@@ -69,7 +69,7 @@ MISTAKES = {
     ),
     "shared memory adds up all ranks but one": (
         "from labkit.parallel.shared_memory import SharedMemory\n"
-        "SharedMemory.all_reduce = lambda self, flat: self._meet()\n"
+        "SharedMemory.all_reduce = lambda self, flat: self._barrier()\n"
     ),
     "gradients are added instead of averaged": (
         "import labkit.training.weights as broken\n"

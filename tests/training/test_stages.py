@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labkit.experiment import Layout
-from labkit.parallel.stages import groups, held_by, held_last, minimal_maximum
+from labkit.parallel.stages import minimal_maximum, pp_rank_of_last_stage, split_into_stages, stages_of_rank
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=9), st.integers(1, 9))
@@ -31,16 +31,16 @@ def test_no_other_cut_has_a_cheaper_dearest_stage(costs: list[int], parts: int) 
 
 
 def test_groups_keep_the_order_of_the_chain() -> None:
-    assert groups(["a", "b", "c"], [1, 2]) == [["a"], ["b", "c"]]
+    assert split_into_stages(["a", "b", "c"], [1, 2]) == [["a"], ["b", "c"]]
     with pytest.raises(ValueError, match="do not make the 3 blocks"):
-        groups(["a", "b", "c"], [1, 1])
+        split_into_stages(["a", "b", "c"], [1, 1])
 
 
 @given(st.sampled_from([("1f1b", 1), ("interleaved_1f1b", 3), ("zbv", 2), ("dualpipev", 2)]), st.integers(1, 6))
 def test_every_stage_is_held_once(schedule: tuple[str, int], ranks: int) -> None:
     layout = Layout(pp=ranks, schedule=schedule[0], stages_per_rank=schedule[1])
-    held = [number for place in range(ranks) for number in held_by(layout, place)]
+    held = [number for place in range(ranks) for number in stages_of_rank(layout, place)]
     assert sorted(held) == list(range(ranks * schedule[1]))
-    assert ranks * schedule[1] - 1 in held_by(layout, held_last(layout))
+    assert ranks * schedule[1] - 1 in stages_of_rank(layout, pp_rank_of_last_stage(layout))
     if schedule[0] in ("zbv", "dualpipev"):
-        assert held_last(layout) == 0, "a V ends where it began"
+        assert pp_rank_of_last_stage(layout) == 0, "a V ends where it began"

@@ -97,7 +97,7 @@ class Kind:
             return None
         made: Any = self.plain().to(self.one.stored)
         if isinstance(module, CsrLinear):
-            return CsrLinear(made, module.pattern.spread(torch.ones_like(module.weight)).bool())
+            return CsrLinear(made, module.pattern.to_dense(torch.ones_like(module.weight)).bool())
         self._make_zero(made.weight)
         if not isinstance(arithmetic, QuantizedLinearOp):
             return made

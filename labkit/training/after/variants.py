@@ -10,9 +10,9 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from labkit.parallel.cast import placed
+from labkit.parallel.cast import place_tensor
 from labkit.quantization.converted import plain
-from labkit.sparsity.export import ordinary
+from labkit.sparsity.export import densify
 from labkit.training.evaluation import BATCH
 from labkit.workloads.base import Batch, Data, Task
 
@@ -27,14 +27,14 @@ def bare(model: nn.Module) -> nn.Module:
     copy = deepcopy(model)
     vars(copy).pop("forward", None)  # Accelerate's, which runs the model under autocast
     plain(copy)
-    ordinary(copy)
+    densify(copy)
     return copy.float().requires_grad_(False).eval()
 
 
 def fetched(data: Data, indices: list[int], device: torch.device) -> Batch:
     """Samples in float32."""
     batch = data.__getitems__(indices)
-    return {name: placed(x, device, torch.float32) for name, x in batch.items()}
+    return {name: place_tensor(x, device, torch.float32) for name, x in batch.items()}
 
 
 def inputs(task: Task, size: int, device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint
 
-from labkit.parallel.shard import local
+from labkit.parallel.shard import to_local
 
 
 class _Saved:
@@ -67,7 +67,7 @@ class Activations:
     def look(self, *of_a_hook: Any) -> None:
         """Note where the parameters and buffers lie now."""
         self._known = {
-            local(tensor).untyped_storage().data_ptr()
+            to_local(tensor).untyped_storage().data_ptr()
             for module in self._modules
             for tensor in (*module.parameters(), *module.buffers())
         }
@@ -78,7 +78,7 @@ class Activations:
 
     def note(self, tensor: Tensor) -> int | None:
         """The tensor is kept from now on; what to `forget` later, None if it does not count."""
-        storage = local(tensor).untyped_storage()
+        storage = to_local(tensor).untyped_storage()
         key = storage.data_ptr()
         if not key or key in self._known:
             return None

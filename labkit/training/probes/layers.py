@@ -89,11 +89,11 @@ class LayerRecord:
 class LayerProbe:
     """The layers of one rank, to be seen in one forward pass: `with watch.over(samples): …`, then `found()`.
 
-    `stages` by their number; `holdings` tells how their parameters are cut over `mesh`.
+    `stages` by their number; `shard_specs` tells how their parameters are cut over `mesh`.
     """
 
-    def __init__(self, stages: Mapping[int, nn.Module], holdings: Mapping[str, ShardSpec], mesh: Mesh) -> None:
-        self._holdings, self._mesh = holdings, mesh
+    def __init__(self, stages: Mapping[int, nn.Module], shard_specs: Mapping[str, ShardSpec], mesh: Mesh) -> None:
+        self._shard_specs, self._mesh = shard_specs, mesh
         self.layers = [
             LayerRecord(name, module, stage)
             for stage, part in sorted(stages.items())
@@ -179,10 +179,10 @@ class LayerProbe:
 
     def _part(self, seen: LayerRecord) -> str:
         """Which part of the layer this rank multiplies, in words; empty where that is all of it."""
-        cuts = self._holdings.get(f"{seen.name}.weight", ShardSpec()).cuts
+        shard_dims = self._shard_specs.get(f"{seen.name}.weight", ShardSpec()).shard_dims
         return ", ".join(
             f"1 of {self._mesh.size(axis)} parts of the {'outputs' if dim == 0 else 'inputs'} ({axis})"
-            for axis, dim in cuts.items()
+            for axis, dim in shard_dims.items()
         )
 
     def found(self) -> dict[str, Any]:
@@ -196,7 +196,7 @@ class LayerProbe:
 
 def _weight(module: Any) -> Tensor:
     """The weight matrix [outputs, inputs] (of a convolution with two more dimensions) as the layer has it now."""
-    weight: Tensor = module.pattern.spread(module.weight) if isinstance(module, CsrLinear) else module.weight.detach()
+    weight: Tensor = module.pattern.to_dense(module.weight) if isinstance(module, CsrLinear) else module.weight.detach()
     return weight
 
 

@@ -15,7 +15,7 @@ from labkit.experiment.memory import model_state, stash
 from labkit.parallel.asynchronous import AsynchronousPipeline
 from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel
-from labkit.parallel.shard import local
+from labkit.parallel.shard import to_local
 from labkit.parallel.traffic import Traffic
 from labkit.training.clock import clock
 from labkit.training.probes.activations import Activations
@@ -88,7 +88,7 @@ class Trace:
         trained = sum(size for size, is_trained in sizes if is_trained)
         formula = model_state(self._experiment, held, trained)
         if self._stashes is not None:
-            self._memory["stash"] = self._stashes.most_stashed
+            self._memory["stash"] = self._stashes.max_stashed_bytes
             formula["stash"] = stash(self._experiment, self._stashes.ahead, trained)
         found: dict[str, Any] = {
             "memory": self._memory | {"activations": self._activations.peak},
@@ -118,6 +118,6 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     """Memory behind these tensors: each storage once."""
     storages = {}
     for tensor in tensors:
-        storage = local(tensor.detach()).untyped_storage()
+        storage = to_local(tensor.detach()).untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

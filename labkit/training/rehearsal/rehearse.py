@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from labkit.experiment import Experiment
 from labkit.experiment.fault import TaskFault, named
-from labkit.parallel.cast import widened
+from labkit.parallel.cast import widen
 from labkit.training.rehearsal import fingerprint, fits, hooks, leaves
 from labkit.training.rehearsal.advice import backward_fault, described, hint, samples_of, shape_of
 from labkit.training.rehearsal.control_flow import ControlFlowProbe
@@ -195,7 +195,7 @@ class _Rehearsal:
         self.phase, self.changed, self.foreign = phase, changed, foreign
         self.ids = Ids(task.model) if foreign else None
         self.trained = {name: one for name, one in task.model.named_parameters() if one.requires_grad}
-        share, shares = runtime.mesh.samples
+        share, shares = runtime.mesh.data_shard
         passes = experiment.gradients.accumulation
         self.passes: Callable[[int], list[Indices]] = lambda step: order.passes(step, share, shares, passes)
 
@@ -303,7 +303,7 @@ class _Rehearsal:
 
     def _loss(self, output: Tensor, batch: Batch, indices: list[int], what: str) -> Tensor:
         try:
-            loss: Any = self.task.loss(widened(output), self.runtime.place(batch))
+            loss: Any = self.task.loss(widen(output), self.runtime.place(batch))
         except Exception as error:
             targets = ", ".join(f"{name} is {shape_of(value)}" for name, value in batch.items() if name != "x")
             given = f"the output is {described(output)}" + (f", {targets}" if targets else "")
@@ -333,7 +333,7 @@ class _Rehearsal:
         with _alone(task.model):
             output = self._output(batch, indices, "test")
         try:
-            sums = task.evaluate(widened(output), self.runtime.place(batch))
+            sums = task.evaluate(widen(output), self.runtime.place(batch))
             numbers = {name: float(value) for name, value in sums.items()}
             metrics = task.metrics(numbers)
         except TaskFault:
