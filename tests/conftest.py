@@ -9,6 +9,7 @@ import signal
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -23,6 +24,18 @@ MARK = "LABKIT_TEST_SESSION"
 SETTLE_S = 15.0
 BUSY = {"gradients", "parallel", "quantization", "sparsity", "training"}
 """Folders whose tests train on several ranks and so keep all cores busy: two at once take longer than one by one."""
+SAMPLED = {
+    "test_a_layout_computes_what_one_process_computes": 2,  # the second tier has a sample of all layouts, too
+    "test_a_reported_metric_is_that_of_the_saved_model": 3,
+    "test_so_is_that_of_torchs_own_losses": 3,
+    "test_compressors_train_what_is_used_late_or_never": 3,
+    "test_what_no_rank_uses_in_an_update_stays_as_it_is": 2,
+    "test_a_running_mean_is_that_of_the_whole_batch": 2,
+    "test_every_layout_trains_the_same_sparse_network": 2,
+    "test_the_bytes_that_leave_are_those_of_the_formula": 2,
+    "test_losses_of_probabilities_are_computed_in_float32": 2,
+}
+"""Tests of which every n-th case runs in the first tier, and the others in the third (`make exhaustive`)."""
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 
@@ -55,7 +68,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = "" if Machine.here().gpus else Machine.here().gpu_reason or "no GPU is visible"
     no_browser = "" if find_browser() else MISSING
+    cases: Counter[str] = Counter()
     for item in items:
+        name = getattr(item, "originalname", "")
+        if name in SAMPLED:
+            if cases[name] % SAMPLED[name]:
+                item.add_marker(pytest.mark.exhaustive)
+            cases[name] += 1
         if item.path.parent.name in BUSY:
             item.add_marker(pytest.mark.alone)
         if no_gpu and item.get_closest_marker("gpu"):
