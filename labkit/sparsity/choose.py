@@ -1,4 +1,4 @@
-"""Choosing weights: the largest, any, or (dynamic sparsity) the smallest go and others come."""
+"""Masks of weights: the largest, random ones, or (dynamic sparsity) with the smallest replaced by others."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def largest(scores: Tensor, count: int) -> Tensor:
-    """Mask of exactly `count` largest scores, of the scores' shape."""
+def mask_of_largest(scores: Tensor, count: int) -> Tensor:
+    """Return the mask of the `count` largest scores, in their shape; ties are broken so that the count is exact."""
     flat = scores.flatten()
     mask = torch.zeros(len(flat), dtype=torch.bool, device=scores.device)
     if count > 0:
@@ -15,16 +15,16 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return mask.view(scores.shape)
 
 
-def any_of(shape: tuple[int, ...], count: int, seed: int) -> Tensor:
-    """Mask of `count` places drawn with `seed`, on the CPU: equal wherever it is drawn."""
-    return largest(torch.rand(shape, generator=torch.Generator().manual_seed(seed)), count)
+def random_mask(shape: tuple[int, ...], count: int, seed: int) -> Tensor:
+    """Return a mask of `count` random entries, drawn on the CPU from `seed`, so that it is the same everywhere."""
+    return mask_of_largest(torch.rand(shape, generator=torch.Generator().manual_seed(seed)), count)
 
 
 def drop_and_grow(mask: Tensor, weight: Tensor, growth: Tensor, count: int) -> Tensor:
-    """The mask in which the `count` smallest of the kept weights have given way to those with the largest `growth`.
+    """Return a mask in which the `count` smallest of the kept weights are replaced by those with the largest `growth`.
 
-    A weight that was dropped may come back at once if its growth is among the largest, as in RigL's own code.
+    A weight that was dropped may grow back at once if its growth is among the largest, as in RigL's own code.
     """
     remaining = int(mask.sum()) - count
-    stays = largest(weight.abs().masked_fill(~mask, -1.0), remaining)
-    return stays | largest(growth.abs().masked_fill(stays, -1.0), count)
+    remaining_mask = mask_of_largest(weight.abs().masked_fill(~mask, -1.0), remaining)
+    return remaining_mask | mask_of_largest(growth.abs().masked_fill(remaining_mask, -1.0), count)

@@ -1,14 +1,14 @@
 """A linear layer that computes with its non-zero weights only, on CPUs, forward and backward.
 
-The weight matrix W [outputs, inputs] is kept as compressed sparse rows (CSR): the values in one vector, which is the
-parameter, and their columns. With activations as columns, three sparse products make a training step:
+The weight matrix W [outputs, inputs] is stored as compressed sparse rows (CSR): the values in one vector, which is the
+parameter, and their column indices. With activations as columns, a training step consists of three sparse products:
 
-    Y = W·X,   ∂X = Wᵀ·∂Y,   ∂W = (∂Y·Xᵀ at the places of the values)
+    Y = W·X,   ∂X = Wᵀ·∂Y,   ∂W = (∂Y·Xᵀ at the indices of the values)
 
-Wᵀ is CSR too, with the same values in another order; places and order are computed when the topology changes only. The
-products are MKL's, through torch (float32 and float64). Other formulations that torch offers are slower than dense or
-cannot train: `linear(x, W)` by 4.5 to 7.5 times, and optimizers refuse parameters that are CSR tensors themselves.
-Sources: Nikdan et al., "SparseProp", ICML 2023, arXiv:2302.04852; issue 5.
+Wᵀ is CSR too, with the same values in another order; indices and order are computed only when the topology changes.
+torch computes the products with MKL (float32 and float64). Other formulations that torch offers are slower than dense
+ones or cannot train: `linear(x, W)` is 4.5 to 7.5 times slower, and optimizers refuse parameters that are CSR tensors.
+Source: Nikdan et al., "SparseProp", ICML 2023, arXiv:2302.04852.
 """
 
 from __future__ import annotations
@@ -31,63 +31,63 @@ if TYPE_CHECKING:
 
 
 class Pattern:
-    """Which places of a weight matrix are kept, and how its transpose is ordered."""
+    """Sparsity pattern: the entries of a weight matrix that are kept, and their order in its transpose."""
 
     def __init__(self, mask: Tensor) -> None:
-        _hear_out_torch()
+        _silence_beta_warning()
         self.shape = tuple(mask.shape)
         self.set(mask)
 
     def set(self, mask: Tensor) -> None:
-        """Keep these places from now on: bool, [outputs, inputs]."""
+        """Keep the entries of this mask from now on: bool, [outputs, inputs]."""
         rows, columns = self.shape
         self.index = mask.flatten().nonzero().flatten()
-        """Places of the values in the flat matrix, in order."""
+        """Indices of the values in the flat matrix, in ascending order."""
         row, column = self.index // columns, self.index % columns
-        self._row_ends, self._columns = _ends(row, rows), column.int()
+        self._row_ends, self._columns = _row_offsets(row, rows), column.int()
         self._order = (column * rows + row).argsort()
-        self._column_ends, self._rows = _ends(column, columns), row[self._order].int()
+        self._column_ends, self._rows = _row_offsets(column, columns), row[self._order].int()
 
-    def spread(self, values: Tensor) -> Tensor:
-        """The dense matrix."""
+    def to_dense(self, values: Tensor) -> Tensor:
+        """Return the dense matrix with these values."""
         dense = values.new_zeros(self.shape)
         dense.view(-1)[self.index] = values.detach()
         return dense
 
-    def taken(self, dense: Tensor) -> Tensor:
-        """The values of a dense matrix at the places that are kept: the inverse of `spread`."""
+    def from_dense(self, dense: Tensor) -> Tensor:
+        """Return the kept values of a dense matrix, as the inverse of `to_dense`."""
         return dense.reshape(-1)[self.index]
 
     def matrix(self, values: Tensor) -> Tensor:
-        """W."""
+        """Return W with these values as a CSR tensor."""
         return csr_matrix(self._row_ends, self._columns, values, self.shape)
 
     def transpose(self, values: Tensor) -> Tensor:
-        """Wᵀ."""
+        """Return Wᵀ with these values as a CSR tensor."""
         return csr_matrix(self._column_ends, self._rows, values[self._order], self.shape[::-1])
 
 
 @functools.cache
-def _hear_out_torch() -> None:
-    """It says once in a process that CSR tensors are in beta."""
+def _silence_beta_warning() -> None:
+    """Trigger torch's warning that CSR support is in beta, which comes once per process, and suppress it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.eye(2).to_sparse_csr()
 
 
-def _ends(rows: Tensor, size: int) -> Tensor:
-    """Where each of `size` rows ends, from the rows of the values."""
+def _row_offsets(rows: Tensor, size: int) -> Tensor:
+    """Return CSR row offsets [size + 1] from the sorted row index of each value."""
     counts = torch.bincount(rows, minlength=size)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
 
 
 def csr_matrix(ends: Tensor, indices: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Unchecked, which takes time: what is no matrix ends the process."""
+    """Build a CSR tensor without invariant checks, which are slow; invalid input crashes the process."""
     return torch.sparse_csr_tensor(ends, indices, values, shape, check_invariants=False)
 
 
 class _Product(torch.autograd.Function):
-    """x [N, inputs] and values to x·Wᵀ [N, outputs]."""
+    """Computes x·Wᵀ [N, outputs] from x [N, inputs] and the values of W."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, layer: CsrLinear) -> Tensor:
@@ -99,25 +99,25 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         columns, values = ctx.saved_tensors
-        pattern, change = ctx.layer.pattern, gradients[0].t().contiguous()
+        pattern, output_gradient = ctx.layer.pattern, gradients[0].t().contiguous()
         if ctx.layer.dense_gradient is not None:
-            ctx.layer.dense_gradient += change @ columns.t()
-        of_x = (pattern.transpose(values) @ change).t() if ctx.needs_input_grad[0] else None
-        of_values = None
+            ctx.layer.dense_gradient += output_gradient @ columns.t()
+        x_gradient = (pattern.transpose(values) @ output_gradient).t() if ctx.needs_input_grad[0] else None
+        values_gradient = None
         if ctx.needs_input_grad[1]:
-            places = pattern.matrix(torch.zeros_like(values))
-            of_values = torch.sparse.sampled_addmm(places, change, columns.t(), beta=0.0).values()
-        return of_x, of_values, None
+            sampled = pattern.matrix(torch.zeros_like(values))
+            values_gradient = torch.sparse.sampled_addmm(sampled, output_gradient, columns.t(), beta=0.0).values()
+        return x_gradient, values_gradient, None
 
 
 class CsrLinear(nn.Module):
-    """In place of an `nn.Linear`: [..., inputs] to [..., outputs]; `weight` [values] are those that are kept."""
+    """Replaces an `nn.Linear` ([..., inputs] to [..., outputs]); `weight` holds the kept values only."""
 
     def __init__(self, layer: nn.Linear, mask: Tensor) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.pattern = Pattern(mask.to(layer.weight.device))
-        self.weight = nn.Parameter(self.pattern.taken(layer.weight.detach()))
+        self.weight = nn.Parameter(self.pattern.from_dense(layer.weight.detach()))
         self.weight.labkit_decays = True  # type: ignore[attr-defined]
         self.bias = layer.bias
         self.dense_gradient: Tensor | None = None
@@ -127,13 +127,13 @@ class CsrLinear(nn.Module):
         out = out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out
         return out if self.bias is None else out + self.bias
 
-    def watch(self) -> None:
-        """Backward passes add up the gradient of all weights from here on, too."""
+    def record_dense_gradient(self) -> None:
+        """Let backward passes accumulate the gradient of all weights, kept or not, from now on."""
         if self.dense_gradient is None:
             self.dense_gradient = self.weight.detach().new_zeros(self.pattern.shape)
 
-    def watched(self) -> Tensor:
-        """That gradient [outputs, inputs]; it is not added up any more."""
+    def pop_dense_gradient(self) -> Tensor:
+        """Return the gradient of all weights [outputs, inputs] and stop accumulating it."""
         gradient, self.dense_gradient = self.dense_gradient, None
         assert gradient is not None
         return gradient
@@ -144,55 +144,55 @@ class CsrLinear(nn.Module):
 
 
 def replace(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, CsrLinear]:
-    """Put a `CsrLinear` in place of each linear layer whose weight is named in `masks`; returns them by that name."""
-    made = {}
+    """Replace each linear layer whose weight is named in `masks` by a `CsrLinear`; return these by that name."""
+    layers = {}
     for name, mask in masks.items():
         path = name.rpartition(".")[0]
-        parent, _, own = path.rpartition(".")
+        parent, _, attribute = path.rpartition(".")
         layer = model.get_submodule(path)
         if isinstance(layer, nn.Linear):
-            made[name] = CsrLinear(layer, mask)
-            setattr(model.get_submodule(parent), own, made[name])
-    return made
+            layers[name] = CsrLinear(layer, mask)
+            setattr(model.get_submodule(parent), attribute, layers[name])
+    return layers
 
 
-def faster(model: nn.Module, masks: dict[str, Tensor], sample: Tensor, experiment: Experiment) -> set[str]:
-    """Names of the weights whose layers train faster with CSR than dense, as measured here (collective).
+def faster_layers(model: nn.Module, masks: dict[str, Tensor], sample: Tensor, experiment: Experiment) -> set[str]:
+    """Return the names of the weights whose layers train faster as CSR than dense, as measured here (collective).
 
-    The first rank measures for all, because all must decide alike: a pass forward and backward over as many rows as a
-    rank's share of the batch has.
+    The first rank measures for all, because all must decide the same: a forward and backward pass over as many rows as
+    a rank's share of the batch has.
     """
-    found: list[set[str]] = [set()]
-    together = dist.is_initialized()
-    if not together or dist.get_rank() == 0:
+    result: list[set[str]] = [set()]
+    distributed = dist.is_initialized()
+    if not distributed or dist.get_rank() == 0:
         share = experiment.training.global_batch / experiment.layout.dp_replicate / experiment.gradients.accumulation
-        rows = {name: math.ceil(count * share) for name, count in rows_seen(model, masks, sample).items()}
-        known: dict[tuple[int, ...], bool] = {}
+        rows = {name: math.ceil(count * share) for name, count in count_rows(model, masks, sample).items()}
+        is_faster: dict[tuple[int, ...], bool] = {}
         for name, mask in masks.items():
             layer = model.get_submodule(name.rpartition(".")[0])
             if name in rows and isinstance(layer, nn.Linear):
-                kind = (*mask.shape, int(mask.sum()), rows[name])
-                if kind not in known:
-                    known[kind] = _seconds(CsrLinear(layer, mask), rows[name]) < _seconds(layer, rows[name])
-                found[0] |= {name} if known[kind] else set()
-    if together:
-        dist.broadcast_object_list(found, 0)
-    return found[0]
+                key = (*mask.shape, int(mask.sum()), rows[name])
+                if key not in is_faster:
+                    is_faster[key] = _seconds(CsrLinear(layer, mask), rows[name]) < _seconds(layer, rows[name])
+                result[0] |= {name} if is_faster[key] else set()
+    if distributed:
+        dist.broadcast_object_list(result, 0)
+    return result[0]
 
 
 @torch.no_grad()
-def rows_seen(model: nn.Module, names: Iterable[str], sample: Tensor) -> dict[str, int]:
-    """How many rows the linear layers with these weights see of an input, by the weights' names."""
+def count_rows(model: nn.Module, names: Iterable[str], sample: Tensor) -> dict[str, int]:
+    """Return how many rows the linear layers with these weights get for an input, by the weights' names."""
     rows: dict[str, int] = {}
     hooks = []
     for name in names:
         module = model.get_submodule(name.rpartition(".")[0])
 
-        def see(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+        def record(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
             rows[name] = inputs[0].numel() // inputs[0].shape[-1]
 
         if isinstance(module, nn.Linear):
-            hooks.append(module.register_forward_pre_hook(see))
+            hooks.append(module.register_forward_pre_hook(record))
     with same_buffers(model):
         model(sample)
     for hook in hooks:
@@ -201,7 +201,10 @@ def rows_seen(model: nn.Module, names: Iterable[str], sample: Tensor) -> dict[st
 
 
 def _seconds(layer: nn.Linear | CsrLinear, rows: int, repeats: int = 5) -> float:
-    """Of the fastest pass forward and backward: whatever disturbs one adds to it. Leaves no gradient behind."""
+    """Return the seconds of the fastest forward and backward pass, since disturbances only add time.
+
+    It leaves no gradient behind.
+    """
     weight = layer.weight
     x = weight.detach().new_zeros(rows, layer.in_features).requires_grad_()
     seconds = []

@@ -1,7 +1,7 @@
-"""A network that gets sparser along a cubic (Zhu & Gupta 2017, arXiv:1710.01878).
+"""Sparsity that grows along a cubic (Zhu & Gupta 2017, arXiv:1710.01878).
 
-After a part t of the time between `at` and `end`, the part s·(1 - (1 - t)³) of the target is reached: many weights go
-early, while the network can still make up for them, few at the end. What is gone does not come back.
+After a fraction t of the time between `at` and `end`, the sparsity is s·(1 - (1 - t)³) for the target s: many weights
+are pruned early, while the network can still recover, and few at the end. Pruned weights do not come back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from labkit.experiment.problem import OptionError
 from labkit.sparsity.method import Options as CommonOptions
-from labkit.sparsity.method import Sparsifier, one_topology
+from labkit.sparsity.method import Sparsifier, synchronous_only
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,43 +24,43 @@ if TYPE_CHECKING:
 
 
 class Cubic(Sparsifier):
-    """Base of the methods that cut many times."""
+    """Base class of methods that prune in many small cuts."""
 
     class Options(CommonOptions):
         at: float = Field(default=0.1, ge=0, lt=1)
-        """Part of the training after which cutting begins."""
+        """Fraction of the training after which pruning starts."""
         end: float = Field(default=0.7, gt=0, le=1)
-        """Part of the training after which the network is as sparse as it gets."""
+        """Fraction of the training after which the target is reached."""
         every: int | None = Field(default=None, ge=1, le=1_000_000)
-        """Updates between two cuts; empty: a hundredth of the training."""
+        """Optimizer steps between two cuts; empty: a hundredth of the training."""
 
         @model_validator(mode="after")
         def _in_order(self) -> Cubic.Options:
             if self.at >= self.end:
-                said = f"cutting begins after {self.at} of the training and cannot end at {self.end}"
-                raise OptionError("end", said, 1.0)
+                reason = f"pruning starts after {self.at} of the training and cannot end at {self.end}"
+                raise OptionError("end", reason, 1.0)
             return self
 
-    def __init__(self, setting: SparsityContext) -> None:
-        super().__init__(setting)
-        self._first = max(1, round(self.options.at * setting.steps))
-        self._last = max(self._first, round(self.options.end * setting.steps))
-        self._every = self.options.every or max(1, setting.steps // 100)
+    def __init__(self, context: SparsityContext) -> None:
+        super().__init__(context)
+        self._first = max(1, round(self.options.at * context.steps))
+        self._last = max(self._first, round(self.options.end * context.steps))
+        self._every = self.options.every or max(1, context.steps // 100)
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Why it cannot run here."""
+        """Yield the reasons why it cannot run here."""
         yield from Sparsifier.problems(experiment, machine)
-        yield from one_topology(experiment)
+        yield from synchronous_only(experiment)
 
     def sparsity(self, step: int) -> float:
-        """Part of the weights that is to be zero after `step` updates."""
+        """Return the fraction of the weights that is to be zero after `step` optimizer steps."""
         if step >= self._last:
             return float(self.target)
         done = (step - self._first) / (self._last - self._first)
         return float(self.target * (1 - (1 - done) ** 3)) if step >= self._first else 0.0
 
-    def chooses(self, step: int) -> bool:
+    def changes_masks(self, step: int) -> bool:
         """Every so often between begin and end, and at the end."""
         done = step + 1
         return self._first <= done <= self._last and ((done - self._first) % self._every == 0 or done == self._last)

@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 
 class Dense(Sparsifier):
-    """All connections stay."""
+    """Keeps all weights."""
 
     class Options(BaseOptions):
         pass
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """It runs everywhere, and there is nothing to export."""
+        """Yield a reason if an export is asked for; otherwise it runs with every experiment."""
         if experiment.sparsity.export:
-            said = "a dense network has no faster form than its own (sparsity.method is none)"
-            yield Problem("sparsity.export", said, "false")
+            reason = "a dense network has no faster form than its own (sparsity.method is none)"
+            yield Problem("sparsity.export", reason, "false")
 
     @staticmethod
     def shapes(model: nn.Module, options: Any) -> dict[str, tuple[int, ...]]:
-        """None."""
+        """Return {}: no weight may become zero."""
         return {}

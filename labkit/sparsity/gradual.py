@@ -1,4 +1,4 @@
-"""Gradual magnitude pruning: the smallest weights go, a few at a time (Zhu & Gupta 2017, arXiv:1710.01878)."""
+"""Gradual magnitude pruning: the smallest weights are pruned, a few at a time (Zhu & Gupta 2017, arXiv:1710.01878)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 class Gradual(Cubic):
-    """Many small cuts."""
+    """Prunes the smallest weights in many small cuts."""
 
     class Options(Cubic.Options):
         scope: Literal["global", "layer"] = "global"
-        """Compare all weights of the network, or those of a layer only."""
+        """Whether weights are compared over the whole network or within each layer."""
 
-    def choose(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Keep the largest, fewer each time."""
+    def choose_masks(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Keep the largest weights, fewer each time."""
         from labkit.sparsity.magnitude import keep_largest
 
         return keep_largest(weights, self.sparsity(step + 1), self.options.scope, self.masks)

@@ -1,4 +1,4 @@
-"""Magnitude pruning, once: the smallest weights of a trained network go, the others train on (Han et al. 2015)."""
+"""One-shot magnitude pruning: the smallest weights are pruned once, the others train on (Han et al. 2015)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from labkit.sparsity.method import Options as CommonOptions
-from labkit.sparsity.method import Sparsifier, one_topology
+from labkit.sparsity.method import Sparsifier, synchronous_only
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,42 +21,47 @@ if TYPE_CHECKING:
 
 
 class Magnitude(Sparsifier):
-    """One cut."""
+    """Prunes the smallest weights once."""
 
     class Options(CommonOptions):
         scope: Literal["global", "layer"] = "global"
-        """Compare all weights of the network, or those of a layer only."""
+        """Whether weights are compared over the whole network or within each layer."""
         at: float = Field(default=0.5, ge=0, lt=1)
-        """Part of the training after which the weights are cut."""
+        """Fraction of the training after which the weights are pruned."""
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Why it cannot run here."""
+        """Yield the reasons why it cannot run here."""
         yield from Sparsifier.problems(experiment, machine)
-        yield from one_topology(experiment)
+        yield from synchronous_only(experiment)
 
-    def chooses(self, step: int) -> bool:
-        """Once."""
-        return step + 1 == max(1, round(self.options.at * self.setting.steps))
+    def changes_masks(self, step: int) -> bool:
+        """Return True for the step of the cut."""
+        return step + 1 == max(1, round(self.options.at * self.context.steps))
 
-    def choose(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Keep the largest."""
+    def choose_masks(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Keep the largest weights."""
         return keep_largest(weights, self.target, self.options.scope, self.masks)
 
 
-def kept_of(count: int, sparsity: float) -> int:
+def number_kept(count: int, sparsity: float) -> int:
     """Return how many of `count` weights or blocks stay: at least one, since a layer of zeros passes nothing on."""
     return max(1, round((1 - sparsity) * count))
 
 
 def keep_largest(scores: dict[str, Tensor], sparsity: float, scope: str, masks: Masks) -> dict[str, Tensor]:
-    """Masks that leave out the part `sparsity` of the smallest scores, of all layers (of all stages) or of each."""
-    from labkit.sparsity.choose import largest
+    """Return masks without the fraction `sparsity` of the smallest scores, over all layers or (`scope`) within each.
+
+    Over all layers means those of all pipeline stages (collective along pp).
+    """
+    from labkit.sparsity.choose import mask_of_largest
 
     sizes = {name: score.numel() for name, score in scores.items()}
     if scope == "layer":
-        return {name: largest(score.abs(), kept_of(sizes[name], sparsity)) for name, score in scores.items()}
-    row, begin = masks.in_a_row({name: value.abs() for name, value in scores.items()})
-    mask = largest(row, kept_of(len(row), sparsity))
+        return {
+            name: mask_of_largest(score.abs(), number_kept(sizes[name], sparsity)) for name, score in scores.items()
+        }
+    row, begin = masks.gather_stages({name: value.abs() for name, value in scores.items()})
+    mask = mask_of_largest(row, number_kept(len(row), sparsity))
     parts = mask[begin : begin + sum(sizes.values())].split(list(sizes.values()))
     return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}

@@ -1,10 +1,10 @@
-"""What every sparsity method is made of.
+"""The base class of sparsity methods.
 
-The trainer tells it of the same moments of an update as an update rule:
+The trainer calls a method at the same points of an optimizer step as an update rule:
 
-    passes forward and backward → before_update → optimizer → after_update
+    forward and backward passes → before_update → optimizer → after_update
 
-A method's file imports torch inside its methods only: forms read its options.
+The file of a method imports torch only inside its methods, because forms read its options.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from labkit.sparsity.masks import Masks
 
 MASK = "mask."
-"""Before the names of masks in a checkpoint."""
+"""Prefix of the names of masks in a checkpoint."""
 REACHED_WITHIN = 0.02
 """A sparsity counts as reached if it differs from its target by no more."""
 
 
 class Options(BaseOptions):
-    """What all methods have in common."""
+    """Options of all methods."""
 
     ends: bool = False
     """Make the first and the last layer sparse too."""
@@ -41,59 +41,59 @@ class Options(BaseOptions):
 
 @dataclass(frozen=True)
 class SparsityContext:
-    """What a method works with on its rank."""
+    """Everything that a method needs on its rank."""
 
     experiment: Experiment
     options: Any
-    """Those of the method."""
+    """The options of the method."""
     masks: Masks
     shapes: dict[str, tuple[int, ...]]
-    """Of all weights that may become zero, in all stages, by name."""
+    """Shapes of all weights that may become zero, in all stages, by name."""
     steps: int
-    """Updates of the whole run."""
+    """Number of optimizer steps of the whole run."""
     layers: dict[str, Any]
-    """Those with kernels of their own (`prepare`), by the name of the weight."""
+    """Layers with sparse kernels (see `prepare`), by the name of the weight."""
     units: list[Any]
-    """Groups of weights that come or go together."""
+    """Groups of weights that are kept or pruned together."""
 
 
 class Sparsifier:
-    """Base of the methods: a mask that is chosen now and then."""
+    """Base class of methods, which choose new masks in certain steps."""
 
     Options: type[BaseOptions] = Options
     kernel = "csr"
-    """What the layers that `prepare` makes compute with."""
+    """Kind of kernel of the layers that `prepare` creates."""
     sparse_products: tuple[bool, bool, bool] = (True, True, True)
-    """In theory, which products of a layer leave zeros out: forward, for the gradient of the inputs, of the weight."""
+    """Which products of a layer could skip zeros: forward, gradient of the inputs, gradient of the weight."""
     uses_gradients = False
-    """Does it look at gradients of weights that are zero?"""
+    """Whether the choice depends on gradients of weights that are zero."""
 
-    def __init__(self, setting: SparsityContext) -> None:
-        self.setting, self.options, self.masks = setting, setting.options, setting.masks
-        if not setting.shapes and setting.experiment.sparsity.method != "none":
+    def __init__(self, context: SparsityContext) -> None:
+        self.context, self.options, self.masks = context, context.options, context.masks
+        if not context.shapes and context.experiment.sparsity.method != "none":
             raise ValueError("this model has no weights that could become zero (sparsity.method)")
-        self.target = setting.experiment.sparsity.target
-        self.seed = setting.experiment.training.seed
+        self.target = context.experiment.sparsity.target
+        self.seed = context.experiment.training.seed
         self.churn: dict[str, float] | None = None
-        """What part of the kept weights came new in the last change, by name; None if nothing changed since asked."""
+        """Fraction of the kept weights that the last change added, by name; None if none came since it was taken."""
         self._gradients: dict[str, Tensor] = {}
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Why it cannot run here."""
-        yield from without_target(experiment)
-        yield from exportable(experiment)
+        """Yield the reasons why it cannot run here."""
+        yield from target_problems(experiment)
+        yield from export_problems(experiment)
 
     @staticmethod
     def shapes(model: nn.Module, options: Any) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the weights that may become zero, of the whole network before a layout is applied."""
+        """Return names and shapes of the weights that may become zero, in the full model before it is parallelized."""
         from labkit.sparsity.layers import prunable
 
         return prunable(model, options.ends)
 
     @staticmethod
     def units(model: nn.Module) -> list[Any]:
-        """Groups of weights that come or go together, of the whole network before a layout is applied."""
+        """Return groups of weights that are kept or pruned together, in the full model before it is parallelized."""
         return []
 
     @staticmethod
@@ -104,101 +104,105 @@ class Sparsifier:
         shapes: dict[str, tuple[int, ...]],
         sample: Callable[[], Tensor],
     ) -> dict[str, Any]:
-        """Put layers with other kernels into the whole network, before a layout is applied (collective).
+        """Replace layers of the full model by ones with sparse kernels, before it is parallelized (collective).
 
-        `sample` gives an input of one sample. Returns these layers by the names of their weights.
+        `sample` returns an input of one sample. Returns the new layers by the names of their weights.
         """
         return {}
 
     def notes(self) -> list[str]:
-        """What a person should know before the training begins, one sentence each, e.g. a target out of reach."""
+        """Return sentences that a user should read before the training begins, e.g. about a target out of reach."""
         return []
 
     def begin(self) -> None:
-        """Before the first update of a new run."""
+        """Do what is due before the first optimizer step of a new run (not of a resumed one)."""
 
-    def chooses(self, step: int) -> bool:
-        """Is another mask chosen after update `step` (counted from 0)?"""
+    def changes_masks(self, step: int) -> bool:
+        """Return whether new masks are chosen after optimizer step `step` (counted from 0)."""
         return False
 
-    def choose(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The masks from here on, of this rank's stages, from whole weights (and their gradients): the same ones."""
-        return self.masks.whole
+    def choose_masks(self, step: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return masks for this rank's stages, chosen from full weights and, if used, gradients; here the old ones."""
+        return self.masks.full_masks
 
-    def passes(self, step: int | None = None) -> AbstractContextManager[None]:
-        """Around each pass of update `step`, and around an evaluation: the weights are those that the network uses."""
-        if step is not None and self.uses_gradients and self.chooses(step):
-            for layer in self.setting.layers.values():
-                layer.watch()
+    def effective_weights(self, step: int | None = None) -> AbstractContextManager[None]:
+        """Return a context manager in which the model holds the weights that the network uses.
+
+        It is used around each pass of optimizer step `step` and, with None, around an evaluation.
+        """
+        if step is not None and self.uses_gradients and self.changes_masks(step):
+            for layer in self.context.layers.values():
+                layer.record_dense_gradient()
         return nullcontext()
 
     def before_update(self, step: int) -> None:
-        """The gradients are there; the optimizer comes next."""
-        if self.uses_gradients and self.chooses(step):
+        """Mask the gradients before the optimizer; gather full ones first if they are needed for new masks."""
+        if self.uses_gradients and self.changes_masks(step):
             self._gradients = self.masks.gradients()
-            for name, layer in self.setting.layers.items():
-                self._gradients[name] = self.masks.averaged(layer.watched())
+            for name, layer in self.context.layers.items():
+                self._gradients[name] = self.masks.average_over_replicas(layer.pop_dense_gradient())
         self.masks.mask_gradients()
 
     def after_update(self, step: int) -> None:
-        """The optimizer has stepped."""
-        if self.chooses(step):
-            self.churn = self.masks.set(self.choose(step, self.masks.weights(), self._gradients))
+        """Choose new masks after the optimizer, if it is time."""
+        if self.changes_masks(step):
+            self.churn = self.masks.set(self.choose_masks(step, self.masks.weights(), self._gradients))
             self._gradients = {}
 
     def take_churn(self) -> dict[str, float] | None:
-        """What the last change brought, once."""
+        """Return `churn` and reset it to None."""
         churn, self.churn = self.churn, None
         return churn
 
-    def found(self) -> dict[str, Any]:
-        """What was really in force, counted, beside the zeros."""
+    def statistics(self) -> dict[str, Any]:
+        """Return what was counted during the run besides zeros, for the summary."""
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint needs, the masks of all stages (collective along pp)."""
-        own = {MASK + name: mask.cpu() for name, mask in self.masks.whole.items()}
-        return self.masks.together(own)
+        """Return the masks of all stages for a checkpoint (collective along pp)."""
+        masks = {MASK + name: mask.cpu() for name, mask in self.masks.full_masks.items()}
+        return self.masks.gather_named(masks)
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the masks from a checkpoint, if it has any."""
         masks = {name.removeprefix(MASK): mask for name, mask in state.items() if name.startswith(MASK)}
         if masks:
             self.masks.restore(masks)
 
 
-def without_target(experiment: Experiment) -> Iterator[Problem]:
-    """A method that makes nothing zero."""
+def target_problems(experiment: Experiment) -> Iterator[Problem]:
+    """Yield a problem if a method has no target."""
     if experiment.sparsity.target == 0:
-        said = f"{experiment.sparsity.method} needs to know which part of the weights shall be zero"
-        yield Problem("sparsity.target", said, 0.9)
+        reason = f"{experiment.sparsity.method} needs to know which fraction of the weights should become zero"
+        yield Problem("sparsity.target", reason, 0.9)
 
 
-def exportable(experiment: Experiment) -> Iterator[Problem]:
-    """Where the trained network cannot be put in its fastest form."""
+def export_problems(experiment: Experiment) -> Iterator[Problem]:
+    """Yield the reasons why the trained network cannot be exported in its fastest form."""
     if experiment.sparsity.export:
         yield from on_the_first_rank(experiment, "sparsity.export", "false", "exports", "exported")
         if experiment.quantization.qat != "none":
-            said = (
+            reason = (
                 "a network trained for rounding would be exported without it: convert it (quantization.after_training)"
             )
-            yield Problem("sparsity.export", said, False)
+            yield Problem("sparsity.export", reason, False)
 
 
-def one_topology(experiment: Experiment) -> Iterator[Problem]:
-    """Where masks cannot change: those that follow from weights and gradients are equal where those are equal."""
+def synchronous_only(experiment: Experiment) -> Iterator[Problem]:
+    """Yield a problem if ranks hold different weights, from which they would choose different masks."""
     update = experiment.gradients.update.method
     if update != "synchronous":
-        said = f"{update} lets ranks hold different weights, from which they would choose different masks"
-        yield Problem("sparsity.method", said, "static")
+        reason = f"{update} lets ranks hold different weights, from which they would choose different masks"
+        yield Problem("sparsity.method", reason, "static")
 
 
 IN_ROUNDS = ("synchronous", "local_sgd", "post_local_sgd", "diloco", "streaming_diloco", "delayed")
+"""Update rules under which the trainer itself calls the optimizer, after `before_update`."""
 
 
-def masked_gradients(experiment: Experiment) -> Iterator[Problem]:
-    """Where a rule gives gradients to the optimizer by itself, nobody masks them."""
+def masked_gradient_problems(experiment: Experiment) -> Iterator[Problem]:
+    """Yield a problem if the update rule calls the optimizer itself, with unmasked gradients."""
     update = experiment.gradients.update.method
     if update not in IN_ROUNDS:
-        said = f"under {update} gradients reach the optimizer unmasked, and what is zero would not stay so"
-        yield Problem("gradients.update.method", said, "synchronous")
+        reason = f"under {update} gradients reach the optimizer unmasked, so zero weights would not stay zero"
+        yield Problem("gradients.update.method", reason, "synchronous")

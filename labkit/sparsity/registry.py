@@ -1,4 +1,4 @@
-"""The ways to choose which weights are zero."""
+"""Registry of the sparsity methods, which choose the weights that are zero."""
 
 from labkit.experiment.registry import Method, Registry
 

@@ -1,8 +1,8 @@
 """RigL: drop the smallest weights, grow those whose gradient is largest (Evci et al., ICML 2020, arXiv:1911.11134).
 
-The gradient is that of the whole batch, after the reduction over ranks, so that all ranks grow the same. Weights that
-are zero have a gradient because the backward pass is dense here; it is looked at only in the updates that change the
-topology. There the optimizer steps too; RigL's own code leaves its step out.
+The gradient is that of the global batch, after the reduction over ranks, so that all ranks grow the same weights. Zero
+weights have a gradient because the backward pass is dense here; it is used only in the steps that change the topology.
+The optimizer steps there too, whereas RigL's own code skips its step.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class RigL(Dynamic):
-    """Regrow by gradient."""
+    """Grows the weights with the largest gradients."""
 
     uses_gradients = True
 
-    def growth(self, name: str, number: int, step: int, gradients: dict[str, Tensor], weight: Tensor) -> Tensor:
-        """The size of the gradient."""
+    def growth(self, name: str, layer_index: int, step: int, gradients: dict[str, Tensor], weight: Tensor) -> Tensor:
+        """Return the gradient, whose magnitude decides."""
         return gradients[name]

@@ -1,4 +1,4 @@
-"""SET: drop the smallest weights, grow as many anywhere (Mocanu et al., Nature Communications 2018)."""
+"""SET: drop the smallest weights, grow as many at random (Mocanu et al., Nature Communications 2018)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 class SparseEvolutionaryTraining(Dynamic):
-    """Regrow at random."""
+    """Grows random weights."""
 
-    def growth(self, name: str, number: int, step: int, gradients: dict[str, Tensor], weight: Tensor) -> Tensor:
-        """Chance, the same on every rank."""
+    def growth(self, name: str, layer_index: int, step: int, gradients: dict[str, Tensor], weight: Tensor) -> Tensor:
+        """Return random numbers, which are the same on every rank."""
         import torch
 
-        seed = (self.seed * 100_003 + number) * 1_000_003 + step + 1
+        seed = (self.seed * 100_003 + layer_index) * 1_000_003 + step + 1
         generator = torch.Generator().manual_seed(seed % 2**63)
         return torch.rand(weight.shape, generator=generator).to(weight.device)

@@ -19,7 +19,7 @@ from _common import arguments, finished, interleave, ratios, report, spread
 from torch import nn
 
 from labkit.experiment import Experiment
-from labkit.sparsity.choose import any_of
+from labkit.sparsity.choose import random_mask
 from labkit.sparsity.csr import CsrLinear
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
@@ -57,7 +57,7 @@ def changed(model: nn.Sequential, make: Callable[[nn.Linear, torch.Tensor], nn.M
         if isinstance(layer, nn.Linear):
             shape = (layer.out_features, layer.in_features)
             kept = round((1 - sparsity) * layer.weight.numel())
-            model[at] = make(layer, any_of(shape, kept, at))
+            model[at] = make(layer, random_mask(shape, kept, at))
     return model
 
 

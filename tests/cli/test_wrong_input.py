@@ -109,7 +109,9 @@ CASES = [
     sets("unknown workload", "workload.name=visoin", "unknown workload 'visoin'", "vision"),
     sets("unknown method", "gradients.compression.method=zip", "unknown compression method 'zip'"),
     sets(
-        "sparse without a target", "sparsity.method=rigl", "rigl needs to know which fraction of the weights should become zero"
+        "sparse without a target",
+        "sparsity.method=rigl",
+        "rigl needs to know which fraction of the weights should become zero",
     ),
     sets("option of another method", ['gradients.compression={"method": "sign", "ratio": 0.1}'], "ratio"),
     sets("stages as text", "layout.stage_blocks=1,5", "layout.stage_blocks: must be a list such as [1, 5]"),

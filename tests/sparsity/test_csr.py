@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from labkit.sparsity.choose import any_of
-from labkit.sparsity.csr import CsrLinear, Pattern, faster, replace
+from labkit.sparsity.choose import random_mask
+from labkit.sparsity.csr import CsrLinear, Pattern, faster_layers, replace
 from tests.sparsity.test_methods import EXACT, LAYOUTS, alone, experiment, finished, weights
 
 CSR = {"method": "rigl", "target": 0.8, "every": 3, "kernel": "csr"}
@@ -25,13 +25,13 @@ def test_the_three_products_are_those_of_the_dense_layer(
 ) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(inputs, outputs, bias=bias).double()
-    mask = any_of((outputs, inputs), round(part * inputs * outputs), 1)
+    mask = random_mask((outputs, inputs), round(part * inputs * outputs), 1)
     with torch.no_grad():
         layer.weight.mul_(mask)
     sparse = CsrLinear(layer, mask)
     x = torch.randn(2, rows, inputs, dtype=torch.float64, requires_grad=True)
     y = x.detach().clone().requires_grad_()
-    sparse.watch()
+    sparse.record_dense_gradient()
     expected, found = layer(x), sparse(y)
     assert found.shape == expected.shape
     change = torch.randn_like(expected)
@@ -45,18 +45,18 @@ def test_the_three_products_are_those_of_the_dense_layer(
     assert sparse.weight.shape == (mask.sum(),)
     if mask.any():
         assert (layer.weight.grad[mask] - sparse.weight.grad).abs().max() < 1e-12
-    assert (layer.weight.grad - sparse.watched()).abs().max() < 1e-12
+    assert (layer.weight.grad - sparse.pop_dense_gradient()).abs().max() < 1e-12
     if bias:
         assert (sparse.bias.grad - bias_gradient).abs().max() < 1e-12
 
 
 def test_values_find_their_places_again() -> None:
-    mask = any_of((5, 7), 11, 0)
+    mask = random_mask((5, 7), 11, 0)
     pattern = Pattern(mask)
     dense = torch.randn(5, 7) * mask
-    assert torch.equal(pattern.spread(pattern.taken(dense)), dense)
-    assert torch.equal(pattern.matrix(pattern.taken(dense)).to_dense(), dense)
-    assert torch.equal(pattern.transpose(pattern.taken(dense)).to_dense(), dense.t())
+    assert torch.equal(pattern.to_dense(pattern.from_dense(dense)), dense)
+    assert torch.equal(pattern.matrix(pattern.from_dense(dense)).to_dense(), dense)
+    assert torch.equal(pattern.transpose(pattern.from_dense(dense)).to_dense(), dense.t())
 
 
 @pytest.mark.parametrize("layout", [None, "dp2"])
@@ -85,9 +85,9 @@ def test_a_layer_is_replaced_only_where_that_is_faster() -> None:
     """1,024 x 1,024 with 2 % of the weights: several times faster; with all of them: several times slower."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 1024))
-    masks = {"0.weight": any_of((1024, 1024), 20_000, 0), "2.weight": torch.ones(1024, 1024, dtype=torch.bool)}
+    masks = {"0.weight": random_mask((1024, 1024), 20_000, 0), "2.weight": torch.ones(1024, 1024, dtype=torch.bool)}
     given_ = experiment("rigl", training__global_batch=64)
-    assert faster(model, masks, torch.zeros(1, 1024), given_) == {"0.weight"}
+    assert faster_layers(model, masks, torch.zeros(1, 1024), given_) == {"0.weight"}
     assert list(replace(model, {"0.weight": masks["0.weight"]})) == ["0.weight"]
     assert [type(layer).__name__ for layer in model] == ["CsrLinear", "GELU", "Linear"]
 

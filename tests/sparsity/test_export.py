@@ -16,7 +16,7 @@ from labkit.experiment.registry import registry
 from labkit.quantization.converted import num_bytes
 from labkit.runs import Run
 from labkit.sparsity import export
-from labkit.sparsity.choose import any_of
+from labkit.sparsity.choose import random_mask
 from labkit.sparsity.csr import CsrLinear
 from labkit.sparsity.two_four import SemiStructuredLinear
 from labkit.workloads.models.gpt import gpt
@@ -35,7 +35,7 @@ def network(part: float = 0.1) -> nn.Module:
     with torch.no_grad():
         for number, module in enumerate(model.modules()):
             if isinstance(module, nn.Linear):
-                module.weight.mul_(any_of(tuple(module.weight.shape), round(part * module.weight.numel()), number))
+                module.weight.mul_(random_mask(tuple(module.weight.shape), round(part * module.weight.numel()), number))
     return model.eval()
 
 
@@ -46,7 +46,7 @@ def fresh() -> nn.Module:
 
 def test_csr_layers_compute_the_same_in_fewer_bytes_and_come_back(tmp_path: Path) -> None:
     model = network()
-    names = export.with_zeros(model)
+    names = export.layers_with_zeros(model)
     made = export.as_csr(model, names)
     assert (model(TOKENS) - made(TOKENS)).abs().max() < 1e-5
     layer: Any = made.get_submodule(names[0])
@@ -83,7 +83,7 @@ def test_a_smaller_network_comes_back(tmp_path: Path) -> None:
 
 def test_layers_in_16_bits_come_back(tmp_path: Path) -> None:
     model = network()
-    made = export.as_half(model, export.with_zeros(model), sparse=False)
+    made = export.as_half(model, export.layers_with_zeros(model), sparse=False)
     assert 0 < (model(TOKENS) - made(TOKENS)).abs().max() < 0.1
     export.save(tmp_path / "it", made, "dense_16")
     other = fresh()
@@ -96,11 +96,11 @@ def test_layers_that_train_with_kernels_become_ordinary_again() -> None:
     mixed = copy.deepcopy(model)
     layer = mixed.get_submodule("blocks.layer_0.mlp.up")
     assert isinstance(layer, nn.Linear)
-    export.put(mixed, "blocks.layer_0.mlp.up", CsrLinear(layer, layer.weight != 0))
+    export.replace_module(mixed, "blocks.layer_0.mlp.up", CsrLinear(layer, layer.weight != 0))
     other = mixed.get_submodule("blocks.layer_1.mlp.up")
     assert isinstance(other, nn.Linear)
-    export.put(mixed, "blocks.layer_1.mlp.up", SemiStructuredLinear(other))
-    export.ordinary(mixed)
+    export.replace_module(mixed, "blocks.layer_1.mlp.up", SemiStructuredLinear(other))
+    export.densify(mixed)
     assert {type(m) for m in mixed.modules() if "Linear" in type(m).__name__} == {nn.Linear}
     assert torch.equal(mixed(TOKENS), model(TOKENS))
 
@@ -110,9 +110,9 @@ def test_a_layer_becomes_csr_only_where_that_is_faster() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 1024))
     with torch.no_grad():
-        model[0].weight.mul_(any_of((1024, 1024), 20_000, 0))
+        model[0].weight.mul_(random_mask((1024, 1024), 20_000, 0))
         model[2].weight[0, 0] = 0
-    assert export.with_zeros(model) == ["0", "2"]
+    assert export.layers_with_zeros(model) == ["0", "2"]
     assert export.faster_as_csr(model, torch.zeros(256, 1024)) == ["0"]
 
 
@@ -120,9 +120,9 @@ def test_a_weight_in_two_places_stays() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     with torch.no_grad():
         model[0].weight[0, 0] = 0
-    assert export.with_zeros(model) == ["0"]
+    assert export.layers_with_zeros(model) == ["0"]
     model[1].weight = model[0].weight
-    assert export.with_zeros(model) == []
+    assert export.layers_with_zeros(model) == []
 
 
 # -- files that are not believed --------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def changed(path: Path, about: dict[str, Any] | None = None, **tensors: torch.Te
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     model = network()
     path = tmp_path / "exported.safetensors"
-    export.save(path, export.as_csr(model, export.with_zeros(model)), "csr")
+    export.save(path, export.as_csr(model, export.layers_with_zeros(model)), "csr")
     columns = next(value for name, value in load_file(path).items() if name.endswith("columns"))
     beyond = columns.clone()
     beyond[-1] = 10_000
@@ -162,15 +162,15 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         changed(path, {"csr": {"nowhere": 3}}),
         changed(path, {"csr": ["x"]}),
     ):
-        with pytest.raises(ValueError, match="no exported network"):
+        with pytest.raises(ValueError, match="not an exported network"):
             export.load(wrong, fresh())
-    with pytest.raises(ValueError, match="no exported network"):
+    with pytest.raises(ValueError, match="not an exported network"):
         export.load(changed(path, columns=beyond), fresh())
-    with pytest.raises(ValueError, match="no exported network"):
+    with pytest.raises(ValueError, match="not an exported network"):
         export.load(changed(path, ends=None), fresh())
-    with pytest.raises(ValueError, match="other sides"):
+    with pytest.raises(ValueError, match="another shape"):
         export.load(path, gpt(64, 16, 64, 2, 4))
-    with pytest.raises(ValueError, match="lacks or has beyond"):
+    with pytest.raises(ValueError, match="missing or unexpected"):
         export.load(path, gpt(64, 16, 32, 3, 4))
 
 
@@ -178,7 +178,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 _ALL_FASTER = """
 from labkit.sparsity import export
-export.faster_as_csr = lambda model, x, alive: export.with_zeros(model) if len(x) > 1 else []
+export.faster_as_csr = lambda model, x, alive: export.layers_with_zeros(model) if len(x) > 1 else []
 """
 
 

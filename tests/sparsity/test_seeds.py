@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from labkit.experiment import Experiment
 from labkit.launch import launch
-from labkit.sparsity.choose import any_of
+from labkit.sparsity.choose import random_mask
 from labkit.sparsity.set import SparseEvolutionaryTraining
 
 LARGEST = 2**31 - 1
@@ -35,7 +35,7 @@ def test_growth_is_drawn_from_any_seed(seed: int, number: int, step: int) -> Non
 @given(seed=st.integers(0, LARGEST), number=st.integers(0, 10_000))
 @settings(max_examples=20, deadline=None)
 def test_so_are_static_masks(seed: int, number: int) -> None:
-    assert int(any_of((4, 5), 7, seed * 100_003 + number).sum()) == 7
+    assert int(random_mask((4, 5), 7, seed * 100_003 + number).sum()) == 7
 
 
 @pytest.mark.parametrize(

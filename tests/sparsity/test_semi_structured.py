@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from labkit.experiment import Machine
 from labkit.experiment.machine import Gpu
 from labkit.launch.doctor import Finding, kernels_for_two_four
-from labkit.parallel.entries import Entries
+from labkit.parallel.entries import OptimizerShards
 from labkit.sparsity import two_four
 from labkit.sparsity.masks import Masks
 from labkit.sparsity.method import SparsityContext
@@ -43,9 +43,9 @@ def test_a_machine_says_why_it_has_no_such_kernels() -> None:
     unknown = replace(GPU, gpus=(replace(A100, capability=None),))
     assert missing(GPU) == ""
     assert missing(CPU) == "2:4 kernels need a GPU (there is none)"
-    assert missing(old).endswith("the least one here is 7.5")
-    assert missing(unknown).endswith("the least one here is unknown")
-    assert "build of torch for CUDA" in missing(replace(GPU, torch_cuda=""))
+    assert missing(old).endswith("the lowest here is 7.5")
+    assert missing(unknown).endswith("the lowest here is unknown")
+    assert "CUDA build of torch" in missing(replace(GPU, torch_cuda=""))
     assert kernels_for_two_four(CPU) == Finding(
         "sparsity.kernel", f"semi_structured is not offered here: {missing(CPU)}"
     )
@@ -74,7 +74,7 @@ def test_a_rank_without_the_kernels_says_so() -> None:
     with pytest.raises(ValueError, match="need a GPU, and this is cpu"):
         NM.prepare(model, given, NM.Options(kernel="semi_structured"), {"0.weight": (32, 64)}, lambda: torch.zeros(1))
     with pytest.raises(ValueError, match="need a GPU"):
-        two_four.compressed(torch.zeros(32, 64))
+        two_four.compress(torch.zeros(32, 64))
 
 
 def test_patterns_and_sides() -> None:
@@ -104,7 +104,7 @@ def dense_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def test_around_the_kernel_the_layer_computes_what_the_masked_dense_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(two_four, "TYPES", (torch.float64,))
+    monkeypatch.setattr(two_four, "DTYPES", (torch.float64,))
     torch.manual_seed(0)
     dense = nn.Linear(64, 32).double()
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_under_autocast_it_multiplies_in_16_bits_and_the_gradient_comes_back_in_
 
 def test_sr_ste_with_such_layers_trains_the_same_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes, updates and evaluations as the trainer makes them; products of updates are counted, others are not."""
-    monkeypatch.setattr(two_four, "TYPES", (torch.float64,))
+    monkeypatch.setattr(two_four, "DTYPES", (torch.float64,))
     torch.manual_seed(0)
     start = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 8)).double()
     shapes = {"0.weight": (64, 64), "2.weight": (32, 64), "4.weight": (8, 32)}
@@ -159,20 +159,20 @@ def test_sr_ste_with_such_layers_trains_the_same_network(monkeypatch: pytest.Mon
         layers = two_four.replace(model, shapes, dense_product) if special else {}
         assert set(layers) == ({"0.weight", "2.weight"} if special else set()), "the last one has too few outputs"
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        masks = Masks(Entries(Alone(model), list(shapes)), optimizer)
+        masks = Masks(OptimizerShards(Alone(model), list(shapes)), optimizer)
         options = NM.Options(kernel="semi_structured" if special else "dense")
         method = NM(SparsityContext(experiment("n_m"), options, masks, shapes, steps, layers, []))
         for step in range(steps):
             for _ in range(2):
-                with method.passes(step):
+                with method.effective_weights(step):
                     model(data).square().mean().backward()
             method.before_update(step)
             optimizer.step()
             method.after_update(step)
             optimizer.zero_grad()
-            with method.passes(), torch.no_grad():
+            with method.effective_weights(), torch.no_grad():
                 model(data)
-        assert method.found() == ({"semi_structured_products": 4.0} if special else {})
+        assert method.statistics() == ({"semi_structured_products": 4.0} if special else {})
         ends.append(model)
     for one, other in zip(ends[0].parameters(), ends[1].parameters(), strict=True):
         assert (one - other).abs().max() < 1e-9

@@ -19,10 +19,10 @@ def test_the_shrunk_network_computes_the_same_with_fewer_weights() -> None:
     gone = {128: [3, 5, 70], 4: [1]}  # hidden units, heads
     with torch.no_grad():
         for units in units_of(model):
-            for unit in gone[units.number]:
+            for unit in gone[units.count]:
                 for name in units.into:
-                    model.get_parameter(name).view(units.number, -1, 32)[unit] = 0
-                model.get_parameter(units.out).view(32, units.number, -1)[:, unit] = 0
+                    model.get_parameter(name).view(units.count, -1, 32)[unit] = 0
+                model.get_parameter(units.out).view(32, units.count, -1)[:, unit] = 0
     tokens = torch.randint(64, (3, 16))
     expected = model(tokens)
     found = shrink(model)(tokens)
@@ -33,4 +33,4 @@ def test_the_shrunk_network_computes_the_same_with_fewer_weights() -> None:
 
 def test_heads_and_hidden_units_are_units() -> None:
     model = gpt(64, 16, 32, 1, 4)
-    assert [(units.number, len(units.into)) for units in units_of(model)] == [(4, 3), (128, 1)]
+    assert [(units.count, len(units.into)) for units in units_of(model)] == [(4, 3), (128, 1)]

@@ -23,7 +23,7 @@ def notes(target: float, *numbers: int) -> list[str]:
     units = [Units(number, (f"{at}.up.weight",), f"{at}.down.weight") for at, number in enumerate(numbers)]
     shapes = {name: (12, 12) for each in units for name in (*each.into, each.out)}
     method: Any = object.__new__(Structured)
-    method.setting, method.target = SimpleNamespace(units=units, shapes=shapes), target
+    method.context, method.target = SimpleNamespace(units=units, shapes=shapes), target
     return list(method.notes())
 
 
@@ -45,7 +45,7 @@ def test_one_that_is_met_needs_no_word(target: float, numbers: tuple[int, ...]) 
 def block_notes(target: float, scope: str, size: int, *shapes: tuple[int, ...]) -> list[str]:
     """The notes of block sparsity in a network with weights of these shapes."""
     method: Any = object.__new__(Block)
-    method.setting, method.target = SimpleNamespace(shapes=dict(enumerate(shapes))), target
+    method.context, method.target = SimpleNamespace(shapes=dict(enumerate(shapes))), target
     method.options = SimpleNamespace(scope=scope, size=size)
     return list(method.notes())
 
@@ -78,7 +78,7 @@ def test_the_cubic_schedule_ends_at_its_target(steps: int, at: float, span: floa
         experiment=experiment, options=options, masks=None, shapes={"w": (2, 2)}, steps=steps
     )
     method: Any = Cubic(context)
-    cuts = [step for step in range(steps) if method.chooses(step)]
+    cuts = [step for step in range(steps) if method.changes_masks(step)]
     assert cuts
     assert method.sparsity(cuts[-1] + 1) == 0.8
     reached = [method.sparsity(step + 1) for step in cuts]

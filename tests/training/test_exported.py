@@ -73,7 +73,7 @@ def test_two_four_stands_beside_the_dense_one_in_16_bits(tmp_path: Path, monkeyp
     wanted = task()
     prune(wanted.model)
     monkeypatch.setattr(two_four, "kernels", lambda device: (Packed, ""))
-    monkeypatch.setattr(two_four, "compressed", Packed.of)
+    monkeypatch.setattr(two_four, "compress", Packed.of)
     monkeypatch.setattr(export, "faster_as_csr", lambda model, x, alive: [])
     found = made(wanted, "n_m", tmp_path / "it")
     assert found["layers"] == {"dense": 0, "dense_16": 2, "two_four": 2}
@@ -84,7 +84,7 @@ def test_two_four_stands_beside_the_dense_one_in_16_bits(tmp_path: Path, monkeyp
     assert found["metrics"]["two_four"]["loss"] == pytest.approx(found["metrics"]["dense"]["loss"], abs=0.01)
     assert set(found["latency_seconds"]["4"]) == {"dense", "dense_16", "two_four"}
     # Packed again where there is a kernel, whole where there is none: the same numbers.
-    names = export.with_two_four(beside.bare(wanted.model))
+    names = export.layers_with_two_four(beside.bare(wanted.model))
     packed = export.as_half(beside.bare(wanted.model), names, sparse=True)
     export.save(tmp_path / "packed", packed, "two_four")
     outputs = []
@@ -134,8 +134,8 @@ def test_a_bare_copy_has_ordinary_layers_whatever_the_network_trained_with() -> 
     up, down = (wanted.model.get_submodule(f"blocks.layer_1.mlp.{name}") for name in NAMES)
     assert isinstance(up, nn.Linear)
     assert isinstance(down, nn.Linear)
-    export.put(wanted.model, "blocks.layer_1.mlp.up", CsrLinear(up, up.weight != 0))
-    export.put(wanted.model, "blocks.layer_1.mlp.down", SemiStructuredLinear(down))
+    export.replace_module(wanted.model, "blocks.layer_1.mlp.up", CsrLinear(up, up.weight != 0))
+    export.replace_module(wanted.model, "blocks.layer_1.mlp.down", SemiStructuredLinear(down))
     copy = beside.bare(wanted.model)
     assert {type(part) for part in copy.modules() if "Linear" in type(part).__name__} == {nn.Linear}
     assert torch.equal(copy(x), expected)

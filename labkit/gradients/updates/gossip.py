@@ -74,7 +74,7 @@ class Gossip(AsyncUpdateRule):
     def inexact_resume(cls, options: Any, unscheduled: bool, restores_local_state: bool) -> str:
         """Return why the resume is not exact: pairs form by chance; otherwise local weights may be lost."""
         if options.graph == "pairs":
-            return "which ranks of gossip average when depends on timing, so no two runs are identical"
+            return "which ranks of gossip average when depends on timing, so no two runs are alike"
         return AVERAGED if unscheduled and not restores_local_state else ""
 
     def lr_scale(self, step: int) -> float:

@@ -47,7 +47,7 @@ class Hogwild(AsyncUpdateRule):
     @classmethod
     def inexact_resume(cls, options: Any, unscheduled: bool, restores_local_state: bool) -> str:
         """Return why the resume is not exact: the order of writes depends on timing."""
-        return "which rank of hogwild changes a weight first depends on timing, so no two runs are identical"
+        return "which rank of hogwild changes a weight first depends on timing, so no two runs are alike"
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Move the model of this rank into shared memory, with the values of rank 0 (collective)."""

@@ -79,7 +79,7 @@ class ParameterServer(AsyncUpdateRule):
         return (
             ""
             if synchronous
-            else "which gradient reaches the server first depends on timing, so no two runs are identical"
+            else "which gradient reaches the server first depends on timing, so no two runs are alike"
         )
 
     @property

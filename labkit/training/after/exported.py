@@ -29,7 +29,7 @@ def export(task: Task, model: nn.Module, settings: Sparsity, path: Path, alive: 
     if settings.method == "structured":
         made["smaller"] = forms.as_smaller(whole)
         layers["smaller"] = _changed(whole, made["smaller"])
-    if names := forms.with_two_four(whole):
+    if names := forms.layers_with_two_four(whole):
         made |= {"dense_16": forms.as_half(whole, names, False), "two_four": forms.as_half(whole, names, True)}
         layers |= {"dense_16": len(names), "two_four": len(names)}
     seconds: dict[str, dict[str, float]] = {}
