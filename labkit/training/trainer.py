@@ -645,7 +645,7 @@ class Trainer:
         zeros = self.sparsity.masks.zeros()
         if zeros and self.runtime.rank == 0:
             self._tell_zeros(self.done, zeros, {})
-        link = self.link.found()
+        link = self.link.totals()
         if link is not None:
             self.events.write("link", updates=self.done - self.first, **link)
         effective = self.narrowing.found() | (self.scaling.found() if self.scaling is not None else {})

@@ -250,9 +250,9 @@ def test_a_delay_is_asked_for_as_iproute2_does(monkeypatch: pytest.MonkeyPatch) 
     delay 10ms limit 1000000`, as strace shows it.
     """
     asked: list[bytes] = []
-    monkeypatch.setattr(namespace, "_ask", lambda kind, flags, body: asked.append(body))
+    monkeypatch.setattr(namespace, "_send_request", lambda kind, flags, body: asked.append(body))
     monkeypatch.setattr(namespace.socket, "if_nametoindex", lambda name: 1)
-    namespace.slow("lo", 100.0, 10.0)
+    namespace.limit_rate("lo", 100.0, 10.0)
     delay, bucket = asked
     assert delay.hex() == (
         "00000000" "01000000" "00000100" "ffffffff" "00000000" "0a000100" "6e6574656d000000"

@@ -95,8 +95,11 @@ def test_the_reason_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> N
         ("layout=dp2 launch.network.rate_mbit=10", "one link of 10 Mbit/s, shared by all ranks and both directions"),
         ('layout=dp4 launch.network={"rate_mbit":10,"hosts":2}', "2 hosts, each joined to a switch by a link of 10"),
         ('layout=dp2 launch.network={"rate_mbit":10,"delay_ms":2}', "10 Mbit/s with 2 ms of delay"),
-        ("launch.network.rate_mbit=10", "no effect: one rank talks to nobody"),
-        ("layout=dp2 launch.isolated=true launch.network.rate_mbit=10", "no effect: independent copies never talk"),
+        ("launch.network.rate_mbit=10", "no effect: a single rank does not communicate"),
+        (
+            "layout=dp2 launch.isolated=true launch.network.rate_mbit=10",
+            "no effect: independent copies do not communicate",
+        ),
         ('layout=dp2 launch.slowdown={"1":4,"0":1}', "rank 1 computes 4 times slower, on purpose"),
     ],
 )
