@@ -21,7 +21,7 @@ SCHEDULES = Registry(
     "layout.schedule",
     "pipeline schedule",
     [
-        Method("naive", "one microbatch walks through the stages", _PIPELINE),
+        Method("naive", "one micro-batch passes through the stages", _PIPELINE),
         Method("gpipe", "all forward passes, then all backward passes", _PIPELINE),
         Method("1f1b", "one forward, one backward", _PIPELINE),
         Method("interleaved_1f1b", "1F1B over several stages per rank", _PIPELINE),
