@@ -1,15 +1,15 @@
-"""Quantization of the trained network, on a copy of it: what it saves, what it costs.
+"""Post-training quantization, on a copy of the trained network: what it saves and what it costs.
 
 | method           | weights                | inputs              | product             |
 |------------------|------------------------|---------------------|---------------------|
 | int8_dynamic     | int8 per row           | int8 per token      | int8 (torch._int_mm)|
 | int8_static      | int8 per row           | int8, calibrated    | int8 (torch._int_mm)|
-| int8_weight_only | int8 per row           | as they are         | float32             |
-| int4_weight_only | int4 in groups of 32   | as they are         | float32             |
+| int8_weight_only | int8 per row           | float32             | float32             |
+| int4_weight_only | int4 in groups of 32   | float32             | float32             |
 
-Calibrated: one scale per layer, from the inputs of some training samples (calibration.py, `quantization.calibration`).
-Only linear layers are converted, the last one only with `quantization.head`. After quantization-aware training with
-int4 inputs are rounded as they were there.
+Calibrated means one scale per layer, from the inputs of some training samples (calibration.py,
+`quantization.calibration`). Only linear layers are converted, the last one only with `quantization.head`. After
+quantization-aware training with int4, inputs are rounded as they were in training.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ FIELD = "quantization.after_training"
 
 
 class Converted(Single):
-    """Base of the methods."""
+    """Base class of the methods."""
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """The first rank needs the whole model, in a form that can be converted."""
+        """Yield the reasons why the first rank cannot convert the full model."""
         yield from rules.needs_linear_layers(experiment, FIELD, "none")
         yield from on_the_first_rank(experiment, FIELD, "none", "converts", "converted")
 
 
 class Int8Dynamic(Converted):
-    """int8 weights and inputs."""
+    """Converts to int8 weights and inputs."""
 
 
 class Int8Static(Converted):
-    """int8 weights, and inputs with a scale that calibration has found."""
+    """Converts to int8 weights and inputs, with input scales from calibration."""
 
 
 class Int8WeightOnly(Converted):
-    """int8 weights."""
+    """Converts to int8 weights."""
 
 
 class Int4WeightOnly(Converted):
-    """int4 weights."""
+    """Converts to int4 weights."""

@@ -1,4 +1,4 @@
-"""What multiplies inputs with weights in each of the narrow formats; see `linear.Arithmetic`."""
+"""The products of inputs and weights in each low precision; see `linear.QuantizedLinearOp`."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from labkit.quantization.linear import Operand, QuantizedLinearOp
 
 
 def _int8_operand(x: Tensor, share: str, kind: str = "int8") -> Operand:
-    """With a scale for each row of a matrix."""
+    """Quantize a matrix to int8 with a scale for each row."""
     codes, scale = int8_codes(x.detach())
     return Operand(kind, codes, INT8, scale, share)
 
 
 def _int4_operand(weight: Tensor) -> Operand:
-    """A weight on the int4 grid, without the padding of its last group."""
+    """Quantize a weight to int4, without the padding of its last group."""
     codes, scale = (part.expand(-1, -1, GROUP).flatten(1) for part in int4_codes(weight.detach()))
     inputs = weight.shape[1]
     return Operand("int4 grid", codes[:, :inputs], INT4, scale[:, :inputs], f"{GROUP} inputs")
 
 
 class Int8Arithmetic(QuantizedLinearOp):
-    """All three products of a layer as products of int8 matrices, each operand with its own scale per row or column.
+    """Computes all three products of a layer with int8 matrices; each operand has its own scale per row or column.
 
-    out = x · wᵀ, dx = dout · w, dw = doutᵀ · x. Scales run along what is not summed over, so they can be taken out of
-    the sum: one per token and output forward, per token and input for dx, per output and input for dw. Gradients are
-    rounded stochastically unless told otherwise: nearest rounding loses what is small again and again.
+    out = x · wᵀ, dx = dout · w, dw = doutᵀ · x. Scales belong to dimensions that are not summed over, so they can be
+    factored out of the sum: one per token and output forward, per token and input for dx, per output and input for dw.
+    Gradients are rounded stochastically by default, because rounding to nearest loses small ones again and again.
     """
 
     def __init__(self, rounding: str, weight_gradient: bool) -> None:
@@ -56,7 +56,7 @@ class Int8Arithmetic(QuantizedLinearOp):
         return _int8_operand(x, "token"), _int8_operand(weight, "row")
 
     def product(self, a: Tensor, b: Tensor, a_is_gradient: bool = False) -> Tensor:
-        """A [m, k] · b [k, n] in float: a scale for each row of a and each column of b."""
+        """Return the float product of a [m, k] and b [k, n], quantized by row of a and by column of b."""
         left, rows = int8_codes(a, 1, self.noise if a_is_gradient and self._stochastic else None)
         right, columns = int8_codes(b, 0)
         return scaled(self.multiply(left, right), a.dtype, rows, columns)
@@ -73,19 +73,19 @@ class _Int8Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         arithmetic: Int8Arithmetic = ctx.arithmetic
-        of_x = arithmetic.product(grad, weight, True) if ctx.needs_input_grad[0] else None
-        of_weight = None
+        x_grad = arithmetic.product(grad, weight, True) if ctx.needs_input_grad[0] else None
+        weight_grad = None
         if ctx.needs_input_grad[1]:
-            turned = grad.t()
-            of_weight = arithmetic.product(turned, x, True) if arithmetic.weight_gradient else turned @ x
-        return of_x, of_weight, None
+            transposed = grad.t()
+            weight_grad = arithmetic.product(transposed, x, True) if arithmetic.weight_gradient else transposed @ x
+        return x_grad, weight_grad, None
 
 
 class TernaryArithmetic(QuantizedLinearOp):
-    """BitNet b1.58: ternary weights times int8 inputs, one int8 product forward; backward straight through, in float32.
+    """BitNet b1.58: ternary weights times int8 inputs, one int8 product forward; the backward pass is in float32.
 
-    Inputs are normalised first (RMS, without a gain), then rounded per token. A gradient passes the rounding as if it
-    were not there, and reaches the float32 weight.
+    Inputs are normalised first (RMS, without a gain), then rounded per token. Gradients reach the float32 weight by a
+    straight-through estimator.
     """
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -110,16 +110,16 @@ class _TernaryProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         inputs, steps, codes, scale = ctx.saved_tensors
-        of_x = grad @ (codes.to(grad.dtype) * scale) if ctx.needs_input_grad[0] else None
-        of_weight = grad.t() @ (inputs.to(grad.dtype) * steps) if ctx.needs_input_grad[1] else None
-        return of_x, of_weight, None
+        x_grad = grad @ (codes.to(grad.dtype) * scale) if ctx.needs_input_grad[0] else None
+        weight_grad = grad.t() @ (inputs.to(grad.dtype) * steps) if ctx.needs_input_grad[1] else None
+        return x_grad, weight_grad, None
 
 
 class FakeArithmetic(QuantizedLinearOp):
     """Quantization-aware training (Jacob et al. 2018, arXiv:1712.05877).
 
-    Inputs and weights are rounded to the grid that conversion will put them on, and multiplied in float; a gradient
-    passes the rounding as if it were not there.
+    Inputs and weights are rounded to the grid of the later conversion and multiplied in float; gradients use a
+    straight-through estimator.
 
     Inputs: int8 per token. Weights: int8 per row, or int4 in groups of 32.
     """
@@ -128,7 +128,7 @@ class FakeArithmetic(QuantizedLinearOp):
         super().__init__()
         self.bits = bits
         self.active = True
-        """Has it begun? Before that the product is an ordinary one."""
+        """Whether rounding has started; before that it is a plain float product."""
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         if not self.active:
@@ -145,16 +145,16 @@ class FakeArithmetic(QuantizedLinearOp):
         return inputs, _int4_operand(weight) if self.bits == 4 else _int8_operand(weight, "row", "int8 grid")
 
 
-def _through(x: Tensor, seen: Tensor) -> Tensor:
-    """The value `seen`, with the gradient of x (the straight-through estimator, Bengio et al. 2013)."""
-    out: Tensor = _Through.apply(x, seen)  # type: ignore[no-untyped-call]
+def _through(x: Tensor, rounded: Tensor) -> Tensor:
+    """Return the value `rounded` with the gradient of x (the straight-through estimator, Bengio et al. 2013)."""
+    out: Tensor = _Through.apply(x, rounded)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Through(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seen: Tensor) -> Tensor:
-        return seen.view_as(seen)
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -162,7 +162,7 @@ class _Through(torch.autograd.Function):
 
 
 class GridArithmetic(QuantizedLinearOp):
-    """An ordinary product with a weight that lies on the int8 grid: `round_weight` puts it there after every update."""
+    """A float product with a weight on the int8 grid, to which `round_weight` rounds it after every optimizer step."""
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.watched:
@@ -174,11 +174,11 @@ class GridArithmetic(QuantizedLinearOp):
 
     @torch.no_grad()
     def round_weight(self, weight: Tensor, generator: torch.Generator | None) -> None:
-        """In place: to a neighbour on the grid, whose scale follows the largest weight of a row."""
+        """Round a weight, in place, to a neighbour on the grid; the largest weight of a row determines its scale."""
         weight.copy_(on_int8(weight, -1, generator))
 
 
 def off_grid(weight: Tensor) -> float:
-    """How far the numbers of a weight lie from the int8 grid of their row at most, in steps of the grid (≤ 0.5)."""
+    """Return the maximum distance of a weight from the int8 grid of its row, in grid steps (at most 0.5)."""
     codes, scale = int8_codes(weight.detach())
     return float((weight.detach() / scale - codes).abs().amax()) if weight.numel() else 0.0

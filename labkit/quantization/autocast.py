@@ -1,9 +1,9 @@
 """Mixed precision: weights in float32, matrix products in half precision (Micikevicius et al. 2018, arXiv:1710.03740).
 
-Under autocast torch chooses the type of each operation: products of matrices in half precision, sums, norms and losses
-in float32. bfloat16 has the range of float32, so no loss has to be scaled. float16 ends at 65,504 and below 6e-8:
-gradients would vanish, so the loss is multiplied by a large number before the backward pass and the gradients are
-divided by it afterwards; where something overflows, the update is left out and the number halved.
+Under autocast torch chooses the dtype of each operation: matrix products in half precision; sums, norms and losses in
+float32. bfloat16 has the range of float32, so the loss needs no scaling. float16 ends at 65,504 and at 6e-8: gradients
+would vanish, so the loss is multiplied by a large scale before the backward pass and the gradients are divided by it
+afterwards; if something overflows, the optimizer step is skipped and the scale is halved.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ FIELD = "quantization.training"
 
 
 class BFloat16(Single):
-    """Autocast to bfloat16, by Accelerate."""
+    """Autocast to bfloat16 by Accelerate."""
 
     mixed_precision = "bf16"
 
     @staticmethod
     def warnings(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Slow where the CPU has to emulate it."""
+        """Yield a warning if the CPU has to emulate the products, which is slow."""
         return rules.slow_without(experiment, machine, FIELD, rules.BF16_FLAGS, "bfloat16")
 
 
 class Float16(Single):
-    """Autocast to float16 with a scaled loss, by Accelerate; GPUs only."""
+    """Autocast to float16 with a scaled loss by Accelerate; GPUs only."""
 
     mixed_precision = "fp16"
 
     @staticmethod
     def missing(machine: Machine) -> str:
-        """Why this machine cannot offer it; empty if it can."""
+        """Return why this machine cannot offer it; empty if it can."""
         return "" if machine.gpus else f"float16 needs a GPU ({machine.gpu_reason})"
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """GPUs, whole replicas, gradients that nobody else reads."""
+        """Yield the reasons why it cannot run: it needs GPUs, full replicas and gradients that nothing else reads."""
         if experiment.launch.device == "cpu":
             reason = (
                 "on CPUs Accelerate silently computes float32 under this name, and torch's own float16 products take "
@@ -56,7 +56,7 @@ class Float16(Single):
         yield from rules.whole_replicas_only(experiment, FIELD, "bf16", why)
         yield from rules.synchronous_only(experiment, FIELD, "bf16", "works on gradients that are not scaled")
         if experiment.gradients.compression.method != "none":
-            reason = "gradients of a scaled loss do not go through a compressor"
+            reason = "gradients of a scaled loss cannot be compressed"
             yield Problem("gradients.compression.method", reason, "none")
         if experiment.workload.options.get("balance_loss"):
-            yield Problem("workload.balance_loss", "the loss of the router is not scaled with the other one", 0)
+            yield Problem("workload.balance_loss", "the router loss is not scaled with the task loss", 0)

@@ -1,9 +1,9 @@
 """BitNet b1.58 (Ma et al. 2024, arXiv:2402.17764): every weight of a linear layer is -1, 0 or 1 times one scale.
 
-    w̃ = round(w / mean |w|) limited to ±1,   x̃ = x / rms(x) rounded to 8 bits per token,   y = mean |w| · step · x̃ w̃ᵀ
+    w̃ = round(w / mean |w|) clamped to ±1,   x̃ = x / rms(x) rounded to 8 bits per token,   y = mean |w| · step · x̃ w̃ᵀ
 
-Forward that is a product of int8 matrices. The float32 weight stays and learns: gradients pass the rounding as if it
-were not there. It is made for training from scratch.
+The forward pass is a product of int8 matrices. The float32 weight is kept and trained, with a straight-through
+estimator. The method is made for training from scratch.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ FIELD = "quantization.training"
 
 
 class BitNet(Single):
-    """Ternary weights."""
+    """Trains with ternary weights and int8 inputs."""
 
     @staticmethod
     def arithmetic(settings: Quantization) -> Callable[[], QuantizedLinearOp] | None:
-        """Ternary weights times int8 inputs."""
+        """Return a factory of products of ternary weights and int8 inputs."""
         from labkit.quantization.arithmetic import TernaryArithmetic
 
         return TernaryArithmetic
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Linear layers that are whole."""
+        """Yield the reasons why it cannot run: it needs linear layers that are not sharded."""
         yield from rules.needs_linear_layers(experiment, FIELD, "fp32")
         if experiment.layout.tp > 1:
             reason = (
-                "a layer has one scale for its whole weight and normalises its whole input: ranks with parts of them "
-                "would compute another network"
+                "a layer has one scale for its whole weight and normalises its whole input: ranks with shards of "
+                "them would compute another network"
             )
             yield Problem("layout.tp", reason, 1)
 
     @staticmethod
     def warnings(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Slow where the CPU has to emulate it."""
+        """Yield a warning if the CPU has to emulate the products, which is slow."""
         return rules.slow_without(experiment, machine, FIELD, rules.INT8_FLAGS, "int8 products")

@@ -1,4 +1,4 @@
-"""Linear layers with integer weights, for a network that is trained; made from ordinary ones, never trained further."""
+"""Linear layers with integer weights for inference, converted from those of a trained network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from labkit.quantization.linear import NarrowLinear, chosen, int8_product, repla
 
 
 class ConvertedLinear(nn.Module):
-    """Base: x [..., in] to [..., out] in float32."""
+    """Base class: maps x [..., in] to [..., out] in float32."""
 
     bias: Tensor | None
 
@@ -29,14 +29,15 @@ class ConvertedLinear(nn.Module):
 
     @abstractmethod
     def product(self, x: Tensor) -> Tensor:
-        """X [rows, in] to [rows, out], without bias."""
+        """Multiply x [rows, in] by the weight, without bias: [rows, out]."""
 
 
 class Int8WeightLinear(ConvertedLinear):
-    """int8 weights, a scale per row; the product is one in float32.
+    """Linear layer with int8 weights and a scale per row; the product is in float32.
 
-    torch 2.13 has a kernel for that on CPUs, `_weight_int8pack_mm`: in float32 it takes ten to forty times as long, in
-    bfloat16 it reads beyond the weight where inputs are no multiple of 16 (with 70 the process ends). It is left alone.
+    torch 2.13 has a kernel for that on CPUs, `_weight_int8pack_mm`, which is not used: in float32 it takes ten to forty
+    times as long, and in bfloat16 it reads beyond the weight if the inputs are not a multiple of 16 (with 70 the
+    process crashes).
     """
 
     codes: Tensor
@@ -49,23 +50,23 @@ class Int8WeightLinear(ConvertedLinear):
         self.register_buffer("scale", scale.squeeze(1))
 
     def product(self, x: Tensor) -> Tensor:
-        """With the weight made whole."""
+        """Convert the weight to the dtype of x and multiply."""
         return functional.linear(x, self.codes.to(x.dtype)).mul_(self.scale)
 
 
 class Int8DynamicLinear(Int8WeightLinear):
-    """int8 weights and inputs, which are rounded as they come with a scale per token."""
+    """Linear layer with int8 weights and inputs, which are quantized as they come with a scale per token."""
 
     def product(self, x: Tensor) -> Tensor:
-        """One product of int8 matrices."""
+        """Quantize x and multiply int8 matrices."""
         codes, steps = int8_codes(x)
         return int8_product(codes, self.codes.t()).to(x.dtype).mul_(steps).mul_(self.scale)
 
 
 class Int8StaticLinear(Int8WeightLinear):
-    """int8 weights and inputs with one scale for all inputs, known beforehand: what is beyond it is clipped.
+    """Linear layer with int8 weights and inputs; inputs share a scale from calibration and are clipped beyond it.
 
-    `largest`: the magnitude that gets the highest code (calibration.py).
+    `largest` is the magnitude that gets the highest code (calibration.py).
     """
 
     step: Tensor
@@ -75,15 +76,15 @@ class Int8StaticLinear(Int8WeightLinear):
         self.register_buffer("step", self.scale.new_tensor(max(largest, 1e-12) / INT8))
 
     def product(self, x: Tensor) -> Tensor:
-        """One product of int8 matrices, without a look at the inputs before."""
+        """Quantize x with the fixed scale and multiply int8 matrices."""
         codes = (x * self.step.reciprocal()).round_().clamp_(-INT8, INT8).to(torch.int8)
         return int8_product(codes, self.codes.t()).to(x.dtype).mul_(self.scale * self.step)
 
 
 class Int4WeightLinear(ConvertedLinear):
-    """int4 weights, two in a byte, a scale for every 32 inputs; made whole for every product.
+    """Linear layer with int4 weights, two per byte, and a scale for every 32 inputs; dequantized for every product.
 
-    `rounds_inputs`: as in quantization-aware training, to int8 per token.
+    With `rounds_inputs`, inputs are rounded to int8 per token, as in quantization-aware training.
     """
 
     packed: Tensor
@@ -97,7 +98,7 @@ class Int4WeightLinear(ConvertedLinear):
         self.rounds_inputs = rounds_inputs
 
     def product(self, x: Tensor) -> Tensor:
-        """One product in float32."""
+        """Dequantize the weight and multiply in float32."""
         weight = from_int4(unpack_int4(self.packed), self.scale, self.in_features)
         return functional.linear(on_int8(x) if self.rounds_inputs else x, weight)
 
@@ -110,38 +111,38 @@ def convert(
     only: Sequence[str] | None = None,
     largest: Mapping[str, float] | None = None,
 ) -> list[str]:
-    """Put integer layers in the place of the chosen linear ones, in place; their names.
+    """Replace linear layers by ones with integer weights, in place, and return their names.
 
-    `method`: one of the registry; `qat`: what the network was trained for; `only`: these of the chosen layers;
-    `largest`: by layer, the magnitude of its inputs that is not clipped, for int8_static.
+    `method` is a key of the registry, `qat` that of quantization-aware training; `only` restricts the layers.
+    `largest` has by layer the largest magnitude of its inputs that is not clipped, for int8_static.
     """
     layers = [(name, layer) for name, layer in chosen(model, head) if only is None or name in only]
 
-    places = {layer: name for name, layer in layers}
+    names = {layer: name for name, layer in layers}
 
     def make(layer: nn.Linear) -> nn.Module:
         if method == "int4_weight_only":
             return Int4WeightLinear(layer, qat == "int4")
         if method == "int8_static":
-            return Int8StaticLinear(layer, (largest or {})[places[layer]])
+            return Int8StaticLinear(layer, (largest or {})[names[layer]])
         return {"int8_dynamic": Int8DynamicLinear, "int8_weight_only": Int8WeightLinear}[method](layer)
 
     replace(model, [layer for _, layer in layers], make)
     return [name for name, _ in layers]
 
 
-def plain(model: nn.Module) -> None:
-    """Put ordinary layers in the place of those with another arithmetic, in place: the network without quantization."""
+def dequantize(model: nn.Module) -> None:
+    """Replace layers with quantized arithmetic by `nn.Linear` layers, in place, with the same parameters."""
 
     def make(layer: nn.Linear) -> nn.Module:
-        made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        made.weight, made.bias = layer.weight, layer.bias
-        return made
+        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        linear.weight, linear.bias = layer.weight, layer.bias
+        return linear
 
     replace(model, [module for module in model.modules() if isinstance(module, NarrowLinear)], make)
 
 
 def num_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers, each once."""
+    """Return the bytes of parameters and buffers; shared ones count once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,7 +1,7 @@
-"""Linear layers in 8-bit floating point (Micikevicius et al. 2022, arXiv:2209.05433), on GPUs that multiply them.
+"""Linear layers in 8-bit floating point (Micikevicius et al. 2022, arXiv:2209.05433), on GPUs that support it.
 
 Accelerate converts the layers with torchao (`AORecipeKwargs`); the first and the last stay in bfloat16. Weights and the
-optimizer stay in float32, everything else runs under autocast to bfloat16.
+optimizer stay in float32; everything else runs under autocast to bfloat16.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LEAST = (8, 9)
 
 
 class Float8(Single):
-    """8-bit floating point, by Accelerate and torchao."""
+    """8-bit floating point by Accelerate and torchao."""
 
     mixed_precision = "fp8"
 
@@ -42,21 +42,21 @@ class Float8(Single):
 
     @staticmethod
     def missing(machine: Machine) -> str:
-        """Why this machine cannot offer it; empty if it can."""
+        """Return why this machine cannot offer it; empty if it can."""
         if not machine.gpus:
             return f"fp8 needs a GPU ({machine.gpu_reason})"
-        known = machine.capability
-        if known is None or known < LEAST:
-            found = "unknown" if known is None else ".".join(map(str, known))
-            return f"fp8 needs a GPU of compute capability 8.9 or more, the least one here is {found}"
+        capability = machine.capability
+        if capability is None or capability < LEAST:
+            version = "unknown" if capability is None else ".".join(map(str, capability))
+            return f"fp8 needs a GPU of compute capability 8.9 or more, the lowest here is {version}"
         return "" if find_spec("torchao") is not None else "fp8 needs the package torchao, which is not installed"
 
     @classmethod
     def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """What it needs, and whole replicas, whose layers Accelerate converts."""
+        """Yield the reasons why it cannot run: it needs such a GPU, torchao and full replicas."""
         reason = cls.missing(machine)
         if reason or experiment.launch.device == "cpu":
             yield Problem(FIELD, reason or "fp8 needs a GPU (launch.device)", "bf16")
-        why = "Accelerate converts the layers of whole models only"
+        why = "Accelerate converts the layers of full models only"
         yield from rules.whole_replicas_only(experiment, FIELD, "bf16", why)
         yield from rules.synchronous_only(experiment, FIELD, "bf16", "was not tried with converted layers")

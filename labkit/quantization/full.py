@@ -1,4 +1,4 @@
-"""Full precision: float32 as trained, float64 for proofs. Also the base of all number formats."""
+"""Full precision: float32, and float64 for proofs; also the base class of all precisions."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 class Single:
-    """float32 throughout, without TF32 or any other shortcut."""
+    """Trains in float32 throughout, without TF32 or any other shortcut."""
 
     class Options(BaseOptions):
         pass
 
     mixed_precision: ClassVar[str] = "no"
-    """What Accelerate is told."""
+    """Value of Accelerate's `mixed_precision`."""
     own_optimizer: ClassVar[bool] = False
-    """Do weights need an optimizer that rounds them (labkit.quantization.optimizers)?"""
+    """Whether weights need an optimizer that rounds them (labkit.quantization.optimizers)."""
 
     @staticmethod
     def prepare() -> None:
-        """Switch off what rounds behind the user's back: on GPUs convolutions take TF32 (10 bits) by default."""
+        """Disable TF32, to which torch rounds convolutions on GPUs by default (10 bits of mantissa)."""
         import torch
 
         torch.backends.cudnn.allow_tf32 = False
@@ -36,24 +36,24 @@ class Single:
 
     @staticmethod
     def dtype() -> torch.dtype:
-        """Type of weights and inputs."""
+        """Return the dtype of weights and inputs."""
         import torch
 
         return torch.float32
 
     @staticmethod
     def handlers() -> list[Any]:
-        """Keyword handlers for Accelerate."""
+        """Return keyword handlers for Accelerate."""
         return []
 
     @staticmethod
     def arithmetic(settings: Quantization) -> Callable[[], QuantizedLinearOp] | None:
-        """What makes the arithmetic of a linear layer; None where torch's own is right."""
+        """Return a factory of the arithmetic of a linear layer; None to use torch's own."""
         return None
 
 
 class Double(Single):
-    """float64 throughout: rounding is so small that a wrong layout cannot hide behind it."""
+    """Trains in float64 throughout, where rounding errors are too small to hide a wrong layout."""
 
     @staticmethod
     def dtype() -> torch.dtype:
@@ -63,4 +63,4 @@ class Double(Single):
 
 
 class Unquantized(Single):
-    """Numbers stay as they are."""
+    """Does not quantize."""

@@ -1,8 +1,8 @@
-"""Elementwise arithmetic on GPUs as one kernel: what a function does to every number, compiled by `torch.compile`.
+"""Elementwise functions on GPUs as one kernel, compiled by `torch.compile`.
 
-Rounding to a grid or updating a moment is a dozen operations per number. One by one, each of them reads and writes the
-whole tensor in the GPU's memory; fused, it is read and written once. On CPUs, and for small tensors, for which
-compiling takes longer than it saves, the function runs as it is written.
+Rounding to a grid or updating a moment takes a dozen operations per element. One by one, each of them reads and writes
+the whole tensor in the GPU's memory; fused, it is read and written once. On CPUs, and for small tensors, where
+compiling takes longer than it saves, the function runs as written.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 LEAST = 1 << 20
-"""Tensors with fewer numbers are computed operation by operation."""
+"""Smaller tensors are computed operation by operation."""
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -1,9 +1,10 @@
-"""Training with int8 matrix products: all three of every linear layer (as SwitchBack, Wortsman et al. 2023,
-arXiv:2304.13013, and torchao's int8 mixed-precision training).
+"""Training with int8 matrix products in all linear layers.
 
-Weights and the optimizer stay float32. Each operand is rounded to 8 bits with a scale per row or column when it is
-multiplied (arithmetic.py). `quantization.rounding` says how gradients are rounded, `quantization.weight_gradient`
-whether the gradient of the weight is an int8 product too. The last linear layer stays as it is (`quantization.head`).
+It follows SwitchBack (Wortsman et al. 2023, arXiv:2304.13013) and torchao's int8 mixed-precision training.
+
+Weights and the optimizer stay in float32. Each operand is rounded to 8 bits with a scale per row or column when it is
+multiplied (arithmetic.py). `quantization.rounding` determines how gradients are rounded, `quantization.weight_gradient`
+whether the gradient of the weight is an int8 product too. The last linear layer is not changed (`quantization.head`).
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ FIELD = "quantization.training"
 
 
 class Int8(Single):
-    """int8 matrix products."""
+    """Trains with int8 matrix products."""
 
     @staticmethod
     def arithmetic(settings: Quantization) -> Callable[[], QuantizedLinearOp] | None:
-        """Three int8 products, or two."""
+        """Return a factory of int8 products: three per layer, or two without `weight_gradient`."""
         from labkit.quantization.arithmetic import Int8Arithmetic
 
         return partial(Int8Arithmetic, settings.rounding, settings.weight_gradient)
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Linear layers."""
+        """Yield a reason if the network has no linear layer to quantize."""
         return rules.needs_linear_layers(experiment, FIELD, "fp32")
 
     @staticmethod
     def warnings(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Slow where the CPU has to emulate it."""
+        """Yield a warning if the CPU has to emulate the products, which is slow."""
         return rules.slow_without(experiment, machine, FIELD, rules.INT8_FLAGS, "int8 products")

@@ -1,10 +1,10 @@
-"""Weights on an int8 grid without a finer copy: what a training loses that keeps 8 bits of every weight.
+"""Weights on an int8 grid without a higher-precision copy: what training loses if it keeps 8 bits per weight.
 
-After each update every weight goes to one of its two neighbours on the grid of its row (255 numbers between ± the
-largest), up or down at random so that the mean is right (stochastic rounding, Gupta et al. 2015, arXiv:1502.02551).
+After each optimizer step every weight is rounded to one of its two neighbours on the grid of its row (255 values
+between ± the largest), at random so that it is unbiased (stochastic rounding, Gupta et al. 2015, arXiv:1502.02551).
 
-Emulated: the numbers are those of int8 with a scale, but they lie in float32 memory and are multiplied in float32, so
-that every layout finds the tensors that it knows. Nothing here is smaller or faster.
+It is emulated: the values are those of int8 with a scale, but they are stored and multiplied in float32, so that every
+layout works unchanged. Nothing here is smaller or faster.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ FIELD = "quantization.training"
 
 
 class Int8Weights(Single):
-    """Weights on the int8 grid (emulated)."""
+    """Trains with weights on the int8 grid (emulated)."""
 
     @staticmethod
     def arithmetic(settings: Quantization) -> Callable[[], QuantizedLinearOp] | None:
-        """Ordinary products with weights that are put on the grid after each update."""
+        """Return a factory of float products with weights that are rounded to the grid after each optimizer step."""
         from labkit.quantization.arithmetic import GridArithmetic
 
         return GridArithmetic
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Linear layers, and nobody who moves weights off the grid."""
+        """Yield the reasons why it cannot run: it needs linear layers, and nothing else may change the weights."""
         yield from rules.needs_linear_layers(experiment, FIELD, "fp32")
-        why = "averages weights or moves them by itself, which leaves the grid"
+        why = "averages weights or changes them itself, which leaves the grid"
         yield from rules.synchronous_only(experiment, FIELD, "fp32", why)
         if experiment.quantization.head:
             yield from rules.tied_over_stages(experiment, FIELD, "fp32")

@@ -1,10 +1,10 @@
-"""Linear layers that compute in another number format, with the same weights under the same names.
+"""Linear layers that compute in another precision, with the same weights under the same names.
 
-A layer gets another *arithmetic*: what multiplies its inputs with its weight. The weight stays the float32 parameter
-that it was, so layouts cut it, shard it, tie it and save it as always; where a layout puts a module of its own in the
-place of a layer (labkit.parallel.tensor.RowParallelLinear), that module takes the arithmetic over.
+A layer gets another *arithmetic*, which multiplies its inputs with its weight. The weight stays a float32 parameter, so
+layouts shard, tie and save it as always; where a layout replaces a layer by a module of its own
+(labkit.parallel.tensor.RowParallelLinear), that module takes over the arithmetic.
 
-Only `torch.nn.Linear` itself is replaced. Convolutions and embeddings stay as they are, and so do the experts of a
+Only `torch.nn.Linear` itself is replaced. Convolutions and embeddings are not changed, and neither are the experts of a
 mixture, whose weights are parameters with three dimensions.
 """
 
@@ -21,72 +21,72 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Operand:
-    """One side of a layer's product as it is multiplied: the numbers are codes · scale."""
+    """One factor of a layer's product as it is multiplied; its values are codes · scale."""
 
     kind: str
-    """What numbers they are: `float32`, `int8`, `ternary`; `int4 grid` for numbers of a grid in float memory."""
+    """Kind of values: `float32`, `int8`, `ternary`; `int4 grid` for values of a grid stored as floats."""
     codes: Tensor
-    """Float numbers as they are, or the codes of a grid: [rows, numbers of a row]."""
+    """Float values, or the codes of a grid: [rows, columns]."""
     highest: float
-    """The largest magnitude that a code has, or can have."""
+    """Largest magnitude that a code has or, on a grid, can have."""
     scale: Tensor | float = 1.0
-    """Broadcasts to the codes."""
+    """Scale, which broadcasts to the codes."""
     share: str = "layer"
-    """Which numbers have one scale, so that a code tells how large a number is beside the largest of these."""
+    """Which values share a scale, so that a code gives the size of a value relative to the largest of them."""
 
     @classmethod
     def of(cls, numbers: Tensor) -> Operand:
-        """Float numbers, measured by the largest magnitude among them."""
+        """Wrap float values, with the largest magnitude among them as `highest`."""
         numbers = numbers.detach()
         highest = max(-float(numbers.amin()), float(numbers.amax())) if numbers.numel() else 0.0
         return cls(str(numbers.dtype).removeprefix("torch."), numbers, highest)
 
     @property
     def numbers(self) -> Tensor:
-        """What is multiplied, in float."""
+        """The values that are multiplied, as floats."""
         return self.codes * self.scale
 
 
 class QuantizedLinearOp:
-    """How one layer computes x · wᵀ: x [..., in] and weight [out, in] to [..., out], without bias."""
+    """Arithmetic of one layer: computes x · wᵀ [..., out] from x [..., in] and weight [out, in], without bias."""
 
     products = 0
-    """Products of int8 matrices made so far."""
+    """Number of int8 matrix products made so far."""
     backward_bytes: tuple[int, int] = (4, 4)
-    """Bytes of a number in the two products backward: for the gradient of the inputs, for that of the weight."""
+    """Bytes per element in the two backward products: for the gradient of the inputs and for that of the weight."""
 
     def __init__(self) -> None:
         self.noise: torch.Generator | None = None
-        """What stochastic rounding draws from: seeded anew before every update."""
+        """Generator for stochastic rounding, which is seeded before every optimizer step."""
         self.watched = False
-        """Note what is multiplied (which costs time) from here on."""
+        """Whether to count the codes that are multiplied, which takes time."""
         self.counts: dict[int, int] = {}
-        """While it was watched: how often each code stood in a weight."""
-        self.anew = False
-        """Forget these counts when the next weight is noted."""
+        """How often each code occurred in a weight while `watched`."""
+        self.reset_counts = False
+        """Whether to reset the counts when the next weight is noted."""
 
     def __deepcopy__(self, memo: Any) -> QuantizedLinearOp:
-        """Copies of a layer count together and draw from one source."""
+        """Return this object, since copies of a layer share counts and generator."""
         return self
 
     @abstractmethod
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The product, to be followed backward."""
+        """Return the product, which autograd can differentiate."""
 
     @abstractmethod
     def operands(self, x: Tensor, weight: Tensor) -> tuple[Operand, Operand]:
-        """What is multiplied for x [rows, in] and weight [out, in]: their places are kept, nothing is counted."""
+        """Return the quantized factors for x [rows, in] and weight [out, in], in their shapes, without counting."""
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
-        """The product of int8 matrices [m, k] and [k, n]: int32 [m, n], counted."""
+        """Multiply int8 matrices [m, k] and [k, n] to int32 [m, n], and count the product."""
         self.products += 1
         return int8_product(a, b)
 
     def note(self, codes: Tensor) -> None:
-        """These codes are what is multiplied."""
+        """Count the codes of a weight that is multiplied, if `watched`."""
         if self.watched:
-            if self.anew:
-                self.counts, self.anew = {}, False
+            if self.reset_counts:
+                self.counts, self.reset_counts = {}, False
             values, counts = codes.unique(return_counts=True)
             for value, count in zip(values.tolist(), counts.tolist(), strict=True):
                 self.counts[int(value)] = self.counts.get(int(value), 0) + count
@@ -113,7 +113,7 @@ def cublas_operands(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class NarrowLinear(nn.Linear):
-    """A linear layer with an arithmetic of its own, on the parameters of another one."""
+    """Linear layer with its own arithmetic, which uses the parameters of another layer."""
 
     def __init__(self, layer: nn.Linear, arithmetic: QuantizedLinearOp) -> None:
         nn.Module.__init__(self)
@@ -128,33 +128,38 @@ class NarrowLinear(nn.Linear):
 
 
 def chosen(model: nn.Module, head: bool) -> list[tuple[str, nn.Linear]]:
-    """The linear layers that are narrowed, by name: all, the last one (the scores) only with `head`."""
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    """Return the linear layers to quantize, with names: all of them, but the last one (the logits) only with `head`."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     kinds = (nn.Linear, NarrowLinear)
-    found = found if head else found[:-1]
-    return [(name, module) for name, module in found if type(module) in kinds]
+    layers = layers if head else layers[:-1]
+    return [(name, module) for name, module in layers if type(module) in kinds]
 
 
 def replace(model: nn.Module, layers: Iterable[nn.Linear], make: Callable[[nn.Linear], nn.Module]) -> None:
-    """Put `make(layer)` in the place of each layer, in all places where it stands."""
-    made = {layer: make(layer) for layer in layers}
+    """Replace each layer by `make(layer)`, wherever the model uses it."""
+    replacements = {layer: make(layer) for layer in layers}
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # named_children() leaves second places out
-            if isinstance(child, nn.Linear) and child in made:
-                setattr(parent, name, made[child])
+        for name, child in list(parent._modules.items()):  # named_children() omits repeated uses
+            if isinstance(child, nn.Linear) and child in replacements:
+                setattr(parent, name, replacements[child])
 
 
 def narrow(model: nn.Module, make: Callable[[], QuantizedLinearOp], head: bool) -> list[str]:
-    """Give every chosen layer an arithmetic of its own, in place; their names. ValueError if there is none."""
+    """Give every layer of `chosen` its own arithmetic, in place, and return their names.
+
+    Raises ValueError if there is no such layer.
+    """
     layers = chosen(model, head)
     if not layers:
-        raise ValueError("the model has no linear layer that could be narrowed beside its last one (quantization.head)")
+        raise ValueError(
+            "the model has no linear layer that could be quantized besides its last one (quantization.head)"
+        )
     replace(model, [layer for _, layer in layers], lambda layer: NarrowLinear(layer, make()))
     return [name for name, _ in layers]
 
 
 def arithmetics(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Parameter, QuantizedLinearOp]]:
-    """The weights that are multiplied by an arithmetic of ours, as this rank holds them, each with its arithmetic."""
+    """Yield the weights (this rank's shards) that have a quantized arithmetic, each with its arithmetic."""
     for module in modules:
         for part in module.modules():
             arithmetic = getattr(part, "arithmetic", None)

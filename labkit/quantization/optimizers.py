@@ -1,11 +1,11 @@
-"""AdamW and SGD for narrow numbers: the update is made in float32, whatever weights, gradients and moments are kept in.
+"""AdamW and SGD for low precision: steps are computed in float32, whatever the dtypes of weights and moments.
 
-A bfloat16 weight has 8 bits: an update below 1/512 of it is lost when the sum is rounded to the nearest, and late in
-training nearly all are. Rounded stochastically, up or down at random, the mean of the weight is right (Gupta et al.
-2015, arXiv:1502.02551; of bfloat16, Zamirai et al. 2020, arXiv:2010.06192).
+A bfloat16 weight has 8 bits: a change below 1/512 of it is lost when the sum is rounded to nearest, and late in
+training nearly all changes are. Stochastic rounding, up or down at random, is unbiased (Gupta et al. 2015,
+arXiv:1502.02551; for bfloat16, Zamirai et al. 2020, arXiv:2010.06192).
 
-Everything random follows from the seed, the number of the update and the place of the parameter in the optimizer: so
-replicas draw alike, and a resumed run repeats what the first one did.
+All random numbers follow from the seed, the step and the index of the parameter in the optimizer: so replicas draw the
+same numbers, and a resumed run repeats what the first one did.
 """
 
 from __future__ import annotations
@@ -29,71 +29,71 @@ SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 
 class Narrow(torch.optim.Optimizer):
-    """What both have in common. `seed`: what random numbers follow from."""
+    """Base class of both optimizers; random numbers follow from `seed`."""
 
     def __init__(self, groups: list[dict[str, Any]], settings: Optimizer, seed: int) -> None:
         super().__init__(groups, {"lr": settings.lr})
         self.settings, self.seed = settings, seed
         self.watched = False
-        """Count how bfloat16 weights are rounded, which costs time."""
+        """Whether to count how bfloat16 weights are rounded, which takes time."""
         self.gradient_types: set[torch.dtype] = set()
-        """Of the gradients that it was given."""
-        self.rounded = self.against_nearest = 0
-        """While it was watched: weights rounded, and how many of them not to their nearest neighbour."""
+        """Dtypes of the gradients seen so far."""
+        self.rounded = self.not_to_nearest = 0
+        """Number of weights rounded while `watched`, and how many of them not to their nearest neighbour."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of all parameters that have a gradient."""
-        place = 0
+        """Update all parameters that have a gradient."""
+        index = 0
         for group in self.param_groups:
             for parameter in group["params"]:
-                place += 1
+                index += 1
                 if parameter.grad is not None:
-                    self._update(parameter, group, place)
+                    self._update(parameter, group, index)
 
-    def _update(self, parameter: Tensor, group: dict[str, Any], place: int) -> None:
+    def _update(self, parameter: Tensor, group: dict[str, Any], index: int) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
         state["step"] += 1
         step = int(state["step"])
-        noise = torch.Generator(parameter.device).manual_seed(((self.seed * 1_000_003 + step) * 4099 + place) % 2**63)
+        noise = torch.Generator(parameter.device).manual_seed(((self.seed * 1_000_003 + step) * 4099 + index) % 2**63)
         weight, gradient = _local(parameter), _local(parameter.grad)
         self.gradient_types.add(gradient.dtype)
-        whole = weight.float()  # the weight itself where it is float32
-        self.change(whole, gradient.float(), state, group, step, noise)
+        full = weight.float()  # the weight itself if it is float32
+        self.change(full, gradient.float(), state, group, step, noise)
         if weight.dtype == torch.bfloat16:
-            chosen = to_bfloat16(whole, noise)
+            rounded = to_bfloat16(full, noise)
             if self.watched:
-                self.rounded += whole.numel()
-                self.against_nearest += int((chosen != to_bfloat16(whole)).sum())
-            weight.copy_(chosen)
+                self.rounded += full.numel()
+                self.not_to_nearest += int((rounded != to_bfloat16(full)).sum())
+            weight.copy_(rounded)
 
     @abstractmethod
     def change(
         self, weight: Tensor, gradient: Tensor, state: State, group: dict[str, Any], step: int, noise: torch.Generator
     ) -> None:
-        """The update number `step` (from 1) of a float32 weight, in place."""
+        """Apply step number `step` (from 1) to a float32 weight, in place."""
 
     def unpacked(self, parameter: Tensor) -> State:
-        """The state of a parameter as other optimizers keep it: float32 tensors of its shape (sharded as it is)."""
+        """Return the state of a parameter as torch's optimizers keep it: float32 tensors in its shape and sharding."""
         return {
             name: _like(value, parameter) if value.dim() else value
-            for name, value in self.plain(self.state.get(parameter, {}), _local(parameter)).items()
+            for name, value in self.unpack_state(self.state.get(parameter, {}), _local(parameter)).items()
         }
 
-    def plain(self, state: State, like: Tensor) -> State:
-        """The state of a tensor shaped `like` this one, without packing."""
+    def unpack_state(self, state: State, like: Tensor) -> State:
+        """Return the state of a tensor shaped `like` this one, without packing."""
         return state
 
 
 class NarrowSGD(Narrow):
-    """SGD with momentum: m ← μ·m + g, w ← w - rate · m."""
+    """SGD with momentum: m ← μ·m + g, w ← w - lr · m."""
 
     def change(
         self, weight: Tensor, gradient: Tensor, state: State, group: dict[str, Any], step: int, noise: torch.Generator
     ) -> None:
-        """As torch.optim.SGD."""
+        """Apply the same step as torch.optim.SGD."""
         gradient = gradient.add(weight, alpha=group["weight_decay"])
         if self.settings.momentum:
             if "momentum_buffer" not in state:
@@ -105,21 +105,21 @@ class NarrowSGD(Narrow):
 class NarrowAdamW(Narrow):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); with `state_bits` 8 its moments are packed (eight_bit.py).
 
-    Packed, a moment is `NAME_codes` and `NAME_scale` in the state. What a checkpoint brings is not packed, and stays so
-    until the next update: so a resumed run goes on from exactly what was saved.
+    A packed moment is `NAME_codes` and `NAME_scale` in the state. Moments from a checkpoint are not packed until the
+    next step, so a resumed run continues from exactly what was saved.
     """
 
     def change(
         self, weight: Tensor, gradient: Tensor, state: State, group: dict[str, Any], step: int, noise: torch.Generator
     ) -> None:
-        """As torch.optim.AdamW."""
+        """Apply the same step as torch.optim.AdamW."""
         packs = self.settings.state_bits == 8 and weight.numel() >= SMALLEST
         first, second = self.settings.momentum, 0.999
-        known = self.plain(state, weight)
-        m, v = (_local(known[name]) if name in known else torch.zeros_like(gradient) for name in SIGNED)
-        kept = 1 - group["lr"] * group["weight_decay"]
-        root, rate = (1 - second**step) ** 0.5, group["lr"] / (1 - first**step)
-        _adamw(weight, gradient, m, v, first, second, kept, root, self.settings.eps, rate)
+        moments = self.unpack_state(state, weight)
+        m, v = (_local(moments[name]) if name in moments else torch.zeros_like(gradient) for name in SIGNED)
+        decay = 1 - group["lr"] * group["weight_decay"]
+        root, lr = (1 - second**step) ** 0.5, group["lr"] / (1 - first**step)
+        _adamw(weight, gradient, m, v, first, second, decay, root, self.settings.eps, lr)
         for (name, signed), moment in zip(SIGNED.items(), (m, v), strict=True):
             if packs:
                 state.pop(name, None)
@@ -127,13 +127,13 @@ class NarrowAdamW(Narrow):
             else:
                 state[name] = moment
 
-    def plain(self, state: State, like: Tensor) -> State:
-        """With the moments in float32."""
-        found = {name: value for name, value in state.items() if not name.endswith(("_codes", "_scale"))}
+    def unpack_state(self, state: State, like: Tensor) -> State:
+        """Return the state with moments in float32."""
+        unpacked = {name: value for name, value in state.items() if not name.endswith(("_codes", "_scale"))}
         for name, signed in SIGNED.items():
             if f"{name}_codes" in state:
-                found[name] = unpack(state[f"{name}_codes"], state[f"{name}_scale"], signed, like)
-        return found
+                unpacked[name] = unpack(state[f"{name}_codes"], state[f"{name}_scale"], signed, like)
+        return unpacked
 
 
 @fused
@@ -144,26 +144,26 @@ def _adamw(
     v: Tensor,
     first: float,
     second: float,
-    kept: float,
+    decay: float,
     root: float,
     eps: float,
-    rate: float,
+    lr: float,
 ) -> None:
-    """Update weight and moments in place: w ← kept·w - rate · m / (√v / root + eps)."""
+    """Update weight and moments in place: w ← decay·w - lr · m / (√v / root + eps)."""
     m.lerp_(gradient, 1 - first)
     v.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-    weight.mul_(kept)
-    weight.addcdiv_(m, v.sqrt().div_(root).add_(eps), value=-rate)
+    weight.mul_(decay)
+    weight.addcdiv_(m, v.sqrt().div_(root).add_(eps), value=-lr)
 
 
 def _local(tensor: Any) -> Tensor:
-    """The part of this rank."""
-    found: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-    return found
+    """Return this rank's shard, detached from autograd."""
+    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return local
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Sharded as the parameter is."""
+    """Return `value` as a DTensor if the parameter is one."""
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value
     return DTensor.from_local(

@@ -1,7 +1,7 @@
 """Weights, gradients and activations in bfloat16: half the bytes of float32, without a float32 copy of the weights.
 
-The optimizer makes each update in float32 and rounds the weights stochastically (optimizers.py); to the nearest, small
-updates would vanish. Moments are float32, or 8 bits with optimizer.state_bits. The loss is computed in float32.
+The optimizer computes each step in float32 and rounds the weights stochastically (optimizers.py); rounded to nearest,
+small changes would vanish. Moments are float32, or 8 bits with optimizer.state_bits. The loss is computed in float32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FIELD = "quantization.training"
 
 
 class PureBFloat16(Single):
-    """bfloat16 throughout."""
+    """Trains in bfloat16 throughout."""
 
     own_optimizer = True
 
@@ -35,7 +35,7 @@ class PureBFloat16(Single):
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Gradients that travel as they are, to weights that are updated in one place."""
+        """Yield the reasons why it cannot run: no compressor, and only the optimizer may change weights."""
         why = "averages weights or applies gradients in a way that would round them to the nearest bfloat16"
         yield from rules.synchronous_only(experiment, FIELD, "bf16", why)
         yield from rules.tied_over_stages(experiment, FIELD, "bf16")
@@ -43,10 +43,10 @@ class PureBFloat16(Single):
             field = "gradients.hierarchical" if experiment.gradients.hierarchical else "gradients.compression.method"
             off = "false" if experiment.gradients.hierarchical else "none"
             yield Problem(
-                field, "what combines gradients in steps remembers and adds them up in float32, not bf16", off
+                field, "methods that reduce gradients in several rounds store and sum them in float32, not bf16", off
             )
 
     @staticmethod
     def warnings(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Slow where the CPU has to emulate it."""
+        """Yield a warning if the CPU has to emulate the products, which is slow."""
         return rules.slow_without(experiment, machine, FIELD, rules.BF16_FLAGS, "bfloat16")

@@ -1,8 +1,8 @@
-"""Quantization-aware training (Jacob et al. 2018, arXiv:1712.05877): the network feels the rounding while it learns.
+"""Quantization-aware training (Jacob et al. 2018, arXiv:1712.05877): the later rounding is simulated in training.
 
-Forward, inputs and weights of every linear layer are rounded to the grid of the later conversion (codes.py) and
-multiplied in float32; a gradient passes the rounding as if it were not there. It begins after `quantization.qat_start`
-of the training. It is slower than training without it: what it gains is what conversion no longer loses.
+In the forward pass, inputs and weights of every linear layer are rounded to the grid of the later conversion (codes.py)
+and multiplied in float32; gradients use a straight-through estimator. It starts after `quantization.qat_start` of the
+training. Training is slower, but the converted network loses less accuracy.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ FIELD = "quantization.qat"
 
 
 class Int8Aware(Single):
-    """Weights int8 per row, inputs int8 per token."""
+    """Rounds weights to int8 per row and inputs to int8 per token."""
 
     bits: ClassVar[int] = 8
     fitting: ClassVar[tuple[str, ...]] = ("none", "int8_dynamic", "int8_weight_only")
-    """Conversions to the grid of its weights."""
+    """Conversions that use the same grid for weights."""
 
     @classmethod
     def arithmetic(cls, settings: Quantization) -> Callable[[], QuantizedLinearOp] | None:
-        """Rounded, then multiplied in float32."""
+        """Return a factory of products of rounded inputs and weights in float32."""
         from labkit.quantization.arithmetic import FakeArithmetic
 
         return partial(FakeArithmetic, cls.bits)
 
     @classmethod
     def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Linear layers in float32, to be converted to the grid they were trained for."""
+        """Yield the reasons why it cannot run: it needs float32 linear layers and a conversion to the same grid."""
         settings = experiment.quantization
         yield from rules.needs_linear_layers(experiment, FIELD, "none")
         if settings.training != "fp32":
-            reason = f"rounding is felt in float32 layers; {settings.training} computes them otherwise"
+            reason = f"rounding is simulated in float32 layers; {settings.training} computes them differently"
             yield Problem("quantization.training", reason, "fp32")
         if settings.after_training not in cls.fitting:
             reason = f"{settings.qat} trains for another grid than that of {settings.after_training}"
@@ -51,13 +51,13 @@ class Int8Aware(Single):
 
     @classmethod
     def warnings(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Where the grid is another one than after conversion."""
+        """Yield a warning if the grid differs from that of the conversion."""
         if experiment.layout.tp > 1:
-            yield Problem(FIELD, "where tp cuts the inputs of a layer, each part has scales of its own")
+            yield Problem(FIELD, "where tp shards the inputs of a layer, each shard has its own scales")
 
 
 class Int4Aware(Int8Aware):
-    """Weights int4 in groups of 32 inputs, inputs int8 per token."""
+    """Rounds weights to int4 in groups of 32 inputs and inputs to int8 per token."""
 
     bits = 4
     fitting = ("none", "int4_weight_only")

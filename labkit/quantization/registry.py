@@ -1,4 +1,4 @@
-"""The number formats for training and after it."""
+"""Registries of the precisions for training and of quantization after it."""
 
 from labkit.experiment.registry import Method, Registry
 

@@ -1,4 +1,4 @@
-"""What several number formats ask of an experiment. Imports no torch: forms and commands read it."""
+"""Rules that several precisions share. No torch import, because forms and commands read them."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from labkit.experiment.schema import Experiment
 
 INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-"""Of a CPU that multiplies such numbers by instructions of its own."""
+"""CPU flags, any of which stands for instructions that multiply such numbers."""
 
 
 def needs_linear_layers(experiment: Experiment, field: str, off: str) -> Iterator[Problem]:
-    """Formats of linear layers have nothing to do in a network whose only one makes the scores."""
+    """Yield a problem if the only linear layer of the network is the output layer, which is not quantized."""
     workload = experiment.workload
     if workload.options.get("model") == "resnet" and not experiment.quantization.head:
         reason = (
-            "a residual network has convolutions, and one linear layer, which makes the scores and stays as it is "
+            "a residual network has convolutions and one linear layer, which computes the logits and is not quantized "
             "(quantization.head)"
         )
         yield Problem(field, reason, off)
 
 
 def synchronous_only(experiment: Experiment, field: str, off: object, why: str) -> Iterator[Problem]:
-    """Update rules that average weights or moments, or apply gradients elsewhere, do it in float32."""
+    """Yield a problem if the update rule is not synchronous; `why` says what the others would do."""
     update = experiment.gradients.update.method
     if update != "synchronous":
         yield Problem(field, f"{update} {why}", off)
 
 
 def whole_replicas_only(experiment: Experiment, field: str, off: str, why: str) -> Iterator[Problem]:
-    """Refuse layouts that spread a model over ranks."""
+    """Yield a problem if the layout shards the model over ranks."""
     layout = experiment.layout
     if layout.world_size != layout.dp_replicate:
         yield Problem(field, f"{why}, the layout is {layout}", off)
 
 
 def tied_over_stages(experiment: Experiment, field: str, off: object) -> Iterator[Problem]:
-    """Copies of a tied weight on two stages stay equal only if nothing about them is random."""
+    """Yield a problem if two stages have copies of a tied weight, which random rounding would make differ."""
     if experiment.layout.pp > 1 and experiment.workload.options.get("tied"):
         reason = "copies of the tied weight on two stages would be rounded differently and drift apart (workload.tied)"
         yield Problem(field, reason, off)
@@ -48,6 +48,6 @@ def tied_over_stages(experiment: Experiment, field: str, off: object) -> Iterato
 def slow_without(
     experiment: Experiment, machine: Machine, field: str, flags: frozenset[str], what: str
 ) -> Iterator[Problem]:
-    """A warning for CPUs that do without such instructions."""
+    """Yield a warning if the CPU has none of these flags."""
     if experiment.launch.device == "cpu" and machine.cpu_flags and not machine.cpu_flags & flags:
-        yield Problem(field, f"this CPU has no instructions for {what}: right, but slower than float32")
+        yield Problem(field, f"this CPU has no instructions for {what}: correct, but slower than float32")

@@ -1,7 +1,8 @@
-"""A scaled loss for float16 (Micikevicius et al. 2018, arXiv:1710.03740), with the scaler that Accelerate made.
+"""Loss scaling for float16 (Micikevicius et al. 2018, arXiv:1710.03740), with the scaler of Accelerate.
 
-The loss is weighed with the scale, the gradients are divided by it once they are there. The fused optimizers of torch
-leave an update out by themselves where they are told that something was infinite, so nobody waits for the GPU.
+The loss is multiplied by the scale, and the gradients are divided by it after the backward pass. torch's fused
+optimizers skip a step by themselves if they are told that a gradient was infinite, so the CPU does not wait for the
+GPU.
 """
 
 from __future__ import annotations
@@ -12,27 +13,27 @@ import torch
 
 
 class LossScaling:
-    """`scaler`: a torch.amp.GradScaler."""
+    """Scales losses and unscales gradients with `scaler`, a torch.amp.GradScaler."""
 
     def __init__(self, scaler: Any, device: torch.device) -> None:
         self._scaler = scaler
-        self._one = torch.ones((), device=device)
-        self.left_out = torch.zeros((), device=device)
-        """Updates that overflowed."""
+        self._unit = torch.ones((), device=device)
+        self.skipped_steps = torch.zeros((), device=device)
+        """Number of steps that were skipped because a gradient overflowed."""
 
     def scaled(self, weight: float) -> Any:
-        """The weight of a loss, times the scale."""
-        return self._scaler.scale(self._one * weight)
+        """Return the weight of a loss multiplied by the scale."""
+        return self._scaler.scale(self._unit * weight)
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients of an update, and tell the optimizer whether to leave it out."""
+        """Divide the gradients by the scale, and tell the optimizer whether to skip the step."""
         self._scaler.unscale_(optimizer)
-        (found,) = self._scaler._found_inf_per_device(optimizer).values()
+        (found_inf,) = self._scaler._found_inf_per_device(optimizer).values()
         fused: Any = optimizer
-        fused.grad_scale, fused.found_inf = None, found
-        self.left_out += found
+        fused.grad_scale, fused.found_inf = None, found_inf
+        self.skipped_steps += found_inf
         self._scaler.update()
 
-    def found(self) -> dict[str, Any]:
-        """The scale in force and the updates that were left out."""
-        return {"loss_scale": self._scaler.get_scale(), "updates_left_out": int(self.left_out)}
+    def statistics(self) -> dict[str, Any]:
+        """Return the current scale and the number of skipped steps, for the summary."""
+        return {"loss_scale": self._scaler.get_scale(), "updates_left_out": int(self.skipped_steps)}

@@ -1,7 +1,7 @@
-"""What a network loses with fewer and fewer bits: weights rounded to a grid, for teaching.
+"""Simulation of weights with fewer and fewer bits, for teaching.
 
-Emulated: the numbers are those of the grid, but they lie in float32 memory and are multiplied in float32. Speed and
-memory mean nothing here; loss and accuracy do.
+It is emulated: weights are rounded to a grid, but they are stored and multiplied in float32. Loss and accuracy are
+meaningful, speed and memory are not.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ from labkit.quantization.codes import rounded, scale_of
 from labkit.quantization.linear import chosen
 
 MOST_BITS = 8
+"""Maximum number of bits that can be simulated."""
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """A copy of a network with weights of few bits."""
+    """A copy of a network whose weights have few bits."""
 
     model: nn.Module
     bits: int
     layers: tuple[str, ...]
-    """Whose weights were rounded."""
+    """Names of the layers whose weights were rounded."""
     error: float
-    """Root of the mean squared rounding error, relative to that of the weights."""
+    """Root mean square of the rounding error, relative to that of the weights."""
     badge: str = "emulated"
-    """Rounded numbers in float32 memory."""
+    """Label for figures: rounded values are stored in float32."""
 
 
 def with_bits(weight: Tensor, bits: int) -> Tensor:
-    """The weight [out, in] rounded to 2^bits - 1 numbers a row around zero; with one bit to ± the row's mean magnitude.
+    """Return a weight [out, in] rounded to 2^bits - 1 values per row around zero.
 
-    One bit: sign(w) · mean |w|, the best fit of such a row (Rastegari et al. 2016, XNOR-Net, arXiv:1603.05279).
-    ValueError for bits outside 1 to 8.
+    One bit gives sign(w) · mean |w|, the best fit of a row (Rastegari et al. 2016, XNOR-Net, arXiv:1603.05279).
+    Raises ValueError for bits outside 1 to 8.
     """
     if not 1 <= bits <= MOST_BITS:
         raise ValueError(f"weights can be simulated with 1 to {MOST_BITS} bits, got {bits}")
@@ -49,16 +50,16 @@ def with_bits(weight: Tensor, bits: int) -> Tensor:
 
 @torch.no_grad()
 def simulate(model: nn.Module, bits: int, head: bool = False) -> Simulated:
-    """A copy of `model` whose linear layers have weights of `bits` bits, 1 to 8 (emulated in float32).
+    """Return a copy of `model` whose linear layers have weights of `bits` bits, 1 to 8 (emulated in float32).
 
-    The last linear layer stays as it is unless `head`. ValueError for other bits.
+    The last linear layer is not changed unless `head`. Raises ValueError for other bits.
     """
     copy = deepcopy(model)
     layers = chosen(copy, head)
-    lost = whole = 0.0
+    error = total = 0.0
     for _, layer in layers:
-        seen = with_bits(layer.weight, bits)
-        lost += float((seen - layer.weight).square().sum())
-        whole += float(layer.weight.square().sum())
-        layer.weight.copy_(seen)
-    return Simulated(copy, bits, tuple(name for name, _ in layers), (lost / whole) ** 0.5 if whole else 0.0)
+        quantized = with_bits(layer.weight, bits)
+        error += float((quantized - layer.weight).square().sum())
+        total += float(layer.weight.square().sum())
+        layer.weight.copy_(quantized)
+    return Simulated(copy, bits, tuple(name for name, _ in layers), (error / total) ** 0.5 if total else 0.0)

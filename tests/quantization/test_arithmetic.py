@@ -16,7 +16,7 @@ from labkit.quantization.arithmetic import (
     off_grid,
 )
 from labkit.quantization.codes import ternary_codes
-from labkit.quantization.converted import Int4WeightLinear, Int8DynamicLinear, convert, plain
+from labkit.quantization.converted import Int4WeightLinear, Int8DynamicLinear, convert, dequantize
 from labkit.quantization.linear import NarrowLinear, QuantizedLinearOp, chosen, cublas_operands, int8_product, narrow
 from tests.quantization.networks import small, tokens
 
@@ -37,10 +37,10 @@ def error(found: Tensor, right: Tensor) -> float:
 
 def layer(make: Callable[[], QuantizedLinearOp], seed: int = 0) -> tuple[NarrowLinear, nn.Linear, QuantizedLinearOp]:
     torch.manual_seed(seed)
-    plain = nn.Linear(64, 48)
+    dequantize = nn.Linear(64, 48)
     arithmetic = make()
     arithmetic.noise = torch.Generator().manual_seed(seed)
-    return NarrowLinear(plain, arithmetic), plain, arithmetic
+    return NarrowLinear(dequantize, arithmetic), dequantize, arithmetic
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
@@ -199,7 +199,7 @@ def test_layers_keep_their_parameters_names_ties_and_places() -> None:
         (n, p.shape) for n, p in before.state_dict().items()
     ]
     torch.testing.assert_close(model(tokens()), before(tokens()))
-    plain(model)
+    dequantize(model)
     assert type(model.first) is nn.Linear
     assert model.again is model.second
     torch.testing.assert_close(model(tokens()), before(tokens()))

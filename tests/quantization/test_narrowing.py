@@ -40,7 +40,7 @@ def trained(*assignments: str) -> dict[str, Any]:
         narrowing.after_update()
     with torch.no_grad():
         model(tokens())  # an evaluation belongs to no update
-    return narrowing.found()
+    return narrowing.statistics()
 
 
 def test_full_precision_has_nothing_to_prove() -> None:

@@ -151,4 +151,4 @@ def test_rounding_is_counted_while_it_is_watched() -> None:
     optimizer.watched = True
     train(parameters, optimizer, 1, 2)
     assert optimizer.rounded == 10_000
-    assert 0.1 < optimizer.against_nearest / optimizer.rounded < 0.4
+    assert 0.1 < optimizer.not_to_nearest / optimizer.rounded < 0.4

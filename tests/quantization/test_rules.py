@@ -150,7 +150,7 @@ def test_fp8_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         ("quantization.qat_start=0.5", CPU, ["without quantization.qat"]),
         ("quantization.head=true", CPU, ["no format of linear layers"]),
         ("quantization.head=true quantization.qat=int4", CPU, []),
-        ("quantization.qat=int4 layout=tp2", CPU, ["scales of its own"]),
+        ("quantization.qat=int4 layout=tp2", CPU, ["its own scales"]),
     ],
 )
 def test_warnings(changes: str, machine: Machine, said: list[str]) -> None:
