@@ -133,7 +133,7 @@ class Trainer:
         settings = self.exchanges.inner_optimizer_config()
         own = self.narrowing.optimizer() or self.exchanges.optimizer()
         self.optimizer = make_optimizer(settings, self.model.optimizer_parameters(), own)
-        if self.narrowing.draws and self.model.tied:
+        if self.narrowing.needs_own_optimizer and self.model.tied:
             raise ValueError(
                 f"{self.model.tied[0]} stands on two stages, whose copies would be rounded differently and drift "
                 "apart: choose another number format, or 32 bits for the optimizer's state"
@@ -648,7 +648,7 @@ class Trainer:
         link = self.link.totals()
         if link is not None:
             self.events.write("link", updates=self.done - self.first, **link)
-        effective = self.narrowing.found() | (self.scaling.found() if self.scaling is not None else {})
+        effective = self.narrowing.statistics() | (self.scaling.statistics() if self.scaling is not None else {})
         if compared := self.sparsity.masks.compared:
             effective["masks_equal_on_ranks"] = compared
         effective |= self.sparsity.statistics()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.parallel.cast import place_tensor
-from labkit.quantization.converted import plain
+from labkit.quantization.converted import dequantize
 from labkit.sparsity.export import densify
 from labkit.training.evaluation import BATCH
 from labkit.workloads.base import Batch, Data, Task
@@ -26,7 +26,7 @@ def bare(model: nn.Module) -> nn.Module:
     """A copy in float32 without arithmetic or kernels of its own, autocast or recomputation, ready to be evaluated."""
     copy = deepcopy(model)
     vars(copy).pop("forward", None)  # Accelerate's, which runs the model under autocast
-    plain(copy)
+    dequantize(copy)
     densify(copy)
     return copy.float().requires_grad_(False).eval()
 
