@@ -48,6 +48,9 @@ def evaluate(
     rounds = max(1, math.ceil(longest / size))
     totals: dict[str, float] = {}
     model.train(False)
+    loss_module = getattr(task, "loss_module", None)
+    if isinstance(loss_module, nn.Module):  # its own state must not move either
+        loss_module.eval()
     with torch.no_grad():
         for turn in range(rounds):
             alive()
@@ -62,6 +65,8 @@ def evaluate(
             for name, value in task.evaluate(output, batch).items():
                 totals[name] = totals.get(name, 0.0) + (float(value) * counted if counted else 0.0)
     model.train(True)
+    if isinstance(loss_module, nn.Module):
+        loss_module.train()
     return runtime.add_up(totals)
 
 

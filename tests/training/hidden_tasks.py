@@ -230,3 +230,75 @@ def other_order_of_a_subset() -> dict[str, Any]:
 
 def one_row_differs() -> dict[str, Any]:
     return rows(lambda x, y, index: (x + (_rank() if index == 22 else 0), y))
+
+
+# -- state that moves by itself, and what ranks hold beside weights, buffers and samples -------------------------------
+
+
+class Teacher(nn.Module):
+    """A model with a frozen copy of its first layer that follows it by a moving average in every training pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.teacher, self.head = nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(12, 3)
+        self.teacher.load_state_dict(self.body.state_dict())
+        self.teacher.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Any:
+        if self.training:
+            with torch.no_grad():
+                for average, weight in zip(self.teacher.parameters(), self.body.parameters(), strict=True):
+                    average.data.lerp_(weight, 0.1)
+        return self.head((self.body(x) + self.teacher(x)).tanh())
+
+
+def moving_teacher() -> dict[str, Any]:
+    return task(Teacher())
+
+
+def moving_statistics() -> dict[str, Any]:
+    model = nn.Sequential(
+        nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten(), nn.Linear(6, 3)
+    )
+    return task(model)
+
+
+def attribute_differs() -> dict[str, Any]:
+    class Scaled(Net):
+        scale = 1.0 + _rank()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.scale * super().forward(x)
+
+    return task(Scaled())
+
+
+def loss_differs() -> dict[str, Any]:
+    factor = 1.0 + _rank()
+    return task(Net(), loss=lambda out, y: factor * nn.functional.cross_entropy(out, y))
+
+
+def weights_of_the_loss_differ() -> dict[str, Any]:
+    return task(Net(), loss=nn.CrossEntropyLoss(weight=torch.tensor([1.0, 1.0 + _rank(), 1.0])))
+
+
+def trained_on_one_rank() -> dict[str, Any]:
+    model = Net()
+    if _rank():
+        model.body.bias.requires_grad_(False)
+    return task(model)
+
+
+def writes_to_its_inputs() -> dict[str, Any]:
+    """Both are legal in a training loop: what the model and the loss are given is theirs."""
+
+    class Writing(Net):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x.requires_grad_())
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        y -= 1
+        return nn.functional.cross_entropy(out, y)
+
+    (x, y), (test_x, test_y) = samples(), samples(24, 1)
+    return task(Writing(), loss, (x, y + 1), (test_x, test_y + 1))

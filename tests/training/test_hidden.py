@@ -94,6 +94,67 @@ def test_a_hook_that_is_lost_in_any_other_way_is_named() -> None:
     assert str(hooks.lost_in(before, [model])).startswith("body.weight has a hook (register_hook), and this experiment")
 
 
+LOSSES_DIFFER = "although weights, buffers and samples are equal: something else in the model or the loss differs; draw"
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("attribute_differs", LOSSES_DIFFER),
+        ("loss_differs", LOSSES_DIFFER),
+        ("weights_of_the_loss_differ", "weight of the loss differs between rank 0 and rank 1: draw"),
+        ("trained_on_one_rank", "whether body.bias is trained differs between rank 0 and rank 1: draw"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["dp2", "shard2"])
+def test_whatever_makes_ranks_train_different_models_is_named(function: str, words: str, layout: str) -> None:
+    message = sentence(custom(function, layout))
+    assert words in message, message
+
+
+@pytest.mark.parametrize("function", ["moving_teacher", "moving_statistics"])
+def test_state_that_moves_once_per_pass_is_noted_where_a_step_has_several(function: str) -> None:
+    ended = run(custom(function, "dp1", **{"gradients.accumulation": 2}))
+    assert ended.state == "finished", ended.cause
+    assert any("changes in every training pass, and a step has 2 passes" in note for note in ended.summary()["notes"])
+    alone = run(custom(function, "dp1"))
+    assert not any("changes in every training pass" in note for note in alone.summary()["notes"])
+
+
+def test_a_teacher_that_zero_3_would_not_move_is_refused() -> None:
+    """The change was written to a gathered copy and freed: held-out loss 1.468 instead of 1.466, without a word."""
+    message = sentence(custom("moving_teacher", "shard2"))
+    assert "teacher.weight is changed in the forward pass although it is not trained, and ZeRO 3 would lose" in message
+    ended = run(custom("moving_teacher", "shard2", **{"layout.zero_stage": 2}))
+    assert ended.state == "finished", ended.cause
+
+
+@pytest.mark.parametrize("layout", ["dp1", "dp2"])
+def test_a_model_and_a_loss_may_write_to_what_they_are_given(layout: str) -> None:
+    ended = run(custom("writes_to_its_inputs", layout))
+    assert ended.state == "finished", ended.cause
+
+
+def test_an_embedding_with_a_pass_of_its_own_is_not_asked_for_ids() -> None:
+    """The positions of BART are an embedding that is given the ids for their shape alone."""
+
+    class Positions(torch.nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.arange(ids.shape[1]).expand(ids.shape))
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.positions = torch.nn.Embedding(50, 4), Positions(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.tokens(x) + self.positions(x)
+
+    model, x = Model(), torch.full((2, 6), 49)
+    with Ids(model).checked(x, [0, 1], "train"):
+        model(x)
+
+
 # -- all samples are compared -----------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 from labkit.experiment.fault import TaskFault
@@ -38,7 +38,7 @@ MOST_BYTES = 2**28
 PLACES = 2**15
 _ROW = 1024
 """Numbers of 64 bits that are summed up with random weights before they are hashed: six times as fast."""
-_SEEDED = (
+SEEDED = (
     "draw what is random from the global generator of torch, numpy or random, which start from training.seed, or let "
     "the function take a parameter seed"
 )
@@ -90,8 +90,13 @@ class Fingerprint:
 def _parts(task: Task, seed: int) -> Iterator[tuple[str, str]]:
     for name, parameter in task.model.named_parameters():
         yield f"the weights of {name}", digest(parameter)
+        yield f"whether {name} is trained", str(parameter.requires_grad)
     for name, buffer in task.model.named_buffers():
         yield f"the buffer {name}", digest(buffer)
+    loss = getattr(task, "loss_module", None)
+    if isinstance(loss, nn.Module):
+        for name, tensor in (*loss.named_parameters(), *loss.named_buffers()):
+            yield f"{name} of the loss", digest(tensor)
     for what, data in (("train", task.train), ("test", task.test)):
         yield f"the number of samples in {what}", str(len(data))
         deadline = time.perf_counter() + MOST_S
@@ -201,8 +206,8 @@ def _sentence(differing: list[str], first: dict[str, str], parts: dict[str, str]
     name = differing[0]
     if name.startswith("the number of samples"):
         counts = f" ({first.get(name)} and {parts.get(name)})"
-        return f"{name} differs between rank 0 and rank {rank}{counts}: {_SEEDED}"
+        return f"{name} differs between rank 0 and rank {rank}{counts}: {SEEDED}"
     verb = "differ" if name.startswith("the weights") else "differs"
     others = len(differing) - 1
     more = f", as do {others} other parts" if others > 1 else ", as does one other part" if others else ""
-    return f"{name} {verb} between rank 0 and rank {rank}{more}: {_SEEDED}"
+    return f"{name} {verb} between rank 0 and rank {rank}{more}: {SEEDED}"

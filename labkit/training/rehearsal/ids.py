@@ -43,7 +43,8 @@ class Ids:
         handles = [
             module.register_forward_pre_hook(check(name or "the embedding"))
             for name, module in self._model.named_modules()
-            if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+            # A subclass may take its input for something else than ids, such as the number of positions.
+            if type(module).forward in (nn.Embedding.forward, nn.EmbeddingBag.forward)
         ]
         try:
             yield

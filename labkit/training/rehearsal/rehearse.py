@@ -31,11 +31,13 @@ from labkit.training.rehearsal.control_flow import ControlFlowProbe
 from labkit.training.rehearsal.exactness import non_parity_modules
 from labkit.training.rehearsal.ids import Ids
 from labkit.training.rehearsal.loss_proof import prove_loss
+from labkit.training.rehearsal.moving_state import MovingState
+from labkit.training.rehearsal.same_loss import compare_losses, loss_of_first_samples
 from labkit.training.runtime import Runtime
 from labkit.training.sampling import BatchOrder, Indices
 from labkit.workloads.base import Batch, Data, Task
 from labkit.workloads.fetch import checked, fetch
-from labkit.workloads.restore import restored
+from labkit.workloads.restore import Noted, restored
 from labkit.workloads.seed import seed_generators
 
 SAMPLES = 2
@@ -99,8 +101,9 @@ def rehearse(
         mine = fingerprint.Fingerprint.of(task, seed)
         rehearsed.built = mine.total
         seed_generators(seed)
-        rehearsal = _Rehearsal(experiment, task, runtime, phase, noted.changed, order, rehearsed.foreign)
-        if _roomy(task.model, runtime.device):
+        rehearsal = _Rehearsal(experiment, task, runtime, phase, noted, order, rehearsed.foreign)
+        loss: float | None = None
+        if rehearsal.fits:
             used = rehearsal.run(rehearsed)
         else:
             used = [frozenset(rehearsal.trained)]
@@ -108,8 +111,13 @@ def rehearse(
         phase("forward")
         rehearsed.notes += _proofs(experiment, task, runtime, rehearsed.foreign)
         if runtime.ranks > 1 and not runtime.isolated:
+            if rehearsed.foreign and rehearsal.fits:
+                loss = loss_of_first_samples(task, runtime, noted, seed)
+                noted.undo()
             phase("checkpoint")  # the last of all phases: whoever is behind is the one that is waited for
             _compare(experiment, task, rehearsed, used, mine)
+            if rehearsed.foreign:
+                compare_losses(loss)
     phase("setup")
     if runtime.device.type == "cuda":  # the peak of the run is that of its steps
         torch.cuda.empty_cache()
@@ -187,13 +195,15 @@ class _Rehearsal:
         task: Task,
         runtime: Runtime,
         phase: Callable[[str], None],
-        changed: Callable[[], bool],
+        noted: Noted,
         order: BatchOrder,
         foreign: bool,
     ) -> None:
         self.experiment, self.task, self.runtime = experiment, task, runtime
-        self.phase, self.changed, self.foreign = phase, changed, foreign
+        self.phase, self.noted, self.foreign = phase, noted, foreign
         self.ids = Ids(task.model) if foreign else None
+        self.fits = _roomy(task.model, runtime.device)
+        """Whether gradients of the whole model fit next to it."""
         self.trained = {name: one for name, one in task.model.named_parameters() if one.requires_grad}
         share, shares = runtime.mesh.data_shard
         passes = experiment.gradients.accumulation
@@ -202,12 +212,13 @@ class _Rehearsal:
     def run(self, rehearsed: Rehearsed) -> list[frozenset[str]]:
         """All of it; returns the names of the parameters that each pass used."""
         task, model = self.task, self.task.model
-        wanders = ControlFlowProbe(self.changed) if _may_wander(model) else None
+        wanders = ControlFlowProbe(self.noted.changed) if _may_wander(model) else None
         indices = self.passes(0)[0].tolist()[:SAMPLES] or [0]
         batch = checked(task.train, indices, "train")
         used = [self._train(batch, indices, wanders)]
         if rehearsed.foreign:
             used.append(self._train(batch, indices, wanders))  # what is kept from pass to pass
+            rehearsed.notes += self._moving_state(batch, indices)
             self._evaluate()
             self._look_further()
         state = fits.unsaved(model.state_dict()) if self.experiment.training.checkpoint_every != 0 else None
@@ -228,6 +239,22 @@ class _Rehearsal:
             rehearsed.wanders = wanders.seen or len(set(used)) > 1
         rehearsed.unused = sorted(set(self.trained) - frozenset.intersection(*used))
         return used
+
+    def _moving_state(self, batch: Batch, indices: list[int]) -> list[str]:
+        """Return a note if a training pass changes what the optimizer does not train; TaskFault if that would be lost.
+
+        The trained weights differ a little from those at the start: a teacher that equals them does not move.
+        """
+        moving, model = MovingState(self.task.model), self.task.model
+        with torch.no_grad(), _alone(model):
+            for parameter in self.trained.values():
+                if parameter.is_floating_point() or parameter.is_complex():
+                    parameter.mul_(1.01).add_(1e-3)
+            model.train()
+            self._output(batch, indices, "train")
+        notes = moving.notes(self.experiment)
+        self.noted.undo(generators=False)
+        return notes
 
     def _others(self) -> Iterator[tuple[Batch, list[int]]]:
         """Further passes of different samples, each with other random numbers."""
@@ -286,7 +313,7 @@ class _Rehearsal:
         model, mode = self.task.model, "training" if self.task.model.training else "evaluation"
         place = f"the model fails in {mode} on {samples_of(indices, what)}"
         try:
-            x = self.runtime.place(batch)["x"]
+            x = self.runtime.place(_fresh(batch))["x"]
             ids = self.ids.checked(x, indices, what) if self.ids is not None else _nothing()
             with self.runtime.accelerator.autocast(), ids:
                 output = model(x)
@@ -303,7 +330,7 @@ class _Rehearsal:
 
     def _loss(self, output: Tensor, batch: Batch, indices: list[int], what: str) -> Tensor:
         try:
-            loss: Any = self.task.loss(widen(output), self.runtime.place(batch))
+            loss: Any = self.task.loss(widen(output), self.runtime.place(_fresh(batch)))
         except Exception as error:
             targets = ", ".join(f"{name} is {shape_of(value)}" for name, value in batch.items() if name != "x")
             given = f"the output is {described(output)}" + (f", {targets}" if targets else "")
@@ -333,7 +360,7 @@ class _Rehearsal:
         with _alone(task.model):
             output = self._output(batch, indices, "test")
         try:
-            sums = task.evaluate(widen(output), self.runtime.place(batch))
+            sums = task.evaluate(widen(output), self.runtime.place(_fresh(batch)))
             numbers = {name: float(value) for name, value in sums.items()}
             metrics = task.metrics(numbers)
         except TaskFault:
@@ -373,6 +400,11 @@ def _look(data: Data, what: str, deadline: float, ids: Ids) -> None:
 
 
 # -- small things -----------------------------------------------------------------------------------------------------
+
+
+def _fresh(batch: Batch) -> Batch:
+    """Return a copy of a batch: a model or a loss may write to what it is given, as in training."""
+    return {name: value.detach().clone() for name, value in batch.items()}
 
 
 @contextmanager

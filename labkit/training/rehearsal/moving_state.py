@@ -1,0 +1,73 @@
+"""State that a training pass changes by itself: buffers, and parameters that the optimizer does not train.
+
+A teacher that follows the model by a moving average, a codebook, running statistics: they move once per pass. So
+several passes in one step move them more often than one process does with the whole batch, and ZeRO 3, which gathers
+parameters for a pass and frees them afterwards, loses what was written to them (issue 11).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from labkit.experiment import Experiment
+from labkit.experiment.fault import TaskFault
+
+MAX_BYTES = 2**28
+"""Beyond this size a model's untrained state is not copied, and so not looked at (bytes)."""
+
+
+class MovingState:
+    """A copy of a model's buffers and untrained parameters, to find those that a pass has changed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        state = _untrained(model)
+        fits = sum(tensor.numel() * tensor.element_size() for tensor in state.values()) <= MAX_BYTES
+        self._before = {name: tensor.detach().clone() for name, tensor in state.items()} if fits else {}
+
+    def changed(self) -> list[str]:
+        """Return the names of the buffers and untrained parameters that differ from the copy."""
+        now = _untrained(self._model)
+        return [name for name, tensor in self._before.items() if name in now and not _equal(now[name], tensor)]
+
+    def notes(self, experiment: Experiment) -> list[str]:
+        """Return a sentence if several passes per step move this state too often; TaskFault if ZeRO 3 loses it."""
+        changed = self.changed()
+        if not changed:
+            return []
+        layout = experiment.layout
+        frozen = {name for name, parameter in self._model.named_parameters() if not parameter.requires_grad}
+        lost = [name for name in changed if name in frozen]
+        if lost and layout.dp_shard > 1 and layout.zero_stage == 3:
+            raise TaskFault(
+                f"{lost[0]} is changed in the forward pass although it is not trained, and ZeRO 3 would lose the "
+                "change: register it as a buffer (register_buffer), or set layout.zero_stage to 1 or 2"
+            )
+        passes = experiment.gradients.accumulation * (layout.microbatches if layout.pp > 1 else 1)
+        if passes == 1:
+            return []
+        return [
+            f"{changed[0]} changes in every training pass, and a step has {passes} passes, so it moves more often than "
+            "in one process with the whole batch"
+        ]
+
+
+def _untrained(model: nn.Module) -> dict[str, Tensor]:
+    """Return buffers and untrained parameters by name, without those of batch normalisation, which has its own note."""
+    normalised = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, _BatchNorm) and name)
+    state: dict[str, Tensor] = dict(model.named_buffers())
+    state |= {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if not name.startswith(normalised) and not isinstance(model, _BatchNorm) and not tensor.is_meta
+    }
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and numbers; NaN equals NaN."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    same = first == second
+    return bool((same | ((first != first) & (second != second))).all())
