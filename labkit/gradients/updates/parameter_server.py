@@ -77,9 +77,7 @@ class ParameterServer(AsyncUpdateRule):
         """Return why the resume is not exact; without staleness it is: every update is the mean over all ranks."""
         synchronous = options.staleness == 0 and options.backup == 0
         return (
-            ""
-            if synchronous
-            else "which gradient reaches the server first depends on timing, so no two runs are alike"
+            "" if synchronous else "which gradient reaches the server first depends on timing, so no two runs are alike"
         )
 
     @property
