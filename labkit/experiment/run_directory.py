@@ -66,6 +66,14 @@ EVENTS = {
 PHASES = ("setup", "data", "forward", "backward", "optimizer", "evaluation", "checkpoint", "done")
 """Where a rank can be, in the order in which it gets there."""
 
+SLOW_PHASES = ("setup", "checkpoint")
+"""Phases in which a rank may be silent for SLOW_FACTOR times launch.timeout_s.
+
+The set-up reads data and may compile, and a checkpoint writes many gigabytes of weights and moments between two signs
+of progress.
+"""
+SLOW_FACTOR = 10
+
 EXIT_STOPPED = 75
 """Exit code of a rank that ended early because it was asked to (EX_TEMPFAIL: the run can be resumed)."""
 

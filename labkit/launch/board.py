@@ -22,7 +22,7 @@ import mmap
 import time
 from dataclasses import dataclass
 
-from labkit.experiment.run_directory import PHASES
+from labkit.experiment.run_directory import PHASES, SLOW_FACTOR, SLOW_PHASES
 
 # Everything is a word of 8 bytes, written and read in one piece. (struct.pack_into would not do: it fills its target
 # with zeros first, and another process may look just then.)
@@ -140,9 +140,5 @@ class Board:
 
 
 def _patience(phase: str, limit_s: float) -> float:
-    """Return after how many seconds a rank in this phase counts as silent.
-
-    The set-up reads data and may compile, and a checkpoint writes many gigabytes of weights and moments between two
-    signs of progress: both get ten times as long.
-    """
-    return 10 * limit_s if phase in ("setup", "checkpoint") else limit_s
+    """Return after how many seconds a rank in this phase counts as silent."""
+    return SLOW_FACTOR * limit_s if phase in SLOW_PHASES else limit_s

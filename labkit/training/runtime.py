@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from labkit.experiment import Experiment
 from labkit.experiment.registry import registry
+from labkit.experiment.run_directory import SLOW_FACTOR
 from labkit.parallel.cast import at_least_float32, place_tensor
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.model import offloads
@@ -52,7 +53,7 @@ class Runtime:
     def start(cls, experiment: Experiment, rank: int, rendezvous: str) -> Runtime:
         """Join the other ranks. Blocks until all have joined."""
         launch, ranks = experiment.launch, experiment.layout.world_size
-        timeout_s = launch.timeout_s + PATIENCE_S
+        timeout_s = SLOW_FACTOR * launch.timeout_s + PATIENCE_S
         torch.set_num_threads(launch.threads_per_rank)
         alone = ranks == 1 or launch.isolated
         cpu = launch.device == "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -488,3 +489,23 @@ def test_a_kernel_changes_no_signal_handler_and_starts_no_thread() -> None:
     before = [signal.getsignal(number) for number in numbers], threading.active_count()
     start(tiny(steps=3)).wait(30)
     assert ([signal.getsignal(number) for number in numbers], threading.active_count()) == before
+
+
+@pytest.mark.slow  # it waits ten times launch.timeout_s
+def test_a_rank_that_hangs_while_it_builds_its_task_is_named(tmp_path: Path) -> None:
+    """The other one waits for it in the comparison: its collective must not give up before the supervisor does."""
+    task = tmp_path / "hangs.py"
+    task.write_text(
+        "import os, time\nimport torch\n"
+        "def make_task():\n"
+        "    while os.environ['RANK'] == '1':\n"
+        "        time.sleep(0.1)\n"
+        "    x, y = torch.randn(32, 4), torch.randint(3, (32,))\n"
+        "    return torch.nn.Linear(4, 3), (x, y), (x, y), torch.nn.CrossEntropyLoss()\n"
+    )
+    run = start(tiny(workload={"name": "custom", "path": f"{task}:make_task"}, launch__timeout_s=4.0))
+    run.wait(90)
+    cause = run.cause or {}
+    assert cause["kind"] == "silent"
+    assert cause["rank"] == 1
+    assert re.match(r"rank 1 is silent for 4\d s, in setup", cause["message"]), cause
