@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -142,11 +143,10 @@ def _become_rank(
         # Also when somebody's code calls sys.exit(0) in the middle of training.
         _report(pipe, error, quiet=code == EXIT_STOPPED)
     finally:
-        try:
+        # Whatever somebody's code has made of them: a rank must never return into the supervisor's code.
+        with contextlib.suppress(BaseException):
             sys.stdout.flush()
             sys.stderr.flush()
-        except OSError:
-            pass
         os._exit(code)
 
 
@@ -177,7 +177,7 @@ def _report(pipe: int, error: BaseException, quiet: bool = False) -> None:
     # The pipe holds 64 KiB, and JSON may take six bytes for a character.
     report = {
         "type": type(error).__name__[:200],
-        "message": own_words(error)[:2000],
+        "message": _words(error)[:2000],
         "traceback": text[-6000:],
         "lost_peer": _lost_peer(error),
         "task": str(error) if isinstance(error, TaskFault) else None,
@@ -190,6 +190,13 @@ def _report(pipe: int, error: BaseException, quiet: bool = False) -> None:
             print(text, file=sys.stderr, flush=True)  # noqa: T201  (the log of the rank)
     except (OSError, ValueError):  # somebody's code may have closed the log
         pass
+
+
+def _words(error: BaseException) -> str:
+    """Return the message of an exception; for a SystemExit without a code, the code that it stands for."""
+    if isinstance(error, SystemExit) and error.code is None:
+        return "0"
+    return own_words(error)
 
 
 def _lost_peer(error: BaseException) -> bool:

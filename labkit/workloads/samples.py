@@ -160,5 +160,7 @@ def short(value: int) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """The type of a value, for a sentence."""
+    """Return the type of a value for a sentence, with the length of a tuple or list."""
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__} of {len(value)}"
     return type(value).__name__ if value is not None else "None"

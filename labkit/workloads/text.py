@@ -78,7 +78,10 @@ class Corpus:
             cut = round(len(train) * (1 - TEST_SHARE))
             train, test = train[:cut], train[cut:]
         if not train or not test:
-            raise ValueError("the text is too short to be cut into a training and a held-out part")
+            if not (train or test):
+                raise ValueError("the text is empty")
+            part = "held-out" if train else "training"
+            raise ValueError(f"the {part} part of the text is empty: the text, or the file of this split, is too short")
         held_out = encode(test)
         return cls(encode(train), held_out, len(held_out) / len(test), vocabulary)
 

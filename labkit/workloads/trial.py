@@ -163,4 +163,4 @@ class _ClassesLast(nn.Module):
 def _parts(output: Any) -> str:
     if isinstance(output, dict):
         return f"dict of {', '.join(map(str, output))}"
-    return f"{kind_of(output)} of {len(output)}" if isinstance(output, tuple | list) else kind_of(output)
+    return kind_of(output)

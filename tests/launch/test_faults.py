@@ -491,6 +491,36 @@ def test_a_kernel_changes_no_signal_handler_and_starts_no_thread() -> None:
     assert ([signal.getsignal(number) for number in numbers], threading.active_count()) == before
 
 
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [
+        ("raise ValueError('bad data')", "rank 0 raised ValueError: bad data"),
+        ("sys.exit()", "rank 0 raised SystemExit: 0"),
+    ],
+)
+def test_a_rank_without_its_standard_output_ends_as_itself(tmp_path: Path, ends: str, words: str) -> None:
+    """It failed when it flushed its output at the end, and went on as a second supervisor."""
+    task = tmp_path / "mute.py"
+    task.write_text(
+        "import sys\nimport torch\n"
+        "class Net(torch.nn.Linear):\n"
+        "    passes = 0\n"
+        "    def forward(self, x):\n"
+        "        Net.passes += 1\n"
+        "        if Net.passes > 60:\n"
+        "            sys.stdout = sys.stderr = None\n"
+        f"            {ends}\n"
+        "        return super().forward(x)\n"
+        "def make_task():\n"
+        "    x, y = torch.randn(32, 4), torch.randint(3, (32,))\n"
+        "    return Net(4, 3), (x, y), (x, y), torch.nn.CrossEntropyLoss()\n"
+    )
+    run = start(tiny(1, 100, workload={"name": "custom", "path": f"{task}:make_task"}))
+    run.wait(60)
+    assert run.state == "failed"
+    assert words in (run.cause or {})["message"], run.cause
+
+
 @pytest.mark.slow  # it waits ten times launch.timeout_s
 def test_a_rank_that_hangs_while_it_builds_its_task_is_named(tmp_path: Path) -> None:
     """The other one waits for it in the comparison: its collective must not give up before the supervisor does."""

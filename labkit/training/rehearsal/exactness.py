@@ -38,7 +38,6 @@ def non_parity_modules(
     """
     reasons: list[str] = []
     if task is not None:
-        reasons += [str(note) for note in task.facts().get("notes", [])]
         reasons += _random_data(task)
     if ranks * passes == 1:
         return reasons

@@ -129,7 +129,8 @@ def rehearse(
 def _proofs(experiment: Experiment, task: Task, runtime: Runtime, foreign: bool) -> list[str]:
     """Reasons why ranks, or passes of one, differ from one process; TaskFault where the loss does not allow several."""
     ranks, passes = 1 if runtime.isolated else runtime.ranks, experiment.gradients.accumulation
-    notes = non_parity_modules(task.model, ranks, passes, task if foreign else None, runtime.place)
+    about_data = [str(note) for note in task.facts().get("notes", [])]
+    notes = about_data + non_parity_modules(task.model, ranks, passes, task if foreign else None, runtime.place)
     if runtime.isolated or ranks * passes == 1:
         return notes
     proof = prove_loss(task, runtime.place)
