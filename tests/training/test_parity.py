@@ -65,7 +65,7 @@ MISTAKES = {
     "gradients are not averaged at all": (
         "import labkit.parallel.replicate as broken\n"
         "broken.Replicate.apply = staticmethod(lambda accelerator, model: model)\n"
-        "broken.ReplicatedModel.share_memory = lambda self, folder, timeout_s: None\n"
+        "broken.ReplicatedModel.use_shared_memory = lambda self, folder, timeout_s: None\n"
     ),
     "shared memory adds up all ranks but one": (
         "from labkit.parallel.shared_memory import SharedMemory\n"
