@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from labkit.workloads.seed import unchanged_generators
 
@@ -198,6 +199,8 @@ class Noted:
             self._undo.append(lambda: setattr(value, "grad", gradient))
         for hook in _hooks_of(value):
             self.note(hook, 0)
+        if is_lazy(value):  # no shape and no numbers yet
+            return
         size = value.numel() * value.element_size()
         plain = type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.layout is torch.strided
         if isinstance(value, nn.Parameter) and not self._weights:

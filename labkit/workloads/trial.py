@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from labkit.workloads.accuracy import right_and_counted
 from labkit.workloads.base import Batch, Data, TensorData
@@ -27,6 +28,8 @@ _BROADCAST = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 def try_out(task: SimpleTask, name: str) -> None:
     """Fit the formats of inputs and targets to model and loss, and raise ValueError in a sentence for what misfits."""
     _fit_targets(task)
+    if any(is_lazy(tensor) for tensor in (*task.model.parameters(), *task.model.buffers())):
+        return  # a pass would give them a shape for good: the rehearsal refuses them
     with (
         undisturbed(task.model, task.train, task.test, task.loss_fn, weights=False),
         torch.no_grad(),

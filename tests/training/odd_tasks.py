@@ -223,6 +223,20 @@ def lazy() -> dict[str, Any]:
     return task(nn.Sequential(nn.LazyLinear(10), nn.Tanh(), nn.LazyLinear(3)))
 
 
+def lazy_convolution() -> dict[str, Any]:
+    return task(nn.Sequential(nn.Unflatten(1, (1, 6)), nn.LazyConv1d(2, 3), nn.Flatten(), nn.Linear(8, 3)))
+
+
+def lazy_norm() -> dict[str, Any]:
+    return task(nn.Sequential(nn.Linear(6, 10), nn.LazyBatchNorm1d(affine=False), nn.Linear(10, 3)))
+
+
+def lazy_buffer() -> dict[str, Any]:
+    model = Net()
+    model.register_buffer("scale", nn.parameter.UninitializedBuffer())
+    return task(model)
+
+
 def synchronized_norm() -> dict[str, Any]:
     return task(nn.Sequential(nn.Linear(6, 10), nn.SyncBatchNorm(10), nn.Linear(10, 3)))
 

@@ -69,6 +69,10 @@ def sentence(experiment: Experiment) -> str:
 SHARDED = "shard2"
 WRONG: list[tuple[str, str, str]] = [
     ("everything_frozen", "dp1", "nothing to train: all 4 parameters are frozen"),
+    ("lazy", "dp2", "0.weight has no shape yet \\(a lazy layer\\): call the model once on a sample"),
+    ("lazy_convolution", "dp1", "1.weight has no shape yet \\(a lazy layer\\): call the model once"),
+    ("lazy_norm", SHARDED, "1.running_mean has no shape yet \\(a lazy layer\\): call the model once"),
+    ("lazy_buffer", "dp1", "scale has no shape yet \\(a lazy layer\\): call the model once"),
     ("synchronized_norm", "dp2", "1 is a SyncBatchNorm, which works on GPUs only: use nn.BatchNorm"),
     ("one_number", SHARDED, "temperature is a single number without a dimension, .*give it the shape \\(1,\\)"),
     ("empty_parameter", SHARDED, "nothing is empty \\(shape \\[0, 4\\]\\), which ZeRO 3 cannot shard"),
