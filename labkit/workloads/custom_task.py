@@ -51,10 +51,6 @@ class SimpleTask:
         """More facts."""
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        given: Any = output
-        if not isinstance(given, Tensor):  # scores and more of a model in training mode, for a loss made for that
-            loss: Tensor = self.loss_fn(given, batch["y"])
-            return loss
         output, target = self._alike(output, batch["y"])
         if self.weight_fn is not None and not float(self.weight_fn(batch["y"])):
             return output.flatten()[:0].sum()
@@ -79,9 +75,6 @@ class SimpleTask:
         return output.to(wide), target.to(wide) if target.is_floating_point() else target
 
     def evaluate(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
-        given: Any = output
-        if not isinstance(given, Tensor):
-            raise ValueError(f"the model must give one tensor in eval mode, it gives a {kind_of(given)}")
         output, target = self._alike(output, batch["y"])
         weight = torch.as_tensor(self.batch_weight(batch), device=output.device)
         sums = {

@@ -40,11 +40,7 @@ def try_out(task: SimpleTask, name: str) -> None:
         batch, output = _fit_inputs(task)
         if output is None:
             return
-        if not isinstance(output, Tensor):
-            raise ValueError(
-                f"the model from {name} must give one tensor in eval mode, it gives a {_parts(output)}: "
-                "return the scores alone"
-            )
+        _refuse_parts(output, "eval", name)
         _try_loss(task, output, batch, name)
         if task.counts_right:
             try:
@@ -53,6 +49,33 @@ def try_out(task: SimpleTask, name: str) -> None:
                 raise ValueError(f"metric from {name}: {error}") from None
     _check_classes(task, output, name)
     _check_causal(task, output, batch, name)
+    _try_training(task, name)
+
+
+def _try_training(task: SimpleTask, name: str) -> None:
+    """Refuse a model that gives more than scores in training mode; weights that such a pass writes are put back."""
+    indices = list(range(min(2, len(task.train))))
+    with undisturbed(task.model, task.train), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x = task.train.__getitems__(indices)["x"]
+        task.model.train()
+        output = _run(task.model, _as_weights(task.model, x))
+        if output is not None:
+            _refuse_parts(output, "training", name)
+
+
+def _refuse_parts(output: Any, mode: str, name: str) -> None:
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"the model from {name} must give one tensor in {mode} mode, it gives a {_parts(output)}: "
+            "return the scores alone"
+        )
+
+
+def _as_weights(model: nn.Module, x: Tensor) -> Tensor:
+    """Inputs that are no whole numbers, in the format of the model's weights."""
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return x.to(own) if x.is_floating_point() else x
 
 
 def _fit_targets(task: SimpleTask) -> None:
@@ -74,7 +97,7 @@ def _fit_inputs(task: SimpleTask) -> tuple[Batch, Any]:
     batch = task.test.__getitems__(indices)
     x = batch["x"]
     own = next((p.dtype for p in task.model.parameters() if p.is_floating_point()), torch.float32)
-    output = _run(task.model, x.to(own) if x.is_floating_point() else x)
+    output = _run(task.model, _as_weights(task.model, x))
     if output is None and not (x.is_floating_point() or x.is_complex()):
         output = _run(task.model, x.to(own))
         if output is not None:

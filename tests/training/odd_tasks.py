@@ -288,6 +288,15 @@ def two_outputs() -> dict[str, Any]:
     return task(Model(), lambda out, y: functional.cross_entropy(out[0], y))
 
 
+def two_outputs_in_training() -> dict[str, Any]:
+    class Model(Net):
+        def forward(self, x: Tensor) -> Any:
+            scores = super().forward(x)
+            return (scores, x) if self.training else scores
+
+    return task(Model(), lambda out, y: functional.cross_entropy(out if isinstance(out, Tensor) else out[0], y))
+
+
 def text_for_output() -> dict[str, Any]:
     class Model(Net):
         def forward(self, x: Tensor) -> Any:

@@ -79,6 +79,8 @@ WRONG: list[tuple[str, str, str]] = [
     ("integer_parameter", SHARDED, "places is a parameter of int64, .* make it a buffer"),
     ("sparse_rows", "dp1", "0.weight has sparse gradients .* leave sparse=True out, the numbers stay the same"),
     ("two_outputs", "dp2", "must give one tensor in eval mode, it gives a tuple of 2: return the scores alone"),
+    ("two_outputs_in_training", "dp2", "in training mode, it gives a tuple of 2: return the scores alone"),
+    ("two_outputs_in_training", "dp1", "must give one tensor in training mode, it gives a tuple of 2"),
     ("text_for_output", "dp1", "must give one tensor in eval mode, it gives a str"),
     ("loss_for_each_sample", "dp1", "must give the mean over the samples, one number; it gives shape \\[2\\]"),
     ("loss_as_float", "dp1", "must give the mean over the samples, one number; it gives float"),

@@ -137,24 +137,45 @@ class Gives(nn.Module):
         (lambda out, training: (out, out), "must give one tensor in eval mode, it gives a tuple of 2"),
         (lambda out, training: {"logits": out}, "it gives a dict of logits: return the scores alone"),
         (lambda out, training: [out], "it gives a list of 1"),
+        (
+            lambda out, training: (out, out) if training else out,
+            "must give one tensor in training mode, it gives a tuple of 2: return the scores alone",
+        ),
+        (lambda out, training: {"logits": out} if training else out, "in training mode, it gives a dict of logits"),
     ],
 )
 def test_outputs_that_are_no_tensor_are_refused_when_built(also: Any, sentence: str) -> None:
-    loss = lambda output, y: nn.functional.cross_entropy(output[0], y)  # noqa: E731
+    def loss(output: Any, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output if isinstance(output, Tensor) else output[0], y)
+
     with pytest.raises(ValueError, match=sentence):
         task((X, Y), loss, Gives(also))
 
 
-def test_more_than_scores_in_training_mode_only_is_taken() -> None:
-    def loss(output: Any, y: Tensor) -> Tensor:
-        return sum(
-            nn.functional.cross_entropy(part, y) for part in (output if isinstance(output, tuple) else (output,))
-        )
+def test_looking_at_the_training_mode_leaves_no_trace() -> None:
+    class Teacher(nn.Module):
+        """Follows itself in training: weights that a pass writes, running statistics, a count of passes."""
 
-    made = task((X, Y), loss, Gives(lambda out, training: (out, out) if training else out), metric="accuracy")
-    train(made, 3)
-    made.model.eval()
-    assert 0 <= evaluate(made)["accuracy"] <= 1
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = nn.Linear(8, 4), nn.BatchNorm1d(4)
+            self.slow = nn.Linear(8, 4).requires_grad_(False)
+            self.passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.passes += 1
+                with torch.no_grad():
+                    self.slow.weight.lerp_(self.layer.weight, 0.5)
+            return self.norm(self.layer(x) + self.slow(x) + torch.rand(()))
+
+    model = Teacher()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    assert task((X, Y), model=model).model.training
+    assert model.passes == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
