@@ -1,4 +1,4 @@
-"""Starting and stopping ranks. Imports no torch: the kernel is a client, never the launcher."""
+"""Starting and stopping ranks. Nothing here imports torch in the kernel: it is a client, never the launcher."""
 
 from labkit.launch.client import launch, standby_pid, warm
 

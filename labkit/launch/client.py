@@ -1,6 +1,6 @@
-"""The launching side, in a notebook kernel or a command: writes the run directory, sends the order, returns at once.
+"""The client side, in a notebook kernel or a command: it writes the run directory, sends the order and returns at once.
 
-The kernel never forks, makes no CUDA call and changes no signal handler. It holds a pipe to one standby (standby.py).
+The kernel never forks, makes no CUDA calls and changes no signal handlers. It holds a pipe to one standby (standby.py).
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from labkit.runs import status as run_status
 from labkit.runs.processes import boot_id, frozen, identity, machine
 from labkit.runs.run import Run
 
-LEAST_FREE_BYTES = 2 * 2**20
+MIN_FREE_BYTES = 2 * 2**20
 RESUME_TRIES = 5
-"""How often a later checkpoint is taken when a run that goes on has just removed the one before."""
-# In force before numpy and torch load their thread pools in the standby: a thread pool would not survive the fork.
+"""How often to look for a later checkpoint if a run that is still training has just removed the previous one."""
+# Set before numpy and torch create their thread pools in the standby: a thread pool would not survive the fork.
 SINGLE_THREADED = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "NUMEXPR_NUM_THREADS": "1",
 }
-# What a run should see as it is now, not as it was when the standby started.
-PASSED_ON = ("CUDA_", "NCCL_", "GLOO_", "HF_", "LABKIT_", "TORCH_")
+# Prefixes of variables that a run sees as they are at its launch, not as they were when the standby started.
+FORWARDED_PREFIXES = ("CUDA_", "NCCL_", "GLOO_", "HF_", "LABKIT_", "TORCH_")
 
 
 class Standby:
     """A standby process and the pipe to it."""
 
     def __init__(self) -> None:
-        self._says: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the standby)
+        self._stdout: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the standby)
         log = _open_log()
         self.process = subprocess.Popen(
             # -P: a file in the current folder must not stand in for a library.
             [sys.executable, "-P", "-m", "labkit.launch.standby"],
             stdin=subprocess.PIPE,
-            stdout=self._says,
+            stdout=self._stdout,
             stderr=log,
             start_new_session=True,  # the interrupt of a notebook goes to the kernel's whole process group
             env=os.environ | SINGLE_THREADED | import_path(),
@@ -60,45 +60,46 @@ class Standby:
 
     @property
     def alive(self) -> bool:
+        """Whether the process has not ended."""
         return self.process.poll() is None
 
     @property
     def takes_orders(self) -> bool:
-        """Is it alive, and not stopped by a signal? A frozen one would never begin a run."""
+        """Whether it is alive and not stopped by a signal; a stopped one would never begin a run."""
         return self.alive and not frozen(self.process.pid)
 
     def ready(self) -> bool:
-        """Has it imported everything?"""
-        return not self._says.closed and self.alive and b'"ready"' in os.pread(self._says.fileno(), 1 << 12, 0)
+        """Return whether it has imported everything that ranks need."""
+        return not self._stdout.closed and self.alive and b'"ready"' in os.pread(self._stdout.fileno(), 1 << 12, 0)
 
     def order(self, order: dict[str, Any]) -> None:
-        """Send one order; OSError if the standby is gone."""
+        """Send one order. OSError if the standby is gone."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(order).encode() + b"\n")
         self.process.stdin.flush()
 
     def close(self) -> None:
-        """Let it go; runs that it has started go on."""
-        self._says.close()
+        """Close the pipe, so that the standby ends; runs that it has started continue."""
+        self._stdout.close()
         if self.process.stdin is not None and not self.process.stdin.closed:
-            with contextlib.suppress(OSError):  # it was gone before it could take the last order
+            with contextlib.suppress(OSError):  # it ended before it could read the last order
                 self.process.stdin.close()
 
 
 def import_path() -> dict[str, str]:
-    """What lets a Python process find this labkit without looking into the current folder; empty where it does.
+    """Return the PYTHONPATH variable with which a Python process that ignores the current folder finds this labkit.
 
-    Only where labkit itself is imported from the current folder, as in a checkout, the process is told of that folder.
+    It is only needed if labkit is imported from the current folder, as in a checkout; otherwise the result is empty.
     """
     root = str(Path(__file__).resolve().parents[2])
     if not sys.path or Path(sys.path[0] or os.curdir).resolve() != Path(root):
         return {}
-    known = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return {} if root in known else {"PYTHONPATH": os.pathsep.join([*known, root])}
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return {} if root in paths else {"PYTHONPATH": os.pathsep.join([*paths, root])}
 
 
 def _open_log() -> IO[bytes]:
-    """Where standbys complain, e.g. that torch cannot be imported; a run that dies so shows the end of it."""
+    """Open the log for errors of standbys, e.g. that torch cannot be imported; failed runs quote its end."""
     path = standby_log(home())
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -110,40 +111,40 @@ def _open_log() -> IO[bytes]:
 
 _lock = threading.Lock()
 _standby: Standby | None = None
-_leaving: list[Standby] = []
-"""Let go, but not ended yet: kept so that their exit codes are fetched and no zombie stays."""
+_closing: list[Standby] = []
+"""Standbys whose pipe was closed but that have not ended: kept so that they are reaped and leave no zombies."""
 
 
-def _current() -> Standby:
-    """The living standby of this process, started if need be. Call with the lock held."""
+def _current_standby() -> Standby:
+    """Return the living standby of this process, and start one if necessary. Call with the lock held."""
     global _standby
     if _standby is not None and not _standby.takes_orders:
-        if _standby.alive:  # frozen: its orders fail by name, later ones go to another
+        if _standby.alive:  # stopped: the runs ordered from it fail with that reason, later ones get a new standby
             _standby.process.kill()
-        _let_go(_standby)
+        _release(_standby)
         _standby = None
     if _standby is None:
         _standby = Standby()
     return _standby
 
 
-def _let_go(standby: Standby) -> None:
-    """Call with the lock held."""
+def _release(standby: Standby) -> None:
+    """Close a standby and reap those that have ended. Call with the lock held."""
     standby.close()
-    _leaving[:] = [one for one in (*_leaving, standby) if one.alive]
+    _closing[:] = [candidate for candidate in (*_closing, standby) if candidate.alive]
 
 
 def uses_standby() -> bool:
-    """LABKIT_STANDBY=0 turns the waiting process off where memory is short; each run then starts cold."""
+    """Return whether a standby is used; LABKIT_STANDBY=0 turns it off to save memory, and each run then starts cold."""
     return os.environ.get("LABKIT_STANDBY", "1") != "0"
 
 
 def warm(wait: float = 0.0) -> bool:
-    """Start the standby in the background; with `wait` seconds, wait for it. True if it is ready."""
+    """Start the standby in the background, wait up to `wait` seconds for it, and return whether it is ready."""
     if not uses_standby():
         return False
     with _lock:
-        standby = _current()
+        standby = _current_standby()
     deadline = time.monotonic() + wait
     while not standby.ready() and standby.alive and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -151,39 +152,39 @@ def warm(wait: float = 0.0) -> bool:
 
 
 @contextlib.contextmanager
-def standby_of_its_own() -> Iterator[None]:
-    """Runs launched meanwhile come from another standby: they share neither random state nor the order of sets."""
-    before = _exchange_standby(None)
+def private_standby() -> Iterator[None]:
+    """Launch the runs of this context from another standby, with its own random state and its own order of sets."""
+    previous = _swap_standby(None)
     try:
         yield
     finally:
-        own = _exchange_standby(before)
-        if own is not None:
+        private = _swap_standby(previous)
+        if private is not None:
             with _lock:
-                _let_go(own)
+                _release(private)
 
 
-def _exchange_standby(standby: Standby | None) -> Standby | None:
-    """Use this standby for launches from here on, and return the one that was used before."""
+def _swap_standby(standby: Standby | None) -> Standby | None:
+    """Use this standby for launches from now on, and return the previous one."""
     global _standby
     with _lock:
-        before, _standby = _standby, standby
-    return before
+        previous, _standby = _standby, standby
+    return previous
 
 
 def standby_pid() -> int | None:
-    """Process id of the standby, or None if there is none."""
+    """Return the process id of the standby, or None if there is none."""
     with _lock:
         return _standby.process.pid if _standby is not None and _standby.alive else None
 
 
 @atexit.register
 def close() -> None:
-    """End the standby of this process. Runs go on."""
+    """End the standby of this process; runs continue."""
     global _standby
     with _lock:
         if _standby is not None:
-            _let_go(_standby)
+            _release(_standby)
             _standby = None
 
 
@@ -197,42 +198,44 @@ def launch(
     """Start a run in the background and return its handle at once.
 
     `resume` continues from the last checkpoint of another run. `baseline` names the one-process run that the speed-up
-    refers to; "auto" takes the latest on this machine that fits. `entry` is what the ranks do instead of training
-    (`module:function`). Raises ExperimentError, and launches nothing, if the
-    experiment cannot run here or the run directory cannot be written.
+    refers to; "auto" uses the latest matching run on this machine. `entry` is what the ranks execute instead of
+    training (`module:function`). Raises ExperimentError, and launches nothing, if the experiment cannot run here or the
+    run directory cannot be written.
     """
     requested = time.monotonic()
     resolved = experiment.check()
-    here = _working_directory()
-    directory, start = _prepare(resolved, resume)
+    working_directory = _working_directory()
+    directory, resume_point = _prepare(resolved, resume)
     order = {
         "run": str(directory.path),
         "requested": requested,
-        "cwd": here,
-        "environment": {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)},
+        "cwd": working_directory,
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(FORWARDED_PREFIXES)},
         "baseline": baseline.id if isinstance(baseline, Run) else baseline,
-        "resume": None if start is None else str(directory.checkpoint(start.contents.step)),
+        "resume": None if resume_point is None else str(directory.checkpoint(resume_point.contents.step)),
     } | ({} if entry is None else {"entry": entry})
     try:
         with _lock:
-            standby = _current() if uses_standby() else Standby()
+            standby = _current_standby() if uses_standby() else Standby()
             run_status.update(directory, launcher=identity(standby.process.pid))
             standby.order(order)
             if not uses_standby():
-                _let_go(standby)
+                _release(standby)
     except BaseException as error:
-        # The run is visible, so it ends: also one that has got the order and is broken off here (an interrupt).
-        broken = f"cannot launch: {error}" if isinstance(error, OSError) else "the launch was broken off"
+        # The run is visible, so it must end: also if its order was sent and an interrupt arrives here.
+        message = f"cannot launch: {error}" if isinstance(error, OSError) else "the launch was interrupted"
         with contextlib.suppress(OSError):
-            run_status.update(directory, state="failed", cause=run_status.cause("supervisor", broken))
+            run_status.update(directory, state="failed", cause=run_status.cause("supervisor", message))
         if not isinstance(error, OSError):
             raise
     return Run(directory)
 
 
-def _first_status(directory: RunDirectory, experiment: Experiment, start: resuming.Start | None) -> dict[str, Any]:
-    """The status of a run that this process is about to launch."""
-    notes = start.notes if start is not None else []
+def _first_status(
+    directory: RunDirectory, experiment: Experiment, resume_point: resuming.ResumePoint | None
+) -> dict[str, Any]:
+    """Return the initial status of a run that this process is about to launch."""
+    notes = resume_point.notes if resume_point is not None else []
     return {
         "run_id": directory.id,
         "title": experiment.title,
@@ -249,7 +252,7 @@ def _first_status(directory: RunDirectory, experiment: Experiment, start: resumi
         "steps": experiment.training.steps,
         "warnings": [*(str(warning) for warning in experiment.warnings()), *notes],
         "notes": notes,
-        "resumed_from": None if start is None else str(start.folder),
+        "resumed_from": None if resume_point is None else str(resume_point.folder),
         "launcher": identity(os.getpid()),
         "supervisor": None,
         "ranks": [],
@@ -258,37 +261,38 @@ def _first_status(directory: RunDirectory, experiment: Experiment, start: resumi
 
 
 def _working_directory() -> str:
+    """Return the current directory. ExperimentError if it has been deleted."""
     try:
         return os.getcwd()
     except FileNotFoundError:
         raise ExperimentError([Problem("", "the current directory has been deleted; change to another one")]) from None
 
 
-def _prepare(experiment: Experiment, resume: Run | str | None) -> tuple[RunDirectory, resuming.Start | None]:
-    """The run directory, with the checkpoint to go on from in it if there is one; ExperimentError, see `launch`."""
+def _prepare(experiment: Experiment, resume: Run | str | None) -> tuple[RunDirectory, resuming.ResumePoint | None]:
+    """Create the run directory; return it and the checkpoint to resume from, if any. ExperimentError as in `launch`."""
     if resume is None:
-        return _create(experiment), None
+        return _create_directory(experiment), None
     for _ in range(RESUME_TRIES):
         with contextlib.suppress(resuming.VanishedError):
-            start = resuming.find_start(resume, experiment)
-            return _create(experiment, start), start
-    raise resuming.gone(resume)
+            resume_point = resuming.find_resume_point(resume, experiment)
+            return _create_directory(experiment, resume_point), resume_point
+    raise resuming.checkpoints_vanish_error(resume)
 
 
-def _create(experiment: Experiment, start: resuming.Start | None = None) -> RunDirectory:
-    """The run directory with the experiment in it; ExperimentError if that cannot be written."""
+def _create_directory(experiment: Experiment, resume_point: resuming.ResumePoint | None = None) -> RunDirectory:
+    """Create the run directory with the experiment in it. ExperimentError if it cannot be written."""
     directory = None
     try:
         directory = RunDirectory.create(f"{experiment.workload.name}-{experiment.layout}")
         free = shutil.disk_usage(directory.path).free
-        if free < LEAST_FREE_BYTES:
+        if free < MIN_FREE_BYTES:
             directory.path.rmdir()
             raise ExperimentError([Problem("LABKIT_HOME", f"only {free / 2**20:.1f} MB are free in {home()}")])
         run_status.reserve(directory)
         # The experiment makes the run visible, so it comes last.
-        run_status.update(directory, **_first_status(directory, experiment, start))
-        if start is not None:
-            start.take_along(directory)
+        run_status.update(directory, **_first_status(directory, experiment, resume_point))
+        if resume_point is not None:
+            resume_point.link_into(directory)
         write_json(directory.experiment, experiment.to_dict())
         directory.come_last()
     except (OSError, resuming.VanishedError) as error:
@@ -296,6 +300,6 @@ def _create(experiment: Experiment, start: resuming.Start | None = None) -> RunD
             safe_files.remove_folder(directory.path)
         if not isinstance(error, OSError):
             raise
-        why = error.strerror or str(error)
-        raise ExperimentError([Problem("LABKIT_HOME", f"cannot write a run to {home()}: {why}")]) from None
+        reason = error.strerror or str(error)
+        raise ExperimentError([Problem("LABKIT_HOME", f"cannot write a run to {home()}: {reason}")]) from None
     return directory

@@ -1,4 +1,4 @@
-"""What this machine has, and what is greyed out here and why."""
+"""Reports what this machine has, and which choices are unavailable on it and why."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from labkit.launch.client import uses_standby
 from labkit.netem import rules as network
 from labkit.runs.environment import versions
 
-# Asked in a process of its own: this one stays free of torch, and no CUDA context is made.
+# Runs in a separate process: this one stays free of torch, and no CUDA context is created.
 _TORCH_PROBE = """
 import json, torch, torch.distributed as dist
 print(json.dumps({
@@ -38,7 +38,7 @@ INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: a topic, what was found, and whether it is fine (None: merely a fact)."""
+    """One line of the report: a topic, a text, and whether it is fine (None: merely a fact)."""
 
     topic: str
     text: str
@@ -46,16 +46,17 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at the machine; takes a few seconds, because torch is imported in another process."""
-    return [*_hardware(), *_software(), *_launching(), *_greyed_out()]
+    """Examine the machine and return the report; takes a few seconds, because torch is imported in another process."""
+    return [*_hardware(), *_software(), *_launching(), *_unavailable_choices()]
 
 
 def _hardware() -> list[Finding]:
+    """Report cores, instructions, memory and GPUs."""
     machine = Machine.here()
-    of = f" of {machine.cores_total}" if machine.cores != machine.cores_total else ""
+    total = f" of {machine.cores_total}" if machine.cores != machine.cores_total else ""
     flags = [text for flag, text in INSTRUCTIONS.items() if flag in machine.cpu_flags]
     findings = [
-        Finding("cores", f"{machine.cores}{of} usable: {machine.cpu_model}", machine.cores > 1),
+        Finding("cores", f"{machine.cores}{total} usable: {machine.cpu_model}", machine.cores > 1),
         Finding("instructions", ", ".join(flags) or "none of " + ", ".join(INSTRUCTIONS.values())),
         Finding("memory", f"{machine.memory_bytes / 2**30:.1f} GiB", machine.memory_bytes > 2 * 2**30),
     ]
@@ -70,7 +71,7 @@ def _hardware() -> list[Finding]:
 
 
 def _links() -> str:
-    """How the GPUs are connected, from the driver's own matrix."""
+    """Return how the GPUs are connected, according to the topology matrix of the driver."""
     command = ["nvidia-smi", "topo", "-m"]
     try:
         matrix = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
@@ -80,13 +81,14 @@ def _links() -> str:
 
 
 def _software() -> list[Finding]:
-    known = versions()
-    findings = [Finding("versions", ", ".join(f"{name} {number}" for name, number in known.items()))]
+    """Report versions, the build of torch, and optional packages."""
+    package_versions = versions()
+    findings = [Finding("versions", ", ".join(f"{name} {number}" for name, number in package_versions.items()))]
     try:
-        answer = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-P", "-c", _TORCH_PROBE], capture_output=True, text=True, timeout=120, check=True
         )
-        torch = json.loads(answer.stdout.splitlines()[-1])
+        torch = json.loads(result.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         return [*findings, Finding("torch", f"cannot be imported ({type(error).__name__})", False)]
     build = f"CUDA {torch['cuda_build']}" if torch["cuda_build"] else "CPU build"
@@ -103,6 +105,7 @@ def _software() -> list[Finding]:
 
 
 def _launching() -> list[Finding]:
+    """Report the home, the standby and the emulated network."""
     root = home()
     existing = next(path for path in (root, *root.parents) if path.exists())
     writable = os.access(existing, os.W_OK)
@@ -116,40 +119,38 @@ def _launching() -> list[Finding]:
 
 
 def _emulated_network() -> Finding:
-    """What of `launch.network` can be had here."""
+    """Report which settings of `launch.network` this machine supports."""
     links = network.possible()
     if links.bucket:
         return Finding("namespaces", f"links cannot be slowed down (launch.network): {links.bucket}")
-    missing = {"delay_ms": links.delay, "hosts": links.hosts}
-    without = "".join(f"; no {name}: {why}" for name, why in missing.items() if why)
+    reasons = {"delay_ms": links.delay, "hosts": links.hosts}
+    without = "".join(f"; no {name}: {reason}" for name, reason in reasons.items() if reason)
     return Finding("namespaces", f"allowed: links can be slowed down (launch.network){without}", True)
 
 
-def _greyed_out() -> list[Finding]:
-    """Choices of the form that this version does not have yet, or this machine does not permit."""
+def _unavailable_choices() -> list[Finding]:
+    """Report the choices of the form that this version lacks or this machine does not support."""
     findings = []
-    for knob, methods in registries():
+    for setting, methods in registries():
         planned = [method.key for method in methods if not method.available]
         if planned:
-            findings.append(Finding(knob, f"not in this version yet: {', '.join(planned)}"))
+            findings.append(Finding(setting, f"not in this version yet: {', '.join(planned)}"))
         for method in methods:
             if reason := method.missing(Machine.here()):
-                findings.append(Finding(knob, f"{method.key} is not offered here: {reason}"))
+                findings.append(Finding(setting, f"{method.key} is unavailable here: {reason}"))
     return [*findings, kernels_for_two_four(Machine.here())]
 
 
 def kernels_for_two_four(machine: Machine) -> Finding:
-    """Whether 2:4 sparsity has kernels; a rank tries them out before it trains."""
-    why = registry("sparsity")["n_m"].load().kernels_missing(machine)
-    if why:
-        return Finding("sparsity.kernel", f"semi_structured is not offered here: {why}")
-    return Finding(
-        "sparsity.kernel", "semi_structured: the GPUs should have kernels for 2:4; a rank tries them out", True
-    )
+    """Report whether 2:4 sparsity has kernels on this machine; a rank also tests them before it trains."""
+    reason = registry("sparsity")["n_m"].load().kernels_missing(machine)
+    if reason:
+        return Finding("sparsity.kernel", f"semi_structured is unavailable here: {reason}")
+    return Finding("sparsity.kernel", "semi_structured: the GPUs should have kernels for 2:4; a rank tests them", True)
 
 
 def as_dict(findings: list[Finding]) -> dict[str, Any]:
-    """For --json."""
+    """Return the report as a JSON object, for --json."""
     return {"findings": [{"topic": f.topic, "text": f.text, "fine": f.fine} for f in findings]} | {
         "machine": Machine.here().to_dict(),
         "versions": versions(),

@@ -1,7 +1,7 @@
-"""Going on from another run, the launching side: what is refused before anything is launched, and what is kept.
+"""Resuming another run, the client side: what is refused before anything is launched, and what the new run keeps.
 
-The checkpoint also becomes one of the new run's own, by hard links: so the run that wrote it may go on and remove it,
-or be deleted, and a new run that ends before its first checkpoint can be gone on with itself.
+The checkpoint also becomes a checkpoint of the new run, by hard links: the run that wrote it may continue and remove
+it, or be deleted, and a new run that ends before its first checkpoint can be resumed itself.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from labkit.experiment.resume import notes
 from labkit.experiment.run_directory import RunDirectory
 from labkit.runs.run import Run
 
-MOST_VERIFIED_BYTES = 256 * 2**20
-"""A larger checkpoint is not read before the launch, which has to return at once: its ranks verify it themselves."""
-MUST_STAY = ("workload.name", "training.seed", "training.global_batch", "optimizer.name")
+MAX_VERIFIED_BYTES = 256 * 2**20
+"""A larger checkpoint is not verified before the launch, which must return at once, but by the ranks."""
+FIXED_FIELDS = ("workload.name", "training.seed", "training.global_batch", "optimizer.name")
 
 
 class VanishedError(Exception):
-    """The checkpoint was removed by the run that wrote it, which goes on; there may be a later one."""
+    """The checkpoint was removed by the run that wrote it, which is still training; there may be a later one."""
 
 
 @dataclass(frozen=True)
-class Start:
-    """The checkpoint that a run begins with."""
+class ResumePoint:
+    """The checkpoint that a run starts from."""
 
     folder: Path
     contents: Contents
     notes: list[str]
-    """What there is to say about it: changed settings, what is not exact."""
+    """Sentences for the user: changed settings, and what is not resumed exactly."""
 
-    def take_along(self, directory: RunDirectory) -> Path:
-        """Make it a checkpoint of the new run and return its folder there; OSError, VanishedError."""
+    def link_into(self, directory: RunDirectory) -> Path:
+        """Make it a checkpoint of the new run and return its folder there. OSError or VanishedError if it cannot be."""
         target = directory.checkpoint(self.contents.step)
         try:
             checkpoint_files.take_along(self.folder, self.contents, target)
@@ -43,8 +43,8 @@ class Start:
         return target
 
 
-def find_start(run: Run | str, experiment: Experiment) -> Start:
-    """The last checkpoint of a run, fit for `experiment`.
+def find_resume_point(run: Run | str, experiment: Experiment) -> ResumePoint:
+    """Return the last checkpoint of a run from which `experiment` can continue.
 
     ExperimentError (one sentence) if there is none, it is damaged, or it belongs to another training. VanishedError if
     it was removed meanwhile.
@@ -59,39 +59,39 @@ def find_start(run: Run | str, experiment: Experiment) -> Start:
     folder = run.directory.checkpoint(steps[-1])
     try:
         contents = checkpoint_files.read_list(folder)
-        if sum(one.size for one in contents.files.values()) <= MOST_VERIFIED_BYTES:
+        if sum(file.size for file in contents.files.values()) <= MAX_VERIFIED_BYTES:
             checkpoint_files.verify(folder, contents, contents.files)
-        before = Experiment.from_dict(contents.experiment)
+        previous = Experiment.from_dict(contents.experiment)
     except ExperimentError as error:
-        why = "; ".join(str(problem) for problem in error.problems)
-        reason = f"the experiment in the checkpoint {folder.name} cannot be read: {why}"
+        reasons = "; ".join(str(problem) for problem in error.problems)
+        reason = f"the experiment in the checkpoint {folder.name} cannot be read: {reasons}"
         raise ExperimentError([Problem("resume", reason)]) from None
     except (DamagedError, OSError) as error:
         if not safe_files.is_regular(folder / checkpoint_files.LIST):
             raise VanishedError from None
         raise ExperimentError([Problem("resume", str(error))]) from None
-    _refuse_other_training(before, experiment, contents.step)
-    return Start(folder, contents, notes(before, experiment, contents))
+    _refuse_other_training(previous, experiment, contents.step)
+    return ResumePoint(folder, contents, notes(previous, experiment, contents))
 
 
-def _refuse_other_training(before: Experiment, experiment: Experiment, step: int) -> None:
-    """A resumed run continues the same training: another layout or length is fine, other samples or weights are not."""
+def _refuse_other_training(previous: Experiment, experiment: Experiment, step: int) -> None:
+    """Raise ExperimentError if samples or weights would differ; another layout or number of steps is fine."""
     changed = [
-        Problem(field, f"was {before.get(field)} in the run to resume and must stay so", before.get(field))
-        for field in MUST_STAY
-        if before.get(field) != experiment.get(field)
+        Problem(field, f"was {previous.get(field)} in the run to resume and must stay the same", previous.get(field))
+        for field in FIXED_FIELDS
+        if previous.get(field) != experiment.get(field)
     ]
-    if not changed and before.workload != experiment.workload:
-        changed = [Problem("workload", "its options were others in the run to resume and must stay so")]
+    if not changed and previous.workload != experiment.workload:
+        changed = [Problem("workload", "its options differ from those of the run to resume and must stay the same")]
     steps = experiment.training.steps
     if steps is not None and steps <= step:
-        changed.append(Problem("training.steps", f"{step} steps are done already, so there is nothing left", step + 1))
+        changed.append(Problem("training.steps", f"{step} steps are done already, so none are left", step + 1))
     if changed:
         raise ExperimentError(changed)
 
 
-def gone(run: Run | str) -> ExperimentError:
-    """Why a run that removes its checkpoints faster than they can be linked cannot be resumed now."""
+def checkpoints_vanish_error(run: Run | str) -> ExperimentError:
+    """Return the error for a run that removes its checkpoints faster than they can be linked."""
     name = run if isinstance(run, str) else run.id
-    reason = f"run {name} goes on and removes its checkpoints faster than they can be taken along; stop it first"
+    reason = f"run {name} is still training and removes its checkpoints faster than they can be linked; stop it first"
     return ExperimentError([Problem("resume", reason)])

@@ -3,9 +3,9 @@
     kernel ──pipe──▶ standby ──fork──▶ supervisor of run A ──fork──▶ rank 0, rank 1, …
                              ──fork──▶ supervisor of run B ──fork──▶ …
 
-Importing torch and accelerate costs seconds, forking a process that has them costs milliseconds. Forking is safe here
-and nowhere else: the standby has one thread, no CUDA context, and runs no tensor operation. It dies with its kernel
-(end of file on the pipe); a supervisor is in a session of its own and does not.
+Importing torch and accelerate takes seconds; forking a process that has imported them takes milliseconds. Forking is
+safe here and nowhere else: the standby has one thread and no CUDA context, and runs no tensor operations. It ends with
+its kernel (end of file on the pipe); a supervisor runs in a session of its own and does not.
 
 Orders are JSON lines on standard input: {"run": directory, "requested": monotonic seconds, "cwd": directory, …}.
 """
@@ -28,22 +28,22 @@ from labkit.experiment import safe_files
 from labkit.experiment.run_directory import RunDirectory
 from labkit.runs import status
 
-# What a rank imports before its first step. Named, not imported: the two wings meet on disk only.
+# What a rank imports before its first step. Named, not imported: the client side and the ranks share only files.
 ENGINE_PRELOAD = "labkit.training.preload"
 WORKLOADS_PRELOAD = "labkit.workloads.preload"
 
 
 def main() -> int:
-    """Read orders until the kernel is gone. Started with client.SINGLE_THREADED in its environment."""
+    """Read orders until the kernel is gone. The environment must contain client.SINGLE_THREADED."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import_module(ENGINE_PRELOAD).preload()
     try:
         import_module(WORKLOADS_PRELOAD).preload()
     except Exception:
-        # One workload whose data or package is missing must not end the runs of the others: its own rank says so.
+        # A workload whose data or package is missing must not break the runs of others: its own ranks report it.
         traceback.print_exc()
     supervise = import_module("labkit.launch.supervisor").supervise
-    # Objects that live now are shared by all later processes; keep the collector from touching (copying) their pages.
+    # All later processes share the objects that exist now; keep the collector from writing to (copying) their pages.
     gc.collect()
     gc.freeze()
     print(json.dumps({"ready": os.getpid()}), flush=True)
@@ -58,11 +58,11 @@ def main() -> int:
             return 0
         *lines, pending = (pending + chunk).split(b"\n")
         for line in lines:
-            _carry_out(supervise, line)
+            _execute_order(supervise, line)
 
 
-def _carry_out(supervise: Any, line: bytes) -> None:
-    """Fork a supervisor for one order. An order that cannot be carried out fails its own run at most."""
+def _execute_order(supervise: Any, line: bytes) -> None:
+    """Fork a supervisor for one order. An order that cannot be executed fails at most its own run."""
     try:
         order = json.loads(line)
         run = RunDirectory(Path(order["run"]))
@@ -74,21 +74,21 @@ def _carry_out(supervise: Any, line: bytes) -> None:
     except OSError as error:
         traceback.print_exc()
         with contextlib.suppress(Exception):  # e.g. the directory has been removed
-            said = f"the launcher cannot start a process: {error.strerror or error}"
-            status.update(run, state="failed", cause=status.cause("supervisor", said))
+            message = f"the launcher cannot start a process: {error.strerror or error}"
+            status.update(run, state="failed", cause=status.cause("supervisor", message))
 
 
 def _fork_supervisor(supervise: Any, order: dict[str, Any]) -> None:
-    """The child locks the run and notes itself before anything else: what becomes of this process does not matter."""
+    """Fork the supervisor, which first locks the run and records itself, and no longer depends on this process."""
     if os.fork():
         return
     code = 1
     try:
         os.setsid()
-        # Neither the kernel's pipe nor its output may stay open here: the run outlives the kernel.
-        nowhere = os.open(os.devnull, os.O_RDWR)
+        # Neither the kernel's pipe nor its output may stay open here, because the run outlives the kernel.
+        devnull = os.open(os.devnull, os.O_RDWR)
         log = safe_files.open_to_append(RunDirectory(Path(order["run"])).supervisor_log)
-        for descriptor, target in ((nowhere, 0), (log, 1), (log, 2)):
+        for descriptor, target in ((devnull, 0), (log, 1), (log, 2)):
             os.dup2(descriptor, target)
         code = supervise(order)
     except BaseException:
@@ -101,7 +101,7 @@ def _fork_supervisor(supervise: Any, order: dict[str, Any]) -> None:
 
 
 def _reap() -> None:
-    """Take leave of supervisors that have ended, so that they do not stay as zombies."""
+    """Reap supervisors that have ended, so that they do not stay as zombies."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

@@ -19,7 +19,7 @@ import numpy as np
 from labkit.experiment import Experiment, ExperimentError, Problem, safe_files
 from labkit.experiment.one_process import one_process
 from labkit.experiment.registry import registry
-from labkit.launch.client import standby_of_its_own
+from labkit.launch.client import private_standby
 from labkit.proofs.finish import finished
 from labkit.proofs.likely_reason import likely_reason
 from labkit.proofs.saved_buffers import buffer_difference
@@ -223,7 +223,7 @@ def check(
 
     shorts = {precision: proof(experiment, steps, precision) for precision in precisions}
     # What a person's own task draws from nowhere that a seed reaches is the same in two forks of one process.
-    apart = standby_of_its_own() if experiment.workload.name == "custom" else contextlib.nullcontext()
+    apart = private_standby() if experiment.workload.name == "custom" else contextlib.nullcontext()
     with apart:
         references = {
             precision: run(one_process(short, f"parity reference {precision}: {experiment.title}"))

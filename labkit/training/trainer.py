@@ -252,7 +252,7 @@ class Trainer:
             asked = False
             while (ticket := rule.next_work(stop=asked)) is not None:
                 self._work_on(ticket, *divmod(ticket, shares))
-                asked = self.board.asked_to_stop()
+                asked = self.board.stop_requested()
             self.meter.phase("optimizer")
             rule.close()
             self._exchanged()  # what came after this rank's last piece

@@ -57,11 +57,11 @@ EXCEPTIONS = {
     "cli/output.py:give_up_output": "/dev/null",
     "launch/client.py:_open_log": "/dev/null",
     "launch/standby.py:_fork_supervisor": "/dev/null",
-    "launch/board.py:Board.__init__": "memory",
+    "launch/board.py:HeartbeatTable.__init__": "memory",
     "experiment/machine.py:_cpu": "the kernel tells it under /proc or /sys",
     "experiment/machine.py:_usable_cores": "the kernel tells it under /proc or /sys",
     "experiment/machine.py:_usable_memory": "the kernel tells it under /proc or /sys",
-    "launch/descendants.py:_children": "the kernel tells it under /proc or /sys",
+    "launch/descendants.py:_child_pids": "the kernel tells it under /proc or /sys",
     "netem/namespace.py:enter": "the kernel tells it under /proc or /sys",
     "netem/namespace.py:open_current": "the kernel tells it under /proc or /sys",
     "runs/processes.py:_stat": "the kernel tells it under /proc or /sys",
@@ -73,10 +73,6 @@ EXCEPTIONS = {
     "gradients/updates/hogwild.py:Hogwild.load": "the private folder where ranks meet, made by the supervisor",
     "parallel/shared_memory.py:SharedMemory._connect": "the private folder where ranks meet, made by the supervisor",
     "parallel/shared_memory.py:SharedMemory._map": "the private folder where ranks meet, made by the supervisor",
-    "gradients/updates/gossip.py:Gossip.open": "not a file: begins to hand out tickets",
-    "gradients/updates/parameter_server.py:ParameterServer.open": "not a file: begins to hand out tickets",
-    "gradients/updates/tickets.py:AsyncUpdateRule.open": "not a file: begins to hand out tickets",
-    "training/trainer.py:Trainer._draw_tickets": "not a file: begins to hand out tickets",
 }
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit.experiment.run_directory import PHASES
-from labkit.launch.board import Board
+from labkit.launch.board import HeartbeatTable
 
 
 class Collective:
@@ -43,7 +43,7 @@ def at_once(train: Callable[[int], None], ranks: int) -> None:
 )
 def test_all_ranks_stop_at_the_same_step(ranks: int, requested_at: int, pauses: list[float]) -> None:
     """Each rank is a thread that dawdles where it likes; the request comes at any moment."""
-    board, all_reduce, done = Board(ranks), Collective(ranks), [-1] * ranks
+    board, all_reduce, done = HeartbeatTable(ranks), Collective(ranks), [-1] * ranks
 
     def train(rank: int) -> None:
         step = 0
@@ -70,12 +70,12 @@ def test_all_ranks_stop_at_the_same_step(ranks: int, requested_at: int, pauses: 
 )
 def test_stages_that_are_apart_stop_at_the_same_step(ranks: int, requested_at: int, pauses: list[float]) -> None:
     """An asynchronous pipeline: each stage waits for its neighbours only, and for nothing that will not come."""
-    board, done, awaited = Board(ranks), [-1] * ranks, [-1] * ranks
+    board, done, awaited = HeartbeatTable(ranks), [-1] * ranks, [-1] * ranks
     forth, back = ([queue.Queue[int]() for _ in range(ranks + 1)] for _ in range(2))
 
     def train(rank: int) -> None:
         step = begun = 0
-        while step < 60 and not board.should_stop(rank, step, apart=ranks):
+        while step < 60 and not board.should_stop(rank, step, max_step_skew=ranks):
             until = 60 if board.stops_at is None else board.stops_at
             while begun < min(step + ranks - rank, until):
                 if rank:
@@ -99,14 +99,14 @@ def test_stages_that_are_apart_stop_at_the_same_step(ranks: int, requested_at: i
 
 
 def test_without_a_request_nobody_stops() -> None:
-    board = Board(2)
+    board = HeartbeatTable(2)
     assert not any(board.should_stop(rank, step) for step in range(100) for rank in (0, 1))
 
 
 @pytest.mark.parametrize("what", ["place", "stop"])
 def test_nobody_reads_half_a_word(what: str) -> None:
     """One process writes as fast as it can, another reads: each value it sees was meant."""
-    board = Board(2)
+    board = HeartbeatTable(2)
     board.progress(1, 7, 3)
     begun = time.monotonic()
     pid = os.fork()
@@ -115,9 +115,9 @@ def test_nobody_reads_half_a_word(what: str) -> None:
             while time.monotonic() - begun < 1.0:
                 if what == "place":
                     board.progress(1, 7, 3)
-                    board.life(1, 12345)
+                    board.heartbeat(1, 12345)
                 else:
-                    board._whole[1] = -1
+                    board._integers[1] = -1
                     board.request_stop()
                     board.should_stop(0, 10_000)
         finally:
@@ -125,9 +125,12 @@ def test_nobody_reads_half_a_word(what: str) -> None:
     wrong = reads = 0
     while time.monotonic() - begun < 1.0:
         if what == "place":
-            place = board.place(1)
+            rank_status = board.rank_status(1)
             wrong += (
-                place.step != 7 or place.phase != PHASES[3] or place.progress < begun - 60 or place.life < begun - 60
+                rank_status.step != 7
+                or rank_status.phase != PHASES[3]
+                or rank_status.progress < begun - 60
+                or rank_status.heartbeat < begun - 60
             )
         else:
             wrong += board.should_stop(1, 10_000)  # the mark is 10,001 or not there
@@ -137,13 +140,13 @@ def test_nobody_reads_half_a_word(what: str) -> None:
     assert wrong == 0
 
 
-def at(board: Board, rank: int, step: int, phase: str, ago: float, life_ago: float = 0.0) -> None:
+def at(board: HeartbeatTable, rank: int, step: int, phase: str, ago: float, life_ago: float = 0.0) -> None:
     """Put a rank where it has been for `ago` seconds."""
     board.progress(rank, step, PHASES.index(phase))
-    board.life(rank, 1)
+    board.heartbeat(rank, 1)
     row = board._row(rank)
-    board._real[row + 2] -= ago
-    board._real[row + 3] -= life_ago
+    board._floats[row + 2] -= ago
+    board._floats[row + 3] -= life_ago
 
 
 @pytest.mark.parametrize(
@@ -167,17 +170,17 @@ def at(board: Board, rank: int, step: int, phase: str, ago: float, life_ago: flo
 def test_a_standstill_is_blamed_on_the_rank_that_is_behind(
     places: list[tuple[int, str, float, float]], guilty: list[int]
 ) -> None:
-    board = Board(len(places))
+    board = HeartbeatTable(len(places))
     for rank, (step, phase, ago, life_ago) in enumerate(places):
         at(board, rank, step, phase, ago, life_ago)
-    assert board.silent(60, list(range(len(places)))) == guilty
+    assert board.stalled_ranks(60, list(range(len(places)))) == guilty
 
 
 def test_a_rank_that_has_ended_is_not_blamed() -> None:
-    board = Board(3)
+    board = HeartbeatTable(3)
     at(board, 0, 9, "done", 100)
     at(board, 1, 3, "forward", 100)
     at(board, 2, 9, "evaluation", 100)
-    assert board.silent(60, [1, 2]) == [1]
-    assert board.silent(60, [2]) == [2]
-    assert board.silent(60, []) == []
+    assert board.stalled_ranks(60, [1, 2]) == [1]
+    assert board.stalled_ranks(60, [2]) == [2]
+    assert board.stalled_ranks(60, []) == []

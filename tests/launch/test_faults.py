@@ -238,7 +238,7 @@ def test_a_rank_that_hangs_is_named_with_its_place() -> None:
         watch.begun(AT_STEP - 1)
         cause = watch.ends("failed", within=2 + 3 + SLACK_S, kind="silent")
     assert cause["rank"] == 1
-    assert f"rank 1 is silent for 2 s, in forward of step {AT_STEP - 1}" in cause["message"]
+    assert f"rank 1 has been silent for 2 s, in forward of step {AT_STEP - 1}" in cause["message"]
     assert any("hang_forever" in line for line in cause["log"]), "its stack is in the log"
 
 
@@ -248,7 +248,7 @@ def test_a_rank_that_is_frozen_is_named() -> None:
         os.kill(ranks["rank 0"]["pid"], signal.SIGSTOP)
         cause = watch.ends("failed", within=2 + 3 + SLACK_S, kind="silent")
     assert cause["rank"] == 0
-    assert "rank 0 is silent" in cause["message"]
+    assert "rank 0 has been silent" in cause["message"]
 
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare(1) to mount a small disk")
@@ -538,4 +538,4 @@ def test_a_rank_that_hangs_while_it_builds_its_task_is_named(tmp_path: Path) -> 
     cause = run.cause or {}
     assert cause["kind"] == "silent"
     assert cause["rank"] == 1
-    assert re.match(r"rank 1 is silent for 4\d s, in setup", cause["message"]), cause
+    assert re.match(r"rank 1 has been silent for 4\d s, in setup", cause["message"]), cause

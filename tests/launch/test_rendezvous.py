@@ -81,5 +81,5 @@ def test_a_deep_temporary_directory_is_passed_over(folder: Path, monkeypatch: py
     deep.mkdir(parents=True)
     monkeypatch.setattr("tempfile.tempdir", str(deep))
     meeting = rendezvous.make_folder()
-    assert len(str(meeting.path)) <= rendezvous.LONGEST
+    assert len(str(meeting.path)) <= rendezvous.MAX_PATH_LENGTH
     meeting.remove()

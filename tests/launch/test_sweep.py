@@ -247,7 +247,7 @@ def test_a_disk_without_room_spoils_no_point(labkit_home: Path, monkeypatch: pyt
     from labkit.launch import client
 
     with monkeypatch.context() as patched:
-        patched.setattr(client, "LEAST_FREE_BYTES", 2**62)
+        patched.setattr(client, "MIN_FREE_BYTES", 2**62)
         queue = sweep(base(), {"training.seed": [0, 1]}, "no-room").run(progress=lambda _: None)
     assert "MB are free" in queue.problem
     assert [point.state for point in queue.points] == ["waiting", "waiting"]

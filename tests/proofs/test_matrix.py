@@ -145,10 +145,10 @@ def test_runs_that_are_equal_are_removed(case: Case, labkit_home: Path) -> None:
 def test_the_table_names_counts_reasons_and_cases(all_cases: list[Case]) -> None:
     refused = [Result(case, "refused", str(case.problems[0])) for case in all_cases if case.problems]
     text = matrix.markdown(
-        [*refused, Result(all_cases[0], "HUNG", "rank 1 is silent | still")], len(all_cases), "x", 60
+        [*refused, Result(all_cases[0], "HUNG", "rank 1 has been silent | still")], len(all_cases), "x", 60
     )
     assert f"| {len(refused) + 1} | 0 | {len(refused)} | 0 | 0 | 1 |" in text
-    assert "HUNG: rank 1 is silent \\| still" in text
+    assert "HUNG: rank 1 has been silent \\| still" in text
     assert f"Interrupted: {len(all_cases) - len(refused) - 1} cases were not run." in text
     grouped = text.partition("## Refused")[2].partition("## Run")[0].splitlines()[4:]
     assert sum(int(line.split("|")[2]) for line in grouped if line.startswith("|")) == len(refused)

@@ -47,7 +47,7 @@ def test_a_machine_says_why_it_has_no_such_kernels() -> None:
     assert missing(unknown).endswith("the lowest here is unknown")
     assert "CUDA build of torch" in missing(replace(GPU, torch_cuda=""))
     assert kernels_for_two_four(CPU) == Finding(
-        "sparsity.kernel", f"semi_structured is not offered here: {missing(CPU)}"
+        "sparsity.kernel", f"semi_structured is unavailable here: {missing(CPU)}"
     )
     assert kernels_for_two_four(GPU).fine
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from labkit.experiment.run_directory import EVENTS
 from labkit.experiment.safe_files import finite
-from labkit.launch.board import Board
+from labkit.launch.board import HeartbeatTable
 from labkit.training.events import EventWriter
 from labkit.training.meter import SPANS, Meter
 
@@ -128,7 +128,7 @@ def one_step(meter: Meter, number: int, losses: list[tuple[float, int]]) -> None
 
 
 def test_the_meter_writes_every_step_once_with_its_spans(tmp_path: Path) -> None:
-    writer, board = EventWriter(tmp_path / "rank-0.jsonl", 0), Board(1)
+    writer, board = EventWriter(tmp_path / "rank-0.jsonl", 0), HeartbeatTable(1)
     with Meter(writer, 0, board, requested=time.monotonic() - 5) as meter:
         for number in range(40):
             one_step(meter, number, [(1.0, 3), (4.0, 1)] if number != 7 else [(math.nan, 4)])
@@ -149,13 +149,13 @@ def test_the_meter_writes_every_step_once_with_its_spans(tmp_path: Path) -> None
         for index, seconds in enumerate(event["seconds"]):
             assert seconds == pytest.approx(sum(event[name][index] for name in SPANS), abs=1e-5)
             assert event["forward"][index] >= 0.002
-    assert board.place(0).step == 39
-    assert board.place(0).memory_bytes > 2**20
+    assert board.rank_status(0).step == 39
+    assert board.rank_status(0).memory_bytes > 2**20
     assert {event["event"] for event in events} <= set(EVENTS)
 
 
 def test_a_rank_other_than_the_first_writes_no_learning_rate(tmp_path: Path) -> None:
-    with Meter(EventWriter(tmp_path / "rank-1.jsonl", 1), 1, Board(2), 0.0) as meter:
+    with Meter(EventWriter(tmp_path / "rank-1.jsonl", 1), 1, HeartbeatTable(2), 0.0) as meter:
         one_step(meter, 0, [(1.0, 2)])
     events = read(tmp_path / "rank-1.jsonl")
     assert [event["event"] for event in events] == ["steps"]
@@ -164,7 +164,7 @@ def test_a_rank_other_than_the_first_writes_no_learning_rate(tmp_path: Path) -> 
 
 def test_the_steps_before_a_fault_are_written(tmp_path: Path) -> None:
     def train() -> None:
-        with Meter(EventWriter(tmp_path / "rank-0.jsonl", 0), 0, Board(1), 0.0) as meter:
+        with Meter(EventWriter(tmp_path / "rank-0.jsonl", 0), 0, HeartbeatTable(1), 0.0) as meter:
             one_step(meter, 0, [(1.0, 2)])
             raise ValueError("broken")
 
@@ -180,7 +180,7 @@ def test_a_disk_that_fills_up_behind_the_meter_ends_the_loop(tmp_path: Path, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def train() -> None:
-        with Meter(writer, 1, Board(2), 0.0) as meter:
+        with Meter(writer, 1, HeartbeatTable(2), 0.0) as meter:
             monkeypatch.setattr(writer, "write", full)
             for number in range(1000):
                 one_step(meter, number, [(1.0, 2)])
