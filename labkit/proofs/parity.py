@@ -20,6 +20,7 @@ from labkit.experiment import Experiment, ExperimentError, Problem, safe_files
 from labkit.experiment.one_process import one_process
 from labkit.experiment.registry import registry
 from labkit.launch.client import private_standby
+from labkit.launch.rehearse import rehearse
 from labkit.proofs.finish import finished
 from labkit.proofs.likely_reason import likely_reason
 from labkit.proofs.saved_buffers import buffer_difference
@@ -190,6 +191,13 @@ def provable(experiment: Experiment, steps: int, precisions: tuple[str, ...]) ->
     ]
 
 
+def _float32_alone(experiment: Experiment, steps: int, error: RunFailed) -> bool:
+    """Return whether a model that raised `error` in one process in float64 can be trained there in float32."""
+    in_float32 = proof(experiment, steps, "fp32")
+    by_the_model = error.kind in ("task", "exception") and not in_float32.problems()
+    return by_the_model and rehearse(one_process(in_float32)) is None
+
+
 def _why(experiment: Experiment, verdicts: list[Parity], notes: list[str]) -> list[str]:
     """What the ranks have noted and, where something differs, the likeliest reason."""
     wrong = next((verdict for verdict in verdicts if not verdict.parity), None)
@@ -225,10 +233,22 @@ def check(
     # What a person's own task draws from nowhere that a seed reaches is the same in two forks of one process.
     apart = private_standby() if experiment.workload.name == "custom" else contextlib.nullcontext()
     with apart:
-        references = {
-            precision: run(one_process(short, f"parity reference {precision}: {experiment.title}"))
-            for precision, short in shorts.items()
-        }
+        references: dict[str, Run] = {}
+        for precision in precisions:
+            try:
+                name = f"parity reference {precision}: {experiment.title}"
+                references[precision] = run(one_process(shorts[precision], name))
+            except RunFailed as error:
+                if precision != "fp64" or not _float32_alone(experiment, steps, error):
+                    raise
+                if "fp32" not in precisions:
+                    reason = f"float64 cannot be proved for this model, --precision fp32 can: {error}"
+                    raise RunFailed(reason, error.kind) from error
+                left_out.append(
+                    f"fp64 was left out, the proof holds for fp32: the model cannot be computed in float64: {error}"
+                )
+                del shorts[precision]
+        precisions = tuple(references)
     for precision, short in shorts.items():
         layout = run(short.set({"name": f"parity {precision}: {experiment.title}"[:200]}))
         if precision == precisions[0]:

@@ -25,7 +25,11 @@ OVERTIME_S = 10.0
 
 
 class RunFailed(RuntimeError):
-    """The run ended as failed; the message is its cause."""
+    """The run ended as failed; the message is its cause, and `kind` the kind of that."""
+
+    def __init__(self, message: str, kind: str | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class Run:
@@ -93,7 +97,8 @@ class Run:
     def result(self, timeout: float | None = None) -> dict[str, Any]:
         """Wait and return the summary; RunFailed with the cause if the run failed."""
         if self.wait(timeout).state == "failed":
-            raise RunFailed((self.cause or {}).get("message", "failed"))
+            cause = self.cause or {}
+            raise RunFailed(cause.get("message", "failed"), cause.get("kind"))
         return self.summary()
 
     def request_stop(self, grace: float | None = None) -> None:

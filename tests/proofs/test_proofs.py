@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from labkit.cli import main
 from labkit.experiment import Experiment
 from labkit.proofs.likely_reason import likely_reason
 from labkit.proofs.parity import check, proof, provable
 from labkit.proofs.saved_buffers import _between
 from labkit.runs import RunFailed
-from tests.training import own_tasks
+from tests.training import odd_tasks, own_tasks
 
 
 def own(name: str, layout: dict[str, Any], **changes: Any) -> Experiment:
@@ -84,6 +86,39 @@ def test_and_says_which() -> None:
     found = check(own("branch_by_batch", {"dp_shard": 2, "zero_stage": 1}, **{"quantization.qat": "int8"}), steps=3)
     assert list(found["precisions"]) == ["fp32"]
     assert any(line.startswith("fp64 was left out") for line in found["text"])
+
+
+XGLM = {"model_type": "xglm", "d_model": 16, "num_layers": 1, "attention_heads": 2, "ffn_dim": 32}
+
+
+@pytest.mark.parametrize("kind", ["custom", "xglm"])
+def test_a_model_that_float64_overflows_is_proved_in_float32(
+    kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """issue 11, A18."""
+    wanted = own("overflows_in_float64", {"dp_replicate": 2}, **{"launch.device": "cpu"})
+    if kind == "xglm":
+        pytest.importorskip("transformers", reason="needs the extra 'hub'")
+        language = {"name": "language", "model": "transformers", "transformers_config": XGLM, "context": 16}
+        wanted = wanted.set({"workload": language | {"max_characters": 20_000}, "training.global_batch": 4})
+    given_file = tmp_path / "wanted.json"
+    given_file.write_text(json.dumps(wanted.to_dict()))
+    assert main(["check", str(given_file), "--steps", "2"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("fp32: equal to one process over 2 steps")
+    assert shown[-1].startswith("fp64 was left out, the proof holds for fp32: the model cannot be computed in float64")
+    assert "without overflow" in shown[-1]
+    if kind == "xglm":
+        return
+    assert main(["check", str(given_file), "--steps", "2", "--precision", "fp64"]) == 1
+    words = "the check could not be made: float64 cannot be proved for this model, --precision fp32 can: "
+    assert words in capsys.readouterr().err
+
+
+def test_a_model_that_fails_in_every_format_is_not_blamed_on_float64() -> None:
+    frozen = {"name": "custom", "path": f"{Path(odd_tasks.__file__)}:everything_frozen"}
+    with pytest.raises(RunFailed, match=r"^the model has nothing to train: all 4 parameters are frozen"):
+        check(own("running_mean", {"dp_replicate": 2}, workload=frozen), steps=2)
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(0, 1))

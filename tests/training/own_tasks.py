@@ -306,3 +306,21 @@ def hooked_afterwards() -> Any:
 def clipping_hook() -> Any:
     """A hook that is not linear: clipping a mean is not the mean of what has been clipped."""
     return _with_hook(lambda weight: weight.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01)))
+
+
+def overflows_in_float64() -> Any:
+    """The lowest number of the format of the weights is put into a float32 tensor, as XGLM's mask does."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.layer(x)
+            lowest = torch.zeros(3, dtype=torch.float32)
+            lowest.fill_(torch.finfo(scores.dtype).min)
+            return torch.max(scores, lowest.to(scores.dtype))
+
+    x, y = data()
+    return {"model": Masked(), "train": (x, y), "test": (x, y), "loss_fn": nn.CrossEntropyLoss()}
