@@ -77,7 +77,7 @@ def _chosen(one: LabeledRun, layer: str | None) -> tuple[list[Layer], str]:
     if layer is not None:
         found = [known for known in one.data.numbers if layer in (known.name, short(known.name))]
         return found[:1], short(layer)
-    groups = numbers.together(one.data.numbers)
+    groups = numbers.group_by_operands(one.data.numbers)
     words = max(groups, key=lambda name: one.data.multiplied.get(name, len(groups[name])))
     count, every = one.data.multiplied.get(words, len(groups[words])), sum(one.data.multiplied.values())
     return groups[words], f"{count} of {every or len(one.data.numbers)} layers"
@@ -273,7 +273,9 @@ def layers(run: Any) -> Picture:
 
 
 def _layers_finding(one: LabeledRun, every: int) -> str:
-    counts = one.data.multiplied or {words: len(some) for words, some in numbers.together(one.data.numbers).items()}
+    counts = one.data.multiplied or {
+        words: len(some) for words, some in numbers.group_by_operands(one.data.numbers).items()
+    }
     words = max(counts, key=lambda name: counts[name])
     most = max(one.data.numbers, key=lambda layer: layer.input.zeros)
     said = f"{counts[words]} of {every} layers multiply {words}"

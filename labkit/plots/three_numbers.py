@@ -87,7 +87,7 @@ def _steady(one: LabeledRun | None) -> SteadyState | None:
         [SteadyState.of(seconds.astype(float), period(one.experiment)) for seconds in one.data.seconds] if one else []
     )
     slowest = max(every, key=lambda each: each.median or 0.0, default=None)
-    return None if slowest is None or slowest.complaint else slowest
+    return None if slowest is None or slowest.reason else slowest
 
 
 def three_numbers(runs: Iterable[Any] | Any) -> Picture:
@@ -156,7 +156,7 @@ def _lines(many: Sequence[LabeledRun]) -> list[_Line]:
     names, experiments = traced.names(many), [one.experiment for one in many]
     found = []
     for name, one in zip(names, many, strict=True):
-        at = None if one.experiment is None else dense.beside(one.experiment, experiments)
+        at = None if one.experiment is None else dense.find_dense_reference(one.experiment, experiments)
         found.append(_Line(name, one, None if at is None or many[at] is one else many[at]))
     return found
 

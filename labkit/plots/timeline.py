@@ -8,7 +8,7 @@ from typing import Any
 from labkit.plots import theme, traced
 from labkit.plots.picture import Picture
 from labkit.plots.shown import LabeledRun
-from labkit.runs.pipeline import Action, Bubble, ideal, medians, of_one_pipeline, schedule, span
+from labkit.runs.pipeline import Action, Bubble, first_pipeline, median_durations, schedule_name, simulate, span
 
 KINDS = {"F": "Forward", "B": "Backward", "I": "Backward, inputs", "W": "Backward, weights"}
 MAX_ACTIONS = 4000
@@ -38,14 +38,14 @@ def timeline(run: Any) -> Picture:
     if found is None or one.experiment is None:
         return traced.nothing("No timeline to show: it takes a pipeline (pp above 1) and 1 traced update")
     layout = one.experiment.layout
-    measured = of_one_pipeline(one.data.timeline, layout)
+    measured = first_pipeline(one.data.timeline, layout)
     begun = min(row[0].begin for row in measured.values())
     shifted = {
         rank: [action._replace(begin=action.begin - begun, end=action.end - begun) for action in row]
         for rank, row in measured.items()
     }
-    simulated = ideal(measured)
-    sentence = finding(schedule(one.experiment), found)
+    simulated = simulate(measured)
+    sentence = finding(schedule_name(one.experiment), found)
     several = layout.stages_per_rank > 1
     traces = [
         *_boxes(shifted, several, {"xaxis": "x", "yaxis": "y"}),
@@ -138,7 +138,7 @@ def _backdrop(ranks: int, seconds: float, x: str, y: str) -> list[dict[str, Any]
 
 def _twin(rows: Mapping[int, Sequence[Action]]) -> list[dict[str, Any]]:
     """By rank, stage and kind: how many, how long each (median), and their share of the span."""
-    middle, whole = medians(rows), span(rows)
+    middle, whole = median_durations(rows), span(rows)
     found = []
     for rank, row in rows.items():
         for stage, kind in sorted({(action.stage, action.kind) for action in row}):

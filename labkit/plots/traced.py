@@ -13,7 +13,7 @@ from labkit.plots.picture import Picture
 from labkit.plots.shown import LabeledRun
 from labkit.runs import pipeline
 from labkit.runs.methods import period
-from labkit.runs.pipeline import Bubble, of_one_pipeline
+from labkit.runs.pipeline import Bubble, first_pipeline
 from labkit.runs.steady import SteadyState
 
 PATTERNS = ("", "/", "x", ".", "-", "+")
@@ -67,7 +67,7 @@ def _words(one: LabeledRun, links: bool) -> list[str]:
     if layout.tp > 1 and layout.sequence_parallel:
         words.append("sequence parallel")
     if layout.pp > 1:
-        words.append(pipeline.schedule(experiment))
+        words.append(pipeline.schedule_name(experiment))
         if words[-1] == layout.schedule != "naive":
             words.append(f"{layout.microbatches} microbatches")
         balance = getattr(layout, "balance", "blocks")
@@ -107,7 +107,7 @@ def bubble_of(one: LabeledRun) -> Bubble | None:
     experiment = one.experiment
     if experiment is None or experiment.layout.pp == 1:
         return None
-    timeline = of_one_pipeline(one.data.timeline, experiment.layout)
+    timeline = first_pipeline(one.data.timeline, experiment.layout)
     try:
         return pipeline.bubble_of(timeline, experiment) if len(timeline) == experiment.layout.pp else None
     except ValueError:

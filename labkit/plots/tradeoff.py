@@ -93,7 +93,7 @@ def _aim(lines: Sequence[_Line], aim: float | None, over: int, default: bool) ->
     if aim is None:
         return ""
     ends = next((line.name for line in lines if line.plain), "")
-    why = f", {targets.ROOM:g} times what {ends} ends at" if default else ""
+    why = f", {targets.DEFAULT_MARGIN:g} times what {ends} ends at" if default else ""
     return f"; target loss {theme.number(aim)}{why} (mean of {over} steps)"
 
 

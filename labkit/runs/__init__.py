@@ -1,4 +1,4 @@
-"""A run on disk and in hand: directory, events, handle, comparison. Imports no torch."""
+"""Runs: their directories, events, handles and comparisons. Imports no torch."""
 
 from labkit.runs.compare import Comparison, compare
 from labkit.runs.data import RunData

@@ -1,12 +1,13 @@
-"""At which rate of the link a method stops being worth its computing.
+"""The link rate at which a method stops being worth its extra computing.
 
-A step takes  compute + bytes / rate : what is computed, compressed and loaded, and what the ranks put on the link that
-they share (`launch.network`: one link for all). Two methods are equally fast where
+A step takes  compute + bytes / rate : the time to compute, compress and load, plus what the ranks send over the link
+that they share (`launch.network`: one link for all). Two methods are equally fast at
 
     rate  =  (bytes saved) / (extra seconds of computing)
 
-Below it the smaller one is faster, above it the simpler one. Transfers that hide behind the backward pass make real
-steps shorter than that: the formula is exact without overlap and an upper bound with it, for both.
+Below this rate the method that sends less is faster, above it the one that computes less. Transfers that overlap with
+the backward pass make real steps shorter: for both methods the formula is exact without overlap and an upper bound with
+it.
 """
 
 from __future__ import annotations
@@ -24,58 +25,63 @@ from labkit.runs.methods import period
 from labkit.runs.steady import CONFIDENCE, SteadyState, rolling, warmup
 
 MBIT = 1e6 / 8
-"""Bytes a second in 1 Mbit/s."""
+"""Bytes per second in 1 Mbit/s."""
 FASTEST_MBIT = 1e6
-"""A break-even above the rate of any link is none."""
+"""A break-even rate above this one (Mbit/s), faster than any link, counts as infinite."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What an update of one method costs."""
+    """What an optimizer step of one method costs."""
 
     bytes: float
-    """That go over the link, of all ranks that share it."""
+    """Bytes per step over the link, of all ranks that share it."""
     steady: SteadyState
-    """Seconds of single updates without those in which nothing was computed because something travelled."""
+    """Seconds of single steps, without those in which nothing was computed because of communication."""
 
     def seconds(self, rate_mbit: float) -> float:
-        """Step time at a rate of the link (Mbit/s)."""
+        """Return the step time (s) at a link rate in Mbit/s."""
         assert self.steady.median is not None
         return self.steady.median + self.bytes / (rate_mbit * MBIT)
 
 
 def cost(runs: Iterable[tuple[Experiment, RunData]]) -> Cost | None:
-    """From the runs of one method, over whatever links they went; None where bytes or exposed time were not measured.
+    """Return the cost of one method from its runs over any links; None if bytes or exposed time were not measured.
 
-    Ranks that draw their work do not stand still for each other: the formula is not theirs.
+    Runs whose ranks take work from a queue are left out: such ranks do not wait for each other, so the formula does not
+    hold for them.
     """
-    computing, sent = [], []
+    computing, byte_counts = [], []
     for experiment, data in runs:
-        found, over = split.columns(data, experiment), link_bytes(data, experiment)
-        if data.draws or found is None or found.exposed is None or over is None:
+        parts, shared_bytes = split.columns(data, experiment), link_bytes(data, experiment)
+        if data.uses_work_queue or parts is None or parts.exposed is None or shared_bytes is None:
             continue
-        seconds = found.data + found.compute + found.compression + found.optimizer
+        seconds = parts.data + parts.compute + parts.compression + parts.optimizer
         computing.append(rolling(np.nan_to_num(seconds), period(experiment)))
-        sent.append(over)
-    return Cost(float(np.median(sent)), SteadyState(np.concatenate(computing), 0)) if sent else None
+        byte_counts.append(shared_bytes)
+    return Cost(float(np.median(byte_counts)), SteadyState(np.concatenate(computing), 0)) if byte_counts else None
 
 
 def link_bytes(data: RunData, experiment: Experiment) -> float | None:
-    """Bytes of one update that share a link: those of all ranks, or of the busiest of several emulated hosts."""
+    """Return the bytes per step that share a link: of all ranks, or of the busiest of several emulated hosts."""
     hosts = getattr(experiment.launch.network, "hosts", 1)
     links = getattr(data, "links", {})
     if hosts > 1 and links:
         return max(float(link["bytes"]) / max(1.0, link["updates"]) for link in links.values())
-    sent = data.sent[warmup(data.steps) :]
-    return None if np.isnan(sent).all() else float(np.median(rolling(np.nan_to_num(sent), period(experiment))))
+    bytes_per_step = data.sent[warmup(data.steps) :]
+    return (
+        None
+        if np.isnan(bytes_per_step).all()
+        else float(np.median(rolling(np.nan_to_num(bytes_per_step), period(experiment))))
+    )
 
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Below `mbit` (Mbit/s) the method is faster than plain averaging, above it slower; 95 % interval from low to high.
+    """The rate in Mbit/s below which a method is faster than plain averaging, with a 95 % interval from low to high.
 
-    Infinite: it is faster at every rate, because it does not compute measurably longer. 0: at none, because it saves
-    nothing.
+    Infinite if it is faster at every rate, because it does not compute measurably longer; 0 if it is faster at none,
+    because it saves nothing.
     """
 
     mbit: float
@@ -84,20 +90,20 @@ class BreakEven:
 
 
 def break_even(plain: Cost, method: Cost) -> BreakEven:
-    """Where `method` stops being faster per step than `plain`, from costs that were measured on the same ranks."""
+    """Return the rate at which `method` stops being faster per step than `plain`, both measured on the same ranks."""
     assert plain.steady.median is not None
     assert method.steady.median is not None
     saved = plain.bytes - method.bytes
     extra = method.steady.median - plain.steady.median
-    spread = method.steady.medians(seed=1) - plain.steady.medians(seed=2)
+    differences = method.steady.medians(seed=1) - plain.steady.medians(seed=2)
     tail = (1 - CONFIDENCE) / 2
-    most, least = np.quantile(spread, 1 - tail), np.quantile(spread, tail)
-    low, high = _rate(saved, float(most)), _rate(saved, float(least))
-    return BreakEven(math.inf if high == math.inf else _rate(saved, extra), low, high)
+    high_extra, low_extra = np.quantile(differences, 1 - tail), np.quantile(differences, tail)
+    low_rate, high_rate = _rate(saved, float(high_extra)), _rate(saved, float(low_extra))
+    return BreakEven(math.inf if high_rate == math.inf else _rate(saved, extra), low_rate, high_rate)
 
 
 def _rate(saved: float, extra: float) -> float:
-    """Mbit/s at which `saved` bytes take `extra` seconds."""
+    """Return the rate in Mbit/s at which `saved` bytes take `extra` seconds."""
     if saved <= 0:
         return 0.0
     rate = saved / extra / MBIT if extra > 0 else math.inf

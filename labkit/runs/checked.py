@@ -1,4 +1,4 @@
-"""Values of untrusted files, as what they should be or not at all."""
+"""Checks of values from untrusted files: a value of the expected type and range, or None."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ import math
 from typing import Any
 
 NOT_FINITE = "not finite"
-"""What stands in summaries and on screens in place of a figure that is NaN or infinite."""
+"""Text shown in summaries and on screens in place of a figure that is NaN or infinite."""
 
 
 def integer(value: Any, low: int, high: int) -> int | None:
-    """`value` if it is an integer between the bounds, else None (a bool is no integer here)."""
+    """Return `value` if it is an integer between the bounds, else None (a bool does not count as an integer)."""
     if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and low <= value <= high else None
 
 
 def number(value: Any) -> float | None:
-    """`value` as a finite float, or None."""
+    """Return `value` as a finite float, or None."""
     if type(value) not in (int, float):
         return None
     try:
-        found = float(value)
+        as_float = float(value)
     except OverflowError:
         return None
-    return found if math.isfinite(found) else None
+    return as_float if math.isfinite(as_float) else None
 
 
 def figure(value: Any) -> float | None:
-    """A measured figure as a float; NaN where it is null, NaN or infinite, None where it is no number at all.
+    """Return a measured figure as a float; NaN if it is null, NaN or infinite, None if it is not a number at all.
 
-    JSON has neither NaN nor infinity: ranks write null in their place, so null says that a figure was not finite.
+    JSON has neither NaN nor infinity: ranks write null in their place, so null means that a figure was not finite.
     """
     if value is None or (type(value) in (int, float) and number(value) is None):
         return math.nan
@@ -38,7 +38,7 @@ def figure(value: Any) -> float | None:
 
 
 def figure_or_words(value: Any) -> Any:
-    """The same figures, at any depth, with NOT_FINITE in place of those that are NaN or infinite."""
+    """Return `value` with NOT_FINITE in place of every float, at any depth, that is NaN or infinite."""
     if isinstance(value, dict):
         return {name: figure_or_words(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -47,11 +47,11 @@ def figure_or_words(value: Any) -> Any:
 
 
 def formatted(value: float, form: str) -> str:
-    """The figure in this format, or NOT_FINITE."""
+    """Return the figure in this format, or NOT_FINITE."""
     return format(value, form) if math.isfinite(value) else NOT_FINITE
 
 
 def between(value: Any, low: float, high: float) -> float | None:
-    """`value` as a float between the bounds, or None."""
-    found = number(value)
-    return found if found is not None and low <= found <= high else None
+    """Return `value` as a float between the bounds, or None."""
+    as_float = number(value)
+    return as_float if as_float is not None and low <= as_float <= high else None

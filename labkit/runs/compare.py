@@ -1,8 +1,8 @@
-"""Comparing runs: speed-up over a named baseline, efficiency, and what the machine could have given.
+"""Comparison of runs: speed-up over a baseline, efficiency, and the most that the machine could have given.
 
 Speed-up is throughput ÷ throughput of the baseline: same workload, global batch, seed, precision and threads per rank,
-on one process. The ceiling is what as many independent copies reach at once on this machine (`launch.isolated`), over
-the same baseline: it separates what the method costs from what the machine lacks.
+in one process. The ceiling is the same ratio for as many independent copies that run at once on this machine
+(`launch.isolated`): it separates the cost of the method from the limits of the machine.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from labkit.runs.status import reconcile
 if TYPE_CHECKING:
     import pandas as pd
 
-SEARCHED = 300
-"""How many of the latest runs are looked at for a baseline."""
+MAX_SEARCHED_RUNS = 300
+"""Number of latest runs that are searched for a baseline."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RunMeasurement:
 
     @classmethod
     def read(cls, directory: RunDirectory) -> RunMeasurement:
-        """Read a run from disk; ExperimentError if its experiment cannot be read."""
+        """Read a run from disk; raise ExperimentError if its experiment cannot be read."""
         data = RunData(directory)
         data.refresh()
         experiment = Experiment.of_run(directory)
@@ -62,10 +62,12 @@ class RunMeasurement:
 
     @property
     def is_ceiling(self) -> bool:
+        """True for a run of several independent copies (`launch.isolated`)."""
         return self.experiment.launch.isolated and self.experiment.layout.world_size > 1
 
     @property
     def is_baseline(self) -> bool:
+        """True for a one-process run that has finished or was stopped."""
         return is_one_process(self.experiment) and self.status["state"] in ("finished", "stopped")
 
     @property
@@ -75,13 +77,14 @@ class RunMeasurement:
 
     @property
     def created(self) -> float:
+        """When the run was created (s since the epoch); 0 if unknown."""
         return float(self.status.get("created") or 0.0)
 
 
 def _step_seconds(data: RunData, isolated: bool) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Seconds per step of the run, shape [steps]: the mean over its ranks, which wait for each other.
+    """Return the seconds per step of the run, shape [steps]: the mean over its ranks, which wait for each other.
 
-    Isolated ranks do not, so it is their rates that add up: the harmonic mean.
+    Isolated ranks do not wait, so their rates add up and the harmonic mean is taken.
     """
     columns = [seconds for seconds in data.seconds if len(seconds)]
     if not columns:
@@ -93,71 +96,79 @@ def _step_seconds(data: RunData, isolated: bool) -> np.ndarray[Any, np.dtype[np.
     return np.asarray(np.mean(table, axis=0))
 
 
-def differences(one: Experiment, other: Experiment) -> list[str]:
-    """What makes two experiments incomparable in speed; [] when only the layout and the method differ."""
+def differences(a: Experiment, b: Experiment) -> list[str]:
+    """Return what makes two experiments incomparable in speed; [] if only the layout and the method differ."""
     pairs = {
-        "workload": (one.workload, other.workload),
-        "global batch": (one.training.global_batch, other.training.global_batch),
-        "seed": (one.training.seed, other.training.seed),
-        "precision": tuple(each.quantization.model_copy(update={"after_training": ""}) for each in (one, other)),
-        "optimizer": (one.optimizer, other.optimizer),
-        "loader": (one.training.loader_workers, other.training.loader_workers),
-        "threads per rank": (one.launch.threads_per_rank, other.launch.threads_per_rank),
-        "device": (one.launch.device, other.launch.device),
+        "workload": (a.workload, b.workload),
+        "global batch": (a.training.global_batch, b.training.global_batch),
+        "seed": (a.training.seed, b.training.seed),
+        "precision": tuple(experiment.quantization.model_copy(update={"after_training": ""}) for experiment in (a, b)),
+        "optimizer": (a.optimizer, b.optimizer),
+        "loader": (a.training.loader_workers, b.training.loader_workers),
+        "threads per rank": (a.launch.threads_per_rank, b.launch.threads_per_rank),
+        "device": (a.launch.device, b.launch.device),
     }
-    return [f"other {name}" for name, (a, b) in pairs.items() if a != b]
+    return [f"different {name}" for name, (first, second) in pairs.items() if first != second]
 
 
 def named_baseline(run: Any) -> RunDirectory:
-    """The run that is to be the baseline; ExperimentError if it cannot be one, FileNotFoundError if it is unknown."""
+    """Return the directory of the requested baseline.
+
+    Raises ExperimentError if the run cannot be a baseline, FileNotFoundError if it does not exist.
+    """
     directory = _directory(run)
     if not is_one_process(Experiment.of_run(directory)):
-        reason = f"run {directory.id} is not one process that computes the batch in one pass, so it is no baseline"
+        reason = (
+            f"run {directory.id} is not one process that computes the batch in one pass, so it cannot be a baseline"
+        )
         raise ExperimentError([Problem("baseline", reason)])
     return directory
 
 
 def find_baseline(directory: RunDirectory) -> RunDirectory | None:
-    """The latest finished one-process run on this machine that `directory` can be compared with."""
+    """Return the latest finished one-process run on the same machine that `directory` can be compared with, or None."""
     experiment = Experiment.of_run(directory)
     host = _entry(directory.environment, "host")
-    for other in list(RunDirectory.all(directory.path.parent.parent))[-SEARCHED:][::-1]:
-        if other.id == directory.id:
+    for candidate_directory in list(RunDirectory.all(directory.path.parent.parent))[-MAX_SEARCHED_RUNS:][::-1]:
+        if candidate_directory.id == directory.id:
             continue
         try:
-            candidate = Experiment.of_run(other)
+            candidate = Experiment.of_run(candidate_directory)
         except ExperimentError:
             continue
         if not is_one_process(candidate) or differences(experiment, candidate):
             continue
-        if _entry(other.environment, "host") == host and _entry(other.status, "state") == "finished":
-            return other
+        if (
+            _entry(candidate_directory.environment, "host") == host
+            and _entry(candidate_directory.status, "state") == "finished"
+        ):
+            return candidate_directory
     return None
 
 
 def _entry(path: Path, name: str) -> Any:
-    """One entry of a JSON file in a run directory; None where there is none."""
+    """Return an entry of a JSON file in a run directory; None if it is missing."""
     content = read_json(path)
     return content.get(name) if isinstance(content, dict) else None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side. `rows` is one dict a run; `baseline_run_id` names what speed-ups refer to."""
+    """Several runs compared. `rows` has one dict per run; speed-ups refer to the run `baseline_run_id`."""
 
     rows: list[dict[str, Any]]
     baseline_run_id: str | None
     left_out: list[str] = field(default_factory=list)
-    """Why runs that were asked for are not in it, each in one sentence that names the run."""
+    """Why requested runs are missing, one sentence per run that names it."""
 
     def table(self) -> pd.DataFrame:
-        """The rows as a DataFrame indexed by run id."""
+        """Return the rows as a DataFrame indexed by run id."""
         import pandas as pd
 
         return pd.DataFrame(self.rows).set_index("run_id")
 
     def text(self) -> str:
-        """The finding in one sentence."""
+        """Return the result of the comparison in one sentence."""
         claims = [
             row for row in self.rows if row["speedup"] is not None and not (row["is_baseline"] or row["is_ceiling"])
         ]
@@ -166,7 +177,7 @@ class Comparison:
                 "no baseline: run it on one rank"
             ]
             return f"No speed-up can be claimed: {'; '.join(reasons)}."
-        # Repeats of one layout count by their median, not by their best.
+        # Of repeated runs of a layout the median counts, not the best.
         layouts: dict[str, list[dict[str, Any]]] = {}
         for row in claims:
             layouts.setdefault(row["layout"], []).append(row)
@@ -239,11 +250,11 @@ def _number(value: float | None, form: str) -> str:
 
 
 def compare(runs: Iterable[Any], baseline: Any = None, skip_unreadable: bool = False) -> Comparison:
-    """Compare runs (Run, RunDirectory, id or path). The baseline is the given one, or each run's nearest in time.
+    """Compare runs (Run, RunDirectory, id or path) with `baseline`, or each with the baseline nearest to it in time.
 
-    Runs taken in turn (A B A B) are each set against the baseline next to them, because machines drift. Raises
-    FileNotFoundError for an unknown run and ExperimentError for one whose experiment cannot be read, e.g. because a
-    newer labkit wrote it; with `skip_unreadable` such a run is left out and named in the result.
+    Nearest in time, because machines drift: alternate the runs (A B A B). Raises FileNotFoundError for an unknown run
+    and ExperimentError for one whose experiment cannot be read, e.g. because a newer labkit wrote it; with
+    `skip_unreadable` such a run is left out and named in the result.
     """
     directories = {directory.path: directory for directory in map(_directory, runs)}  # each run counts once
     measured, left_out = [], []
@@ -258,11 +269,11 @@ def compare(runs: Iterable[Any], baseline: Any = None, skip_unreadable: bool = F
     if baseline is not None:
         named = RunMeasurement.read(named_baseline(baseline))
         bases = [named]
-        if all(one.directory.id != named.directory.id for one in measured):
+        if all(run.directory.id != named.directory.id for run in measured):
             measured.insert(0, named)
     else:
-        bases = [one for one in measured if one.is_baseline]
-    rows = [_row(one, bases, measured, named) for one in measured]
+        bases = [run for run in measured if run.is_baseline]
+    rows = [_row(run, bases, measured, named) for run in measured]
     used = [row["baseline_run_id"] for row in rows if row["baseline_run_id"]]
     return Comparison(rows, max(set(used), key=used.count) if used else None, left_out)
 
@@ -270,33 +281,33 @@ def compare(runs: Iterable[Any], baseline: Any = None, skip_unreadable: bool = F
 def _directory(run: Any) -> RunDirectory:
     if isinstance(run, RunDirectory):
         return run
-    found = getattr(run, "directory", None)
-    return found if isinstance(found, RunDirectory) else RunDirectory.find(run)
+    directory = getattr(run, "directory", None)
+    return directory if isinstance(directory, RunDirectory) else RunDirectory.find(run)
 
 
-def _nearest(one: RunMeasurement, others: Sequence[RunMeasurement]) -> RunMeasurement | None:
-    return min(others, key=lambda other: abs(other.created - one.created), default=None)
+def _nearest(run: RunMeasurement, candidates: Sequence[RunMeasurement]) -> RunMeasurement | None:
+    return min(candidates, key=lambda candidate: abs(candidate.created - run.created), default=None)
 
 
 def _row(
-    one: RunMeasurement,
+    run: RunMeasurement,
     bases: Sequence[RunMeasurement],
     all_runs: Sequence[RunMeasurement],
     named: RunMeasurement | None,
 ) -> dict[str, Any]:
-    experiment, data = one.experiment, one.data
-    is_baseline = one.is_baseline if named is None else one.directory.id == named.directory.id
-    fitting = [base for base in bases if not differences(one.experiment, base.experiment)]
-    base = one if is_baseline else _nearest(one, fitting)
+    experiment, data = run.experiment, run.data
+    is_baseline = run.is_baseline if named is None else run.directory.id == named.directory.id
+    fitting = [base for base in bases if not differences(run.experiment, base.experiment)]
+    base = run if is_baseline else _nearest(run, fitting)
     notes = []
     if base is None and bases:
-        notes.append(", ".join(differences(one.experiment, bases[0].experiment)) + " than the baseline")
+        notes.append(", ".join(differences(run.experiment, bases[0].experiment)) + " than the baseline")
     speedup = low = high = None
-    complaint = one.steady.complaint or (base.steady.complaint if base else None)
-    if complaint:
-        notes.append(complaint)
+    reason = run.steady.reason or (base.steady.reason if base else None)
+    if reason:
+        notes.append(reason)
     elif base is not None:
-        speedup, low, high = (1.0, 1.0, 1.0) if base is one else steady.ratio(base.steady, one.steady)
+        speedup, low, high = (1.0, 1.0, 1.0) if base is run else steady.ratio(base.steady, run.steady)
         if high - low > steady.MAX_RELATIVE_WIDTH * speedup:
             notes.append(f"too noisy to claim ({low:.2f} to {high:.2f})")
             speedup = low = high = None
@@ -304,47 +315,47 @@ def _row(
     final = data.evaluations[-1][2] if data.evaluations else {}
     metric = data.metric.get("key")
     return {
-        "run_id": one.directory.id,
-        "title": one.status.get("title") or one.directory.id,
+        "run_id": run.directory.id,
+        "title": run.status.get("title") or run.directory.id,
         "workload": experiment.workload.name,
         "layout": str(experiment.layout),
         "method": methods.key(experiment),
         "world_size": ranks,
         "device": experiment.launch.device,
-        "state": one.status["state"],
+        "state": run.status["state"],
         "global_batch": experiment.training.global_batch,
         "steps": data.steps,
         "metric": metric,
-        "final": None if one.is_ceiling else final.get(metric or ""),
-        "loss": None if one.is_ceiling else final.get("loss"),
-        "samples_per_second": one.samples_per_second,
-        "step_seconds": one.steady.median,
-        "warmup_steps": one.steady.warmup_steps,
+        "final": None if run.is_ceiling else final.get(metric or ""),
+        "loss": None if run.is_ceiling else final.get("loss"),
+        "samples_per_second": run.samples_per_second,
+        "step_seconds": run.steady.median,
+        "warmup_steps": run.steady.warmup_steps,
         "speedup": speedup,
         "speedup_low": low,
         "speedup_high": high,
         "efficiency": None if speedup is None or base is None else speedup * base.ranks / ranks,
-        "ceiling": _ceiling(one, base, all_runs),
+        "ceiling": _ceiling(run, base, all_runs),
         "baseline_run_id": base.directory.id if base else None,
         "is_baseline": is_baseline,
-        "is_ceiling": one.is_ceiling,
+        "is_ceiling": run.is_ceiling,
         "notes": notes,
     }
 
 
-def _ceiling(one: RunMeasurement, base: RunMeasurement | None, all_runs: Sequence[RunMeasurement]) -> float | None:
-    """What independent copies on as many ranks reach, over the baseline; None if that was not measured."""
-    if one.experiment.layout.world_size == 1:
+def _ceiling(run: RunMeasurement, base: RunMeasurement | None, all_runs: Sequence[RunMeasurement]) -> float | None:
+    """Return the speed-up of independent copies on as many ranks over the baseline; None if it was not measured."""
+    if run.experiment.layout.world_size == 1:
         return None
     candidates = [
-        other
-        for other in all_runs
-        if other.is_ceiling
-        and other.experiment.layout.world_size == one.experiment.layout.world_size
-        and other.experiment.launch.slowdown == one.experiment.launch.slowdown
-        and not differences(other.experiment, one.experiment)
+        candidate
+        for candidate in all_runs
+        if candidate.is_ceiling
+        and candidate.experiment.layout.world_size == run.experiment.layout.world_size
+        and candidate.experiment.launch.slowdown == run.experiment.launch.slowdown
+        and not differences(candidate.experiment, run.experiment)
     ]
-    ceiling = _nearest(one, candidates)
+    ceiling = _nearest(run, candidates)
     if ceiling is None or base is None or not ceiling.steady.median or not base.steady.median:
         return None
     return base.steady.median / ceiling.steady.median

@@ -1,9 +1,9 @@
 """The data of a run, read from its directory as it grows.
 
-The directory is untrusted: it may come from another machine, be half written, or be made to harm. Nothing in a file is
-taken as code, as a path or as a size; a line that cannot be read is counted in `skipped_lines` and left out.
+The directory is untrusted: it may come from another machine, be half written, or malicious. Nothing in a file is used
+as code, as a path or as a size; a line that cannot be read is counted in `skipped_lines` and left out.
 
-`RunData` has the columns of all steps (steps.py) and what the rarer events say (events.py); reader.py reads the files.
+`RunData` has the columns of all steps (steps.py) and the content of the rarer events (events.py); see also reader.py.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class RunData(Steps):
         self.counted: dict[int, float] = {}
         """By rank, bytes sent per step to combine gradients or weights."""
         self.compressor = ""
-        """Name of the compressor that was in force."""
+        """Name of the compressor in use."""
         self.traced: int | None = None
         """The traced step, counted from 1, that the next five attributes describe; None before it."""
         self.memory: dict[int, dict[str, int]] = {}
@@ -81,8 +81,8 @@ class RunData(Steps):
         of the loss)]; the middle four by "float" and "quantized". Empty if nothing was quantized.
         """
         self.numbers: list[numbers.Layer] = []
-        """What layers with a product multiplied in the last evaluation, in the order of the network; of a large network
-        some layers, evenly chosen.
+        """The operands of layers with a matrix product in the last evaluation, in the order of the network; of a large
+        network a sample of evenly spaced layers.
         """
         self.multiplied: dict[str, int] = {}
         """Number of layers of the whole network by what they multiply: `{"int8 × ternary": 24}`."""
@@ -102,7 +102,7 @@ class RunData(Steps):
         self.errors: list[dict[str, Any]] = []
         """rank, type, message and traceback of every exception that ended a rank; text is untrusted."""
         self.rehearsal_seconds: dict[int, float] = {}
-        """By rank, how long the task was tried before step 1 (s)."""
+        """By rank, duration of the rehearsal before step 1 (s)."""
         self._reader = EventReader(directory, self._handle)
         self._stamps: dict[str, tuple[int, int, int]] = {}
 
@@ -138,7 +138,7 @@ class RunData(Steps):
         return handler is not None and handler(self, rank, event)
 
     def set_end(self, rank: int, reason: str) -> None:
-        """Note why a rank ended."""
+        """Record why a rank ended."""
         self._ranks[rank].end = reason
 
     @property
@@ -148,7 +148,7 @@ class RunData(Steps):
 
     @property
     def state(self) -> str:
-        """The state as written in status.json (not compared with what processes live), or `starting`."""
+        """State as written in status.json, without a check of the processes, or `starting`."""
         state = self.status.get("state")
         return state if isinstance(state, str) else "starting"
 

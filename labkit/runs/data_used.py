@@ -1,4 +1,4 @@
-"""What a run has taken from its data, in one line for people: samples, files, columns, classes, what is held out."""
+"""What a run has used of its data, in one line for people: samples, files, columns, classes, held-out part."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 MAX_SKIPPED = 4
-"""Reasons for which files were left out, at most."""
+"""Maximum number of reasons for skipped files that are shown."""
 
 
 def data_used(facts: Any) -> str:
-    """Return a sentence without a full stop from the facts that a task states; empty if they say nothing of data.
+    """Return a sentence without a full stop from the facts of a task; empty if they say nothing about data.
 
-    `facts` may come from any run directory: what has another type than expected is left out.
+    `facts` may come from any run directory: values of an unexpected type are left out.
     """
     return "; ".join(_parts(facts)) if isinstance(facts, dict) else ""
 

@@ -1,4 +1,4 @@
-"""The dense float32 run beside which a sparse or narrow one is set."""
+"""The dense float32 run with which a sparse or low-precision run is compared."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from labkit.experiment import Experiment
 
-ALIKE = ("workload", "layout", "gradients", "optimizer.name", "training.global_batch", "launch.device")
-ALIKE_IN_SPEED = (
+SAME_SETTINGS = ("workload", "layout", "gradients", "optimizer.name", "training.global_batch", "launch.device")
+SAME_SPEED_SETTINGS = (
     "launch.threads_per_rank",
     "launch.network",
     "launch.slowdown",
@@ -21,37 +21,48 @@ ALIKE_IN_SPEED = (
 
 
 def is_dense(experiment: Experiment) -> bool:
-    """Is every weight used, and every number a float32?"""
+    """Return whether every weight is used and every tensor is float32."""
     settings = experiment.quantization
     narrow = settings.training != "fp32" or settings.qat != "none" or experiment.optimizer.state_bits != 32
     return not narrow and experiment.sparsity.method == "none"
 
 
-def beside(one: Experiment, others: Sequence[Experiment | None]) -> int | None:
-    """Which of the others `one` is compared with: dense, alike in all that matters for speed; None if there is none.
+def find_dense_reference(experiment: Experiment, candidates: Sequence[Experiment | None]) -> int | None:
+    """Return the index of the dense candidate with the same settings that matter for speed, or None if there is none.
 
-    Of several the one that trained as long, with the same seed and learning rate.
+    Among several, the one with the fewest differences in steps, epochs, seed and learning rate is chosen.
     """
-    fitting = [at for at, other in enumerate(others) if other is not None and is_dense(other) and _alike(one, other)]
+    dense = [
+        index
+        for index, candidate in enumerate(candidates)
+        if candidate is not None and is_dense(candidate) and _comparable(experiment, candidate)
+    ]
 
-    def apart(at: int) -> int:
-        other = others[at]
-        assert other is not None
-        pairs = [(one.training.steps, other.training.steps), (one.training.seed, other.training.seed)]
+    def mismatches(index: int) -> int:
+        candidate = candidates[index]
+        assert candidate is not None
+        pairs = [
+            (experiment.training.steps, candidate.training.steps),
+            (experiment.training.seed, candidate.training.seed),
+        ]
         return sum(
-            a != b
-            for a, b in [*pairs, (one.training.epochs, other.training.epochs), (one.optimizer.lr, other.optimizer.lr)]
+            own != its
+            for own, its in [
+                *pairs,
+                (experiment.training.epochs, candidate.training.epochs),
+                (experiment.optimizer.lr, candidate.optimizer.lr),
+            ]
         )
 
-    return min(fitting, key=apart, default=None)
+    return min(dense, key=mismatches, default=None)
 
 
-def _alike(one: Experiment, other: Experiment) -> bool:
-    return all(_at(one, name) == _at(other, name) for name in (*ALIKE, *ALIKE_IN_SPEED))
+def _comparable(a: Experiment, b: Experiment) -> bool:
+    return all(_setting(a, name) == _setting(b, name) for name in (*SAME_SETTINGS, *SAME_SPEED_SETTINGS))
 
 
-def _at(experiment: Experiment, name: str) -> object:
-    found: object = experiment
+def _setting(experiment: Experiment, name: str) -> object:
+    value: object = experiment
     for part in name.split("."):
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value

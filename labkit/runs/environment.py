@@ -1,4 +1,4 @@
-"""What a run ran on: versions, devices, effective flags, git state. Written once per run by its supervisor."""
+"""The environment of a run: versions, devices, effective flags, git state. Written once per run by its supervisor."""
 
 from __future__ import annotations
 
@@ -30,38 +30,38 @@ PACKAGES = (
 # An allow-list: a run directory is shared, and the environment may hold tokens.
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "LABKIT_STANDBY")
 
-GIT_S = 5.0
-"""How long git gets to answer."""
-# What a repository's own configuration may start or fetch: a file system monitor, hooks, objects from elsewhere.
-_UNHOOKED = {
+GIT_TIMEOUT_S = 5.0
+"""Maximum time for all calls of git (s)."""
+# Turns off what a repository's own configuration may start or fetch: a file system monitor, hooks, remote objects.
+_SAFE_SETTINGS = {
     "core.fsmonitor": "false",
     "core.hooksPath": os.devnull,
     "core.untrackedCache": "false",
     "protocol.allow": "never",
 }
 _FILTERS = r"^filter\..*\.(clean|process|required)$"
-_QUIET = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_LAZY_FETCH": "1"}
+_GIT_VARIABLES = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_LAZY_FETCH": "1"}
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter; a missing one is left out."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that matter; missing packages are left out."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def git_state(directory: str) -> dict[str, Any] | None:
-    """Commit of the working directory and whether it has changes; None outside a repository, or if git hangs.
+    """Return the commit of the working directory and whether it has changes; None outside a repository or if git hangs.
 
-    The folder may be anybody's: git runs no hook, no monitor and no filter that its configuration names, fetches
+    The folder is untrusted: git runs no hook, monitor or filter that the repository's configuration names, fetches
     nothing and writes nothing.
     """
-    deadline = time.monotonic() + GIT_S
-    settings = dict(_UNHOOKED)
+    deadline = time.monotonic() + GIT_TIMEOUT_S
+    settings = dict(_SAFE_SETTINGS)
 
     def git(*arguments: str, ends_well: tuple[int, ...] = (0,)) -> str:
         variables = {"GIT_CONFIG_COUNT": str(len(settings))}
@@ -73,7 +73,7 @@ def git_state(directory: str) -> dict[str, Any] | None:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             timeout=max(0.1, deadline - time.monotonic()),
-            env=os.environ | _QUIET | variables,
+            env=os.environ | _GIT_VARIABLES | variables,
         )
         if done.returncode not in ends_well:
             raise subprocess.SubprocessError
@@ -93,7 +93,7 @@ def git_state(directory: str) -> dict[str, Any] | None:
 
 
 def describe(directory: str) -> dict[str, Any]:
-    """The content of `environment.json`."""
+    """Return the content of `environment.json`."""
     return _without_git() | {"git": git_state(directory)}
 
 
@@ -109,18 +109,18 @@ def _without_git() -> dict[str, Any]:
 
 
 def record(directory: RunDirectory, cwd: str) -> threading.Thread:
-    """Write `environment.json`, without waiting for git: a thread adds its answer about `cwd` when it comes.
+    """Write `environment.json` without waiting for git, and return the thread that adds the git state of `cwd` later.
 
-    Raises OSError where the file cannot be written. The thread may be left alone.
+    The thread need not be joined. Raises OSError if the file cannot be written.
     """
-    known = _without_git()
-    write_json(directory.environment, known)
+    description = _without_git()
+    write_json(directory.environment, description)
 
     def add_git() -> None:
         state = git_state(cwd)
         if state is not None:
             with contextlib.suppress(OSError):
-                write_json(directory.environment, known | {"git": state})
+                write_json(directory.environment, description | {"git": state})
 
     thread = threading.Thread(target=add_git, name="labkit-git", daemon=True)
     thread.start()

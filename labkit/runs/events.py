@@ -1,7 +1,7 @@
-"""What the rarer events of a run say, checked and taken into its data: one function per kind of event.
+"""Handlers of the rarer events of a run: they check an event and add it to the data; one function per kind.
 
-The files are untrusted: every value is checked, every count is bounded, and an event that cannot be read is refused as
-a whole (False).
+The files are untrusted: every value is checked, every count is bounded, and an event that cannot be read is rejected
+as a whole (False).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from labkit.runs.data import RunData
 
 MAX_ACTIONS = 200_000
-"""Actions of all timelines together that are kept at most."""
+"""Maximum number of actions that are kept, over all timelines."""
 MAX_AXES, MAX_BLOCKS, MAX_EXPERTS = 64, 1024, 1024
 MAX_LAYERS = 64
-"""Layer records that are kept per rank at most, and a sixteenth of those of all ranks."""
+"""Maximum number of layer records per rank; sixteen times as many over all ranks."""
 MAX_EFFECTIVE, MAX_SIZES = 50, 16
 TRAFFIC = ("calls", "bytes", "wire_bytes", "exposed_seconds")
 LINK = ("bytes", "loopback_bytes", "seconds", "updates")
@@ -45,7 +45,7 @@ _AXIS = re.compile(r"[a-z_]{1,20}(\+[a-z_]{1,20}){0,7}")
 
 
 def start(data: RunData, rank: int, event: dict[str, Any]) -> bool:
-    """Take in what a rank reports when it is ready; rank 0 also tells the facts and the metric of the task."""
+    """Take in what a rank reports when it is ready; rank 0 also reports the facts and the metric of the task."""
     data.set_first(event.get("first"))
     device, warnings = event.get("device"), event.get("warnings")
     data.rank_starts[rank].update(
@@ -73,13 +73,13 @@ def start(data: RunData, rank: int, event: dict[str, Any]) -> bool:
 
 
 def first_step(data: RunData, rank: int, event: dict[str, Any]) -> bool:
-    """Take in how long the first step took, from the request on (s)."""
+    """Take in the time from the request to the end of the first step (s)."""
     data.rank_starts[rank]["time_to_first_step_seconds"] = number(event.get("seconds"))
     return True
 
 
 def rehearsal(data: RunData, rank: int, event: dict[str, Any]) -> bool:
-    """Take in how long the task was tried before step 1 (s); what that showed is among the run's warnings."""
+    """Take in the duration of the rehearsal before step 1 (s); its findings are among the run's warnings."""
     seconds = number(event.get("seconds"))
     if seconds is not None and 0 <= seconds < 1e9:
         data.rehearsal_seconds[rank] = seconds
@@ -179,11 +179,11 @@ def _add_load(data: RunData, block: str, counts: Any) -> None:
     """Add the tokens that each expert of a block got on one rank."""
     if not isinstance(counts, list) or not 0 < len(counts) <= MAX_EXPERTS:
         return
-    whole = [integer(count, 0, 2**40) for count in counts]
+    checked = [integer(count, 0, 2**40) for count in counts]
     before = data.experts.get(block)
-    if None in whole or (before is not None and len(before) != len(whole)) or len(data.experts) >= MAX_BLOCKS:
+    if None in checked or (before is not None and len(before) != len(checked)) or len(data.experts) >= MAX_BLOCKS:
         return
-    load = np.array(whole, dtype=np.int64)
+    load = np.array(checked, dtype=np.int64)
     data.experts[block] = load if before is None else before + load
 
 
@@ -197,7 +197,7 @@ def link(data: RunData, rank: int, event: dict[str, Any]) -> bool:
 
 
 def effective(data: RunData, rank: int, event: dict[str, Any]) -> bool:
-    """Take in what was in force, as measured once the training was over."""
+    """Take in the effective settings, as measured after the training."""
     measured, start = words(event.get("found")), data.rank_starts[rank]
     start["effective"] = dict(list((start.get("effective", {}) | measured).items())[:MAX_EFFECTIVE])
     return bool(measured)
@@ -226,7 +226,7 @@ def quantized(data: RunData, rank: int, event: dict[str, Any]) -> bool:
 
 
 def numbers(data: RunData, rank: int, event: dict[str, Any]) -> bool:
-    """Take in what the layers of a stage multiplied in the last evaluation."""
+    """Take in the operands of the layers of a stage in the last evaluation."""
     layers = layer_numbers.read(event.get("layers"), min(MAX_LAYERS, 16 * MAX_LAYERS - len(data.numbers)))
     names = {layer.name for layer in data.numbers}
     layers = [layer for layer in layers if layer.name not in names]
@@ -357,4 +357,4 @@ HANDLERS: dict[str, Handler] = {
         *(quantized, numbers, kernels, exported, memory, error, end),
     )
 }
-"""By kind of event: the function that takes it in; False if the event cannot be read."""
+"""Handler of each kind of event; it returns False if the event cannot be read."""

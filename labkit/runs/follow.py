@@ -1,4 +1,4 @@
-"""Following a run in a terminal: a progress bar with time left, a first Ctrl-C that stops and a second that insists."""
+"""Follow a run in a terminal: a progress bar with the time left; a first Ctrl-C stops the run, a second ends it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from labkit.experiment.safe_files import printable
 from labkit.runs.checked import NOT_FINITE, formatted
 from labkit.runs.data import RunData
 from labkit.runs.data_used import data_used
-from labkit.runs.interrupts import endings
+from labkit.runs.interrupts import on_end_signals
 from labkit.runs.run import Run
 
 REFRESH_S = 0.2
@@ -26,7 +26,7 @@ def follow(run: Run, quiet: bool = False) -> Run:
     """Show the progress of `run` on standard error until it has ended."""
     console = Console(stderr=True, quiet=quiet)
     data, name = RunData(run.directory), printable(run.id)
-    asked = 0
+    requests = 0
     columns = [
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -34,18 +34,18 @@ def follow(run: Run, quiet: bool = False) -> Run:
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}", markup=False),
     ]
-    # Where nobody watches, a bar only fills the log.
+    # Without a terminal, a progress bar only fills the log.
     live = Progress(*columns, console=console, disable=quiet or not sys.stderr.isatty())
     if live.disable and not quiet:
         console.print(f"labkit: run {name}", highlight=False, markup=False)
 
     def interrupted(number: int, frame: Any) -> None:
-        # A handler and not KeyboardInterrupt: an exception may strike where it is swallowed.
-        nonlocal asked
-        asked += 1
+        # A handler instead of KeyboardInterrupt: an exception may be raised where it is swallowed.
+        nonlocal requests
+        requests += 1
 
-    obeyed = 0
-    with endings(interrupted), live:
+    handled = 0
+    with on_end_signals(interrupted), live:
         task = live.add_task(f"{name} starting", total=None, figures="")
         while True:
             data.refresh(0.05)
@@ -59,17 +59,19 @@ def follow(run: Run, quiet: bool = False) -> Run:
             )
             if state in TERMINAL:
                 return run
-            if asked > obeyed:
-                said = "ending it" if asked > 1 else "stopping after this step; once more to end it at once"
-                run.request_stop(0.0 if asked > 1 else None)
-                obeyed = asked
+            if requests > handled:
+                answer = (
+                    "ending it" if requests > 1 else "stopping after this step; press Ctrl-C again to end it at once"
+                )
+                run.request_stop(0.0 if requests > 1 else None)
+                handled = requests
                 with contextlib.suppress(OSError):  # the terminal may be closed
-                    console.print(said)
+                    console.print(answer)
             time.sleep(REFRESH_S)
 
 
 def figures(data: RunData) -> str:
-    """Loss, metric and throughput, as known now."""
+    """Return the latest loss and metric as text."""
     parts = []
     if data.steps:
         parts.append(f"loss {formatted(data.loss[-1], '.4g')}")
@@ -80,44 +82,44 @@ def figures(data: RunData) -> str:
 
 
 def summary_text(summary: dict[str, Any]) -> str:
-    """The summary for people: one figure a line, with units; what is not known is left out."""
+    """Return the summary as text, one figure with its unit per line; unknown figures are left out."""
     try:
         return _summary_text(summary)
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
-        return "  The summary of this run cannot be read."  # a directory from elsewhere may hold anything
+        return "  The summary of this run cannot be read."  # a directory from elsewhere may contain anything
 
 
 def _summary_text(summary: dict[str, Any]) -> str:
     lines = []
 
-    def line(label: str, value: Any, form: str = "{}") -> None:
+    def add_line(label: str, value: Any, form: str = "{}") -> None:
         if value is not None and not (isinstance(value, float) and not math.isfinite(value)):
             lines.append(f"  {printable(label):22} {printable(form.format(value))}")
 
-    line("run", summary.get("run_id"))
-    line("layout", f"{summary.get('layout')} ({summary.get('world_size')} ranks on {summary.get('device')})")
-    line("data", data_used(summary.get("facts")) or None)
-    line("steps", summary.get("steps"))
+    add_line("run", summary.get("run_id"))
+    add_line("layout", f"{summary.get('layout')} ({summary.get('world_size')} ranks on {summary.get('device')})")
+    add_line("data", data_used(summary.get("facts")) or None)
+    add_line("steps", summary.get("steps"))
     for key, value in (summary.get("metrics") or {}).items():
-        line(key.replace("_", " "), value, "{}" if value == NOT_FINITE else "{:.4g}")
-    line("throughput", summary.get("samples_per_second"), "{:.1f} samples/s")
+        add_line(key.replace("_", " "), value, "{}" if value == NOT_FINITE else "{:.4g}")
+    add_line("throughput", summary.get("samples_per_second"), "{:.1f} samples/s")
     step = summary.get("step_seconds") or {}
     if step.get("median"):
-        left_out = f"{step['warmup_steps']} first steps left out"
+        left_out = f"{step['warmup_steps']} warm-up steps left out"
         p10, p90 = 1e3 * step["p10"], 1e3 * step["p90"]
-        line("step", f"{1e3 * step['median']:.1f} ms (p10 {p10:.1f}, p90 {p90:.1f}; {left_out})")
-    line("first step after", summary.get("time_to_first_step_seconds"), "{:.2f} s")
+        add_line("step", f"{1e3 * step['median']:.1f} ms (p10 {p10:.1f}, p90 {p90:.1f}; {left_out})")
+    add_line("first step after", summary.get("time_to_first_step_seconds"), "{:.2f} s")
     network = summary.get("network") or {}
     if network.get("bytes_per_step"):
-        line("slow link", f"{network['bytes_per_step'] / 1e6:.3g} MB per step at {network['rate_mbit']:g} Mbit/s")
+        add_line("slow link", f"{network['bytes_per_step'] / 1e6:.3g} MB per step at {network['rate_mbit']:g} Mbit/s")
     peaks = [peak for peak in summary.get("peak_memory_bytes") or [] if peak]
-    line("peak memory per rank", max(peaks) / 2**20 if peaks else None, "{:.0f} MiB")
+    add_line("peak memory per rank", max(peaks) / 2**20 if peaks else None, "{:.0f} MiB")
     if summary.get("speedup"):
         low, high = summary["speedup_interval"]
-        line("speed-up", f"{summary['speedup']:.2f} ({low:.2f} to {high:.2f}) over {summary['baseline_run_id']}")
-        line("efficiency", summary.get("efficiency"), "{:.0%}")
+        add_line("speed-up", f"{summary['speedup']:.2f} ({low:.2f} to {high:.2f}) over {summary['baseline_run_id']}")
+        add_line("efficiency", summary.get("efficiency"), "{:.0%}")
     elif summary.get("world_size", 1) > 1:
-        line("speed-up", "no baseline yet: run the same on one rank, or use --baseline measure")
+        add_line("speed-up", "no baseline yet: run the same on one rank, or use --baseline measure")
     for note in summary.get("notes") or []:
-        line("note", note)
+        add_line("note", note)
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A request to end, however it comes: Ctrl-C, SIGTERM (a job that is timed out), SIGHUP (a terminal that is closed)."""
+"""Signals that ask a process to end: SIGINT (Ctrl-C), SIGTERM (a job that timed out), SIGHUP (a closed terminal)."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def endings(handler: Callable[[int, Any], Any], replace: bool = True) -> Iterator[None]:
-    """Give all of them to `handler` meanwhile. One that is ignored (nohup) stays ignored.
+def on_end_signals(handler: Callable[[int, Any], Any], replace: bool = True) -> Iterator[None]:
+    """Install `handler` for all END_SIGNALS within the context. Signals that are ignored (nohup) stay ignored.
 
-    With `replace` False, so does one that somebody else handles already (a kernel handles SIGINT), which Python's own
-    KeyboardInterrupt is not. Outside the main thread nothing changes.
+    With `replace` False, signals that already have a handler other than Python's default keep it (a Jupyter kernel
+    handles SIGINT). Outside the main thread nothing changes.
     """
     own = (signal.SIG_DFL, signal.default_int_handler)
-    before: dict[signal.Signals, Any] = {}
+    previous_handlers: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        for number in ENDINGS:
-            previous = signal.getsignal(number)
+        for signal_number in END_SIGNALS:
+            previous = signal.getsignal(signal_number)
             if previous in (signal.SIG_IGN, None) or not (replace or previous in own):
                 continue
-            before[number] = signal.signal(number, handler)
+            previous_handlers[signal_number] = signal.signal(signal_number, handler)
     try:
         yield
     finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
+        for signal_number, previous in previous_handlers.items():
+            signal.signal(signal_number, previous)
 
 
 @contextmanager
 def as_interrupts(replace: bool = True) -> Iterator[None]:
-    """Raise KeyboardInterrupt in the main thread on each of them; `replace` as for `endings`."""
-    with endings(signal.default_int_handler, replace):
+    """Raise KeyboardInterrupt in the main thread on each of END_SIGNALS; `replace` as for `on_end_signals`."""
+    with on_end_signals(signal.default_int_handler, replace):
         yield

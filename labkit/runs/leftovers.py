@@ -1,4 +1,4 @@
-"""Files that somebody was writing when the run ended: none of them is whole, and nobody will ever complete them."""
+"""Files that were being written when the run ended: they are incomplete and will never be completed."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""Does a run still have its supervisor? Whoever holds the lock is alive; nothing else counts.
+"""Whether the supervisor of a run is alive: it is if it holds the lock of the run; nothing else counts.
 
-The supervisor holds a record lock (fcntl(2)) on `.alive` in the run directory for its life. The kernel lets go of it
-when the process ends, however it ends; a fork does not inherit it; and the kernel names the holder to whoever asks,
-by the pid that the holder has for the one who asks, or 0 where it has none (another container). So neither a recycled
-pid, nor a clock, nor a copy of a directory can be taken for a living supervisor.
+The supervisor holds a record lock (fcntl(2)) on `.alive` in the run directory as long as it lives. The kernel releases
+the lock when the process ends, however it ends; a forked process does not inherit it; and the kernel gives the pid of
+the holder, as seen from the asking process, or 0 if it has none there (another container). So neither a recycled pid,
+nor a clock, nor a copy of a directory can be taken for a living supervisor.
 
-The file says to which directory it belongs (by inode number) and on which boot of which machine it was locked:
-a copied directory has a lock file that belongs to another directory, and a free lock that was taken on another machine
-may be one that is not seen from here.
+The file records to which directory it belongs (by inode number) and on which boot of which machine it was locked:
+a copied directory has a lock file that belongs to another directory, and a lock that was taken on another machine may
+look free from here although it is held.
 
-A record lock is lost as soon as its process closes any descriptor of the file: a process never opens a lock file that
-it holds itself.
+A record lock is lost as soon as its process closes any descriptor of the file, so a process never opens a lock file
+whose lock it holds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 from labkit.experiment.run_directory import RunDirectory
 from labkit.runs.processes import boot_id, children_of, identity, machine
 
-_MOST_BYTES = 4096
+_MAX_BYTES = 4096
 _LINUX = sys.platform == "linux"
 # struct flock: type, whence, start, length, pid (Linux); start, length, pid, type, whence (BSD, macOS).
 _FLOCK = struct.Struct("hhqqi4x" if _LINUX else "qqihh")
@@ -42,35 +42,35 @@ _held: dict[tuple[int, int], Lock] = {}
 
 
 class Life(Enum):
-    """What the lock says about the supervisor of a run."""
+    """State of the supervisor of a run, according to the lock."""
 
     ALIVE = "alive"
     """The lock is held."""
     DEAD = "dead"
-    """It was taken on this boot of this machine, in this very directory, and is free."""
+    """The lock was taken after the last boot of this machine, in this very directory, and is free."""
     COPY = "copy"
-    """It belongs to another directory, of which this one is a copy; nobody holds it."""
+    """The lock belongs to another directory, of which this one is a copy; no process holds it."""
     RESTARTED = "restarted"
-    """It was taken on this machine, which has been restarted since."""
+    """The lock was taken on this machine, which has been restarted since."""
     UNKNOWN = "unknown"
     """There is no lock, or it was taken on another machine and looks free from here."""
 
 
 @dataclass
 class Lock:
-    """A held lock; `beat` shows that its holder still moves."""
+    """A held lock; `beat` is the heartbeat of its holder."""
 
     path: Path
     descriptor: int
     owner: int = field(default_factory=os.getpid)
 
     def beat(self) -> None:
-        """Change the time of the file: that needs no free block on the disk. OSError if it cannot be."""
+        """Touch the file, which needs no free block on the disk; raise OSError if that fails."""
         now = time.time_ns()
         os.utime(self.descriptor, ns=(now, now))
 
     def release(self, remove: bool = False) -> None:
-        """Let go; with `remove` the file goes too (after a terminal state nobody asks for it)."""
+        """Release the lock; with `remove`, delete the file too (it is not needed after a terminal state)."""
         if remove:
             with suppress(OSError):
                 self.path.unlink()
@@ -84,14 +84,15 @@ class Lock:
 def hold(path: Path) -> Lock:
     """Lock this file, in the directory of the run or another private one, for as long as this process lives.
 
-    BlockingIOError or PermissionError if somebody else holds it; other OSErrors where it cannot be made or locked.
+    Raises BlockingIOError or PermissionError if another process holds the lock, and other OSErrors if the file cannot
+    be created or locked.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         directory, holder = os.stat(path.parent).st_ino, identity(os.getpid())
         text = json.dumps({"directory": directory, "boot": boot_id(), "machine": machine(), "holder": holder}).encode()
-        with suppress(OSError):  # a full disk: the lock holds all the same
+        with suppress(OSError):  # on a full disk the lock still holds
             os.pwrite(descriptor, text, 0)
             os.ftruncate(descriptor, len(text))
     except BaseException:
@@ -102,30 +103,30 @@ def hold(path: Path) -> Lock:
     return lock
 
 
-def look(path: Path) -> Life:
-    """What the lock file at `path` says, whatever lies there; needs no right to write."""
+def check_lock(path: Path) -> Life:
+    """Return the state of the supervisor from the lock file at `path`, which may be anything; needs no write access."""
     return _inspect(path)[0]
 
 
 def end_holder(path: Path) -> bool:
-    """Kill the process that holds this lock and all that it has started; True if that could be done.
+    """Kill the process that holds this lock and all of its descendants; return whether that was possible.
 
-    Nothing is killed unless the kernel names the process as holder of the lock in this very directory, the directory is
-    this user's own, and the process still holds the lock once a handle on it has been opened.
+    Nothing is killed unless the kernel names the process as the holder of the lock in this very directory, this user
+    owns the directory, and the process still holds the lock after a handle on it has been opened.
     """
-    with suppress(OSError, AttributeError):  # no process handles: an old kernel, another system
+    with suppress(OSError, AttributeError):  # no process handles on an old kernel or another system
         if path.parent.stat().st_uid != os.getuid():
             return False
-        life, pid, own = _inspect(path)
-        if life is not Life.ALIVE or not own or pid <= 1 or pid == os.getpid():
+        life, pid, belongs_here = _inspect(path)
+        if life is not Life.ALIVE or not belongs_here or pid <= 1 or pid == os.getpid():
             return False
         handle = os.pidfd_open(pid)
         try:
             if _inspect(path) != (Life.ALIVE, pid, True):
                 return False
-            below = [(child, os.pidfd_open(child)) for child in children_of(pid)]
+            descendants = [(child, os.pidfd_open(child)) for child in children_of(pid)]
             signal.pidfd_send_signal(handle, signal.SIGKILL)
-            for _, descriptor in below:
+            for _, descriptor in descendants:
                 with suppress(OSError):
                     signal.pidfd_send_signal(descriptor, signal.SIGKILL)
                 os.close(descriptor)
@@ -136,17 +137,17 @@ def end_holder(path: Path) -> bool:
 
 
 def holder(path: Path) -> int | None:
-    """Pid of the process that holds the lock in this very directory; None if none does that is seen from here."""
-    life, pid, own = _inspect(path)
-    return pid if life is Life.ALIVE and own and pid > 1 else None
+    """Return the pid of the process that holds the lock in this very directory; None if none is visible from here."""
+    life, pid, belongs_here = _inspect(path)
+    return pid if life is Life.ALIVE and belongs_here and pid > 1 else None
 
 
 def _inspect(path: Path) -> tuple[Life, int, bool]:
-    """What the lock says, its holder (0: cannot be seen from here), and whether it belongs to this very directory."""
+    """Return the state of the lock, its holder (0: not visible from here) and whether it belongs to this directory."""
     try:
         info = os.stat(path, follow_symlinks=False)
-        mine = _held.get((info.st_dev, info.st_ino))
-        if mine is not None and mine.owner == os.getpid():
+        own_lock = _held.get((info.st_dev, info.st_ino))
+        if own_lock is not None and own_lock.owner == os.getpid():
             return Life.ALIVE, os.getpid(), True
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -156,13 +157,13 @@ def _inspect(path: Path) -> tuple[Life, int, bool]:
             return Life.UNKNOWN, 0, False
         pid = _locked_by(descriptor)
         content = _content(descriptor)
-        own = content.get("directory") == os.stat(path.parent).st_ino
+        belongs_here = content.get("directory") == os.stat(path.parent).st_ino
         if pid is not None:
-            return Life.ALIVE, pid, own
+            return Life.ALIVE, pid, belongs_here
         if content.get("boot") != boot_id():
-            here = own and content.get("machine") == machine() != ""
-            return (Life.RESTARTED if here else Life.UNKNOWN), 0, own
-        return (Life.DEAD if own else Life.COPY), 0, own
+            same_machine = belongs_here and content.get("machine") == machine() != ""
+            return (Life.RESTARTED if same_machine else Life.UNKNOWN), 0, belongs_here
+        return (Life.DEAD if belongs_here else Life.COPY), 0, belongs_here
     except OSError:
         return Life.UNKNOWN, 0, False
     finally:
@@ -170,61 +171,61 @@ def _inspect(path: Path) -> tuple[Life, int, bool]:
 
 
 def _locked_by(descriptor: int) -> int | None:
-    """Pid of the holder, 0 if it has none here, None if nobody holds the lock."""
+    """Return the pid of the holder, 0 if it has none here, None if no process holds the lock."""
     if _LINUX:
-        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
+        request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_GETLK, request))
     else:
-        asked = _FLOCK.pack(0, 0, 0, fcntl.F_WRLCK, os.SEEK_SET)
-        _, _, pid, kind, _ = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
+        request = _FLOCK.pack(0, 0, 0, fcntl.F_WRLCK, os.SEEK_SET)
+        _, _, pid, kind, _ = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_GETLK, request))
     return None if kind == fcntl.F_UNLCK else max(0, pid)
 
 
 def _content(descriptor: int) -> dict[str, Any]:
     try:
-        content = json.loads(os.pread(descriptor, _MOST_BYTES, 0))
+        content = json.loads(os.pread(descriptor, _MAX_BYTES, 0))
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
-# -- does it still move? ----------------------------------------------------------------------------------------------
+# -- signs of life ----------------------------------------------------------------------------------------------------
 
-GLANCE_S = 1.0
-"""Of the time between two looks at most so much counts: a reader that was itself frozen has seen nothing."""
-_MOST_WATCHED = 4096
+MAX_COUNTED_S = 1.0
+"""At most this much of the time between two checks counts (s): a reader may itself have been frozen."""
+_MAX_WATCHED = 4096
 
 
 @dataclass
-class _Watched:
-    sign: tuple[Any, ...]
-    seen: float
+class _Observation:
+    stamps: tuple[Any, ...]
+    last_check: float
     silence_s: float = 0.0
 
 
-_watched: dict[str, _Watched] = {}
+_observations: dict[str, _Observation] = {}
 
 
 def silence(directory: RunDirectory) -> float:
-    """For how many seconds this process has been looking at the run without seeing any of its files change.
+    """Return for how many seconds this process has checked the run without seeing any of its files change.
 
-    Measured by this process's own monotonic clock, from its first look on: clocks of other machines, and times of
-    files, say nothing. One look alone says nothing either.
+    Measured by the monotonic clock of this process, from its first check: neither clocks of other machines nor times of
+    files are trusted. The first check returns 0.
     """
     now, key = time.monotonic(), str(directory.path)
-    sign = tuple(map(_changed, (directory.alive, directory.progress, directory.status)))
-    watched = _watched.get(key)
-    if watched is None or watched.sign != sign:
-        if watched is None and len(_watched) >= _MOST_WATCHED:
-            _watched.clear()
-        _watched[key] = _Watched(sign, now)
+    stamps = tuple(map(_file_stamp, (directory.alive, directory.progress, directory.status)))
+    observation = _observations.get(key)
+    if observation is None or observation.stamps != stamps:
+        if observation is None and len(_observations) >= _MAX_WATCHED:
+            _observations.clear()
+        _observations[key] = _Observation(stamps, now)
         return 0.0
-    watched.silence_s += min(GLANCE_S, now - watched.seen)
-    watched.seen = now
-    return watched.silence_s
+    observation.silence_s += min(MAX_COUNTED_S, now - observation.last_check)
+    observation.last_check = now
+    return observation.silence_s
 
 
-def _changed(path: Path) -> tuple[int, int, int]:
+def _file_stamp(path: Path) -> tuple[int, int, int]:
     try:
         info = os.stat(path, follow_symlinks=False)
     except OSError:

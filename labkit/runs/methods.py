@@ -1,4 +1,4 @@
-"""What a reader of runs has to know of the method by which their ranks combined what they learned."""
+"""How the method by which ranks combine gradients or weights affects the reading of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ PLAIN, SYNCHRONOUS = "none", "synchronous"
 
 
 def is_plain(experiment: Experiment | None) -> bool:
-    """Did every update use the mean of uncompressed gradients? So trains what other methods are compared with."""
+    """Return whether every step used the mean of uncompressed gradients: the method that others are compared with."""
     if experiment is None:
         return False
     gradients = experiment.gradients
@@ -16,20 +16,21 @@ def is_plain(experiment: Experiment | None) -> bool:
 
 
 def period(experiment: Experiment | None) -> int:
-    """Updates after which work repeats itself: H for methods whose ranks meet once in H updates, else 1.
+    """Return after how many steps work repeats: H for methods whose ranks synchronise once in H steps, else 1.
 
-    Times and bytes of single steps tell nothing there: most steps send nothing. Over H steps they do.
+    With such a method most steps send nothing, so times and bytes mean something only over H steps.
     """
     if experiment is None:
         return 1
-    every = experiment.gradients.update.options.get("every", 1)
-    return every if isinstance(every, int) and every > 0 else 1
+    steps = experiment.gradients.update.options.get("every", 1)
+    return steps if isinstance(steps, int) and steps > 0 else 1
 
 
 def key(experiment: Experiment) -> str:
-    """The method in the words of the settings: `plain`, `powersgd`, `diloco`; joined by + where both are chosen."""
+    """Return the method as in the settings: `plain`, `powersgd`, `diloco`; compression and update rule joined by +."""
     gradients = experiment.gradients
-    chosen = [gradients.compression.method, gradients.update.method]
+    methods = [gradients.compression.method, gradients.update.method]
     return (
-        " + ".join(name for name, usual in zip(chosen, (PLAIN, SYNCHRONOUS), strict=True) if name != usual) or "plain"
+        " + ".join(name for name, default in zip(methods, (PLAIN, SYNCHRONOUS), strict=True) if name != default)
+        or "plain"
     )

@@ -1,10 +1,11 @@
-"""How much of a pipeline stood still, as measured and as its schedule alone would have it.
+"""The bubble of a pipeline: as measured, as simulated from its schedule, and by the textbook formula.
 
-The *bubble* is the share of (ranks × span) in which no rank computes. Measured, it holds everything: waiting for
-microbatches, messages, unequal luck. The schedule's own bubble comes from the recorded order of each rank, every action
-as long as the median of its (stage, kind), started as soon as what it needs is there, messages free. The textbook has a
-third one for schedules whose stages are all equally long: (p-1) / (v·m + p-1) for p ranks with v stages each and m
-microbatches (Huang et al. 2019, arXiv:1811.06965; Narayanan et al. 2021, arXiv:2104.04473).
+The *bubble* is the fraction of (ranks × span) in which ranks do not compute. The measured one includes everything:
+waiting for micro-batches and messages, and random delays. The schedule's own bubble is simulated from the recorded
+order of each rank: every action takes the median time of its (stage, kind) and starts as soon as its dependencies are
+done; messages take no time. The textbook formula, for schedules whose stages all take equally long, is
+(p-1) / (v·m + p-1) for p ranks with v stages each and m micro-batches (Huang et al. 2019, arXiv:1811.06965; Narayanan
+et al. 2021, arXiv:2104.04473).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from labkit.experiment import Experiment, Layout
 
 
 class Action(NamedTuple):
-    """A rank computes: F forward, B backward, I backward to the inputs alone, W to the weights alone."""
+    """One computation of a rank: F forward, B backward, I backward for the inputs only, W for the weights only."""
 
     kind: str
     stage: int
@@ -33,7 +34,7 @@ class Action(NamedTuple):
 
 
 Timeline = Mapping[int, Sequence[Action]]
-"""Rank to its actions, in the order in which it computed them."""
+"""The actions of each rank, in the order in which it computed them."""
 
 TEXTBOOK = ("naive", "gpipe", "1f1b", "interleaved_1f1b", "looped_bfs")
 """Schedules whose bubble has a closed form."""
@@ -41,52 +42,52 @@ TEXTBOOK = ("naive", "gpipe", "1f1b", "interleaved_1f1b", "looped_bfs")
 
 @dataclass(frozen=True)
 class Bubble:
-    """Shares of (ranks × span) without work, and the spans in seconds."""
+    """Idle fractions of (ranks × span), and the spans in seconds."""
 
     measured: float
     own: float
-    """That of the schedule itself, with stages as long as they were."""
+    """Bubble of the schedule itself, simulated with the measured durations of the stages."""
     textbook: float | None
-    """For stages of equal length; None where there is no formula."""
+    """Bubble by the formula for equally long stages; None if the schedule has none."""
     measured_seconds: float
     own_seconds: float
 
 
-def schedule(experiment: Experiment) -> str:
-    """What drives the pipeline: the layout's schedule, or an update rule that has a pipeline of its own."""
+def schedule_name(experiment: Experiment) -> str:
+    """Return the schedule of the pipeline: the layout's, or an update rule that has a pipeline of its own."""
     method = experiment.gradients.update.method
     return method if method == "pipedream" else experiment.layout.schedule
 
 
 def bubble_of(timeline: Timeline, experiment: Experiment) -> Bubble:
-    """That of the run's pipeline; an asynchronous one, of which some updates are seen, has no formula."""
-    scheduled = schedule(experiment) == experiment.layout.schedule
+    """Return the bubble of the run's pipeline; an asynchronous one, traced for a few steps, has no formula."""
+    scheduled = schedule_name(experiment) == experiment.layout.schedule
     return bubble(timeline, experiment.layout if scheduled else None)
 
 
 def bubble(timeline: Timeline, layout: Layout | None = None) -> Bubble:
-    """The bubble of one pipeline; ValueError if its order cannot have been computed (a damaged file)."""
-    simulated = ideal(timeline)
-    known = textbook(layout) if layout is not None else None
-    return Bubble(idle(timeline), idle(simulated), known, span(timeline), span(simulated))
+    """Return the bubble of one pipeline; raise ValueError if its order is impossible (a damaged file)."""
+    simulated = simulate(timeline)
+    formula = textbook_bubble(layout) if layout is not None else None
+    return Bubble(idle_fraction(timeline), idle_fraction(simulated), formula, span(timeline), span(simulated))
 
 
 def span(timeline: Timeline) -> float:
-    """Seconds from the first begin to the last end."""
+    """Return the seconds from the first begin to the last end."""
     actions = [action for row in timeline.values() for action in row]
     return max(action.end for action in actions) - min(action.begin for action in actions) if actions else 0.0
 
 
-def idle(timeline: Timeline) -> float:
-    """1 - Σ busy / (ranks × span)."""
-    whole = len(timeline) * span(timeline)
-    return 1 - sum(action.seconds for row in timeline.values() for action in row) / whole if whole else 0.0
+def idle_fraction(timeline: Timeline) -> float:
+    """Return 1 - Σ busy / (ranks × span)."""
+    available = len(timeline) * span(timeline)
+    return 1 - sum(action.seconds for row in timeline.values() for action in row) / available if available else 0.0
 
 
-def textbook(layout: Layout) -> float | None:
-    """(p-1) / (v·m + p-1); None for a schedule without a closed form.
+def textbook_bubble(layout: Layout) -> float | None:
+    """Return (p-1) / (v·m + p-1); None for a schedule without a closed form.
 
-    With several passes an update each fills and drains the pipeline anew, so their share is that of one.
+    With several passes per optimizer step, each fills and drains the pipeline again, so the fraction is that of one.
     """
     if layout.schedule not in TEXTBOOK:
         return None
@@ -94,69 +95,69 @@ def textbook(layout: Layout) -> float | None:
     return (layout.pp - 1) / (layout.stages_per_rank * microbatches + layout.pp - 1)
 
 
-def ideal(timeline: Timeline) -> dict[int, list[Action]]:
-    """The same order with median durations, from second 0 on.
+def simulate(timeline: Timeline) -> dict[int, list[Action]]:
+    """Return the actions in the same order with median durations, starting at second 0.
 
     F of stage s waits for F of s-1; B and I of s wait for B or I of s+1 and for F of s; W waits for I; and each rank
-    does one thing at a time, in its order. What began before the timeline (in an asynchronous pipeline) is there
-    already. ValueError where that leads nowhere.
+    computes one action at a time, in its order. Dependencies that are not in the timeline (of an asynchronous pipeline)
+    count as done. Raises ValueError if the order is impossible.
     """
-    durations = medians(timeline)
-    seen = {_key(action) for row in timeline.values() for action in row}
+    durations = median_durations(timeline)
+    recorded = {_key(action) for row in timeline.values() for action in row}
     rows: dict[int, list[Action]] = {rank: [] for rank in timeline}
-    ended: dict[tuple[str, int, int], float] = {}
-    last = max((action.stage for row in timeline.values() for action in row), default=0)
-    free = dict.fromkeys(timeline, 0.0)
-    waiting = {rank: list(reversed(row)) for rank, row in timeline.items()}
-    while any(waiting.values()):
-        before = len(ended)
-        for rank, row in waiting.items():
+    ends: dict[tuple[str, int, int], float] = {}
+    last_stage = max((action.stage for row in timeline.values() for action in row), default=0)
+    free_at = dict.fromkeys(timeline, 0.0)
+    remaining = {rank: list(reversed(row)) for rank, row in timeline.items()}
+    while any(remaining.values()):
+        done_before = len(ends)
+        for rank, row in remaining.items():
             while row:
                 action = row[-1]
-                needs = [ended.get(one) for one in _needed(action, last) if one in seen]
-                known = [moment for moment in needs if moment is not None]
-                if len(known) < len(needs):
+                required_ends = [ends.get(key) for key in _dependencies(action, last_stage) if key in recorded]
+                known_ends = [moment for moment in required_ends if moment is not None]
+                if len(known_ends) < len(required_ends):
                     break
-                begin = max([free[rank], *known])
-                free[rank] = end = begin + durations[action.stage, action.kind]
-                ended[_key(action)] = end
+                begin = max([free_at[rank], *known_ends])
+                free_at[rank] = end = begin + durations[action.stage, action.kind]
+                ends[_key(action)] = end
                 rows[rank].append(action._replace(begin=begin, end=end))
                 row.pop()
-        if len(ended) == before:
-            raise ValueError("no rank can go on: the order of these actions cannot have been computed")
+        if len(ends) == done_before:
+            raise ValueError("the order of these actions is impossible: every rank waits for another one")
     return rows
 
 
-def medians(timeline: Timeline) -> dict[tuple[int, str], float]:
-    """Seconds of each (stage, kind)."""
-    found: dict[tuple[int, str], list[float]] = {}
+def median_durations(timeline: Timeline) -> dict[tuple[int, str], float]:
+    """Return the median seconds of each (stage, kind)."""
+    seconds: dict[tuple[int, str], list[float]] = {}
     for row in timeline.values():
         for action in row:
-            found.setdefault((action.stage, action.kind), []).append(action.seconds)
-    return {key: float(np.median(values)) for key, values in found.items()}
+            seconds.setdefault((action.stage, action.kind), []).append(action.seconds)
+    return {key: float(np.median(values)) for key, values in seconds.items()}
 
 
 def _key(action: Action) -> tuple[str, int, int]:
-    """Whole backward passes and those to the inputs alone release the stage before alike."""
+    """Return the key of an action; I counts as B, because both release the previous stage."""
     return ("B" if action.kind == "I" else action.kind, action.stage, action.microbatch)
 
 
-def _needed(action: Action, last: int) -> list[tuple[str, int, int]]:
-    kind, stage, number = _key(action)
+def _dependencies(action: Action, last_stage: int) -> list[tuple[str, int, int]]:
+    kind, stage, microbatch = _key(action)
     if kind == "F":
-        return [("F", stage - 1, number)] if stage else []
+        return [("F", stage - 1, microbatch)] if stage else []
     if kind == "W":
-        return [("B", stage, number)]
-    return [("F", stage, number)] + ([("B", stage + 1, number)] if stage < last else [])
+        return [("B", stage, microbatch)]
+    return [("F", stage, microbatch)] + ([("B", stage + 1, microbatch)] if stage < last_stage else [])
 
 
-def of_one_pipeline(timeline: Timeline, layout: Layout) -> dict[int, list[Action]]:
-    """The ranks of the pipeline that rank 0 is in: with other axes there are several side by side."""
-    first = layout.coordinates(0)
-    together = [
+def first_pipeline(timeline: Timeline, layout: Layout) -> dict[int, list[Action]]:
+    """Return the timelines of the pipeline that rank 0 belongs to; with other parallel axes there are several."""
+    rank_0 = layout.coordinates(0)
+    pipeline_ranks = [
         rank
         for rank in timeline
         if rank < layout.world_size
-        and all(place == first[axis] for axis, place in layout.coordinates(rank).items() if axis != "pp")
+        and all(coordinate == rank_0[axis] for axis, coordinate in layout.coordinates(rank).items() if axis != "pp")
     ]
-    return {rank: list(timeline[rank]) for rank in sorted(together)}
+    return {rank: list(timeline[rank]) for rank in sorted(pipeline_ranks)}

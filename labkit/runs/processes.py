@@ -1,7 +1,7 @@
-"""Processes by identity: a pid together with its start time, so that a recycled pid is never taken for the old one.
+"""Processes by identity: a pid together with its start time, so that a recycled pid is never mistaken for the old one.
 
-A pid means something only among processes that count alike: the same boot of the same machine, and the same pid
-namespace (containers on one host share the boot, not the pids). Both are written down and compared first.
+A pid is meaningful only within one boot of one machine and one pid namespace (containers on one host share the boot,
+but not the pids). Both are recorded and compared first.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def _stat(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat from the state on; None if there is no such process."""
+    """Return the fields of /proc/PID/stat from the state on; None if there is no such process."""
     try:
-        # The command name is in brackets and may hold anything, so count from the last bracket on.
+        # The command name is in brackets and may contain anything, so split after the last bracket.
         return Path(f"/proc/{pid}/stat").read_bytes().decode("utf-8", "replace").rpartition(")")[2].split()
     except OSError:
         return None
 
 
 def start_time(pid: int) -> float | None:
-    """When `pid` was started, in a unit that only serves for comparison; None if there is no such process."""
+    """Return when `pid` was started, in a unit that only serves for comparison; None if there is no such process."""
     fields = _stat(pid)
     if fields is None:
         return None if sys.platform == "linux" else _portable_start_time(pid)
@@ -35,13 +35,13 @@ def start_time(pid: int) -> float | None:
 
 
 def frozen(pid: int) -> bool:
-    """Is this process stopped by a signal (SIGSTOP, SIGTSTP), so that it does nothing until somebody continues it?"""
+    """Return whether the process is stopped by a signal (SIGSTOP, SIGTSTP) and waits for SIGCONT."""
     fields = _stat(pid)
     return fields is not None and fields[0] == "T"
 
 
 def children_of(pid: int) -> list[int]:
-    """Pids of all descendants that can be seen now, zombies left out; parents come before their children."""
+    """Return the pids of all visible descendants without zombies, parents before their children."""
     parents: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         fields = _stat(int(folder.name))
@@ -49,9 +49,9 @@ def children_of(pid: int) -> list[int]:
             parents.setdefault(int(fields[1]), []).append(int(folder.name))
     descendants, queue = [], [pid]
     while queue:
-        below = parents.get(queue.pop(0), [])
-        descendants += below
-        queue += below
+        children = parents.get(queue.pop(0), [])
+        descendants += children
+        queue += children
     return descendants
 
 
@@ -66,53 +66,53 @@ def _portable_start_time(pid: int) -> float | None:
 
 
 def identity(pid: int) -> dict[str, Any]:
-    """What is written down about a process."""
+    """Return what is recorded about a process: pid, start time and pid namespace."""
     return {"pid": pid, "start_time": start_time(pid), "pid_namespace": pid_namespace()}
 
 
 def pid_namespace() -> int:
-    """Number of the namespace in which this process counts pids; 0 where there are none."""
+    """Return the number of this process's pid namespace; 0 on systems without namespaces."""
     try:
         return os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         return 0
 
 
-def visible(known: dict[str, Any] | None) -> bool:
-    """Was this identity written down where pids mean what they mean here? (The boot is compared elsewhere.)"""
-    return isinstance(known, dict) and known.get("pid_namespace") == pid_namespace()
+def visible(recorded: dict[str, Any] | None) -> bool:
+    """Return whether the identity was recorded in this pid namespace; the boot is compared elsewhere."""
+    return isinstance(recorded, dict) and recorded.get("pid_namespace") == pid_namespace()
 
 
-def alive(known: dict[str, Any] | None) -> bool:
-    """Is the very process that was written down still running? A zombie is not."""
-    if not isinstance(known, dict) or not isinstance(known.get("pid"), int) or known["pid"] <= 1:
+def alive(recorded: dict[str, Any] | None) -> bool:
+    """Return whether the recorded process is still running; a zombie is not."""
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("pid"), int) or recorded["pid"] <= 1:
         return False
-    started = start_time(known["pid"])
-    return started is not None and started == known.get("start_time")
+    started = start_time(recorded["pid"])
+    return started is not None and started == recorded.get("start_time")
 
 
-def kill(known: dict[str, Any] | None, number: int = signal.SIGKILL) -> bool:
-    """Signal that very process and no other; False if it is gone."""
-    if known is None or not alive(known) or known.get("pid_namespace", pid_namespace()) != pid_namespace():
+def kill(recorded: dict[str, Any] | None, signal_number: int = signal.SIGKILL) -> bool:
+    """Send a signal to the recorded process and to no other; return False if it is gone."""
+    if recorded is None or not alive(recorded) or recorded.get("pid_namespace", pid_namespace()) != pid_namespace():
         return False
     try:
-        os.kill(known["pid"], number)
+        os.kill(recorded["pid"], signal_number)
     except (ProcessLookupError, PermissionError):
         return False
     return True
 
 
 def adopt_orphans() -> None:
-    """Become the parent of every descendant whose own parent ends, so that none can escape (Linux)."""
+    """Become the parent of every descendant whose own parent ends, so that none escapes (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def die_with_parent(parent: int) -> None:
-    """Ask the kernel to kill this process when `parent` dies, and go at once if it is dead already.
+    """Ask the kernel to kill this process when `parent` dies, and exit at once if it is dead already.
 
-    Linux only and tied to the parent's thread that forked, so ranks are forked from the supervisor's main thread; the
-    rank's background thread polls `os.getppid()` besides.
+    The signal exists on Linux only and is tied to the thread of the parent that forked, so ranks are forked from the
+    supervisor's main thread; in addition, the rank's background thread polls `os.getppid()`.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -121,7 +121,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def boot_id() -> str:
-    """Names this boot of this machine, so that pids from another machine are not looked up here."""
+    """Return a name of this boot of this machine, so that pids from another machine are not looked up here."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -131,11 +131,11 @@ def boot_id() -> str:
 
 
 def machine() -> str:
-    """Names this machine across restarts, as far as that can be told; "" where it cannot."""
+    """Return a name of this machine that survives restarts; "" if it has none."""
     import socket
 
     try:
-        number = Path("/etc/machine-id").read_text().strip()
+        machine_id = Path("/etc/machine-id").read_text().strip()
     except OSError:
         return ""
-    return f"{number}:{socket.gethostname()}" if number else ""
+    return f"{machine_id}:{socket.gethostname()}" if machine_id else ""

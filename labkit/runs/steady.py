@@ -1,7 +1,7 @@
-"""Steady-state step times: what is left out, the median, and how sure it is.
+"""Steady-state step times: the warm-up that is left out, the median and its confidence interval.
 
-Step times follow each other closely (a slow moment lasts several steps), so intervals come from a moving-block
-bootstrap (Künsch, 1989) instead of one that shuffles single steps.
+Step times are autocorrelated (a slow moment lasts several steps), so intervals come from a moving-block bootstrap
+(Künsch, 1989) instead of one that resamples single steps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 
 
 def warmup(steps: int) -> int:
-    """How many first steps are left out: a tenth, at least 3 and at most 20."""
+    """Return how many first steps are left out: a tenth, at least 3 and at most 20."""
     return min(steps, max(3, min(20, steps // 10)))
 
 
@@ -33,27 +33,29 @@ class SteadyState:
 
     @classmethod
     def of(cls, seconds: Floats, period: int = 1) -> SteadyState:
-        """Of all steps; where ranks meet once in `period` steps only, of means over so many (see methods.period)."""
-        skipped = warmup(len(seconds))
-        return cls(rolling(np.asarray(seconds[skipped:], dtype=np.float64), period), skipped)
+        """Leave the warm-up out of `seconds`; if ranks synchronise once in `period` steps, take means over a period."""
+        warmup_steps = warmup(len(seconds))
+        return cls(rolling(np.asarray(seconds[warmup_steps:], dtype=np.float64), period), warmup_steps)
 
     @property
     def median(self) -> float | None:
+        """Median step time (s); None without steps."""
         return float(np.median(self.seconds)) if len(self.seconds) else None
 
     def quantile(self, fraction: float) -> float | None:
+        """Return a quantile of the step times (s); None without steps."""
         return float(np.quantile(self.seconds, fraction)) if len(self.seconds) else None
 
     @property
-    def complaint(self) -> str | None:
-        """Why no claim can be made from these steps; None if one can."""
+    def reason(self) -> str | None:
+        """Why no claim can be made from these steps; None if they are enough."""
         if len(self.seconds) < MIN_STEPS:
             needed = MIN_STEPS + self.warmup_steps
             return f"not enough steps ({len(self.seconds)} after the warm-up; run at least {needed})"
         return None
 
     def medians(self, seed: int = 0) -> Floats:
-        """Bootstrap distribution of the median, shape [RESAMPLES]."""
+        """Return the bootstrap distribution of the median, shape [RESAMPLES]."""
         n = len(self.seconds)
         block = max(1, round(n ** (1 / 3)))
         random = np.random.default_rng(seed)
@@ -63,21 +65,21 @@ class SteadyState:
 
 
 def ratio(numerator: SteadyState, denominator: SteadyState) -> tuple[float, float, float]:
-    """Ratio of the two medians with its interval: (value, low, high). Both need enough steps."""
+    """Return the ratio of the two medians with its interval: (value, low, high). Both need enough steps."""
     assert numerator.median is not None
     assert denominator.median is not None
-    spread = numerator.medians(seed=1) / denominator.medians(seed=2)
+    ratios = numerator.medians(seed=1) / denominator.medians(seed=2)
     tail = (1 - CONFIDENCE) / 2
-    return numerator.median / denominator.median, float(np.quantile(spread, tail)), float(np.quantile(spread, 1 - tail))
+    return numerator.median / denominator.median, float(np.quantile(ratios, tail)), float(np.quantile(ratios, 1 - tail))
 
 
 def rolling(values: Floats, period: int) -> Floats:
-    """Mean over each `period` consecutive values, so that what comes once in a period counts: (n - period + 1,).
+    """Return the means over each `period` consecutive values, (n - period + 1,), so that rare slow steps count.
 
-    Fewer values than a period make one mean.
+    Fewer values than `period` give a single mean.
     """
     if period <= 1 or not len(values):
         return np.asarray(values, dtype=np.float64)
     period = min(period, len(values))
-    total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-    return np.asarray((total[period:] - total[:-period]) / period)
+    cumulative = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    return np.asarray((cumulative[period:] - cumulative[:-period]) / period)

@@ -1,8 +1,8 @@
 """The steps of a run as columns, put together from what its ranks report.
 
 Two kinds of runs report steps differently. Where every rank takes a share of each step, a step is complete when all
-ranks have reported it. Where ranks take work from a queue (asynchronous update rules), a rank makes as many pieces as
-it can, each a share of some step, and a step counts as done when that much work is done.
+ranks have reported it. Where ranks take work from a queue (asynchronous update rules), a rank does as many pieces
+as it can, each a share of some step, and a step counts as done when that much work is done.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from labkit.runs.checked import integer, number
 from labkit.runs.columns import MAX_STEPS, Floats, GrowingArray, as_float32, column, counts
 
 MAX_GAP = 10_000
-"""Consecutive steps that may be missing from a file (lost lines) before what follows is not believed."""
+"""Consecutive steps that may be missing from a file (lost lines) before the following steps are rejected."""
 MAX_EVENTS = 100_000
 MAX_STALENESS = 4096
 """Staleness is clipped to this value (steps)."""
@@ -37,11 +37,11 @@ class RankSteps:
         self.end: str | None = None
         """Why the rank ended: `finished` or `stopped`; None before its end."""
 
-    def write_compute(self, event: dict[str, Any], at: int, drop: int, count: int) -> None:
+    def write_compute(self, event: dict[str, Any], start: int, drop: int, count: int) -> None:
         """Take in the column `compute` of an event with `count` steps, of which the first `drop` are known already."""
         compute = column(event.get("compute"), count)
         if compute is not None:
-            self.compute.write(at, as_float32(compute[drop:]), np.nan)
+            self.compute.write(start, as_float32(compute[drop:]), np.nan)
 
 
 class Steps:
@@ -67,7 +67,7 @@ class Steps:
         self._grad_norm = GrowingArray(np.float64)  # the parity proof compares it to 1e-9
         self._lr = GrowingArray(np.float32)
         self._from_queue = False
-        """Ranks take their work from a queue instead of a share of every step."""
+        """Whether ranks take their work from a queue instead of a share of every step."""
         self._piece_ends = GrowingArray(np.float64)
         """When each piece of work was done, in the order of reading."""
         self._order: NDArray[np.int64] = np.zeros(0, np.int64)
@@ -77,7 +77,7 @@ class Steps:
     # -- taking in events -------------------------------------------------------------------------------------------
 
     def set_first(self, first: Any) -> None:
-        """Take the step that the run started from, as the first event that tells it says."""
+        """Set the step that the run started from; only the first event with a valid one counts."""
         checked = integer(first, 0, MAX_STEPS)
         if checked is not None and not self._first_is_known:
             self.first, self._first_is_known = checked, True
@@ -92,33 +92,33 @@ class Steps:
             return self._add_pieces(rank_number, event, seconds)
         self.set_first(first)
         rank, count = self._ranks[rank_number], len(seconds)
-        begin = first - self.first
-        drop = max(0, rank.steps - begin)  # steps already known are not counted twice
-        if drop >= count or begin > rank.steps + MAX_GAP or begin + count > MAX_STEPS:
+        offset = first - self.first
+        drop = max(0, rank.steps - offset)  # steps already known are not counted twice
+        if drop >= count or offset > rank.steps + MAX_GAP or offset + count > MAX_STEPS:
             return False
-        at = begin + drop
-        rank.seconds.write(at, as_float32(seconds[drop:]), np.nan)
-        rank.write_compute(event, at, drop, count)
-        rank.steps = at + count - drop
+        start = offset + drop
+        rank.seconds.write(start, as_float32(seconds[drop:]), np.nan)
+        rank.write_compute(event, start, drop, count)
+        rank.steps = start + count - drop
         loss, samples = column(event.get("loss"), count), column(event.get("samples"), count)
         if loss is not None and samples is not None:
             weighted, weight = _weighted(loss[drop:], samples[drop:])
             self._loss = None
-            self._weighted_loss.add(at, weighted)
-            self._samples.add(at, weight)
+            self._weighted_loss.add(start, weighted)
+            self._samples.add(start, weight)
             sent = column(event.get("bytes"), count)
             if sent is not None:
-                self._sent.add(at, counts(sent[drop:]))
+                self._sent.add(start, counts(sent[drop:]))
         if rank_number == 0:
-            self._write_spans(at, drop, count, event)
+            self._write_spans(start, drop, count, event)
             for name, target in (("grad_norm", self._grad_norm), ("lr", self._lr)):
                 values = column(event.get(name), count)
-                target.write(at, values[drop:] if values is not None else np.full(count - drop, np.nan), np.nan)
-            self._write_elapsed(at, seconds[drop:], number(event.get("monotonic")))
+                target.write(start, values[drop:] if values is not None else np.full(count - drop, np.nan), np.nan)
+            self._write_elapsed(start, seconds[drop:], number(event.get("monotonic")))
         return True
 
     def add_pause(self, rank_number: int, event: dict[str, Any]) -> None:
-        """Note that an evaluation or a checkpoint is over; its event tells how long it took."""
+        """Record the end of an evaluation or a checkpoint and how long it took (s)."""
         now, took = number(event.get("monotonic")), number(event.get("seconds"))
         valid = now is not None and took is not None and 0 <= took < 1e9
         if rank_number == 0 and valid and len(self._pauses) < MAX_EVENTS:
@@ -133,19 +133,19 @@ class Steps:
 
     def _add_pieces(self, rank_number: int, event: dict[str, Any], seconds: Floats) -> bool:
         """Take in pieces of work from a queue: each is a share of some step."""
-        count, shares = len(seconds), len(self._ranks)
+        count, world_size = len(seconds), len(self._ranks)
         ticket, ended, loss, samples = (
             column(event.get(name), count) for name in ("ticket", "ended", "loss", "samples")
         )
         if ticket is None or ended is None or loss is None or samples is None:
             return False
-        limit = MAX_STEPS * shares
+        limit = MAX_STEPS * world_size
         if not (np.isfinite(ended).all() and (ticket >= 0).all() and (ticket < limit).all()):
             return False
         if self._piece_ends.length + count > limit:
             return False
-        rank, step = self._ranks[rank_number], ticket.astype(np.int64) // shares - self.first
-        if step.min() < 0 or step.max() > self._piece_ends.length // shares + MAX_GAP:
+        rank, step = self._ranks[rank_number], ticket.astype(np.int64) // world_size - self.first
+        if step.min() < 0 or step.max() > self._piece_ends.length // world_size + MAX_GAP:
             return False
         self._from_queue, self._loss = True, None
         self._write_spans(self._piece_ends.length, 0, count, event)
@@ -163,24 +163,24 @@ class Steps:
             self._origin = float(ended[0] - np.nan_to_num(seconds[0]))
         return True
 
-    def _write_spans(self, at: int, drop: int, count: int, event: dict[str, Any]) -> None:
+    def _write_spans(self, start: int, drop: int, count: int, event: dict[str, Any]) -> None:
         """Take in where the time of rank 0's steps went; of work from a queue, that of every rank's pieces."""
         for name, target in (self._spans | self._costs).items():
             values = column(event.get(name), count)
             present = values[drop:] if values is not None else np.full(count - drop, np.nan)
-            target.write(at, as_float32(present) if name in self._spans else present, np.nan)
+            target.write(start, as_float32(present) if name in self._spans else present, np.nan)
 
     def _add_staleness(self, values: Any) -> None:
         ages = column(values)
         if ages is None or not len(ages):
             return
-        whole = np.clip(ages[np.isfinite(ages)], 0, MAX_STALENESS).astype(np.int64)
-        histogram = np.bincount(whole, minlength=len(self.staleness))
+        clipped = np.clip(ages[np.isfinite(ages)], 0, MAX_STALENESS).astype(np.int64)
+        histogram = np.bincount(clipped, minlength=len(self.staleness))
         histogram[: len(self.staleness)] += self.staleness
         self.staleness = histogram
 
-    def _write_elapsed(self, at: int, seconds: Floats, end: float | None) -> None:
-        """Work out when these steps ended: the event carries the time at which its last step did."""
+    def _write_elapsed(self, start: int, seconds: Floats, end: float | None) -> None:
+        """Compute when these steps ended from the time at which the last step of the event ended."""
         seconds = np.nan_to_num(np.clip(seconds, 0, 1e9), nan=0.0)
         before = float(self._elapsed.values[-1]) if self._elapsed.length else 0.0
         along = np.cumsum(seconds)
@@ -190,7 +190,7 @@ class Steps:
         times = last - float(along[-1]) + along
         if not math.isfinite(last) or last < before or last > 1e10:
             times = before + along
-        self._elapsed.write(at, np.maximum.accumulate(np.maximum(times, before)), before)
+        self._elapsed.write(start, np.maximum.accumulate(np.maximum(times, before)), before)
 
     def _by_time(self, pieces: NDArray[Any]) -> NDArray[Any]:
         """Return figures of pieces, which are stored in the order of reading, in the order of time."""
@@ -206,7 +206,7 @@ class Steps:
         return False
 
     @property
-    def draws(self) -> bool:
+    def uses_work_queue(self) -> bool:
         """Whether ranks take their work from a queue (asynchronous updates) instead of a share of each step."""
         return self._from_queue
 
@@ -237,7 +237,7 @@ class Steps:
 
     @property
     def step(self) -> NDArray[np.int64]:
-        """Steps done after each complete step, int64 (steps,): first + 1, first + 2, …"""
+        """Number of steps done after each complete step, int64 (steps,): first + 1, first + 2, …"""
         return np.arange(self.first + 1, self.first + self.steps + 1, dtype=np.int64)
 
     @property
@@ -263,17 +263,19 @@ class Steps:
     @property
     def samples(self) -> NDArray[np.int64]:
         """Samples of each step over all ranks (steps,)."""
-        whole = np.rint(self._samples.values[: self.steps]).astype(np.int64)
-        whole.flags.writeable = False
-        return whole
+        rounded = np.rint(self._samples.values[: self.steps]).astype(np.int64)
+        rounded.flags.writeable = False
+        return rounded
 
     @property
     def elapsed(self) -> Floats:
         """Seconds from the start of the first step to the end of each step, never falling (steps,)."""
         count = self.steps
         if self._from_queue:  # step t is done when as much work is done as t steps have
-            shares = len(self._ranks)
-            ends = self._by_time(self._piece_ends.values)[shares - 1 : count * shares : shares] - (self._origin or 0.0)
+            world_size = len(self._ranks)
+            ends = self._by_time(self._piece_ends.values)[world_size - 1 : count * world_size : world_size] - (
+                self._origin or 0.0
+            )
             return np.maximum.accumulate(np.clip(ends, 0.0, 1e10))
         if self._elapsed.length >= count:
             return self._elapsed.values[:count]
@@ -286,8 +288,8 @@ class Steps:
         """Seconds of training up to the end of each step, without evaluations and checkpoints (steps,)."""
         count = self.steps
         if self._from_queue:
-            shares, origin = len(self._ranks), self._origin or 0.0
-            ends = self._by_time(self._piece_ends.values)[shares - 1 : count * shares : shares]
+            world_size, origin = len(self._ranks), self._origin or 0.0
+            ends = self._by_time(self._piece_ends.values)[world_size - 1 : count * world_size : world_size]
             pauses = sorted(pause for pause in self._pauses if pause[0] >= origin)
             before = np.searchsorted([end for end, _ in pauses], ends, side="right")
             paused = np.concatenate([[0.0], np.cumsum([took for _, took in pauses])])[before]
@@ -301,8 +303,8 @@ class Steps:
     def seconds(self) -> list[NDArray[np.float32]]:
         """Duration of each step per rank (s); NaN where lost. Of work from a queue, that of all ranks together."""
         if self._from_queue:
-            together = np.diff(self.training_seconds, prepend=0.0).astype(np.float32)
-            return [together] * len(self._ranks)
+            step_seconds = np.diff(self.training_seconds, prepend=0.0).astype(np.float32)
+            return [step_seconds] * len(self._ranks)
         return [rank.seconds.values for rank in self._ranks]
 
     @property

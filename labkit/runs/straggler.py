@@ -1,7 +1,7 @@
-"""Which rank the others wait for: the one that computes longest, its waiting left out.
+"""The straggler: the rank that computes longest, without waiting, so that the others wait for it.
 
-Step times do not tell, because ranks that wait for each other all take as long as the slowest. Ranks are compared step
-by step, so that a slow moment of the whole machine cancels out.
+Step times do not show it, because ranks that wait for each other all take as long as the slowest. Ranks are compared
+step by step, so that a slow moment of the whole machine cancels out.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 from labkit.runs.data import RunData
 from labkit.runs.steady import MIN_STEPS, warmup
 
-STRAGGLES = 1.5
-"""A rank that computes so many times as long as the median of the others is a straggler."""
+STRAGGLER_FACTOR = 1.5
+"""A rank that computes at least this many times as long as the median of the others is a straggler."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Straggler:
 
 
 def straggler(data: RunData, last: int | None = None) -> Straggler | None:
-    """Of all steps after the warm-up, or of the `last` ones; None where the ranks keep pace or too little is known."""
+    """Return the straggler after the warm-up, or in the `last` steps; None if there is none or the steps are too few."""
     columns = data.compute
     steps = min((len(seconds) for seconds in columns), default=0)
     first = max(warmup(steps), 0 if last is None else steps - last)
@@ -42,4 +42,4 @@ def straggler(data: RunData, last: int | None = None) -> Straggler | None:
     slowest = int(np.argmax(np.median(table, axis=1)))
     others = np.median(np.delete(table, slowest, axis=0), axis=0)
     factor = float(np.median(table[slowest] / others))
-    return Straggler(slowest, factor) if factor >= STRAGGLES else None
+    return Straggler(slowest, factor) if factor >= STRAGGLER_FACTOR else None

@@ -1,4 +1,4 @@
-"""The summary of a finished run, made from its events and written to `summary.json` by its supervisor."""
+"""The summary of a run that has ended, built from its events and written to `summary.json` by its supervisor."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from labkit.runs import kernels
 from labkit.runs.checked import figure_or_words, number
 from labkit.runs.compare import RunMeasurement, compare, find_baseline
 from labkit.runs.data import RunData
-from labkit.runs.pipeline import bubble_of, of_one_pipeline
+from labkit.runs.pipeline import bubble_of, first_pipeline
 from labkit.runs.straggler import straggler
 
 LOSS_POINTS = 200
+"""Maximum number of points of the loss curve in the summary."""
 
 
 def write(directory: RunDirectory, state: str, baseline: str | None = "auto") -> dict[str, Any]:
@@ -28,46 +29,49 @@ def write(directory: RunDirectory, state: str, baseline: str | None = "auto") ->
 
 
 def build(directory: RunDirectory, state: str | None = None, baseline: str | None = "auto") -> dict[str, Any]:
-    """The summary (keys: see README). `baseline` is a run id, "auto" for the latest that fits, or None."""
-    one = RunMeasurement.read(directory)
-    experiment, data, steady = one.experiment, one.data, one.steady
+    """Return the summary (keys: notebooks/reference/results.md).
+
+    `baseline` is a run id, "auto" for the latest run that fits, or None.
+    """
+    measurement = RunMeasurement.read(directory)
+    experiment, data, steady = measurement.experiment, measurement.data, measurement.steady
     ranks = experiment.layout.world_size
-    base = None
+    reference = None
     if ranks > 1 and baseline is not None:
-        base = find_baseline(directory) if baseline == "auto" else RunDirectory.find(baseline)
-    comparison = compare([directory], baseline=base)
+        reference = find_baseline(directory) if baseline == "auto" else RunDirectory.find(baseline)
+    comparison = compare([directory], baseline=reference)
     row = next(row for row in comparison.rows if row["run_id"] == directory.id)
     final = data.evaluations[-1][2] if data.evaluations else {}
     start = data.rank_starts[0] if data.rank_starts else {}
-    told = one.status.get("notes")
-    notes = [*(told if isinstance(told, list) else []), *row["notes"], *start.get("warnings", [])]
-    behind = straggler(data)
-    if behind is not None:
-        notes = [*notes, str(behind)]
+    status_notes = measurement.status.get("notes")
+    notes = [*(status_notes if isinstance(status_notes, list) else []), *row["notes"], *start.get("warnings", [])]
+    slowest = straggler(data)
+    if slowest is not None:
+        notes = [*notes, str(slowest)]
     diverged = np.flatnonzero(~np.isfinite(data.loss))
     if len(diverged):
-        notes = [*notes, f"the loss is no finite number from step {data.first + int(diverged[0]) + 1} on"]
-    broken = [name.replace("_", " ") for name, figure in final.items() if not math.isfinite(figure)]
-    if broken:
-        verb = "is" if len(broken) == 1 else "are"
+        notes = [*notes, f"the loss became NaN or infinite at step {data.first + int(diverged[0]) + 1}"]
+    not_finite = [name.replace("_", " ") for name, figure in final.items() if not math.isfinite(figure)]
+    if not_finite:
+        verb = "is" if len(not_finite) == 1 else "are"
         step = data.evaluations[-1][0]
-        notes = [*notes, f"the held-out {' and '.join(broken)} after step {step} {verb} not finite"]
+        notes = [*notes, f"the held-out {' and '.join(not_finite)} after step {step} {verb} not finite"]
     return {
         "run_id": directory.id,
         "title": experiment.title,
         "workload": experiment.workload.name,
-        "status": state or one.status["state"],
+        "status": state or measurement.status["state"],
         "layout": str(experiment.layout),
         "world_size": ranks,
         "device": experiment.launch.device,
         "global_batch": experiment.training.global_batch,
         "steps": data.first + data.steps,
-        "loss": _thinned(data.loss, data.first),
+        "loss": _sampled_loss(data.loss, data.first),
         "accuracy": number(final.get("accuracy")),
         "metrics": figure_or_words(final),
         "metric": data.metric,
         "facts": data.facts,
-        "samples_per_second": None if steady.complaint else one.samples_per_second,
+        "samples_per_second": None if steady.reason else measurement.samples_per_second,
         "step_seconds": {
             "median": steady.median,
             "p10": steady.quantile(0.1),
@@ -79,11 +83,11 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
         "time_to_first_step_seconds": start.get("time_to_first_step_seconds"),
         "communication": _communication(data),
         "network": _network(data, experiment),
-        "straggler": asdict(behind) if behind is not None else None,
+        "straggler": asdict(slowest) if slowest is not None else None,
         "memory": _memory(data, ranks),
         "bubble": _bubble(data, experiment),
         "staleness": _staleness(data),
-        "experts": {name: _shares(load) for name, load in data.experts.items()},
+        "experts": {name: _fractions(load) for name, load in data.experts.items()},
         "peak_memory_bytes": [data.peak_memory.get(rank) for rank in range(ranks)],
         "parameters": start.get("parameters"),
         "effective": start.get("effective", {}) | _sparsity(data) | _multiplied(data),
@@ -96,12 +100,12 @@ def build(directory: RunDirectory, state: str | None = None, baseline: str | Non
         "efficiency": row["efficiency"] if ranks > 1 else None,
         "ceiling": row["ceiling"],
         "notes": notes,
-        "warnings": one.status.get("warnings", []),
+        "warnings": measurement.status.get("warnings", []),
     }
 
 
 def _sparsity(data: RunData) -> dict[str, Any]:
-    """What part of the weights that a method may make zero is zero, as counted after its last change."""
+    """Return the fraction of the prunable weights that is zero, counted after the last change of the masks."""
     if not data.sparsity:
         return {"sparsity": 0.0}
     layers = data.sparsity[-1][1].values()
@@ -109,50 +113,52 @@ def _sparsity(data: RunData) -> dict[str, Any]:
 
 
 def _multiplied(data: RunData) -> dict[str, Any]:
-    """What layers multiply: inputs × weights, what most of them do first."""
-    words = sorted(data.multiplied, key=lambda one: -data.multiplied[one])
-    return {"multiplied": ", ".join(words)} if words else {}
+    """Return what layers multiply (inputs × weights), the most frequent first."""
+    operands_by_count = sorted(data.multiplied, key=lambda operands: -data.multiplied[operands])
+    return {"multiplied": ", ".join(operands_by_count)} if operands_by_count else {}
 
 
 def _kernels(data: RunData) -> dict[str, float | None] | None:
-    """How many times as fast as dense float32 layers are in theory and as measured; None for runs that are that."""
+    """Return the speed-up of layers over dense float32 in theory and as measured; None for dense float32 runs."""
     if not data.kernels:
         return None
     return {"theory": kernels.theory(data.kernels), "kernel": kernels.kernel(data.kernels)}
 
 
 def _communication(data: RunData) -> dict[str, Any] | None:
-    """Per update, the largest over the ranks; what all ranks together sent (counted_bytes_of_all_ranks); the method;
-    and per axis, the largest again: calls, bytes, wire_bytes, exposed_seconds.
+    """Return the communication per optimizer step, the largest over the ranks, and the method.
+
+    counted_bytes_of_all_ranks is what all ranks together sent; axes has, per axis and again the largest over the ranks,
+    calls, bytes, wire_bytes and exposed_seconds.
     """
     axes: dict[str, dict[str, float]] = {}
     for traffic in data.traffic.values():
         for axis, counts in traffic.items():
-            known = axes.setdefault(axis, dict(counts))
-            axes[axis] = {key: max(value, known[key]) for key, value in counts.items()}
+            largest = axes.setdefault(axis, dict(counts))
+            axes[axis] = {key: max(value, largest[key]) for key, value in counts.items()}
             axes[axis] |= {key: int(axes[axis][key]) for key in ("calls", "bytes")}
     if not data.communication:
         return None
-    together = {"counted_bytes_of_all_ranks": sum(data.counted.values())} if data.counted else {}
+    total = {"counted_bytes_of_all_ranks": sum(data.counted.values())} if data.counted else {}
     method = {"method": data.compressor} if data.compressor else {}
-    return {**data.communication, **together, **method, "axes": axes}
+    return {**data.communication, **total, **method, "axes": axes}
 
 
 def _network(data: RunData, experiment: Experiment) -> dict[str, Any] | None:
-    """The emulated network and what the kernel counted on it during the updates; None without one.
+    """Return the emulated network and what the kernel counted on it during training; None without one.
 
-    bytes: what left over slow links, of all ranks together, with headers and acknowledgements; loopback_bytes: what
-    stayed within hosts, where there are several; per_host: the same for each of them.
+    bytes: sent over slow links by all ranks together, with headers and acknowledgements; loopback_bytes: sent within
+    hosts, if there are several; per_host: both for each host.
     """
     network = experiment.launch.network
     if network is None:
         return None
-    found: dict[str, Any] = network.model_dump()
+    description: dict[str, Any] = network.model_dump()
     if len(data.links) != network.hosts:
-        return found  # it has not ended, or there was nobody to talk to
+        return description  # the run has not ended, or its single rank sends nothing
     hosts = [data.links[rank] for rank in sorted(data.links)]
     sent, updates = sum(int(host["bytes"]) for host in hosts), int(hosts[0]["updates"])
-    return found | {
+    return description | {
         "bytes": sent,
         "loopback_bytes": sum(int(host["loopback_bytes"]) for host in hosts),
         "per_host": [{key: int(host[key]) for key in ("bytes", "loopback_bytes")} for host in hosts],
@@ -163,20 +169,20 @@ def _network(data: RunData, experiment: Experiment) -> dict[str, Any] | None:
 
 
 def _memory(data: RunData, ranks: int) -> dict[str, Any] | None:
-    """Per rank, the bytes of the traced update beside those of the formula; None where nothing was traced."""
+    """Return per rank the bytes measured in the traced step and those by formula; None if no step was traced."""
     if not data.memory:
         return None
-    every = range(ranks)
+    all_ranks = range(ranks)
     return {
         "step": data.traced,
-        "measured": [data.memory.get(rank) for rank in every],
-        "formula": [data.formula.get(rank) for rank in every],
+        "measured": [data.memory.get(rank) for rank in all_ranks],
+        "formula": [data.formula.get(rank) for rank in all_ranks],
     }
 
 
 def _bubble(data: RunData, experiment: Experiment) -> dict[str, Any] | None:
-    """Of the pipeline that rank 0 is in; None without one, or where its timeline is not whole."""
-    timeline = of_one_pipeline(data.timeline, experiment.layout)
+    """Return the bubble of the pipeline that rank 0 belongs to; None without one or if its timeline is incomplete."""
+    timeline = first_pipeline(data.timeline, experiment.layout)
     if len(timeline) < 2 or len(timeline) != experiment.layout.pp:
         return None
     try:
@@ -186,7 +192,7 @@ def _bubble(data: RunData, experiment: Experiment) -> dict[str, Any] | None:
 
 
 def _staleness(data: RunData) -> dict[str, Any] | None:
-    """How old gradients were when they were used (updates); None where that is not measured."""
+    """Return how old gradients were when they were used (optimizer steps); None if that was not measured."""
     counts = data.staleness
     if not counts.sum():
         return None
@@ -195,13 +201,13 @@ def _staleness(data: RunData) -> dict[str, Any] | None:
     return {"mean": mean, "max": int(age[counts > 0].max()), "histogram": counts.tolist()}
 
 
-def _shares(load: np.ndarray[Any, np.dtype[np.int64]]) -> list[float]:
-    """Which part of all choices fell on each expert."""
+def _fractions(load: np.ndarray[Any, np.dtype[np.int64]]) -> list[float]:
+    """Return the fraction of all routed tokens that each expert got."""
     return [float(part) for part in load / max(1, int(load.sum()))]
 
 
-def _thinned(loss: np.ndarray[Any, np.dtype[np.float64]], first: int) -> list[list[float | int | None]]:
-    """At most LOSS_POINTS pairs [step, loss]; a loss that is no number becomes null, because JSON has none."""
+def _sampled_loss(loss: np.ndarray[Any, np.dtype[np.float64]], first: int) -> list[list[float | int | None]]:
+    """Return at most LOSS_POINTS pairs [step, loss]; a loss that is not finite becomes null, because JSON lacks NaN."""
     if not len(loss):
         return []
     index = np.unique(np.linspace(0, len(loss) - 1, LOSS_POINTS).round().astype(int))

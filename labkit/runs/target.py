@@ -1,7 +1,7 @@
-"""When a run has learned enough: the loss that it has to reach, and what it took to get there.
+"""The target loss of a run, and the steps, samples, time and bytes that it took to reach it.
 
-Throughput says nothing about methods that change the mathematics; time to a target loss does. The loss of single steps
-is noise, so a running mean is meant throughout, and a target counts as reached from the step on from which the mean
+Methods that change the mathematics cannot be judged by throughput, but by the time to a target loss. The loss of single
+steps is noisy, so the running mean is used throughout, and a target counts as reached at the step from which the mean
 *stays* at or below it: a dip is not enough.
 """
 
@@ -17,70 +17,70 @@ from labkit.runs.data import RunData
 from labkit.runs.methods import is_plain
 from labkit.runs.smooth import Floats, smooth
 
-ROOM = 1.02
-"""Without a target of one's own: so many times the loss at which plain synchronous training ends."""
+DEFAULT_MARGIN = 1.02
+"""The default target is this many times the final loss of plain synchronous training."""
 
 
 def window(steps: int) -> int:
-    """Over how many of so many steps the running mean goes: a twentieth, at least 5."""
+    """Return the width of the running mean for a run of `steps` steps: a twentieth, at least 5."""
     return max(5, steps // 20)
 
 
 def running_loss(data: RunData, over: int | None = None) -> Floats:
-    """Running mean of the training loss over the last `over` steps (default: `window`) at each step, (steps,)."""
+    """Return the running mean of the training loss over the last `over` steps (default: `window`), (steps,)."""
     loss = data.loss
     mean = smooth(loss, over or window(len(loss)))
-    # A loss that is no finite number is no gap in which nothing happened: what follows has not reached anything.
+    # A loss that is not finite is not a gap: no later step can have reached a target.
     return np.where(np.logical_or.accumulate(~np.isfinite(loss)), np.inf, mean) if len(loss) else mean
 
 
 def final_loss(data: RunData, over: int | None = None) -> float | None:
-    """The running mean at the last step; None before there is one, or where it is not finite."""
+    """Return the running mean at the last step; None without steps or if it is not finite."""
     mean = running_loss(data, over)
     return float(mean[-1]) if len(mean) and np.isfinite(mean[-1]) else None
 
 
 @dataclass(frozen=True)
 class Reached:
-    """What it took to reach a loss."""
+    """What it took to reach a target loss."""
 
     step: int
-    """Updates done."""
+    """Optimizer steps done."""
     samples: int
-    """Seen in this run by then."""
+    """Samples seen in this run by then."""
     seconds: float
-    """Of training: evaluations and checkpoints left out."""
+    """Seconds of training, without evaluations and checkpoints."""
     bytes: float | None
-    """That all ranks together have sent by then; None where nobody counted."""
+    """Bytes sent by all ranks together by then; None if they were not counted."""
 
 
 def reached(data: RunData, target: float, over: int | None = None) -> Reached | None:
-    """The first step from which on the running mean of the loss stays at or below `target`; None if it never does.
+    """Return when the running mean of the loss falls to `target` or below and stays there; None if it never does.
 
-    `over` steps are averaged (default: `window` of this run); the first step that can count is the first with so many.
+    The mean is over `over` steps (default: `window` of this run), so step `over` is the first that can count.
     """
     over = over or window(data.steps)
     mean = running_loss(data, over)
     if not len(mean) or not mean[-1] <= target:
         return None
     above = np.flatnonzero(~(mean <= target))
-    at = max(int(above[-1]) + 1 if len(above) else 0, min(over, len(mean)) - 1)
-    sent = data.sent[: at + 1]
+    index = max(int(above[-1]) + 1 if len(above) else 0, min(over, len(mean)) - 1)
+    sent_bytes = data.sent[: index + 1]
     return Reached(
-        step=int(data.step[at]),
-        samples=int(data.samples[: at + 1].sum()),
-        seconds=float(data.training_seconds[at]),
-        bytes=None if np.isnan(sent).all() else float(np.nansum(sent)),
+        step=int(data.step[index]),
+        samples=int(data.samples[: index + 1].sum()),
+        seconds=float(data.training_seconds[index]),
+        bytes=None if np.isnan(sent_bytes).all() else float(np.nansum(sent_bytes)),
     )
 
 
 def reference(runs: Sequence[tuple[Experiment | None, RunData]]) -> int | None:
-    """Which of `runs` the others are compared with: the first plain synchronous one, several ranks preferred."""
-    plain = [at for at, (experiment, data) in enumerate(runs) if is_plain(experiment) and data.steps]
-    return next((at for at in plain if runs[at][1].world_size > 1), plain[0] if plain else None)
+    """Return the index of the reference: the first plain synchronous run, with several ranks if possible."""
+    plain = [index for index, (experiment, data) in enumerate(runs) if is_plain(experiment) and data.steps]
+    return next((index for index in plain if runs[index][1].world_size > 1), plain[0] if plain else None)
 
 
 def default_target(data: RunData, over: int | None = None) -> float | None:
-    """`ROOM` times what this run, the reference, ends at."""
+    """Return the default target: `DEFAULT_MARGIN` times the final loss of the reference run `data`."""
     final = final_loss(data, over)
-    return None if final is None else ROOM * final
+    return None if final is None else DEFAULT_MARGIN * final

@@ -307,7 +307,7 @@ def live_row(experiment: Experiment, data: RunData, rows: Sequence[dict[str, Any
     median = median if median is not None and np.isfinite(median) else None
     base = next((row for row in reversed(rows) if row["is_baseline"] and row["step_seconds"]), None)
     size = data.world_size
-    speedup = base["step_seconds"] / median if base and median and not steady.complaint and size > 1 else None
+    speedup = base["step_seconds"] / median if base and median and not steady.reason and size > 1 else None
     ceiling = next((row["ceiling"] for row in reversed(rows) if row["is_ceiling"] and row["world_size"] == size), None)
     return {
         "run_id": data.directory.id,

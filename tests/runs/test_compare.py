@@ -50,12 +50,12 @@ def test_speedup_efficiency_and_throughput(home: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ("training.global_batch=32", "other global batch"),
-        ("training.seed=1", "other seed"),
-        ("workload.width=8", "other workload"),
-        ("quantization.training=fp64", "other precision"),
-        ("launch.threads_per_rank=2", "other threads per rank"),
-        ("launch.device=cuda", "other device"),
+        ("training.global_batch=32", "different global batch"),
+        ("training.seed=1", "different seed"),
+        ("workload.width=8", "different workload"),
+        ("quantization.training=fp64", "different precision"),
+        ("launch.threads_per_rank=2", "different threads per rank"),
+        ("launch.device=cuda", "different device"),
     ],
 )
 def test_what_differs_makes_no_claim(changes: str, said: str, home: Path) -> None:
@@ -123,7 +123,7 @@ def test_the_named_baseline_counts_for_all_others(home: Path) -> None:
 def test_only_one_process_in_one_pass_can_be_the_baseline(home: Path, what: str) -> None:
     other = record(home, "other", noisy(0.1), what)
     four = record(home, "four", noisy(0.05), "layout=dp4")
-    with pytest.raises(ExperimentError, match="no baseline"):
+    with pytest.raises(ExperimentError, match="cannot be a baseline"):
         compare([four], baseline=other)
     found = row(compare([other, four]), "four")
     assert found["speedup"] is None

@@ -32,12 +32,12 @@ def test_what_is_dense_float32(change: str) -> None:
     ],
 )
 def test_another_layout_or_batch_is_no_comparison(change: str) -> None:
-    assert dense.beside(NARROW, [BASE.replace(change)]) is None
-    assert dense.beside(NARROW, [None, BASE.replace(change), BASE]) == 2
+    assert dense.find_dense_reference(NARROW, [BASE.replace(change)]) is None
+    assert dense.find_dense_reference(NARROW, [None, BASE.replace(change), BASE]) == 2
 
 
 def test_of_several_the_one_that_trained_as_long() -> None:
     others = [BASE.replace("training.steps=10"), NARROW, BASE.replace("training.seed=3"), BASE]
-    assert dense.beside(NARROW, others) == 3
-    assert dense.beside(NARROW, others[:3]) in (0, 2)
-    assert dense.beside(NARROW, [NARROW]) is None
+    assert dense.find_dense_reference(NARROW, others) == 3
+    assert dense.find_dense_reference(NARROW, others[:3]) in (0, 2)
+    assert dense.find_dense_reference(NARROW, [NARROW]) is None

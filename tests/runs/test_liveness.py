@@ -16,7 +16,7 @@ import pytest
 
 from labkit.experiment.run_directory import RunDirectory, read_json
 from labkit.runs import Run, liveness, status
-from labkit.runs.liveness import Life, look
+from labkit.runs.liveness import Life, check_lock
 from labkit.runs.processes import boot_id, identity
 from tests.runs.record import record
 
@@ -69,7 +69,7 @@ def running(tmp_path: Path) -> Iterator[tuple[RunDirectory, Holder]]:
 
 def test_a_held_lock_is_life_whatever_else_is_written(running: tuple[RunDirectory, Holder]) -> None:
     directory, holder = running
-    assert look(directory.alive) is Life.ALIVE
+    assert check_lock(directory.alive) is Life.ALIVE
     assert liveness.holder(directory.alive) == holder.process.pid
     for lie in ({"supervisor": {"pid": 2**22 - 1, "start_time": 1.0}}, {"boot": "another boot"}, {"supervisor": None}):
         status.update(directory, **lie)
@@ -79,7 +79,7 @@ def test_a_held_lock_is_life_whatever_else_is_written(running: tuple[RunDirector
 def test_the_lock_is_free_when_its_holder_dies_though_its_child_lives(running: tuple[RunDirectory, Holder]) -> None:
     directory, holder = running
     holder.kill()
-    assert look(directory.alive) is Life.DEAD
+    assert check_lock(directory.alive) is Life.DEAD
     assert Run(directory).state == "failed"
     assert read_json(directory.status)["state"] == "failed", "the owner writes it"
     assert not directory.alive.exists()
@@ -175,7 +175,7 @@ def test_a_frozen_supervisor_does_not_answer_and_is_ended(
     deadline = time.monotonic() + 5
     while not (notice := run.status.get("notice")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert "does not answer" in str(notice)
+    assert "has not answered" in str(notice)
     assert run.wait(10).state == "failed"
     assert "the supervisor did not answer" in (run.cause or {})["message"]
     assert not holder.lives
@@ -217,20 +217,21 @@ def test_anything_may_lie_where_the_lock_should_be(tmp_path: Path, kind: str) ->
         "junk": lambda: path.write_bytes(b"\xff[" * 5000),
     }
     make[kind]()
-    assert look(path) is Life.UNKNOWN
+    assert check_lock(path) is Life.UNKNOWN
     assert not liveness.end_holder(path)
 
 
 def test_a_process_sees_its_own_lock_and_does_not_lose_it(tmp_path: Path) -> None:
     lock = liveness.hold(tmp_path / ".alive")
     for _ in range(3):
-        assert look(lock.path) is Life.ALIVE
+        assert check_lock(lock.path) is Life.ALIVE
     code = (
-        f"from pathlib import Path; from labkit.runs.liveness import look; print(look(Path({str(lock.path)!r})).value)"
+        "from pathlib import Path; from labkit.runs.liveness import check_lock; "
+        f"print(check_lock(Path({str(lock.path)!r})).value)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "alive\n"
     lock.release(remove=True)
-    assert look(lock.path) is Life.UNKNOWN
+    assert check_lock(lock.path) is Life.UNKNOWN
 
 
 def test_one_run_has_one_supervisor(running: tuple[RunDirectory, Holder]) -> None:

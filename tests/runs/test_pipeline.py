@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from labkit.experiment import Experiment, Layout
 from labkit.runs import pipeline
-from labkit.runs.pipeline import Action, bubble, bubble_of, ideal, idle, span, textbook
+from labkit.runs.pipeline import Action, bubble, bubble_of, idle_fraction, simulate, span, textbook_bubble
 
 
 def chunks(*order: tuple[str, int, int], seconds: dict[str, float] | None = None) -> list[Action]:
@@ -81,9 +81,9 @@ def test_several_stages_a_rank_shrink_it(ranks: int, per_rank: int, rounds: int)
 
 
 def test_naive_is_one_microbatch() -> None:
-    assert textbook(Layout(pp=4, schedule="naive", microbatches=8)) == 3 / 4
+    assert textbook_bubble(Layout(pp=4, schedule="naive", microbatches=8)) == 3 / 4
     assert bubble(gpipe(4, 1)).own == pytest.approx(3 / 4)
-    assert textbook(Layout(pp=2, schedule="zbv", stages_per_rank=2)) is None
+    assert textbook_bubble(Layout(pp=2, schedule="zbv", stages_per_rank=2)) is None
 
 
 def test_splitting_the_backward_pass_fills_the_end() -> None:
@@ -105,11 +105,11 @@ def test_uneven_stages_wait_for_the_slowest(forward: list[float], backward: list
         rank: chunks(*((a.kind, a.stage, a.microbatch) for a in row), seconds={"F": forward[rank], "B": backward[rank]})
         for rank, row in one_f_one_b(4, microbatches).items()
     }
-    simulated = ideal(rows)
+    simulated = simulate(rows)
     slowest = max(f + b for f, b in zip(forward, backward, strict=True))
     assert span(simulated) >= microbatches * slowest * (1 - 1e-9)
     assert span(simulated) >= sum(forward) + sum(backward) - 1e-9
-    assert 0 <= idle(simulated) < 1
+    assert 0 <= idle_fraction(simulated) < 1
     ends = {(a.kind, a.stage, a.microbatch): a for row in simulated.values() for a in row}
     for (kind, stage, number), action in ends.items():
         if kind == "F" and stage:
@@ -135,16 +135,16 @@ def test_what_began_before_the_timeline_is_there_already() -> None:
         0: chunks(*((kind, 0, number + (kind == "F")) for number in (4, 5, 6) for kind in "FB")),
         1: chunks(*((kind, 1, number) for number in (4, 5, 6) for kind in "FB")),
     }
-    simulated = ideal(rows)
+    simulated = simulate(rows)
     assert [action.begin for action in simulated[1]] == [0, 1, 3, 4, 6, 7], "nothing to wait for: F 1 s, B 2 s"
     assert simulated[0][1].begin == simulated[1][1].end, "the gradient of minibatch 4 comes from the last stage"
     asynchronous = Experiment().set({"layout.pp": 2, "gradients.update.method": "pipedream"})
-    assert pipeline.schedule(asynchronous) == "pipedream"
+    assert pipeline.schedule_name(asynchronous) == "pipedream"
     assert bubble_of(rows, asynchronous).textbook is None
     assert bubble_of(gpipe(2, 4), Experiment().set({"layout": {"pp": 2, "microbatches": 4}})).textbook == 1 / 5
 
 
 def test_what_cannot_have_been_computed_is_refused() -> None:
-    with pytest.raises(ValueError, match="no rank can go on"):
-        ideal({0: chunks(("F", 0, 0)), 1: chunks(("B", 1, 0), ("F", 1, 0))})
-    assert idle({}) == span({}) == 0
+    with pytest.raises(ValueError, match="every rank waits for another one"):
+        simulate({0: chunks(("F", 0, 0)), 1: chunks(("B", 1, 0), ("F", 1, 0))})
+    assert idle_fraction({}) == span({}) == 0

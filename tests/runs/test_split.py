@@ -8,7 +8,7 @@ import pytest
 
 from labkit.runs import compare
 from labkit.runs.data import RunData
-from labkit.runs.split import CLOCK, MEAN, MEASURED, Split, split
+from labkit.runs.split import BY_CPU_TIME, BY_DDP_MEAN, MEASURED, Split, split
 from tests.plots.fake_run import FakeRun, combined, drawn
 
 MB = 2**20
@@ -73,7 +73,7 @@ def two(root: Path, device: str, **columns: float) -> FakeRun:
 
 def test_where_ddp_does_not_tell_the_clock_of_computing_does(tmp_path: Path) -> None:
     found = of(two(tmp_path, "cpu:0", compute=0.012))
-    assert found.source == CLOCK
+    assert found.source == BY_CPU_TIME
     assert ms(found) == pytest.approx(
         {"data": 1, "compute": 11, "compression": 0, "exposed": 4, "optimizer": 1}, rel=1e-5
     )
@@ -81,7 +81,7 @@ def test_where_ddp_does_not_tell_the_clock_of_computing_does(tmp_path: Path) -> 
 
 def test_and_on_gpus_its_mean(tmp_path: Path) -> None:
     found = of(two(tmp_path, "cuda:0", compute=0.006))
-    assert found.source == MEAN
+    assert found.source == BY_DDP_MEAN
     assert ms(found)["exposed"] == pytest.approx(6)
 
 

@@ -21,7 +21,7 @@ def test_medians_and_quantiles_are_those_of_the_steps_after_the_warm_up() -> Non
     assert steady.median == 6
     assert steady.quantile(0.1) == 2
     assert steady.quantile(0.9) == 10
-    assert steady.complaint is None
+    assert steady.reason is None
 
 
 def test_slow_first_steps_do_not_count() -> None:
@@ -33,9 +33,9 @@ def test_slow_first_steps_do_not_count() -> None:
 @pytest.mark.parametrize(("steps", "enough"), [(0, False), (5, False), (MIN_STEPS + 2, False), (MIN_STEPS + 3, True)])
 def test_too_few_steps_make_a_complaint(steps: int, enough: bool) -> None:
     steady = SteadyState.of(np.ones(steps))
-    assert (steady.complaint is None) == enough
+    assert (steady.reason is None) == enough
     if not enough:
-        assert "not enough steps" in (steady.complaint or "")
+        assert "not enough steps" in (steady.reason or "")
     if steps == 0:
         assert steady.median is None
         assert steady.quantile(0.5) is None

@@ -9,7 +9,7 @@ import pytest
 
 from labkit.runs.data import RunData
 from labkit.runs.methods import is_plain, key, period
-from labkit.runs.target import ROOM, default_target, final_loss, reached, reference, running_loss, window
+from labkit.runs.target import DEFAULT_MARGIN, default_target, final_loss, reached, reference, running_loss, window
 from tests.plots.fake_run import EXPERIMENT, FakeRun, combined, drawn
 
 
@@ -67,7 +67,7 @@ def test_a_run_without_steps_reaches_nothing(tmp_path: Path) -> None:
 
 def test_the_default_target_lies_a_little_above_where_the_plain_run_ends(tmp_path: Path) -> None:
     data = run(tmp_path, [8, 4, 2, 2, 2, 2, 2, 2, 2, 2])
-    assert default_target(data, over=4) == ROOM * 2
+    assert default_target(data, over=4) == DEFAULT_MARGIN * 2
     assert [window(steps) for steps in (10, 100, 1000)] == [5, 5, 50]
 
 

@@ -355,9 +355,9 @@ def test_a_made_up_trace_is_read_with_care(tmp_path: Any) -> None:
 
 
 def test_a_part_of_a_pipeline_has_no_bubble() -> None:
-    from labkit.runs.pipeline import Action, of_one_pipeline
+    from labkit.runs.pipeline import Action, first_pipeline
 
     layout = Layout.parse("dp2·pp2")
     rows = {rank: [Action("F", 0, 0, 0.0, 1.0)] for rank in range(4)}
-    assert sorted(of_one_pipeline(rows, layout)) == [0, 2], "those that differ from rank 0 along pp alone"
+    assert sorted(first_pipeline(rows, layout)) == [0, 2], "those that differ from rank 0 along pp alone"
     assert np.isfinite([action.seconds for action in rows[0]]).all()
