@@ -129,7 +129,10 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             time.sleep(self.pause_s)
-        _strike("forward" if self.training else "eval")
+        if not self.training:
+            _strike("eval")
+        elif torch.is_grad_enabled():  # in the proofs before step 1 it is not, and an exception there ends the proof
+            _strike("forward")
         output = self.layer(x)
         if GUILTY and SPEC["when"] == "backward" and output.requires_grad and CALLS["forward"] == AT:
             output.register_hook(lambda gradient: (fault(), None)[1])

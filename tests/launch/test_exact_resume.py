@@ -148,7 +148,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(
     [
         (compressed("topk"), {"layout.dp_replicate": 3}, "topk keeps on each rank what it has not sent yet"),
         (compressed("powersgd", rank=2), {"layout.dp_replicate": 1}, "powersgd keeps on each rank"),
-        (updated("local_sgd", every=7), {"layout.dp_replicate": 3}, "averaged weights that each rank had to itself"),
+        (updated("local_sgd", every=7), {"layout.dp_replicate": 3}, "averaged weights that differed between ranks"),
         (updated("hogwild"), {}, "no two runs are alike"),
         (updated("parameter_server", staleness=4), {}, "no two runs are alike"),
         (updated("gossip"), {}, "no two runs are alike"),
