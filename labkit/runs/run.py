@@ -140,7 +140,7 @@ class Run:
         return data
 
     def events(self) -> pd.DataFrame:
-        """Return one row per rank and step: rank, step (from 1), seconds; the run's loss, samples, elapsed, grad_norm."""
+        """Return a row per rank and step: rank, step (from 1), seconds; the run's loss, samples, elapsed, grad_norm."""
         import numpy as np
         import pandas as pd
 

@@ -218,7 +218,7 @@ def _has_no_supervisor(directory: RunDirectory) -> bool:
 
 
 def _reconcile_unreadable(directory: RunDirectory, life: Life) -> dict[str, Any]:
-    """Return the status of a run whose status file is unreadable: running while its supervisor or its progress moves."""
+    """Return the status of a run with an unreadable status file: running while its supervisor or its progress moves."""
     progresses = directory.progress.exists() and liveness.silence(directory) < UNREADABLE_SILENCE_S
     if life is Life.ALIVE or (life is Life.UNKNOWN and progresses):
         return _minimal(directory) | {"state": "running", "cause": None, "notice": "its status cannot be read"}

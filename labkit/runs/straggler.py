@@ -29,7 +29,7 @@ class Straggler:
 
 
 def straggler(data: RunData, last: int | None = None) -> Straggler | None:
-    """Return the straggler after the warm-up, or in the `last` steps; None if there is none or the steps are too few."""
+    """Return the straggler after the warm-up, or in the `last` steps; None if there is none or steps are too few."""
     columns = data.compute
     steps = min((len(seconds) for seconds in columns), default=0)
     first = max(warmup(steps), 0 if last is None else steps - last)

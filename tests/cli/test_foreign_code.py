@@ -191,7 +191,7 @@ def test_a_git_that_hangs_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 30\n")
     (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr("labkit.runs.environment.GIT_S", 1.0)
+    monkeypatch.setattr("labkit.runs.environment.GIT_TIMEOUT_S", 1.0)
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
     begun = time.monotonic()

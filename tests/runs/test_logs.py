@@ -26,7 +26,7 @@ def test_a_log_that_grows_too_long_keeps_its_end(tmp_path: Path, size: int) -> N
     path = tmp_path / "rank-0.log"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # as a rank holds it
     os.write(descriptor, b"a" * (size - 4) + b"end\n" if size else b"")
-    logs.cap(path, most=1000)
+    logs.cap(path, limit=1000)
     os.write(descriptor, b"after\n")
     os.close(descriptor)
     text = path.read_bytes()
@@ -48,6 +48,6 @@ def test_a_link_in_place_of_a_log_is_not_followed(tmp_path: Path) -> None:
     outside, path = tmp_path / "outside", tmp_path / "rank-0.log"
     outside.write_bytes(b"x" * 5000)
     path.symlink_to(outside)
-    logs.cap(path, most=1000)
+    logs.cap(path, limit=1000)
     assert outside.read_bytes() == b"x" * 5000
     assert path.is_symlink()
