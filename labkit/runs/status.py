@@ -42,7 +42,7 @@ HUNG_S = 60.0
 """The same for a supervisor that hangs without being stopped: a busy machine may delay it for a while (s)."""
 START_S = 300.0
 """The same for a launcher, which imports torch first (s)."""
-HANDOVER_S = 0.3
+HANDOVER_S = 1.5
 """How long a supervisor whose launcher has died may take to acquire its lock (s)."""
 RANKS_END_S = 3.0
 """How long ranks may take to end after their supervisor (s)."""

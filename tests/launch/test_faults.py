@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -54,6 +55,50 @@ def test_a_killed_rank_takes_its_loader_processes_along() -> None:
         wait_until(lambda: not any(map(alive, loaders)), 10, "the loader processes gone")
 
 
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch, labkit_home: Path) -> Iterator[Path]:
+    """An empty temporary directory with a short path, for a standby of its own."""
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        client.close()
+        yield Path(folder)
+        client.close()
+
+
+def left_in(folder: Path) -> list[str]:
+    """Return what runs have left in a temporary directory (torch keeps an empty folder of its compiler there)."""
+    return [path.name for path in folder.iterdir() if not path.name.startswith("torchinductor_")]
+
+
+@pytest.mark.parametrize("victim", ["rank", "loader", "supervisor"])
+def test_whatever_is_killed_leaves_no_folder_of_its_loader_processes(temporary: Path, victim: str) -> None:
+    """issue 11, F13: multiprocessing makes pymp-* for sockets, and only a process that ends well removes its own."""
+    with Watched(start(tiny(steps=ENDLESS, training__loader_workers=1))) as watch:
+        processes = watch.begun()
+        inside = [path.name for path in temporary.rglob("*")]
+        own = {entry["pid"] for entry in processes.values()}
+        loader = next(entry["pid"] for entry in watch.processes if entry["pid"] not in own)
+        pids = {"rank": processes["rank 1"]["pid"], "supervisor": processes["supervisor"]["pid"], "loader": loader}
+        os.kill(pids[victim], signal.SIGKILL)
+        watch.ends("failed", within=20 + SLACK_S)
+    assert any(name.startswith("labkit-meet-") for name in inside), "it is the temporary directory of this run"
+    if victim == "supervisor":  # the next run removes what it has left
+        assert launch(tiny(steps=3), baseline=None).wait(60).state == "finished"
+    assert left_in(temporary) == []
+
+
+def test_loader_processes_work_beside_a_temporary_directory_with_a_long_path(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """issue 11, F30: the path of a socket has about a hundred characters."""
+    deep = temporary / ("d" * 100) / ("e" * 100)
+    deep.mkdir(parents=True)
+    monkeypatch.setenv("TMPDIR", str(deep))
+    run = start(tiny(steps=4, training__loader_workers=1, launch__timeout_s=10)).wait(60)
+    assert run.state == "finished", run.cause
+    assert left_in(deep) == []
+
+
 def test_a_killed_supervisor_takes_its_ranks_along() -> None:
     with Watched(start(tiny(steps=ENDLESS))) as watch:
         known = watch.begun()
@@ -74,6 +119,39 @@ def test_a_killed_standby_disturbs_no_run_and_is_replaced() -> None:
             second.ends("finished", within=30)
         assert standby_pid() not in (None, before)
         watch.ends("finished", within=30)
+
+
+_KILLED_AFTER_ITS_FORK = """
+import gc, os, signal, time
+fork, freeze = os.fork, gc.freeze
+def forked():
+    os.fork = fork
+    pid = fork()
+    if pid:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.3)  # nobody has locked the run yet, and its launcher is dead
+    return pid
+def patched():  # called by the standby once it is ready
+    os.fork = forked
+    freeze()
+gc.freeze = patched
+"""
+
+
+def test_a_standby_that_is_killed_right_after_its_fork_disturbs_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """issue 11, F6: readers wait for the supervisor that is about to lock the run."""
+    (tmp_path / "sitecustomize.py").write_text(_KILLED_AFTER_ITS_FORK)
+    client.close()
+    with monkeypatch.context() as patched:
+        patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))))
+        warm(60)
+    with Watched(launch(tiny(), baseline=None)) as watch:
+        wait_until(lambda: standby_pid() is None, 10, "the standby killed")
+        assert watch.run.state in ("starting", "running"), watch.run.cause  # a reader, in the middle of it
+        watch.ends("finished", within=60)
+    assert "failed" not in watch.states
 
 
 def test_an_order_that_died_with_the_standby_fails_by_name() -> None:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import labkit
 
@@ -111,6 +112,18 @@ def test_security_floors_hold(name: str, refused: str, reason: str) -> None:
     for path in (ENVIRONMENT, BINDER):
         specifier = Requirement(name + conda(path)[0][name]).specifier
         assert not specifier.contains(refused), f"{path}: {reason}"
+
+
+def test_the_oldest_torch_that_installs_is_the_oldest_that_is_tested() -> None:
+    """issue 11, A11: below 2.11 some layouts do not compute what one process computes, and newer ones may not."""
+    (oldest,) = [each.version for each in direct()["torch"].specifier if each.operator == ">="]
+    assert Version(oldest) >= Version("2.11")
+    jobs = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^\s+torch: \[(.+)\]$", jobs, re.MULTILINE)
+    versions = [Version(text.strip(' "')) for text in listed.split(",")]
+    assert "make test TORCH=${{ matrix.torch }}" in jobs
+    assert min(versions).release[:2] == Version(oldest).release[:2]
+    assert max(versions) > Version(constraints()["torch"]), "the newest torch beside the pinned one"
 
 
 def test_the_engine_installs_without_any_notebook_package() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from labkit.workloads import hub
 from labkit.workloads.language import Language
 from labkit.workloads.vision import Vision
 from tests.workloads.helpers import evaluate, reasons, train
@@ -163,3 +164,15 @@ def test_a_missing_extra_is_named_with_its_command(monkeypatch: pytest.MonkeyPat
     ):
         (reason,) = reasons(workload)
         assert "pip install 'labkit[hub]'" in reason
+
+
+def test_the_cause_of_an_error_that_says_nothing_is_told() -> None:
+    """issue 11, B 16: the library says that an error occurred, and its causes say which."""
+    outer = RuntimeError("An error occurred while generating the dataset")
+    outer.__cause__ = ValueError("")
+    outer.__cause__.__context__ = KeyError("no column named text")
+    for data in ("./mine.csv", "somebody/something"):
+        told = hub.sentence(data, outer)
+        assert "An error occurred while generating the dataset: " in told
+        assert "no column named text" in told
+    assert hub.sentence("./mine.csv", OSError()).endswith("cannot read ./mine.csv: OSError")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from labkit.workloads.language import Language
 from labkit.workloads.models.experts import MixtureOfExperts
 from labkit.workloads.models.gpt import gpt, mlp_widths
 from labkit.workloads.models.transformer import Attention
+from labkit.workloads.sizes import transformers_parameters
 from labkit.workloads.text import Corpus, Windows, encode_bytes, python_documentation
 from tests.workloads.helpers import assert_split_equals_whole, evaluate, reasons, train
 
@@ -213,6 +215,15 @@ def test_what_cannot_be_built_is_refused_in_a_sentence(options: dict, training: 
     found = reasons({"name": "language"} | options, **training)
     assert len(found) == 1
     assert found[0].startswith(sentence)
+
+
+@pytest.mark.parametrize("config", [None, {}])
+def test_the_configuration_that_is_offered_is_small(config: dict | None) -> None:
+    """issue 11, A14: a plain llama has seven billion parameters."""
+    (sentence,) = reasons({"name": "language", "model": "transformers", "transformers_config": config})
+    offered = json.loads(sentence.partition("nearest legal value: ")[2].rstrip("."))
+    assert transformers_parameters(offered, 256) < 1e6
+    assert reasons({"name": "language", "model": "transformers", "transformers_config": offered}) == []
 
 
 def test_what_can_be_built_is_not_refused() -> None:
