@@ -124,12 +124,12 @@ def combinations(options: argparse.Namespace) -> int:
     from labkit.proofs import combinations as proof
 
     try:
-        requested = [proof.named(text) for text in options.names]
+        requested = [proof.parse_setting(text) for text in options.names]
     except ValueError as error:
         raise UsageError(str(error)) from None
     check_output(options)
-    cases = proof.holding(proof.cases(), requested, options.ranks)
-    results: list[proof.Result] = []
+    cases = proof.with_settings(proof.cases(), requested, options.ranks)
+    results: list[proof.CombinationResult] = []
     begun = time.monotonic()
     warm()
     try:
@@ -158,15 +158,15 @@ def methods(options: argparse.Namespace) -> int:
     for case in cases:
         if case.method == proof.PLAIN:
             case.experiment.check()
-    learned: list[proof.Learned] = []
+    results: list[proof.MethodResult] = []
     begun = time.monotonic()
     try:
         for result in proof.run(cases):
-            learned.append(result)
-            case, number = result.case, f"{len(learned)} of {len(cases)}"
+            results.append(result)
+            case, number = result.case, f"{len(results)} of {len(cases)}"
             outcome = f"loss {formatted(result.loss, '.4f')}" if result.loss is not None else result.reason
             say(f"{number}: {case.recipe}, {case.ranks} ranks, {case.method}: {outcome}")
     finally:  # also the results so far when it is interrupted
-        table = proof.markdown(learned, len(cases), as_typed(options), time.monotonic() - begun)
-        deliver(options, table, {"asked": len(cases), "methods": [each.to_dict() for each in learned]})
-    return 1 if any(each.reason.startswith("failed") for each in learned) or len(learned) < len(cases) else 0
+        table = proof.markdown(results, len(cases), as_typed(options), time.monotonic() - begun)
+        deliver(options, table, {"asked": len(cases), "methods": [each.to_dict() for each in results]})
+    return 1 if any(each.reason.startswith("failed") for each in results) or len(results) < len(cases) else 0

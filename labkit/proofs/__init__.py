@@ -1,1 +1,1 @@
-"""Proofs that runs compute what they should: parity with one process, case by case, and what methods learn together."""
+"""Proofs that runs compute what they should: parity with one process, and combinations of methods that learn."""

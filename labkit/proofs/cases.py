@@ -1,10 +1,10 @@
 """The cases of the parity matrix: workload × layout × schedule × options.
 
-They are generated, not picked: every product of axis sizes up to a number of ranks, and every pair of two settings
+They are generated, not chosen by hand: every product of axis sizes up to a number of ranks, and every pair of settings
 that the rules allow (`covering.py`). Values come from the schema and the registries, so that a new axis, schedule or
-option enters by itself. A pair that no legal case holds is a case too: it has to be refused, with the reason.
+option is included automatically. A pair that no legal case contains is a case too: it must be refused with a reason.
 
-The models are tiny, which changes nothing in what is computed where.
+The models are tiny, which does not change what is computed on which rank.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from labkit.experiment import Experiment, Problem
 from labkit.experiment.layout import AXES, Layout
 from labkit.experiment.registry import registry
 from labkit.proofs.covering import CoveringArray, Row, greedy_cover
-from labkit.proofs.parity import TOLERANCE, proof
+from labkit.proofs.parity import TOLERANCE, parity_config
 
 STEPS = 10
 DEADLINE_S = 300.0
-"""Longest time of a case, which takes seconds where nobody else works; what stands still ends after SILENCE_S."""
+"""Maximum duration of a case (s), which takes seconds on an idle machine."""
 SILENCE_S = 60.0
+"""Time without progress after which a case ends (s)."""
 
-# 24 samples: divided by 2, 3, 4, 6, 8 ranks or microbatches; 5 and 7 ranks get uneven shares.
+# 24 samples are divisible by 2, 3, 4, 6 and 8 ranks or micro-batches; 5 and 7 ranks get uneven shares.
 COMMON = {
     "training.global_batch": 24,
     "optimizer.lr": 3e-3,
@@ -49,15 +50,15 @@ LLAMA = {
 
 @dataclass(frozen=True)
 class Family:
-    """A network of which all layouts are tried."""
+    """A network that is tried in all layouts."""
 
     workload: dict[str, Any]
     ranks: int = 4
-    """Layouts of up to so many ranks."""
-    further: int = 0
-    """Up to so many where experts are dealt out: what has no `ep` is the same with experts as without."""
+    """Maximum world size of its layouts."""
+    expert_ranks: int = 0
+    """Maximum world size of layouts with ep > 1; without ep the same network without experts covers them."""
     options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """Options of the workload and the values that are tried, if this version knows them."""
+    """Options of the workload and the values to try, as far as this version has them."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -76,7 +77,7 @@ FAMILIES: dict[str, Family] = {
     "driver": Family({"name": "driving", "width": 32, "depth": 6, "episodes": 1}),
 }
 
-# Where the schema gives no list of values, or there is more to vary than the layout.
+# Values of settings for which the schema lists none, or which are not part of the layout.
 VALUES: dict[str, Sequence[Any]] = {
     "layout.microbatches": [1, 2, 3, 4, 8],
     "layout.stages_per_rank": [1, 2, 3],
@@ -92,17 +93,17 @@ VALUES: dict[str, Sequence[Any]] = {
 PRODUCT = "layout"
 """The factor whose values are products of axis sizes."""
 STRUCTURE = (PRODUCT, "layout.schedule", "layout.stages_per_rank", "layout.microbatches")
-"""These decide together what a pipeline is; the rules are asked once all of them are known."""
+"""These settings define a pipeline together; the rules are applied once all of them are chosen."""
 PRECISION = "quantization.training"
-# Without this axis the option does nothing, and a case with it would be another one twice.
-BELONGS_TO = {"zero_stage": "dp_shard", "sequence_parallel": "tp"} | dict.fromkeys(
+# Without this axis the option has no effect, and a case with it would duplicate another.
+REQUIRED_AXIS = {"zero_stage": "dp_shard", "sequence_parallel": "tp"} | dict.fromkeys(
     ("schedule", "stages_per_rank", "microbatches", "balance", "stage_blocks"), "pp"
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """One experiment of the matrix; `problems` says why it is refused, if it is."""
+    """One experiment of the matrix; `problems` are the reasons if it is refused."""
 
     family: str
     experiment: Experiment
@@ -116,126 +117,138 @@ class Case:
 
     @property
     def precision(self) -> str:
+        """The precision of the training."""
         return str(self.settings[PRECISION])
 
     @property
     def options(self) -> str:
-        """What was set beyond the product of axes and the number format, as for --set."""
-        said = []
+        """The settings besides the product of axes and the precision that are not the default, as for --set."""
+        assignments = []
         for name, value in self.settings.items():
             if name not in (PRODUCT, PRECISION) and value != _default(self.family, name):
-                said.append(f"{name.rpartition('.')[2]}={value}")
-        return ", ".join(said)
+                assignments.append(f"{name.rpartition('.')[2]}={value}")
+        return ", ".join(assignments)
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.family, self.product, self.options, self.precision) if part)
 
 
-def products(ranks: int, further: int | None = None) -> list[str]:
-    """Every layout of up to so many ranks in its short form, `further` with `ep`: all ordered factorizations."""
+def products(ranks: int, expert_ranks: int | None = None) -> list[str]:
+    """Return every layout of up to `ranks` ranks in its short form: all ordered factorizations.
 
-    def grow(axes: Sequence[str], most: int) -> Iterator[dict[str, int]]:
+    Layouts with ep > 1 may have up to `expert_ranks` ranks instead.
+    """
+
+    def factorizations(axes: Sequence[str], limit: int) -> Iterator[dict[str, int]]:
         if not axes:
             yield {}
             return
-        for size in range(1, most + 1):
-            for rest in grow(axes[1:], most // size):
+        for size in range(1, limit + 1):
+            for rest in factorizations(axes[1:], limit // size):
                 yield {axes[0]: size} | rest
 
-    further = ranks if further is None else further
-    sizes = sorted(grow(AXES, max(ranks, further)), key=lambda one: prod(one.values()))
-    return [str(Layout(**one)) for one in sizes if prod(one.values()) <= (further if one["ep"] > 1 else ranks)]
+    expert_ranks = ranks if expert_ranks is None else expert_ranks
+    all_sizes = sorted(factorizations(AXES, max(ranks, expert_ranks)), key=lambda sizes: prod(sizes.values()))
+    return [
+        str(Layout(**sizes))
+        for sizes in all_sizes
+        if prod(sizes.values()) <= (expert_ranks if sizes["ep"] > 1 else ranks)
+    ]
 
 
 def factors(family: str, ranks: int, precisions: Sequence[str]) -> dict[str, Sequence[Any]]:
-    """Everything that is varied: the name of the setting and its values, the default first."""
-    found: dict[str, Sequence[Any]] = {PRODUCT: _products(family, ranks), **{name: [] for name in STRUCTURE[1:]}}
-    for name, about in Layout.model_fields.items():
+    """Return every setting that is varied for a family, by name, with its values; the default comes first."""
+    varied: dict[str, Sequence[Any]] = {PRODUCT: _products(family, ranks), **{name: [] for name in STRUCTURE[1:]}}
+    for name, info in Layout.model_fields.items():
         key = f"layout.{name}"
         if name in AXES:
             continue
         if key == "layout.schedule":
             values: Sequence[Any] = registry(key).names(available_only=True)
-        elif about.annotation is bool:
+        elif info.annotation is bool:
             values = [False, True]
-        elif get_origin(about.annotation) is Literal:
-            values = get_args(about.annotation)
+        elif get_origin(info.annotation) is Literal:
+            values = get_args(info.annotation)
         else:
-            values = VALUES[key]  # a KeyError here asks for values of a new field
-        found[key] = [about.default, *(value for value in values if value != about.default)]
-    known = Experiment().to_dict()
+            values = VALUES[key]  # a KeyError here means that VALUES lacks a new field
+        varied[key] = [info.default, *(value for value in values if value != info.default)]
+    defaults = Experiment().to_dict()
     for key, values in VALUES.items():
         section, _, name = key.partition(".")
-        if section != "layout" and name in known[section]:
-            found[key] = values
+        if section != "layout" and name in defaults[section]:
+            varied[key] = values
     for name, values in FAMILIES[family].options.items():
         if name in _workload_options(family):
-            found[f"workload.{name}"] = values
-    return found | {PRECISION: precisions}
+            varied[f"workload.{name}"] = values
+    return varied | {PRECISION: precisions}
 
 
 def _products(family: str, ranks: int) -> list[str]:
-    own = FAMILIES[family]
-    return products(min(ranks, own.ranks), min(ranks, max(own.ranks, own.further)))
+    """Return the layouts of a family, of up to `ranks` ranks."""
+    limits = FAMILIES[family]
+    return products(min(ranks, limits.ranks), min(ranks, max(limits.ranks, limits.expert_ranks)))
 
 
 def _workload_options(family: str) -> dict[str, Any]:
+    """Return the options of the family's workload and their defaults."""
     fields = registry("workload").options(FAMILIES[family].workload["name"]).model_fields
-    return {name: about.default for name, about in fields.items()}
+    return {name: info.default for name, info in fields.items()}
 
 
 @cache
 def _default(family: str, name: str) -> Any:
+    """Return the value that a family uses for a setting unless it is varied."""
     section, _, option = name.partition(".")
     if section == "workload":
         return FAMILIES[family].workload.get(option, _workload_options(family)[option])
     return Experiment().get(name)
 
 
-def against(experiment: Experiment, row: Row) -> tuple[Problem, ...]:
-    """Why the experiment of a row is refused, or which settings of the row do nothing."""
-    found = tuple(experiment.problems())
-    if found:
-        return found
-    return tuple(warning for warning in experiment.warnings() if idles(warning) and warning.field in row)
+def violations(experiment: Experiment, row: Row) -> tuple[Problem, ...]:
+    """Return why the experiment of a row is refused; if it is not, which settings of the row have no effect."""
+    problems = tuple(experiment.problems())
+    if problems:
+        return problems
+    return tuple(warning for warning in experiment.warnings() if is_noop(warning) and warning.field in row)
 
 
-def idles(problem: Problem) -> bool:
-    """Does it say that a setting does nothing, rather than that it cannot be?"""
+def is_noop(problem: Problem) -> bool:
+    """Return whether a problem only states that a setting has no effect, rather than that it is invalid."""
     return "no effect" in problem.reason
 
 
-class Judge:
-    """What the rules say about rows of one family; the same row is asked for often."""
+class CaseRules:
+    """Applies the rules to rows of one family, and caches the answers because the same row is checked often."""
 
     def __init__(self, family: str, changes: Mapping[str, Any]) -> None:
         self.family = family
         base = Experiment().set({"workload": FAMILIES[family].workload} | COMMON)
-        self.base = proof(base, STEPS, "fp64").set({"training.checkpoint_every": 0} | dict(changes))
+        self.base = parity_config(base, STEPS, "fp64").set({"training.checkpoint_every": 0} | dict(changes))
         self._problems: dict[str, tuple[Problem, ...]] = {}
 
     def experiment(self, row: Row) -> Experiment:
+        """Return the experiment of a row."""
         layout = Layout.parse(row[PRODUCT]).model_dump()
         layout |= {name.partition(".")[2]: value for name, value in row.items() if name.startswith("layout.")}
         return self.base.set({"layout": layout} | {n: v for n, v in row.items() if not n.startswith("layout")})
 
     def allowed(self, row: Row) -> bool:
-        """May this row be a case? Partial rows are judged as far as they are known."""
-        if PRODUCT not in row or self.idle(row):
+        """Return whether a row may be a case; a partial row is allowed unless its settings already exclude that."""
+        if PRODUCT not in row or self.has_noop(row):
             return PRODUCT not in row
         return not all(name in row for name in STRUCTURE) or not self.problems(row)
 
     def problems(self, row: Row) -> tuple[Problem, ...]:
-        """Why it is refused."""
+        """Return the violations of a row."""
         key = repr(row)
         if key not in self._problems:
-            self._problems[key] = against(self.experiment(row), row)
+            self._problems[key] = violations(self.experiment(row), row)
         return self._problems[key]
 
-    def idle(self, row: Row) -> bool:
-        """Is there a setting that does nothing here?"""
+    def has_noop(self, row: Row) -> bool:
+        """Return whether a setting of the row has no effect with its layout."""
         layout = Layout.parse(row[PRODUCT])
-        for option, axis in BELONGS_TO.items():
+        for option, axis in REQUIRED_AXIS.items():
             name = f"layout.{option}"
             if getattr(layout, axis) == 1 and name in row and row[name] != _default(self.family, name):
                 return True
@@ -248,65 +261,65 @@ def cases(
     precisions: Sequence[str] = tuple(TOLERANCE),
     changes: Mapping[str, Any] | None = None,
 ) -> list[Case]:
-    """All cases: those that must be equal to one process, then those that must be refused.
+    """Return all cases, by family: first those that must be equal to one process, then those that must be refused.
 
-    `changes` are made to every experiment, e.g. {"launch.device": "cuda"}.
+    `changes` are applied to every experiment, e.g. {"launch.device": "cuda"}.
     """
-    found = []
+    generated = []
     for family in families:
-        judge = Judge(family, changes or {})
+        rules = CaseRules(family, changes or {})
         varied = factors(family, ranks, precisions)
-        covering = CoveringArray(varied, judge.allowed)
-        found += [Case(family, judge.experiment(row), row) for row in covering.rows]
-        refused = (_refused(judge, varied, part) for part in covering.impossible)
-        found += [case for case in refused if case is not None]
-    return found
+        covering = CoveringArray(varied, rules.allowed)
+        generated += [Case(family, rules.experiment(row), row) for row in covering.rows]
+        refused = (_refused_case(rules, varied, partial_row) for partial_row in covering.infeasible)
+        generated += [case for case in refused if case is not None]
+    return generated
 
 
-def _refused(judge: Judge, varied: Mapping[str, Sequence[Any]], part: Row) -> Case | None:
-    """The case with `part` in it that comes closest to being legal; None if a setting of it does nothing anyway."""
-    least: Case | None = None
-    rest = {name: values[0] for name, values in varied.items() if name not in STRUCTURE} | part
-    choices = [[part[name]] if name in part else varied[name] for name in STRUCTURE]
-    if PRODUCT not in part:
-        choices[0] = [one for one in choices[0] if Layout.parse(one).world_size <= 4]
-    for chosen in product(*choices):
-        row = dict(zip(STRUCTURE, chosen, strict=True)) | {n: v for n, v in rest.items() if n not in STRUCTURE}
-        if judge.idle(row):
+def _refused_case(rules: CaseRules, varied: Mapping[str, Sequence[Any]], partial_row: Row) -> Case | None:
+    """Return the case with the fewest problems that contains `partial_row`; None if a setting of it has no effect."""
+    best: Case | None = None
+    rest = {name: values[0] for name, values in varied.items() if name not in STRUCTURE} | partial_row
+    choices = [[partial_row[name]] if name in partial_row else varied[name] for name in STRUCTURE]
+    if PRODUCT not in partial_row:
+        choices[0] = [layout for layout in choices[0] if Layout.parse(layout).world_size <= 4]
+    for structure in product(*choices):
+        row = dict(zip(STRUCTURE, structure, strict=True)) | {n: v for n, v in rest.items() if n not in STRUCTURE}
+        if rules.has_noop(row):
             continue
-        problems = tuple(each for each in judge.problems(row) if not idles(each))
+        problems = tuple(each for each in rules.problems(row) if not is_noop(each))
         if not problems:
             return None
-        if least is None or len(problems) < len(least.problems):
-            least = Case(judge.family, judge.experiment(row), row, problems)
+        if best is None or len(problems) < len(best.problems):
+            best = Case(rules.family, rules.experiment(row), row, problems)
             if len(problems) == 1:
                 break
-    return least
+    return best
 
 
-def sample(found: Sequence[Case], seed: int = 0, ranks: int = 4) -> list[Case]:
-    """A part of the cases with up to so many ranks.
+def sample(candidates: Sequence[Case], seed: int = 0, ranks: int = 4) -> list[Case]:
+    """Return a sample of the cases with up to `ranks` ranks.
 
-    For each family every pair of axes and every setting of its own; every setting of the layout and of the training in
-    some family: what computes it there computes it everywhere.
+    It has, for each family, every pair of axes and every option of its workload; and every setting of the layout and of
+    the training in at least one family, because all families share the code behind it.
     """
-    small = [case for case in found if case.experiment.layout.world_size <= ranks]
+    small = [case for case in candidates if case.experiment.layout.world_size <= ranks]
     random.Random(seed).shuffle(small)
     chosen = []
     for legal in (True, False):
-        chosen += greedy_cover((case, _shown(case)) for case in small if legal is not bool(case.problems))
+        chosen += greedy_cover((case, _covered_elements(case)) for case in small if legal is not bool(case.problems))
     return chosen
 
 
-def _shown(case: Case) -> set[Any]:
-    """What a case of a sample stands for."""
+def _covered_elements(case: Case) -> set[Any]:
+    """Return what a case contributes to a sample."""
     if case.problems:
         return {(case.family, problem.field) for problem in case.problems}
     axes = [axis for axis in AXES if getattr(case.experiment.layout, axis) > 1]
-    pairs = {(case.family, *some) for count in (1, 2) for some in combinations(axes, count)}
-    of_family = {name for name in case.settings if name.startswith("workload.")} | {PRECISION}
+    pairs = {(case.family, *subset) for size in (1, 2) for subset in combinations(axes, size)}
+    family_settings = {name for name in case.settings if name.startswith("workload.")} | {PRECISION}
     return pairs | {
-        (case.family if name in of_family else "", name, repr(value))
+        (case.family if name in family_settings else "", name, repr(value))
         for name, value in case.settings.items()
         if name != PRODUCT
     }

@@ -1,4 +1,4 @@
-"""Run an experiment to its end, in one call; whatever breaks off the wait ends the run too."""
+"""Run an experiment to its end in one call; whatever interrupts the wait also ends the run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from labkit.launch.client import launch
 from labkit.runs.interrupts import as_interrupts
 from labkit.runs.run import Run
 
-__all__ = ["finished"]
+__all__ = ["run_to_completion"]
 
 
-def finished(experiment: Experiment) -> Run:
-    """Launch and wait; RunFailed if it did not end well. An interrupt asks it to stop and does not wait for that."""
+def run_to_completion(experiment: Experiment) -> Run:
+    """Launch a run, wait for it and return it. RunFailed if it failed; an interrupt stops it without waiting."""
     with as_interrupts():
         run = launch(experiment, baseline=None)
         try:

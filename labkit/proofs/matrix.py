@@ -1,7 +1,7 @@
 """The parity matrix: each case (`cases.py`) is equal to one process or refused by a rule; none differs, fails or hangs.
 
-Losses and gradient norms of ten updates and the held-out metrics after them are compared, to 1e-9 in float64 and to
-1e-4 in float32. One process is run once for all cases that train the same.
+Losses and gradient norms of ten optimizer steps and the held-out metrics after them are compared, to 1e-9 in float64
+and to 1e-4 in float32. All cases that train the same share one run of one process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GOOD = ("equal", "refused")
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a case: one of OUTCOMES, and why."""
+    """The result of a case: one of OUTCOMES, and the reason."""
 
     case: Case
     outcome: str
@@ -38,10 +38,10 @@ class Result:
     parity: Parity | None = None
     seconds: float = 0.0
     run_id: str | None = None
-    """The run, kept if it is not equal."""
+    """The run, which is kept if it is not equal."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the case in words, the outcome, the differences."""
+        """Return the result as a JSON object: the case as text, the outcome, the differences."""
         case, parity = self.case, self.parity
         return {
             "workload": case.family,
@@ -58,14 +58,14 @@ class Result:
         }
 
 
-def run(found: Iterable[Case]) -> Iterator[Result]:
-    """Run the cases, one after the other; yields each result as soon as it is there.
+def run(cases: Iterable[Case]) -> Iterator[Result]:
+    """Run the cases one after another, and yield each result as soon as it is available.
 
-    Runs that are equal are removed, the others stay to be looked at. An interrupt ends the run that is going on.
+    Runs that are equal are removed; the others are kept for inspection. An interrupt ends the current run.
     """
     references: dict[str, Run] = {}
     try:
-        for case in found:
+        for case in cases:
             begun = time.monotonic()
             yield _result(case, references, lambda begun=begun: time.monotonic() - begun)  # type: ignore[misc]
     finally:
@@ -74,40 +74,45 @@ def run(found: Iterable[Case]) -> Iterator[Result]:
 
 
 def _result(case: Case, references: dict[str, Run], elapsed: Callable[[], float]) -> Result:
+    """Run a case and compare it with its reference run, which is added to `references` if it is not there."""
     problems = tuple(case.experiment.problems())
     if problems:
         return Result(case, "refused", " ".join(map(str, problems)))
-    alone = one_process(case.experiment, f"matrix: {case.family} in one process")
-    key = alone.to_json()
+    reference_experiment = one_process(case.experiment, f"matrix: {case.family} in one process")
+    key = reference_experiment.to_json()
     try:
         if key not in references:
-            references[key] = _finished(alone)
-        one = _finished(case.experiment.set({"name": f"matrix: {case}"[:200]}))
-        parity = compare_losses(one, references[key], STEPS, case.precision)
-    except _Unfinished as error:
+            references[key] = _run_bounded(reference_experiment)
+        layout_run = _run_bounded(case.experiment.set({"name": f"matrix: {case}"[:200]}))
+        parity = compare_losses(layout_run, references[key], STEPS, case.precision)
+    except _UnfinishedError as error:
         return Result(case, error.outcome, str(error), seconds=elapsed(), run_id=error.run.id)
     except RunFailed as error:
         return Result(case, "FAILED", str(error), seconds=elapsed())
     if not parity.parity:
-        return Result(case, "DIFFERS", str(parity), parity, elapsed(), one.id)
-    safe_files.remove_folder(one.directory.path)
+        return Result(case, "DIFFERS", str(parity), parity, elapsed(), layout_run.id)
+    safe_files.remove_folder(layout_run.directory.path)
     return Result(case, "equal", "", parity, elapsed())
 
 
-class _Unfinished(Exception):
-    def __init__(self, run: Run, outcome: str, why: str) -> None:
-        super().__init__(why)
+class _UnfinishedError(Exception):
+    """A run that did not finish, and the outcome of its case."""
+
+    def __init__(self, run: Run, outcome: str, reason: str) -> None:
+        super().__init__(reason)
         self.run, self.outcome = run, outcome
 
 
-def _finished(experiment: Experiment) -> Run:
-    """A run that came to its end; _Unfinished, within bounded time, if it did not."""
+def _run_bounded(experiment: Experiment) -> Run:
+    """Run an experiment and return its finished run. _UnfinishedError, within bounded time, if it does not finish."""
     run = launch(experiment, baseline=None)
     try:
         run.wait(DEADLINE_S + 30)  # its supervisor ends it before that
     except TimeoutError:
         run.stop(0.0)
-        raise _Unfinished(run, "HUNG", f"no end after {DEADLINE_S:g} s, and its supervisor did not end it") from None
+        raise _UnfinishedError(
+            run, "HUNG", f"no end after {DEADLINE_S:g} s, and its supervisor did not end it"
+        ) from None
     except BaseException:
         run.stop(0.0)
         raise
@@ -115,33 +120,33 @@ def _finished(experiment: Experiment) -> Run:
         return run
     cause = run.cause or {}
     outcome = "HUNG" if cause.get("kind") in ("silent", "duration") else "FAILED"
-    raise _Unfinished(run, outcome, cause.get("message", run.state))
+    raise _UnfinishedError(run, outcome, cause.get("message", run.state))
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
 def counts(results: Iterable[Result]) -> dict[str, int]:
-    """How many cases came out how."""
-    found = Counter(result.outcome for result in results)
-    return {outcome: found[outcome] for outcome in OUTCOMES}
+    """Return the number of cases with each outcome."""
+    outcomes = Counter(result.outcome for result in results)
+    return {outcome: outcomes[outcome] for outcome in OUTCOMES}
 
 
 def markdown(results: Sequence[Result], asked: int, command: str, seconds: float) -> str:
-    """The table for people: what it is, counts, reasons, every case. `asked`: the number of cases there were to run."""
+    """Return the report in Markdown: counts, reasons, every case. `asked`: the number of cases that were requested."""
     number = counts(results)
     bad = [result for result in results if result.outcome not in GOOD]
     lines = [
         "# Parity matrix",
         "",
         "Does every layout compute what one process computes? Each line of the last table is a case that was run with",
-        f"real processes beside one process: {STEPS} updates, losses and global gradient norms compared update by",
-        "update, held-out metrics at the end. Equal means to "
+        f"real processes and compared with one process: losses and global gradient norms of each of {STEPS} optimizer",
+        "steps, and held-out metrics at the end. Equal means to "
         + " and ".join(f"{tolerance:.0e} in {kind}" for kind, tolerance in TOLERANCE.items())
         + "; what cannot be equal is refused with a reason.",
         "The cases are generated: all products of axis sizes up to the number of ranks, and all pairs of two settings.",
         "",
-        *made_by(command, seconds, "cases", len(results), number),
+        *provenance(command, seconds, "cases", len(results), number),
     ]
     if len(results) < asked:
         lines += [f"Interrupted: {asked - len(results)} cases were not run.", ""]
@@ -153,17 +158,17 @@ def markdown(results: Sequence[Result], asked: int, command: str, seconds: float
             "",
         ]
     lines += ["## Refused", "", "| reason | cases | for example |", "|---|---:|---|"]
-    for reason, cases_of in reasons(result.case for result in results).items():
+    for reason, cases_of in refusals_by_reason(result.case for result in results).items():
         lines.append(f"| {cell(reason)} | {len(cases_of)} | {cell(str(cases_of[0]))} |")
-    lines += ["", "## Run", "", "| workload | layout | options | format | loss | gradient norm | metrics |"]
+    lines += ["", "## Run", "", "| workload | layout | options | precision | loss | gradient norm | metrics |"]
     lines.append("|---|---|---|---|---:|---:|---:|")
     for result in results:
         if result.parity is not None:
-            found = result.parity
+            parity = result.parity
             figures = (
-                found.max_loss_difference,
-                found.max_gradient_norm_difference,
-                found.max_metric_difference or 0.0,
+                parity.max_loss_difference,
+                parity.max_gradient_norm_difference,
+                parity.max_metric_difference or 0.0,
             )
             case = result.case
             cells = [case.family, case.product, case.options, case.precision, *(f"{figure:.0e}" for figure in figures)]
@@ -172,18 +177,19 @@ def markdown(results: Sequence[Result], asked: int, command: str, seconds: float
 
 
 class Refusable(Protocol):
-    """What may be refused; `problems` says why."""
+    """A case that may be refused."""
 
     @property
-    def problems(self) -> tuple[Problem, ...]: ...
+    def problems(self) -> tuple[Problem, ...]:
+        """Why it is refused; empty if it is not."""
 
 
-Some = TypeVar("Some", bound=Refusable)
+RefusableT = TypeVar("RefusableT", bound=Refusable)
 
 
-def reasons(cases: Iterable[Some]) -> dict[str, list[Some]]:
-    """The refused cases by what the rule says, numbers and names of schedules apart; the most frequent first."""
-    groups: dict[str, list[tuple[str, Some]]] = {}
+def refusals_by_reason(cases: Iterable[RefusableT]) -> dict[str, list[RefusableT]]:
+    """Return the refused cases by reason (the text of the rule without numbers), the most frequent first."""
+    groups: dict[str, list[tuple[str, RefusableT]]] = {}
     for case in cases:
         for problem in case.problems[:1]:
             key = problem.field + re.sub(r"\d+", "", problem.reason)
@@ -192,8 +198,8 @@ def reasons(cases: Iterable[Some]) -> dict[str, list[Some]]:
     return {group[0][0]: [case for _, case in group] for group in ordered}
 
 
-def made_by(command: str, seconds: float, what: str, total: int, number: Mapping[str, int]) -> list[str]:
-    """Of a table: by which command, on what machine, how long it took; and how many of all came out how."""
+def provenance(command: str, seconds: float, what: str, total: int, number: Mapping[str, int]) -> list[str]:
+    """Return the lines about the origin of a report (command, machine, time), and the table of its counts."""
     machine = Machine.here()
     return [
         f"Made by `{command}` on {machine.cpu_model} ({machine.cores} cores), torch {versions().get('torch')}, "
@@ -207,5 +213,5 @@ def made_by(command: str, seconds: float, what: str, total: int, number: Mapping
 
 
 def cell(text: str) -> str:
-    """Text as a cell of a table in Markdown."""
+    """Escape text for a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")

@@ -1,4 +1,4 @@
-"""Following the parity matrix in a terminal: a progress bar with time left, what is wrong as soon as it is known."""
+"""Runs the parity matrix in a terminal: a progress bar with the time left, and failures as soon as they occur."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from labkit.launch.client import warm
 from labkit.proofs.matrix import GOOD, Case, Result, counts, run
 from labkit.proofs.matrix_log import MatrixLog
 
-EVERY_S = 30.0
-"""How often a log gets a line, where nobody watches."""
+REPORT_INTERVAL_S = 30.0
+"""Interval (s) of the lines in a log, if the output is not a terminal."""
 
 
-def follow(found: Sequence[Case], results: list[Result], quiet: bool = False, log: MatrixLog | None = None) -> None:
-    """Run the cases and append to `results`, which so holds what is known also after an interrupt.
+def follow(cases: Sequence[Case], results: list[Result], quiet: bool = False, log: MatrixLog | None = None) -> None:
+    """Run the cases and append to `results`, which therefore has the results so far even after an interrupt.
 
-    With a `log`, what it knows is not run again, and what is run is added to it.
+    Results that the `log` already has are reused, and new ones are added to it.
     """
-    known = log.known(found) if log is not None else {}
-    results += known.values()
-    left_over = [case for case in found if str(case) not in known]
+    reused = log.reusable_results(cases) if log is not None else {}
+    results += reused.values()
+    remaining = [case for case in cases if str(case) not in reused]
     console = Console(stderr=True, quiet=quiet, highlight=False, markup=False)
     columns = [
         TextColumn("{task.description}", markup=False),
@@ -34,10 +34,10 @@ def follow(found: Sequence[Case], results: list[Result], quiet: bool = False, lo
     ]
     live = Progress(*columns, console=console, disable=quiet or not sys.stderr.isatty(), speed_estimate_period=300)
     warm()
-    begun = said = time.monotonic()
+    begun = last_report = time.monotonic()
     with live:
-        task = live.add_task("parity matrix", total=len(found), completed=len(known))
-        for result in run(left_over):
+        task = live.add_task("parity matrix", total=len(cases), completed=len(reused))
+        for result in run(remaining):
             results.append(result)
             if log is not None:
                 log.add(result)
@@ -46,7 +46,7 @@ def follow(found: Sequence[Case], results: list[Result], quiet: bool = False, lo
             if result.outcome not in GOOD:
                 console.print(f"{result.outcome}: {result.case}: {result.reason}")
             now = time.monotonic()
-            if live.disable and now - said > EVERY_S:
-                left = (now - begun) / (len(results) - len(known)) * (len(found) - len(results))
-                console.print(f"labkit: {len(results)} of {len(found)} cases: {text}; about {left / 60:.0f} min left")
-                said = now
+            if live.disable and now - last_report > REPORT_INTERVAL_S:
+                left = (now - begun) / (len(results) - len(reused)) * (len(cases) - len(results))
+                console.print(f"labkit: {len(results)} of {len(cases)} cases: {text}; about {left / 60:.0f} min left")
+                last_report = now

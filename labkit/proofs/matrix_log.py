@@ -1,7 +1,7 @@
-"""What a parity matrix has found so far, in a file: one that takes an hour can be made in several sittings.
+"""The results of a parity matrix in a file, so that a matrix that takes an hour can be run in several sessions.
 
-The first line says by which versions, the others hold a case each. Cases that were equal are not run again; all others
-are. A file of other versions is refused: it would say of this one what was found about another.
+The first line holds the versions, each other line a case. Cases that were equal are not run again; all others are. A
+file of other versions is refused, because its results need not hold for these.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from labkit.runs.environment import versions
 
 
 class MatrixLog:
-    """`path`: the file, made if it is not there. ValueError if it is of other versions or no such file."""
+    """The file at `path`, created if it does not exist. ValueError if it is of other versions or another kind."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,36 +31,39 @@ class MatrixLog:
             path.write_text(json.dumps(about) + "\n", encoding="utf-8")
         elif _read(lines[0]) != about:
             raise ValueError(f"{path} was not made by labkit {__version__} with torch {about['torch']}")
-        self._equal = {str(one.get("case")): one for one in map(_read, lines[1:]) if one.get("outcome") == "equal"}
+        entries = map(_read, lines[1:])
+        self._equal = {str(entry.get("case")): entry for entry in entries if entry.get("outcome") == "equal"}
 
-    def known(self, found: Sequence[Case]) -> dict[str, Result]:
-        """Results of these cases that need not be run again, by the case in words."""
+    def reusable_results(self, cases: Sequence[Case]) -> dict[str, Result]:
+        """Return the results of those cases that need not be run again, by the text of the case."""
         results = {}
-        for case in found:
-            one = self._equal.get(str(case))
-            if one is not None and not case.problems:
-                results[str(case)] = _result(case, one)
+        for case in cases:
+            entry = self._equal.get(str(case))
+            if entry is not None and not case.problems:
+                results[str(case)] = _result(case, entry)
         return results
 
     def add(self, result: Result) -> None:
-        """Write down what became of a case, at once."""
+        """Append the result of a case to the file at once."""
         line = json.dumps({"case": str(result.case)} | result.to_dict(), ensure_ascii=False)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 
 def _read(line: str) -> dict[str, Any]:
+    """Return the JSON object of a line; an empty one if it is damaged."""
     try:
-        found = json.loads(line)
+        entry = json.loads(line)
     except (ValueError, RecursionError):
         return {}  # the last line of a process that was killed
-    return found if isinstance(found, dict) else {}
+    return entry if isinstance(entry, dict) else {}
 
 
-def _result(case: Case, one: dict[str, Any]) -> Result:
+def _result(case: Case, entry: dict[str, Any]) -> Result:
+    """Return the result that an entry of the file describes."""
     names = ("max_loss_difference", "max_gradient_norm_difference", "max_metric_difference")
-    loss, norm, metric = (one.get(name) for name in names)
-    proof = Parity(
+    loss, norm, metric = (entry.get(name) for name in names)
+    parity = Parity(
         precision=case.precision,
         parity=True,
         max_loss_difference=float(loss or 0.0),
@@ -72,4 +75,4 @@ def _result(case: Case, one: dict[str, Any]) -> Result:
         run_id="",
         reference_run_id="",
     )
-    return Result(case, "equal", parity=proof, seconds=float(one.get("seconds") or 0.0))
+    return Result(case, "equal", parity=parity, seconds=float(entry.get("seconds") or 0.0))

@@ -1,7 +1,7 @@
-"""The buffers of two finished runs beside each other, from their last checkpoints: running means, counts, tables.
+"""Compares the buffers of two finished runs, from their last checkpoints: running means, counts, tables.
 
-What a model keeps without training it decides what is evaluated and saved, and no loss shows it. A checkpoint does not
-say which tensors are buffers; they are those of which the optimizer keeps nothing (frozen weights are among them).
+Tensors that a model keeps without training them affect what is evaluated and saved, but not the loss. A checkpoint does
+not mark buffers; they are the tensors without optimizer state (which includes frozen weights).
 """
 
 from __future__ import annotations
@@ -19,42 +19,48 @@ Array = NDArray[Any]
 
 
 def buffer_difference(run: Run, reference: Run) -> tuple[float, str] | None:
-    """The largest difference, relative above 1, and the name of that buffer; None where not both have a checkpoint.
+    """Return the largest difference (relative above 1) and the name of that buffer; None unless both have a checkpoint.
 
-    Infinite where a buffer is missing in one of them, has another shape, or is no number.
+    The difference is infinite if a buffer is missing in one of them, has another shape, or is NaN in one only.
     """
     if not run.checkpoints() or not reference.checkpoints():
         return None
-    one, other = (_untrained(each.directory.checkpoint(each.checkpoints()[-1])) for each in (run, reference))
-    largest, where = 0.0, ""
-    for name in sorted(one.keys() | other.keys()):
-        difference = _between(one[name], other[name]) if name in one and name in other else float("inf")
+    arrays, expected = (
+        _untrained_arrays(each.directory.checkpoint(each.checkpoints()[-1])) for each in (run, reference)
+    )
+    largest, buffer = 0.0, ""
+    for name in sorted(arrays.keys() | expected.keys()):
+        difference = (
+            _max_difference(arrays[name], expected[name]) if name in arrays and name in expected else float("inf")
+        )
         if difference > largest:
-            largest, where = difference, name
-    return largest, where
+            largest, buffer = difference, name
+    return largest, buffer
 
 
-def _untrained(folder: Path) -> dict[str, Array]:
-    kept = {
+def _untrained_arrays(folder: Path) -> dict[str, Array]:
+    """Return the tensors of a checkpoint that have no optimizer state, by name."""
+    trained = {
         key.removeprefix("state.").rpartition(".")[0]
         for path in folder.glob("optimizer*.safetensors")
         for key in load_arrays(path)
     }
-    if not kept:  # an optimizer without memory: nothing tells weights and buffers apart
+    if not trained:  # an optimizer without state: weights and buffers cannot be distinguished
         return {}
-    held: dict[str, Array] = {}
+    tensors: dict[str, Array] = {}
     for path in folder.glob("model*.safetensors"):
-        held |= load_arrays(path)
-    return {name: value for name, value in held.items() if name not in kept}
+        tensors |= load_arrays(path)
+    return {name: value for name, value in tensors.items() if name not in trained}
 
 
-def _between(one: Array, other: Array) -> float:
-    if one.shape != other.shape:
+def _max_difference(array: Array, expected: Array) -> float:
+    """Return the largest difference of two arrays, relative above 1; infinite for other shapes or a one-sided NaN."""
+    if array.shape != expected.shape:
         return float("inf")
-    if not one.size:
+    if not array.size:
         return 0.0
-    wide = np.complex128 if np.iscomplexobj(one) or np.iscomplexobj(other) else np.float64
-    a, b = one.astype(wide), other.astype(wide)
+    wide = np.complex128 if np.iscomplexobj(array) or np.iscomplexobj(expected) else np.float64
+    a, b = array.astype(wide), expected.astype(wide)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore"):
         difference = np.where(same, 0.0, np.abs(a - b) / np.maximum(1.0, np.abs(b)))

@@ -14,7 +14,7 @@ from labkit.experiment.registry import registry
 from labkit.experiment.rules import CHOICES
 from labkit.launch import warm
 from labkit.proofs import combinations
-from labkit.proofs.combinations import BASE, Combination, Result
+from labkit.proofs.combinations import BASE, Combination, CombinationResult
 from labkit.runs import Run
 from tests.launch.helpers import changed_ranks
 
@@ -32,14 +32,14 @@ def test_every_pair_that_may_meet_meets_and_the_others_are_refused(found: list[C
     refused = [frozenset(case.row.items()) for case in found if case.problems]
     alone = {one for case in refused if len(case) == 1 for one in case}
     factors = combinations.factors()
-    judge = combinations.Judge()
+    rules = combinations.CombinationRules()
     for first, second in pairs(factors, 2):
         for one in factors[first]:
             for other in factors[second]:
                 pair = frozenset({(first, one), (second, other)})
                 row = {first: one, second: other}
-                known = pair in met or pair in refused or bool(alone & pair)
-                assert known or not judge.allowed(row) or not judge.experiment(row).problems(), row
+                checked = pair in met or pair in refused or bool(alone & pair)
+                assert checked or not rules.allowed(row) or not rules.experiment(row).problems(), row
     for case in legal:
         assert not case.experiment.problems(), str(case)
 
@@ -54,7 +54,7 @@ def test_the_layouts_and_methods_of_the_issue_meet(found: list[Combination]) -> 
     for layout in ("shard2", "tp2", "pp2", "dp2·pp2"):
         for field, name in (("sparsity.method", "rigl"), ("quantization.training", "bf16"), (TRAINING, "int8")):
             pairs_wanted = [("layout", layout), (field, name)]
-            assert [case for case in combinations.holding(found, pairs_wanted) if not case.problems], pairs_wanted
+            assert [case for case in combinations.with_settings(found, pairs_wanted) if not case.problems], pairs_wanted
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_a_sample_learns_and_shows_every_method(found: list[Combination]) -> Non
 
 
 def one_with(found: list[Combination], *wanted: tuple[str, str]) -> Combination:
-    return next(case for case in combinations.holding(found, wanted, 2) if not case.problems)
+    return next(case for case in combinations.with_settings(found, wanted, 2) if not case.problems)
 
 
 @pytest.mark.parametrize(
@@ -108,18 +108,18 @@ def _nothing(self, *given, **named): yield
 
 
 def test_a_method_without_evidence_does_not_pass() -> None:
-    experiment = combinations.Judge().experiment({TRAINING: "bf16"})
+    experiment = combinations.CombinationRules().experiment({TRAINING: "bf16"})
     shown = {"effective": {"activations": "float32", "sparsity": 0.0}, "communication": None, "staleness": None}
-    assert combinations.proofs(experiment, shown) == {"bf16": ""}
+    assert combinations.evidence(experiment, shown) == {"bf16": ""}
     right = shown | {"effective": {"activations": "bfloat16"}}
-    assert combinations.proofs(experiment, right) == {"bf16": "activations bfloat16"}
+    assert combinations.evidence(experiment, right) == {"bf16": "activations bfloat16"}
 
 
 def test_names_stand_for_one_method(found: list[Combination]) -> None:
-    assert combinations.named("rigl") == ("sparsity.method", "rigl")
-    assert combinations.named(f"{TRAINING}=int8") == (TRAINING, "int8")
+    assert combinations.parse_setting("rigl") == ("sparsity.method", "rigl")
+    assert combinations.parse_setting(f"{TRAINING}=int8") == (TRAINING, "int8")
     with pytest.raises(ValueError, match=r"say which: .*quantization.training=int8"):
-        combinations.named("int8")
+        combinations.parse_setting("int8")
 
 
 def test_what_does_not_learn_is_said(found: list[Combination], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,9 +134,11 @@ def test_what_does_not_learn_is_said(found: list[Combination], monkeypatch: pyte
 def test_the_table_and_the_command(
     found: list[Combination], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    refused = [Result(case, "refused", str(case.problems[0])) for case in found if case.problems]
-    text = combinations.markdown([*refused, Result(found[0], "OFF", "rigl | did not show", 0.9)], len(found), "x", 60)
-    assert "OFF: rigl \\| did not show" in text
+    refused = [CombinationResult(case, "refused", str(case.problems[0])) for case in found if case.problems]
+    text = combinations.markdown(
+        [*refused, CombinationResult(found[0], "OFF", "no evidence of rigl | set", 0.9)], len(found), "x", 60
+    )
+    assert "OFF: no evidence of rigl \\| set" in text
     assert f"Interrupted: {len(found) - len(refused) - 1} were not run." in text
     assert main(["combinations", "--with", "nonsense"]) == 2
     assert "no combination has 'nonsense'" in capsys.readouterr().err

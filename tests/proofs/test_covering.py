@@ -47,8 +47,8 @@ def test_every_pair_that_may_meet_does(world: tuple[dict[str, list[int]], Bans])
     alone = {setting for row in found.rows for setting in row.items()}
     assert alone == {setting for row in legal for setting in row.items()}
     # What is said to be impossible is, and together with what is covered it is everything.
-    assert not any(part.items() <= row.items() for part in found.impossible for row in legal)
-    said = [part.items() for part in found.impossible]
+    assert not any(part.items() <= row.items() for part in found.infeasible for row in legal)
+    said = [part.items() for part in found.infeasible]
     for row in whole:
         for pair in pairs(row) - met:
             assert any(part <= pair for part in said)
@@ -59,7 +59,7 @@ def test_every_pair_that_may_meet_does(world: tuple[dict[str, list[int]], Bans])
 def test_the_same_again(world: tuple[dict[str, list[int]], Bans]) -> None:
     factors, bans = world
     one, other = (CoveringArray(factors, lambda row: may_be(row, bans)) for _ in range(2))
-    assert (one.rows, one.impossible) == (other.rows, other.impossible)
+    assert (one.rows, one.infeasible) == (other.rows, other.infeasible)
 
 
 def test_rows_are_few() -> None:
@@ -72,4 +72,4 @@ def test_rules_about_three_factors_do_not_hide_a_pair() -> None:
     factors = {name: [0, 1] for name in "abcd"}
     found = CoveringArray(factors, lambda row: not {"a": 1, "b": 1, "d": 0}.items() <= row.items())
     assert any(row["a"] == row["b"] == 1 for row in found.rows)
-    assert not found.impossible
+    assert not found.infeasible

@@ -214,7 +214,7 @@ def test_a_matrix_goes_on_from_its_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert again[0].parity is not None
     assert first[0].parity is not None
     assert again[0].parity.max_loss_difference == first[0].parity.max_loss_difference
-    assert len(MatrixLog(path).known(legal)) == 2, "a torn line costs that line only"
+    assert len(MatrixLog(path).reusable_results(legal)) == 2, "a torn line costs that line only"
 
 
 def test_a_file_of_other_versions_is_refused(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from labkit.cli import main
 from labkit.experiment import Experiment
 from labkit.proofs.likely_reason import likely_reason
-from labkit.proofs.parity import check, proof, provable
-from labkit.proofs.saved_buffers import _between
+from labkit.proofs.parity import check, parity_config, provable
+from labkit.proofs.saved_buffers import _max_difference
 from labkit.runs import RunFailed
 from tests.training import odd_tasks, own_tasks
 
@@ -77,9 +77,9 @@ def test_it_picks_a_format_that_can_be_proved(changes: dict[str, Any]) -> None:
     formats, left_out = provable(wanted, 4, ("fp64", "fp32"))
     assert formats == ("fp32",)
     assert len(left_out) == 1
-    assert left_out[0].startswith("fp64 was left out, the proof holds for fp32: ")
+    assert left_out[0].startswith("fp64 was left out; the proof holds for fp32: ")
     assert provable(wanted, 4, ("fp64",)) == (("fp64",), []), "what was asked for by itself is refused by the rules"
-    assert not proof(wanted, 4, "fp32").problems()
+    assert not parity_config(wanted, 4, "fp32").problems()
 
 
 def test_and_says_which() -> None:
@@ -106,12 +106,12 @@ def test_a_model_that_float64_overflows_is_proved_in_float32(
     assert main(["check", str(given_file), "--steps", "2"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith("fp32: equal to one process over 2 steps")
-    assert shown[-1].startswith("fp64 was left out, the proof holds for fp32: the model cannot be computed in float64")
+    assert shown[-1].startswith("fp64 was left out; the proof holds for fp32: the model cannot be computed in float64")
     assert "without overflow" in shown[-1]
     if kind == "xglm":
         return
     assert main(["check", str(given_file), "--steps", "2", "--precision", "fp64"]) == 1
-    words = "the check could not be made: float64 cannot be proved for this model, --precision fp32 can: "
+    words = "the check could not be made: the proof in float64 is impossible for this model, use --precision fp32: "
     assert words in capsys.readouterr().err
 
 
@@ -124,11 +124,11 @@ def test_a_model_that_fails_in_every_format_is_not_blamed_on_float64() -> None:
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(0, 1))
 def test_differences_of_buffers_are_relative_above_one(numbers: list[float], by: float) -> None:
     one = np.array(numbers)
-    assert _between(one, one) == 0
-    assert _between(one + by, one) <= by * (1 + 1e-6) + 1e-9
-    assert _between(one[:0], one[:0]) == 0
-    assert _between(one, np.zeros((len(numbers), 2))) == float("inf")
-    assert _between(np.append(one, np.nan), np.append(one, 0.0)) == float("inf")
+    assert _max_difference(one, one) == 0
+    assert _max_difference(one + by, one) <= by * (1 + 1e-6) + 1e-9
+    assert _max_difference(one[:0], one[:0]) == 0
+    assert _max_difference(one, np.zeros((len(numbers), 2))) == float("inf")
+    assert _max_difference(np.append(one, np.nan), np.append(one, 0.0)) == float("inf")
 
 
 def test_every_place_has_a_likely_reason() -> None:

@@ -165,7 +165,7 @@ def test_nan_on_both_sides_is_no_agreement(tmp_path: Path) -> None:
 
 def test_a_run_cut_short_proves_nothing(tmp_path: Path) -> None:
     runs = [recorded(tmp_path / name, [1.0] * count, [1.0] * count) for name, count in (("one", 2), ("other", 3))]
-    with pytest.raises(RunFailed, match="3 steps were asked for, the runs have 2 and 3"):
+    with pytest.raises(RunFailed, match="3 steps were requested, but the runs have 2 and 3"):
         compare_losses(runs[0], runs[1], 3, "fp64")
 
 
