@@ -1,0 +1,45 @@
+"""The documents: links lead somewhere, and what is said of settings and results is what the code has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from labkit.cli.reference import settings_page
+from labkit.experiment.fields import fields
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("notebooks/**/*.md"), *ROOT.glob("tests/benchmarks/*.md")])
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_to_files(page: Path) -> None:
+    targets = [target for target in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in target]
+    missing = [target for target in targets if not (page.parent / target).exists()]
+    assert not missing
+
+
+def test_the_page_of_settings_is_made_from_the_fields() -> None:
+    page = (ROOT / "notebooks" / "reference" / "settings.md").read_text(encoding="utf-8")
+    assert page == settings_page(fields()), "make it again: labkit fields --markdown > notebooks/reference/settings.md"
+
+
+def keys_of(path: str, function: str) -> set[str]:
+    """Return the string keys of the dict that a function of the file returns."""
+    source = (ROOT / path).read_text(encoding="utf-8")
+    body = source[source.index(f"def {function}(") :]
+    body = body[body.index("    return {") : body.index("\n    }\n")]
+    return set(re.findall(r'^        "([a-z_]+)":', body, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("path", "function"), [("labkit/runs/summary.py", "build"), ("labkit/runs/compare.py", "_row")]
+)
+def test_every_key_of_a_result_is_explained(path: str, function: str) -> None:
+    page = (ROOT / "notebooks" / "reference" / "results.md").read_text(encoding="utf-8")
+    keys = keys_of(path, function)
+    assert len(keys) > 20
+    assert not {key for key in keys if f"`{key}`" not in page}
