@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import time
 from collections.abc import Callable
@@ -119,6 +120,18 @@ def augmented() -> dict[str, Any]:
     return rows(lambda x, y, index: (x + np.random.rand() + random.random(), y))
 
 
+def noted_draws() -> dict[str, Any]:
+    """Each sample's random number is added to a file of its rank, in the folder LABKIT_TEST_DRAWS."""
+
+    def row(x: Tensor, y: int, index: int) -> Pair:
+        number = np.random.rand()
+        with open(os.path.join(os.environ["LABKIT_TEST_DRAWS"], os.environ.get("RANK", "0")), "a") as file:
+            file.write(f"{number!r}\n")
+        return x + number, y
+
+    return rows(row)
+
+
 def unused() -> dict[str, Any]:
     class Model(Net):
         def __init__(self) -> None:
@@ -187,6 +200,16 @@ def other_weights() -> dict[str, Any]:
     return task(model)
 
 
+def other_weights_in_blocks() -> dict[str, Any]:
+    """The same in blocks, for a pipeline."""
+    from labkit.workloads.base import Blocks
+
+    last = nn.Linear(10, 3)
+    with torch.no_grad():
+        last.weight.copy_(torch.from_numpy(np.random.default_rng().normal(size=(3, 10))))
+    return task(Blocks({"first": nn.Linear(6, 10), "middle": nn.Tanh(), "last": last}))
+
+
 def other_buffer() -> dict[str, Any]:
     model = Net()
     model.register_buffer("born", torch.tensor(float(time.perf_counter_ns() % 10**6)))
@@ -201,8 +224,6 @@ def other_split() -> dict[str, Any]:
 
 def other_length() -> dict[str, Any]:
     x, y = samples()
-    import os
-
     count = 80 + int(os.environ.get("RANK", 0))
     return task(Net(), train=(x[:count], y[:count]))
 
@@ -265,9 +286,13 @@ def integer_parameter() -> dict[str, Any]:
     return task(model)
 
 
-def sparse_rows() -> dict[str, Any]:
+def dense_rows() -> dict[str, Any]:
+    return sparse_rows(sparse=False)
+
+
+def sparse_rows(sparse: bool = True) -> dict[str, Any]:
     x = torch.randint(0, 20, (96, 3), generator=torch.Generator().manual_seed(0))
-    model = nn.Sequential(nn.Embedding(20, 8, sparse=True), nn.Flatten(), nn.Linear(24, 3))
+    model = nn.Sequential(nn.Embedding(20, 8, sparse=sparse), nn.Flatten(), nn.Linear(24, 3))
     return task(model, train=(x, x[:, 0] % 3), test=(x, x[:, 0] % 3))
 
 

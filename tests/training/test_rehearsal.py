@@ -28,7 +28,7 @@ trainer.rehearse = lambda *given: Rehearsed()
 """
 
 
-def custom(function: str, layout: str = "dp2", **changes: Any) -> Experiment:
+def custom(function: str, layout: str | dict[str, int] = "dp2", **changes: Any) -> Experiment:
     fields = {
         "workload": {"name": "custom", "path": f"{TASKS}:{function}"},
         "training.steps": 4,
@@ -41,7 +41,10 @@ def custom(function: str, layout: str = "dp2", **changes: Any) -> Experiment:
         "launch.max_duration_s": 100,
     }
     changed = {name.replace("__", "."): value for name, value in changes.items()}
-    return Experiment().replace(f"layout={layout}").set(fields | changed)
+    laid_out = (
+        Experiment().replace(f"layout={layout}") if isinstance(layout, str) else Experiment().set({"layout": layout})
+    )
+    return laid_out.set(fields | changed)
 
 
 def run(experiment: Experiment) -> Run:
@@ -78,6 +81,8 @@ WRONG: list[tuple[str, str, str]] = [
     ("empty_parameter", SHARDED, "nothing is empty \\(shape \\[0, 4\\]\\), which ZeRO 3 cannot shard"),
     ("integer_parameter", SHARDED, "places is a parameter of int64, .* make it a buffer"),
     ("sparse_rows", "dp1", "0.weight has sparse gradients .* leave sparse=True out, the numbers stay the same"),
+    ("sparse_rows", "dp2", "0.weight has sparse gradients .* leave sparse=True out, the numbers stay the same"),
+    ("sparse_rows", SHARDED, "0.weight has sparse gradients .* leave sparse=True out"),
     ("two_outputs", "dp2", "must give one tensor in eval mode, it gives a tuple of 2: return the scores alone"),
     ("two_outputs_in_training", "dp2", "in training mode, it gives a tuple of 2: return the scores alone"),
     ("two_outputs_in_training", "dp1", "must give one tensor in training mode, it gives a tuple of 2"),
@@ -113,6 +118,20 @@ def test_methods_that_copy_or_convert_a_model_name_what_they_cannot() -> None:
     assert "the old torch.nn.utils.weight_norm" in sentence(custom("old_weight_norm", **copied))
     converted = {"quantization__after_training": "int8_dynamic", "layout": "dp1"}
     assert "finds no linear layer to convert" in sentence(custom("new_weight_norm", **converted))
+    for setting in ({"quantization__training": "int8"}, {"quantization__qat": "int8"}):
+        assert "the old torch.nn.utils.weight_norm" in sentence(custom("old_weight_norm", "dp1", **setting))
+
+
+def test_sparse_gradients_train_as_dense_ones_where_they_can() -> None:
+    """issue 11, B 14: ZeRO 1 adds them to the buffer of a shard."""
+    sharded = {"layout": {"dp_shard": 2, "zero_stage": 1}, "quantization__training": "fp64"}
+    sparse, dense = (
+        run(custom("sparse_rows", **sharded)),
+        run(custom("dense_rows", "dp1", quantization__training="fp64")),
+    )
+    assert sparse.state == dense.state == "finished", (sparse.cause, dense.cause)
+    assert np.abs(sparse.data().loss - dense.data().loss).max() < 1e-12
+    assert "leave sparse=True out" in sentence(custom("sparse_rows", {"dp_shard": 2, "zero_stage": 2}))
 
 
 def test_a_sample_that_breaks_in_a_loader_process_is_named() -> None:
@@ -135,6 +154,15 @@ def test_a_sample_that_breaks_in_a_loader_process_is_named() -> None:
 )
 def test_ranks_that_built_different_tasks_are_named(function: str, layout: str, says: str) -> None:
     assert says in sentence(custom(function, layout))
+
+
+def test_so_are_they_where_ranks_hold_parts_or_send_later() -> None:
+    """issue 11, B 01: there nothing would have made the replicas one model again."""
+    says = "differ between rank 0 and rank 1"
+    pipelined = custom("other_weights_in_blocks", {"dp_replicate": 2, "pp": 2, "microbatches": 2})
+    assert "the weights of " in (text := sentence(pipelined))
+    assert says in text
+    assert says in sentence(custom("other_weights", gradients__update={"method": "delayed"}))
 
 
 def test_augmentation_that_no_seed_reaches_is_noted() -> None:
@@ -278,6 +306,16 @@ def test_shares_draw_other_numbers_and_ranks_of_one_share_the_same() -> None:
     batches = [loaded.__getitems__(Pass([1, 2], seed, 0)) for seed in (5, 5, 6)]
     assert torch.equal(batches[0]["x"], batches[1]["x"])  # type: ignore[index]
     assert not torch.equal(batches[0]["x"], batches[2]["x"])  # type: ignore[index]
+
+
+def test_ranks_of_a_run_draw_numbers_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """issue 11, B 03: ranks are forks of one process, and drew the same augmentation."""
+    monkeypatch.setenv("LABKIT_TEST_DRAWS", str(tmp_path))
+    for workers in (0, 1):
+        ended = run(custom("noted_draws", training__loader_workers=workers, training__evaluate_every=0))
+        assert ended.state == "finished", ended.cause
+        by_rank = [(tmp_path / str(rank)).read_text().split()[-16:] for rank in (0, 1)]
+        assert len({*by_rank[0], *by_rank[1]}) == 32, "four updates of four samples on each of two ranks"
 
 
 # -- before any run ----------------------------------------------------------------------------------------------------
