@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from labkit.launch import launch
+from tests.launch import matrix_task
 from tests.launch.helpers import ENDLESS, Watched, start, steps_written, tiny
 
 APART: list[dict[str, Any]] = [
@@ -45,6 +48,29 @@ def test_a_killed_rank_ends_the_run_by_name(rule: dict[str, Any], victim: int) -
         os.kill(ranks[f"rank {victim}"]["pid"], signal.SIGKILL)
         cause = watch.ends("failed", within=10, kind="signal")
     assert cause["rank"] == victim
+
+
+LEFT: list[dict[str, Any]] = [
+    {"gradients.update": {"method": "hogwild"}},
+    {"gradients.update": {"method": "gossip"}},
+    {"gradients.update": {"method": "local_sgd", "every": 4}},
+    {"gradients.update": {"method": "parameter_server"}},
+    {"gradients.compression": {"method": "topk"}},
+    {"gradients.compression": {"method": "powersgd", "rank": 1}},
+]
+
+
+@pytest.mark.parametrize("method", LEFT, ids=lambda method: next(iter(method.values()))["method"])
+def test_a_rank_that_leaves_with_the_code_of_a_stop_ends_the_run_by_name(
+    method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """issue 11, F3: the innocent rank was named, or the run went on for ever."""
+    monkeypatch.setenv("LABKIT_FAULT", json.dumps({"rank": 1, "when": "forward", "how": "_exit 75", "at": 10}))
+    workload = {"name": "custom", "path": f"{Path(matrix_task.__file__)}:make_task"}
+    with Watched(start(tiny(2, ENDLESS, workload=workload, launch__timeout_s=8).set(method))) as watch:
+        cause = watch.ends("failed", within=30)
+    assert cause["rank"] == 1
+    assert "rank 1 left with exit code 75 before it was done" in cause["message"]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=named)

@@ -5,6 +5,7 @@ A covering sample always runs; `make exhaustive` runs the others.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -183,6 +184,36 @@ def test_every_fault_ends_well(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
     time.sleep(0.2)
     assert run.state == case.state
     assert run.directory.status.read_bytes() == written
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_rank_that_floods_its_log_neither_blinds_nor_fills_the_supervisor(
+    stopped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """issue 11, F14: it struck after 20 s instead of 4, held 2,175 MiB, and was killed by a stop."""
+    fault = {"rank": 1, "when": "forward", "how": "flood", "at": 10}
+    monkeypatch.setenv("LABKIT_FAULT", json.dumps(fault))
+    case = Case("forward", "flood", changes={"launch.timeout_s": 60 if stopped else 4})
+    run = start(experiment_of(case))
+    log = run.directory.log(1)
+    wait_until(lambda: log.exists() and log.stat().st_size > 2**22, 30, "the flood")
+    begun = time.monotonic()
+    supervisor = psutil.Process(run.status["supervisor"]["pid"])
+    sizes = [supervisor.memory_info().rss]
+
+    def ended() -> bool:
+        with contextlib.suppress(psutil.Error):
+            sizes.append(supervisor.memory_info().rss)
+        return run.done or (stopped and time.monotonic() - begun > 3)
+
+    wait_until(ended, 15, "the end of a rank that is silent")
+    if stopped:
+        begun = time.monotonic()
+        run.stop(1)
+        assert time.monotonic() - begun < 8
+    assert run.state == ("stopped" if stopped else "failed"), run.cause
+    assert "supervisor" not in run.cause["message"]
+    assert max(sizes) - sizes[0] < 100 * 2**20
 
 
 def test_the_next_run_is_good_after_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
