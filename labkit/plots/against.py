@@ -8,7 +8,7 @@ from labkit.plots.downsample import Floats
 from labkit.runs.data import RunData
 
 TITLES = {
-    "steps": "Step (updates done)",
+    "steps": "Optimizer step",
     "samples": "Samples seen",
     "time": "Training time (s, without evaluations)",
     "bytes": "Sent by all ranks (MB)",

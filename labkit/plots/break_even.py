@@ -23,7 +23,8 @@ SLOWEST, FASTEST = 10.0, 100_000.0
 NO_LIMIT = 4 * FASTEST
 """X position of points that were measured on the machine's own link."""
 NOTHING_TO_SHOW = (
-    "No break-even to show: it takes 1 run of plain averaging and 1 of another method on as many ranks, with bytes"
+    "No break-even to show: it takes 1 run of plain averaging and 1 of another method on as many ranks, "
+    "with their bytes counted"
 )
 
 
@@ -57,15 +58,15 @@ def break_even(runs: Iterable[Any] | Any) -> Picture:
     if len(methods) < 2:
         return traced.empty_picture(NOTHING_TO_SHOW)
     plain, others = methods[0], methods[1:]
-    crossings = [break_even_of(plain.cost, run.cost) for run in others]
-    sentence = wording.opening(finding([run.name for run in others], crossings))
+    crossings = [break_even_of(plain.cost, method.cost) for method in others]
+    sentence = wording.opening(finding([method.name for method in others], crossings))
     rates = np.geomspace(SLOWEST, FASTEST, 61)
     traces: list[dict[str, Any]] = []
-    for index, run in enumerate(methods):
+    for index, method in enumerate(methods):
         crossing = None if not index else crossings[index - 1]
         no_limit_x = NO_LIMIT * 1.12 ** (index - len(methods) / 2)
-        traces += _method_traces(index, run, rates, crossing, no_limit_x)
-    free = any(rate is None for run in methods for rate, _ in run.points())
+        traces += _method_traces(index, method, rates, crossing, no_limit_x)
+    free = any(rate is None for method in methods for rate, _ in method.points())
     layout = traced.layout(
         sentence,
         xaxis=theme.axis(
@@ -80,7 +81,7 @@ def break_even(runs: Iterable[Any] | Any) -> Picture:
         height=520,
     )
     layout["margin"] |= {"t": 92}
-    rows = [_row(run, None if not index else crossings[index - 1]) for index, run in enumerate(methods)]
+    rows = [_row(method, None if not index else crossings[index - 1]) for index, method in enumerate(methods)]
     return Picture(traces, layout, summary=f"{sentence}.", rows=rows)
 
 
@@ -152,21 +153,21 @@ def _interval(crossing: BreakEven) -> str:
 
 
 def _method_traces(
-    index: int, run: _Method, rates: Any, crossing: BreakEven | None, no_limit_x: float
+    index: int, method: _Method, rates: Any, crossing: BreakEven | None, no_limit_x: float
 ) -> list[dict[str, Any]]:
     """Return the line, the measured points and the break-even point of a method."""
     colour, dash, marker = (theme.INK, "solid", "circle") if crossing is None else theme.style(index - 1)
     suffix = "" if crossing is None else f": slower {_faster_range(crossing)}"
-    group = {"legendgroup": str(index), "name": theme.safe(run.name)}
-    points = run.points()
+    group = {"legendgroup": str(index), "name": theme.safe(method.name)}
+    points = method.points()
     traces: list[dict[str, Any]] = [
         group
         | {
             "type": "scatter",
             "mode": "lines",
-            "name": theme.safe(f"{run.name}{suffix}", 100),
+            "name": theme.safe(f"{method.name}{suffix}", 100),
             "x": rates.astype(np.float32),
-            "y": np.array([1000 * run.cost.seconds(rate) for rate in rates], dtype=np.float32),
+            "y": np.array([1000 * method.cost.seconds(rate) for rate in rates], dtype=np.float32),
             "line": {"color": colour, "dash": dash, "width": 3.5 if crossing is None else 2.2},
             "hovertemplate": "%{x:,.3~g} Mbit/s: %{y:,.3~g} ms by the formula<extra>%{fullData.name}</extra>",
         },
@@ -189,7 +190,7 @@ def _method_traces(
                 "mode": "markers",
                 "showlegend": False,
                 "x": [crossing.mbit],
-                "y": [1000 * run.cost.seconds(crossing.mbit)],
+                "y": [1000 * method.cost.seconds(crossing.mbit)],
                 "marker": {"symbol": "x-thin", "size": 13, "line": {"color": colour, "width": 3}},
                 "hovertemplate": "break-even: %{x:,.3~g} Mbit/s<extra>%{fullData.name}</extra>",
             }
@@ -197,15 +198,15 @@ def _method_traces(
     return traces
 
 
-def _row(run: _Method, crossing: BreakEven | None) -> Row:
+def _row(method: _Method, crossing: BreakEven | None) -> Row:
     measured = [
-        f"{theme.number(step)} ({'no limit' if rate is None else wording.rate(rate)})" for rate, step in run.points()
+        f"{theme.number(step)} ({'no limit' if rate is None else wording.rate(rate)})" for rate, step in method.points()
     ]
-    middle = run.cost.steady.median
+    median = method.cost.steady.median
     return {
-        "Run": run.name,
-        "Without waiting (ms)": theme.number(None if middle is None else 1000 * middle),
-        "On the link per step": traced.format_bytes(run.cost.bytes),
+        "Run": method.name,
+        "Without waiting (ms)": theme.number(None if median is None else 1000 * median),
+        "On the link per step": traced.format_bytes(method.cost.bytes),
         "Measured steps (ms)": ", ".join(measured) or "–",
         "Plain averaging is faster": "–" if crossing is None else _faster_range(crossing),
         "95 % interval": "–" if crossing is None else _interval(crossing),

@@ -30,7 +30,7 @@ MIN_RUNS = 4
 
 
 def detail_figures(runs: Iterable[Any] | Any) -> list[Picture]:
-    """Return the figures of profiled steps: memory, traffic, schedules of several pipelines, timelines, experts."""
+    """Return the figures of traced steps: memory, traffic, schedules of several pipelines, timelines, experts."""
     labeled = [run for run in labeled_runs(runs) if run.data.memory and not run.is_ceiling]
     pipelines = [run for run in labeled if traced.bubble_of(run) is not None]
     with_traffic = [run for run in labeled if run.data.traffic]

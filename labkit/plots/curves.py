@@ -34,8 +34,8 @@ def loss_lines(data: RunData, x_axis: str = "steps") -> tuple[Line, Line]:
     raw = extremes(x, loss)
     if len(loss) < SMOOTHED_FROM:
         return raw, (np.zeros(0), np.zeros(0))
-    at, mean = means(x, loss)
-    return raw, (at, smooth(mean, max(5, len(mean) // 50)))
+    bin_x, mean = means(x, loss)
+    return raw, (bin_x, smooth(mean, max(5, len(mean) // 50)))
 
 
 def metric_line(data: RunData, x_axis: str = "steps") -> Line:
@@ -128,8 +128,8 @@ def throughput_finding(runs: Sequence[LabeledRun]) -> str:
     for run in sorted(latest_first, key=lambda run: run.is_ceiling):  # the ceiling only if there is no other run
         rate = throughput(run.data, period(run.experiment))
         if rate is not None:
-            unit = "independent copies" if run.is_ceiling else "ranks"
-            ranks = theme.ranks(run.world_size) if run.world_size == 1 else f"{run.world_size} {unit}"
+            noun = "independent copies" if run.is_ceiling else "ranks"
+            ranks = theme.ranks(run.world_size) if run.world_size == 1 else f"{run.world_size} {noun}"
             return f"{theme.number(rate)} samples/s with {ranks} (median)"
     return "Throughput: no step after the warm-up yet"
 
@@ -190,7 +190,7 @@ def loss_traces(index: int, run: LabeledRun, x_axis: str = "steps", **properties
 def loss(runs: Iterable[Any] | Any) -> Picture:
     """Plot the global training loss per step, one line per run. `runs`: one or several Run, RunData, run id or path."""
     labeled = labeled_runs(runs)
-    traces = [trace for at, run in enumerate(labeled) for trace in loss_traces(at, run)]
+    traces = [trace for index, run in enumerate(labeled) for trace in loss_traces(index, run)]
     rows = [_ends(run.label, loss_lines(run.data)[0], "Loss") for run in labeled]
     return _picture(traces, loss_finding(labeled), "Training loss", rows)
 
@@ -198,7 +198,7 @@ def loss(runs: Iterable[Any] | Any) -> Picture:
 def metric(runs: Iterable[Any] | Any) -> Picture:
     """Plot the workload's metric on held-out data, one line per run."""
     labeled = labeled_runs(runs)
-    traces = [line(at, run.label, metric_line(run.data), "") for at, run in enumerate(labeled)]
+    traces = [line(index, run.label, metric_line(run.data), "") for index, run in enumerate(labeled)]
     rows = [_ends(run.label, metric_line(run.data), metric_title([run])) for run in labeled]
     return _picture(traces, metric_finding(labeled), metric_title(labeled), rows)
 
@@ -206,7 +206,7 @@ def metric(runs: Iterable[Any] | Any) -> Picture:
 def throughputs(runs: Iterable[Any] | Any) -> Picture:
     """Plot samples per second over all ranks, one line per run. The title leaves out the warm-up steps."""
     labeled = labeled_runs(runs)
-    traces = [line(at, run.label, throughput_line(run.data), " samples/s") for at, run in enumerate(labeled)]
+    traces = [line(index, run.label, throughput_line(run.data), " samples/s") for index, run in enumerate(labeled)]
     rows: list[Row] = [
         {
             "Run": run.label,

@@ -32,11 +32,11 @@ def _natural_order(item: tuple[str, Any]) -> list[str | int]:
 
 
 def experts(run: Any) -> Picture:
-    """Plot the fraction of all choices that each expert got in the profiled step, over all ranks."""
+    """Plot the fraction of all choices that each expert got in the traced step, over all ranks."""
     labeled_run = LabeledRun.of(run)
     loads = {name: load for name, load in sorted(labeled_run.data.experts.items(), key=_natural_order) if load.sum()}
     if not loads:
-        return traced.empty_picture("No experts to show: it takes workload.experts and 1 traced update")
+        return traced.empty_picture("No experts to show: it takes workload.experts and 1 traced step")
     shares = {name: load / load.sum() for name, load in loads.items()}
     width = max(len(load) for load in shares.values())
     names, columns = list(shares), [f"expert {number}" for number in range(width)]

@@ -38,14 +38,13 @@ def exported(runs: Iterable[Any] | Any) -> Picture:
     traces: list[dict[str, Any]] = []
     for index, (name, run, form) in enumerate(drawn):
         label = FORMS[form] if len(labeled) == 1 else f"{name}: {FORMS[form]}"
-        speeds, at = _speeds(run, form, sizes), [f"{size:,}" for size in sizes]
-        traces += _bars(index, label, speeds, at, _bytes(run, form), written=len(drawn) <= MAX_FORMS_WITH_TEXT)
+        speeds, labels = _speeds(run, form, sizes), [f"{size:,}" for size in sizes]
+        traces += _bars(index, label, speeds, labels, _bytes(run, form), written=len(drawn) <= MAX_FORMS_WITH_TEXT)
     max_speed, max_percent = (
-        max((value for trace in traces[at::2] for value in trace["y"] if value), default=0.0) for at in (0, 1)
+        max((value for trace in traces[panel::2] for value in trace["y"] if value), default=0.0) for panel in (0, 1)
     )
-    dense_size = (
-        f"dense: {traced.format_bytes(labeled[0].data.exported['bytes'].get(DENSE, 0.0))}" if len(labeled) == 1 else ""
-    )
+    dense_bytes = labeled[0].data.exported["bytes"].get(DENSE, 0.0)
+    dense_size = f"dense: {traced.format_bytes(dense_bytes)}" if len(labeled) == 1 else ""
     layout = traced.layout(
         sentence,
         barmode="group",

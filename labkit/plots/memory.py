@@ -55,11 +55,11 @@ def finding(sizes: list[tuple[str, dict[str, int], dict[str, int]]]) -> str:
 def memory(runs: Iterable[Any] | Any) -> Picture:
     """Plot the memory of the fullest rank as stacked bars, one per run, with the formula as an outline next to each.
 
-    Bytes are those of the real tensors at the end of the profiled step, before gradients are cleared.
+    Bytes are those of the real tensors at the end of the traced step, before gradients are cleared.
     """
     labeled = [run for run in labeled_runs(runs) if run.data.memory]
     if not labeled:
-        return traced.empty_picture("No memory to show: 0 runs have profiled a step (training.trace_step)")
+        return traced.empty_picture("No memory to show: 0 runs have traced a step (training.trace_step)")
     ranks = [rank for run in labeled if (rank := fullest(run)) is not None]
     measured = [run.data.memory[rank] for run, rank in zip(labeled, ranks, strict=True)]
     formula = [run.data.formula[rank] for run, rank in zip(labeled, ranks, strict=True)]

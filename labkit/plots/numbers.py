@@ -94,13 +94,13 @@ def formats(runs: Iterable[Any] | Any, layer: str | None = None) -> Picture:
     Values are relative to the largest magnitude with the same scale. Pooled are the layers with the most frequent
     operands of the run, or the single `layer` of that name. A switch makes the vertical axes logarithmic.
     """
-    labeled = [each_run for each_run in labeled_runs(runs) if each_run.data.numbers and not each_run.is_ceiling]
-    rows = [(each_run, *_chosen(each_run, layer)) for each_run in labeled]
+    labeled = [run for run in labeled_runs(runs) if run.data.numbers and not run.is_ceiling]
+    rows = [(run, *_chosen(run, layer)) for run in labeled]
     rows = [row for row in rows if row[1]][:MAX_RUNS]
     if not rows:
         reason = "0 runs recorded them at their end" if layer is None else f"0 runs have a layer {layer}"
         return traced.empty_picture(f"No numbers to show: {reason}")
-    names = traced.run_names([each_run for each_run, *_ in rows])
+    names = traced.run_names([run for run, *_ in rows])
     panels = [
         (
             _pooled([layer_record.weight for layer_record in layers]),
@@ -137,7 +137,9 @@ def formats(runs: Iterable[Any] | Any, layer: str | None = None) -> Picture:
             heading = traced.heading(f"{subject}, {panel.words(not zero_notes)}", _COLUMNS[column][0], top)
             layout["annotations"] = [*layout.get("annotations", []), heading, *zero_notes]
     layout["updatemenus"] = [_switch(ranges) | {"y": 1 + 0.1 * gap}]
-    table_rows = [row for name, run, pair in zip(names, rows, panels, strict=True) for row in _rows(name, run[2], pair)]
+    table_rows = [
+        row for name, entry, pair in zip(names, rows, panels, strict=True) for row in _rows(name, entry[2], pair)
+    ]
     return Picture(traces, layout, summary=f"{sentence}.", rows=table_rows)
 
 

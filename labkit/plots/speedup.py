@@ -102,7 +102,7 @@ def traces(rows: Rows, **properties: Any) -> list[dict[str, Any]]:
         | properties,
         {
             "type": "scatter",
-            "name": "Ideal: as many times as ranks",
+            "name": "Ideal: equal to the number of ranks",
             "mode": "lines+markers",
             "x": labels,
             "y": [bar["ideal"] for bar in drawn],

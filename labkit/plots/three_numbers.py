@@ -78,7 +78,7 @@ class _Line:
             difference = f"{metric_name} {formatted(own - dense, '+.3g')}"
         steps = [run.data.first + run.data.steps for run in (self.run, self.reference)]
         difference = difference.replace("-", MINUS)
-        return difference if steps[0] == steps[1] else f"{difference} ({steps[0]:,} against {steps[1]:,} updates)"
+        return difference if steps[0] == steps[1] else f"{difference} ({steps[0]:,} against {steps[1]:,} steps)"
 
 
 def _steady(run: LabeledRun | None) -> SteadyState | None:

@@ -19,9 +19,9 @@ _UPPER, _LOWER = [0.56, 0.95], [0.04, 0.43]
 def finding(schedule: str, bubble: Bubble) -> str:
     """Return the headline with the bubbles: measured, the schedule's own, and by the textbook formula."""
     textbook = f", {traced.percent(bubble.textbook)} with even stages (textbook)" if bubble.textbook is not None else ""
-    what = "these updates" if schedule == "pipedream" else "the update"
+    what = "these steps" if schedule == "pipedream" else "the step"
     return (
-        f"{schedule}: ranks stood still for {traced.percent(bubble.measured)} of {what}; the schedule's own bubble "
+        f"{schedule}: ranks were idle for {traced.percent(bubble.measured)} of {what}; the schedule's own bubble "
         f"is {traced.percent(bubble.own)}{textbook}"
     )
 
@@ -31,12 +31,12 @@ def timeline(run: Any) -> Picture:
 
     Colour and pattern distinguish forward from backward passes. The simulation keeps each rank's order and gives each
     action the median time of its stage and kind; messages take no time. Of an asynchronous pipeline (pipedream) the
-    profiled step and those right before it are shown, by mini-batch.
+    traced step and those right before it are shown, by mini-batch.
     """
     labeled_run = LabeledRun.of(run)
     idle = traced.bubble_of(labeled_run)
     if idle is None or labeled_run.experiment is None:
-        return traced.empty_picture("No timeline to show: it takes a pipeline (pp above 1) and 1 traced update")
+        return traced.empty_picture("No timeline to show: it takes a pipeline (pp above 1) and 1 traced step")
     layout = labeled_run.experiment.layout
     measured = first_pipeline(labeled_run.data.timeline, layout)
     start = min(row[0].begin for row in measured.values())

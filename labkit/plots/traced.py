@@ -1,4 +1,4 @@
-"""Helpers of the figures of a profiled step: names of runs, units, bars with patterns, layouts."""
+"""Helpers of the figures of a traced step: names of runs, units, bars with patterns, layouts."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def communication(runs: Iterable[Any] | Any) -> Picture:
     """Plot payload, calls and exposed time of one step per axis (and product of axes), the largest over the ranks."""
     labeled = [run for run in labeled_runs(runs) if run.data.traffic]
     if not labeled:
-        return traced.empty_picture("No traffic to show: it takes at least 2 ranks and 1 profiled step")
+        return traced.empty_picture("No traffic to show: it takes at least 2 ranks and 1 traced step")
     names, loads = traced.run_names(labeled), [largest(run) for run in labeled]
     axes = sorted({axis for load in loads for axis in load}, key=_order)
     bytes_per_unit, unit = traced.byte_unit(max(counts["bytes"] for load in loads for counts in load.values()))

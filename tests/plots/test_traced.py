@@ -121,7 +121,7 @@ def test_the_timeline_names_its_bubbles(runs: dict[str, FakeRun]) -> None:
     # Busy: two ranks × 2 (F + B) of (3 F + 3 B) in the schedule; the recorded backward passes came 10 ms late.
     assert "the schedule's own bubble is 33 %, 33 % with even stages (textbook)" in figure.summary
     measured = 1 - 2 * 2 * 0.03 / (2 * (2 * 0.01 + 4 * 0.02))
-    assert f"stood still for {100 * measured:.0f} %" in figure.summary
+    assert f"were idle for {100 * measured:.0f} %" in figure.summary
     forward, backward = figure.data[0], figure.data[1]
     assert list(forward.y) == ["rank 0"] * 2 + ["rank 1"] * 2
     assert list(forward.text) == ["0", "1", "0", "1"]
