@@ -139,7 +139,7 @@ class Runtime:
         ddp_handler = self.accelerator.ddp_handler
         if ddp_handler is not None:
             ddp_handler.find_unused_parameters = True
-        return experiment.set({"gradients.overlap": False}) if self.spread else experiment
+        return experiment.set({"gradients.overlap": False}) if self.is_sharded else experiment
 
     def add_up(self, sums: dict[str, float]) -> dict[str, float]:
         """All-reduce a dict of numbers (sum); all ranks pass the same keys and get the same result."""
@@ -155,7 +155,7 @@ class Runtime:
         return dict(zip(keys, total.tolist(), strict=True))
 
     @property
-    def spread(self) -> bool:
+    def is_sharded(self) -> bool:
         """True if one replica of the model is sharded over several ranks."""
         return self.ranks > self.mesh.layout.dp_replicate
 

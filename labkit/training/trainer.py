@@ -112,7 +112,7 @@ class Trainer:
         on_device = clock(runtime.device) if runtime.device.type == "cuda" else None
         self.exchanges = GradientReducer(experiment, self.steps, on_device)
         self.model: ReplicatedModel | ParallelModel
-        if runtime.spread:
+        if runtime.is_sharded:
             autocast = runtime.accelerator.autocast
             self.model = ParallelModel(experiment, task, runtime.mesh, runtime.device, autocast, self.exchanges)
         else:
@@ -420,7 +420,7 @@ class Trainer:
             self.passes,
             lambda: self.shares.weights if follow else None,
         )
-        data = MicroBatchDataset(self.task.train, self.runtime.seed if self.runtime.spread else None)
+        data = MicroBatchDataset(self.task.train, self.runtime.seed if self.runtime.is_sharded else None)
         passes = SeededMicroBatches(sampler, self._seeds_of_pass)
         workers, cuda = self.experiment.training.loader_workers, self.runtime.device.type == "cuda"
         if not workers and not cuda:
