@@ -149,9 +149,9 @@ def methods(options: argparse.Namespace) -> int:
     from labkit.proofs import methods as proof
     from labkit.runs.checked import formatted
 
-    known = {case.method for case in proof.cases([("", Experiment())], [2])}
-    if unknown := [name for name in options.method if name not in known]:
-        raise UsageError(f"there is no method {unknown[0]!r} here; known: {', '.join(sorted(known))}")
+    names = {case.method for case in proof.cases([("", Experiment())], [2])}
+    if unknown := [name for name in options.method if name not in names]:
+        raise UsageError(f"there is no method {unknown[0]!r} here; known: {', '.join(sorted(names))}")
     check_output(options)
     recipes = [(name, recipe(name).replace(*options.set)) for name in options.recipes or ["vision-ddp"]]
     cases = proof.cases(recipes, options.ranks, options.method)

@@ -1,4 +1,4 @@
-"""What a curve is drawn against: updates, samples, time or bytes. Methods differ in what they make of each."""
+"""The x axis of a curve: optimizer steps, samples, time or bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from labkit.plots.downsample import Floats
 from labkit.runs.data import RunData
 
 TITLES = {
-    "steps": "Step (updates done)",
+    "steps": "Optimizer step",
     "samples": "Samples seen",
     "time": "Training time (s, without evaluations)",
     "bytes": "Sent by all ranks (MB)",
@@ -22,20 +22,20 @@ HOVER = {
 MB = 2**20
 
 
-def checked(against: str, *known: str) -> str:
-    """`against`, if it is one of `known`; ValueError if not."""
-    if against not in known:
-        raise ValueError(f"against is one of {', '.join(known)}, got {against!r}")
-    return against
+def checked_x_axis(x_axis: str, *allowed: str) -> str:
+    """Return `x_axis` if it is one of `allowed`; raise ValueError if not."""
+    if x_axis not in allowed:
+        raise ValueError(f"x_axis is one of {', '.join(allowed)}, got {x_axis!r}")
+    return x_axis
 
 
-def along(data: RunData, against: str) -> Floats:
-    """How much of it each complete step had taken when it was done, (steps,); NaN where that is not known."""
-    if against == "steps":
+def x_values(data: RunData, x_axis: str) -> Floats:
+    """Return the x value at the end of each complete step, (steps,); NaN where it is unknown."""
+    if x_axis == "steps":
         return data.step.astype(np.float64)
-    if against == "samples":
+    if x_axis == "samples":
         return np.cumsum(data.samples, dtype=np.float64)
-    if against == "time":
+    if x_axis == "time":
         return data.training_seconds
     sent = data.sent
     if np.isnan(sent).all():
@@ -43,13 +43,11 @@ def along(data: RunData, against: str) -> Floats:
     return np.cumsum(np.nan_to_num(sent)) / MB
 
 
-def at_steps(data: RunData, steps: Floats, against: str) -> Floats:
-    """The same at given numbers of updates done; those that are not complete are not known."""
-    if against == "steps":
+def x_at_steps(data: RunData, steps: Floats, x_axis: str) -> Floats:
+    """Return the x values after the given numbers of optimizer steps; NaN for steps that are not complete."""
+    if x_axis == "steps":
         return steps
-    along_all = along(data, against)
+    values = x_values(data, x_axis)
     index = steps.astype(np.int64) - data.first - 1
-    known = (index >= 0) & (index < len(along_all))
-    return np.where(
-        known, along_all[np.clip(index, 0, max(0, len(along_all) - 1))] if len(along_all) else np.nan, np.nan
-    )
+    valid = (index >= 0) & (index < len(values))
+    return np.where(valid, values[np.clip(index, 0, max(0, len(values) - 1))] if len(values) else np.nan, np.nan)

@@ -1,4 +1,4 @@
-"""All pictures that runs give beside their curves, in the order in which one would look at them."""
+"""All figures of runs apart from their curves, in the order in which they are shown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from labkit.plots.pareto import pareto
 from labkit.plots.picture import Picture
 from labkit.plots.quantized import quantized
 from labkit.plots.schedules import schedules
-from labkit.plots.shown import LabeledRun, shown
+from labkit.plots.shown import LabeledRun, labeled_runs
 from labkit.plots.sparsity import sparse_layers, sparsity
 from labkit.plots.split import split
 from labkit.plots.staleness import staleness
@@ -25,76 +25,76 @@ from labkit.plots.traffic import communication
 from labkit.runs.dense import is_dense
 from labkit.runs.methods import is_plain
 
-FEWEST = 4
-"""With fewer runs a front of the best is no picture."""
+MIN_RUNS = 4
+"""Minimum number of runs for a Pareto front."""
 
 
-def closeups(runs: Iterable[Any] | Any) -> list[Picture]:
-    """Of traced updates: memory always; traffic where ranks talk; schedules where two can be compared; each pipeline,
-    each mixture.
-    """
-    many = [one for one in shown(runs) if one.data.memory and not one.is_ceiling]
-    pipelines = [one for one in many if traced.bubble_of(one) is not None]
-    talking = [one for one in many if one.data.traffic]
-    found = [memory(many)] if many else []
-    if talking:
-        found.append(communication(talking))
+def detail_figures(runs: Iterable[Any] | Any) -> list[Picture]:
+    """Return the figures of traced steps: memory, traffic, schedules of several pipelines, timelines, experts."""
+    labeled = [run for run in labeled_runs(runs) if run.data.memory and not run.is_ceiling]
+    pipelines = [run for run in labeled if traced.bubble_of(run) is not None]
+    with_traffic = [run for run in labeled if run.data.traffic]
+    figures = [memory(labeled)] if labeled else []
+    if with_traffic:
+        figures.append(communication(with_traffic))
     if len(pipelines) > 1:
-        found.append(schedules(pipelines))
-    found += [timeline(one) for one in pipelines]
-    return found + [experts(one) for one in many if any(load.sum() for load in one.data.experts.values())]
+        figures.append(schedules(pipelines))
+    figures += [timeline(run) for run in pipelines]
+    return figures + [experts(run) for run in labeled if any(load.sum() for load in run.data.experts.values())]
 
 
-def sparse(runs: Iterable[Any] | Any) -> list[Picture]:
-    """What became zero: all such runs over time, the layers of each, and what it gains after the training."""
-    many = [one for one in shown(runs) if one.data.sparsity and not one.is_ceiling]
-    found = [sparsity(many), *map(sparse_layers, many)] if many else []
-    gained = [one for one in many if one.data.exported.get("latency_seconds")]
-    return found + ([exported(gained)] if gained else [])
+def sparsity_figures(runs: Iterable[Any] | Any) -> list[Picture]:
+    """Return the figures of sparse runs: sparsity over time, the layers of each run, and exported networks."""
+    labeled = [run for run in labeled_runs(runs) if run.data.sparsity and not run.is_ceiling]
+    figures = [sparsity(labeled), *map(sparse_layers, labeled)] if labeled else []
+    with_export = [run for run in labeled if run.data.exported.get("latency_seconds")]
+    return figures + ([exported(with_export)] if with_export else [])
 
 
-def computing(runs: Iterable[Any] | Any) -> list[Picture]:
-    """What is computed with which numbers: where a run is sparse or narrow, what it promises and gives, how its numbers
-    are spread, and the layers of each such run; then the networks that were quantized after their training.
+def precision_figures(runs: Iterable[Any] | Any) -> list[Picture]:
+    """Return the figures about precision: speed-ups, histograms and layers of sparse or low-precision runs.
+
+    Networks that were quantized after their training follow.
     """
-    every = shown(runs)
-    many = [one for one in every if one.data.numbers and not one.is_ceiling]
-    other = [one for one in many if one.experiment is not None and not is_dense(one.experiment)]
-    found: list[Picture] = []
-    if other:
-        times = three_numbers(many)
-        found = [*([times] if times.rows else []), formats(many), *map(layers, other)]
-    converted = [one for one in every if one.data.quantized.get("latency_seconds")]
-    return found + ([quantized(converted)] if converted else [])
+    all_runs = labeled_runs(runs)
+    labeled = [run for run in all_runs if run.data.numbers and not run.is_ceiling]
+    not_dense = [run for run in labeled if run.experiment is not None and not is_dense(run.experiment)]
+    figures: list[Picture] = []
+    if not_dense:
+        speedups = three_numbers(labeled)
+        figures = [*([speedups] if speedups.rows else []), formats(labeled), *map(layers, not_dense)]
+    converted = [run for run in all_runs if run.data.quantized.get("latency_seconds")]
+    return figures + ([quantized(converted)] if converted else [])
 
 
-def worth(runs: Iterable[Any] | Any) -> list[Picture]:
-    """What accuracy costs, where there are enough runs to choose from: against time and against memory."""
-    many = [one for one in shown(runs) if not one.is_ceiling]
-    if len(many) < FEWEST:
+def cost_figures(runs: Iterable[Any] | Any) -> list[Picture]:
+    """Return the Pareto fronts of accuracy against time and against memory, if there are enough runs."""
+    labeled = [run for run in labeled_runs(runs) if not run.is_ceiling]
+    if len(labeled) < MIN_RUNS:
         return []
-    return [picture for cost in ("time", "memory") if (picture := pareto(many, cost)).rows]
+    return [picture for cost in ("time", "memory") if (picture := pareto(labeled, cost)).rows]
 
 
-def combining(runs: Iterable[Any] | Any) -> list[Picture]:
-    """How ranks combined what they learned, where a run did it in another way than averaging gradients over the
-    machine's own link: loss against samples, time and bytes; where a step's time goes; break-even; staleness.
+def method_figures(runs: Iterable[Any] | Any) -> list[Picture]:
+    """Return the figures about gradient methods: trade-off, split of the step time, break-even rate and staleness.
+
+    Empty if every run averages gradients plainly over the machine's own link.
     """
-    many = [one for one in shown(runs) if one.data.steps and not one.is_ceiling]
-    if not any(combines(one) for one in many):
+    labeled = [run for run in labeled_runs(runs) if run.data.steps and not run.is_ceiling]
+    if not any(has_method_figures(run) for run in labeled):
         return []
-    found = [tradeoff(many)] if len(many) > 1 else []
-    steps = split(many)
+    figures = [tradeoff(labeled)] if len(labeled) > 1 else []
+    steps = split(labeled)
     if steps.rows:
-        found.append(steps)
-    if break_even.applies(many):
-        found.append(break_even.break_even(many))
-    return found + ([staleness(many)] if any(one.data.staleness.sum() for one in many) else [])
+        figures.append(steps)
+    if break_even.applies(labeled):
+        figures.append(break_even.break_even(labeled))
+    return figures + ([staleness(labeled)] if any(run.data.staleness.sum() for run in labeled) else [])
 
 
-def combines(one: LabeledRun) -> bool:
-    """Has this run a method, or a link, about which `combining` has something to show?"""
-    experiment = one.experiment
-    if experiment is None or one.world_size < 2:
+def has_method_figures(run: LabeledRun) -> bool:
+    """Return whether the run has a gradient method or an emulated link that `method_figures` shows."""
+    experiment = run.experiment
+    if experiment is None or run.world_size < 2:
         return False
     return not is_plain(experiment) or experiment.launch.network is not None

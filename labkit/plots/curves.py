@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from labkit.plots import theme
-from labkit.plots.against import HOVER, TITLES, along, at_steps
+from labkit.plots.against import HOVER, TITLES, x_at_steps, x_values
 from labkit.plots.downsample import Floats, extremes, means
 from labkit.plots.picture import Picture, Row
-from labkit.plots.shown import LabeledRun, shown
+from labkit.plots.shown import LabeledRun, labeled_runs
 from labkit.runs.data import RunData
 from labkit.runs.methods import period
 from labkit.runs.smooth import smooth
@@ -20,7 +20,7 @@ from labkit.runs.steady import rolling, warmup
 SMOOTHED_FROM = 60
 """From this many steps on, the loss is drawn as a running mean over a faint line of the single steps."""
 WIDTHS = (4, 2.5, 2)
-"""Equal runs lie on each other: the first one is the widest, so that it can be seen below the others."""
+"""Line widths by run: lines of equal runs coincide, so the first is the widest and stays visible below the others."""
 
 Line = tuple[Floats, Floats]
 
@@ -28,48 +28,48 @@ Line = tuple[Floats, Floats]
 # -- points ---------------------------------------------------------------------------------------------------------
 
 
-def loss_lines(data: RunData, against: str = "steps") -> tuple[Line, Line]:
-    """The global loss of every step, and its running mean (empty for a short run)."""
-    x, loss = along(data, against), data.loss
+def loss_lines(data: RunData, x_axis: str = "steps") -> tuple[Line, Line]:
+    """Return the global loss of every step and its running mean (empty for a short run)."""
+    x, loss = x_values(data, x_axis), data.loss
     raw = extremes(x, loss)
     if len(loss) < SMOOTHED_FROM:
         return raw, (np.zeros(0), np.zeros(0))
-    at, mean = means(x, loss)
-    return raw, (at, smooth(mean, max(5, len(mean) // 50)))
+    bin_x, mean = means(x, loss)
+    return raw, (bin_x, smooth(mean, max(5, len(mean) // 50)))
 
 
-def metric_line(data: RunData, against: str = "steps") -> Line:
-    """The metric of the workload on held-out data; a fraction in per cent where its unit says so."""
+def metric_line(data: RunData, x_axis: str = "steps") -> Line:
+    """Return the workload's metric on held-out data; in per cent if that is its unit."""
     key = data.metric.get("key", "")
     pairs = [(step, metrics[key]) for step, _, metrics in data.evaluations if key in metrics]
     if not pairs:
         return np.zeros(0), np.zeros(0)
     x, y = (np.array(column, dtype=np.float64) for column in zip(*pairs, strict=True))
-    return extremes(at_steps(data, x, against), y * (100 if data.metric.get("unit") == "%" else 1))
+    return extremes(x_at_steps(data, x, x_axis), y * (100 if data.metric.get("unit") == "%" else 1))
 
 
-def throughput_line(data: RunData, against: str = "steps") -> Line:
-    """Samples per second while stepping (all ranks together); bins weigh every step by its duration."""
+def throughput_line(data: RunData, x_axis: str = "steps") -> Line:
+    """Return samples per second over all ranks; each step of a bin is weighted by its duration."""
     count = data.steps
     seconds = _step_seconds(data, count)
     with np.errstate(invalid="ignore", divide="ignore"):
         rate = data.samples / seconds
-    x, y = means(along(data, against), rate, weight=seconds, most=400)
+    x, y = means(x_values(data, x_axis), rate, weight=seconds, max_points=400)
     return (x, smooth(y, max(1, len(y) // 20))) if count >= SMOOTHED_FROM else (x, y)
 
 
 def _step_seconds(data: RunData, count: int) -> Floats:
-    """Duration of each step: rank 0's, or that of the first rank whose file is there. Ranks wait for each other."""
+    """Return the duration of each step (s) on the first rank whose file has all steps; ranks wait for each other."""
     for seconds in data.seconds:
         if len(seconds) >= count:
             return seconds[:count].astype(np.float64)
     return np.full(count, np.nan)
 
 
-def throughput(data: RunData, every: int = 1) -> float | None:
-    """Samples per second at the median step time after the warm-up; None before there is a step after it.
+def throughput(data: RunData, period_steps: int = 1) -> float | None:
+    """Return samples per second at the median step time after the warm-up; None if there is no step after it.
 
-    `every`: over means of so many steps, where ranks meet once in so many only (labkit.runs.methods.period).
+    The median is taken over means of `period_steps` steps (labkit.runs.methods.period).
     """
     count = data.steps
     skipped = warmup(count)
@@ -77,30 +77,30 @@ def throughput(data: RunData, every: int = 1) -> float | None:
         return None
     seconds = _step_seconds(data, count)[skipped:]
     samples = data.samples[skipped:count]
-    known = np.isfinite(seconds) & (samples > 0)
-    if not known.any():
+    finite = np.isfinite(seconds) & (samples > 0)
+    if not finite.any():
         return None
-    if not known.all():
-        seconds, samples = seconds[known], samples[known]
-    middle, batch = (
-        float(np.median(rolling(seconds, every))),
+    if not finite.all():
+        seconds, samples = seconds[finite], samples[finite]
+    median_seconds, batch = (
+        float(np.median(rolling(seconds, period_steps))),
         samples[0] if samples.min() == samples.max() else np.median(samples),
     )
-    return float(batch) / middle if middle > 0 else None
+    return float(batch) / median_seconds if median_seconds > 0 else None
 
 
 # -- findings -------------------------------------------------------------------------------------------------------
 
 
 def loss_finding(runs: Sequence[LabeledRun]) -> str:
-    """`Loss fell from 2.31 to 0.084 in 200 steps`, of the latest run that has steps."""
-    for one in reversed(runs):
-        loss = one.data.loss
-        if not len(loss) or one.is_ceiling:
+    """Return the headline of the latest run with steps: `Loss fell from 2.31 to 0.084 in 200 steps`."""
+    for run in reversed(runs):
+        loss = run.data.loss
+        if not len(loss) or run.is_ceiling:
             continue
-        broken = np.flatnonzero(~np.isfinite(loss))
-        if len(broken):
-            return f"The loss is no finite number from step {one.data.first + int(broken[0]) + 1} on"
+        not_finite = np.flatnonzero(~np.isfinite(loss))
+        if len(not_finite):
+            return f"The loss became NaN or infinite at step {run.data.first + int(not_finite[0]) + 1}"
         end = float(np.mean(loss[-max(1, min(20, len(loss) // 10)) :]))
         verb = "fell" if end < loss[0] else "rose"
         if len(loss) == 1:
@@ -110,12 +110,12 @@ def loss_finding(runs: Sequence[LabeledRun]) -> str:
 
 
 def metric_finding(runs: Sequence[LabeledRun]) -> str:
-    """`Held-out accuracy 97.8 % after 200 steps`, of the latest run that has been evaluated."""
-    for one in reversed(runs):
-        x, y = metric_line(one.data)
-        if len(y) and not one.is_ceiling:
-            unit = f" {theme.plain(one.data.metric['unit'])}" if one.data.metric.get("unit") else ""
-            title = theme.plain(one.data.metric["title"])
+    """Return the headline of the latest evaluated run: `Held-out accuracy 97.8 % after 200 steps`."""
+    for run in reversed(runs):
+        x, y = metric_line(run.data)
+        if len(y) and not run.is_ceiling:
+            unit = f" {theme.plain(run.data.metric['unit'])}" if run.data.metric.get("unit") else ""
+            title = theme.plain(run.data.metric["title"])
             if not np.isfinite(y[-1]):
                 return f"{title} is not finite after {int(x[-1])} steps"
             return f"{title} {theme.number(float(y[-1]))}{unit} after {int(x[-1])} steps"
@@ -123,36 +123,36 @@ def metric_finding(runs: Sequence[LabeledRun]) -> str:
 
 
 def throughput_finding(runs: Sequence[LabeledRun]) -> str:
-    """`5,400 samples/s with 2 ranks (median after 20 warm-up steps)`, of the latest run that has one."""
+    """Return the headline of the latest run with a throughput: `5,400 samples/s with 2 ranks (median)`."""
     latest_first = list(runs)[::-1]
-    for one in sorted(latest_first, key=lambda one: one.is_ceiling):  # the ceiling speaks only when alone
-        rate = throughput(one.data, period(one.experiment))
+    for run in sorted(latest_first, key=lambda run: run.is_ceiling):  # the ceiling only if there is no other run
+        rate = throughput(run.data, period(run.experiment))
         if rate is not None:
-            what = "independent copies" if one.is_ceiling else "ranks"
-            many = theme.ranks(one.world_size) if one.world_size == 1 else f"{one.world_size} {what}"
-            return f"{theme.number(rate)} samples/s with {many} (median)"
+            noun = "independent copies" if run.is_ceiling else "ranks"
+            ranks = theme.ranks(run.world_size) if run.world_size == 1 else f"{run.world_size} {noun}"
+            return f"{theme.number(rate)} samples/s with {ranks} (median)"
     return "Throughput: no step after the warm-up yet"
 
 
 def metric_title(runs: Sequence[LabeledRun]) -> str:
-    """Title of the metric's axis, with its unit."""
-    for one in reversed(runs):
-        if one.data.metric:
-            unit = theme.plain(one.data.metric.get("unit", ""))
-            return theme.plain(one.data.metric["title"]) + (f" ({unit})" if unit else "")
+    """Return the title of the metric's axis, with its unit."""
+    for run in reversed(runs):
+        if run.data.metric:
+            unit = theme.plain(run.data.metric.get("unit", ""))
+            return theme.plain(run.data.metric["title"]) + (f" ({unit})" if unit else "")
     return "Held-out metric"
 
 
 # -- traces and figures -----------------------------------------------------------------------------------------------
 
 
-def line(index: int, name: str, points: Line, unit: str, against: str = "steps", **more: Any) -> dict[str, Any]:
-    """One line: colour, dash and marker of the run at `index`."""
+def line(index: int, name: str, points: Line, unit: str, x_axis: str = "steps", **properties: Any) -> dict[str, Any]:
+    """Return a line trace with the colour, dash and marker of the run at `index`."""
     colour, dash, marker = theme.style(index)
-    few = len(points[0]) <= 25
+    has_markers = len(points[0]) <= 25
     return {
         "type": "scatter",
-        "mode": "lines+markers" if few else "lines",
+        "mode": "lines+markers" if has_markers else "lines",
         "name": theme.safe(name),
         "legendgroup": str(index),
         "showlegend": True,
@@ -160,13 +160,13 @@ def line(index: int, name: str, points: Line, unit: str, against: str = "steps",
         "y": points[1],
         "line": {"color": colour, "dash": dash, "width": WIDTHS[min(index, len(WIDTHS) - 1)]},
         "marker": {"symbol": marker, "size": 7, "color": colour},
-        "hovertemplate": f"{HOVER[against]}: %{{y:.4~g}}{theme.safe(unit)}<extra>%{{fullData.name}}</extra>",
-    } | more
+        "hovertemplate": f"{HOVER[x_axis]}: %{{y:.4~g}}{theme.safe(unit)}<extra>%{{fullData.name}}</extra>",
+    } | properties
 
 
-def faint(index: int, name: str, points: Line, **more: Any) -> dict[str, Any]:
-    """The single steps behind a running mean."""
-    return line(index, name, points, "", **more) | {
+def faint(index: int, name: str, points: Line, **properties: Any) -> dict[str, Any]:
+    """Return the faint line of the single steps behind a running mean."""
+    return line(index, name, points, "", **properties) | {
         "mode": "lines",
         "line": {"color": theme.style(index)[0], "width": 1},
         "opacity": 0.3,
@@ -176,47 +176,47 @@ def faint(index: int, name: str, points: Line, **more: Any) -> dict[str, Any]:
     }
 
 
-def loss_traces(index: int, one: LabeledRun, against: str = "steps", **more: Any) -> list[dict[str, Any]]:
-    """Always two traces, the single steps and what the legend names, so that a live figure keeps its places."""
-    raw, mean = loss_lines(one.data, against)
-    few = not len(mean[0])
+def loss_traces(index: int, run: LabeledRun, x_axis: str = "steps", **properties: Any) -> list[dict[str, Any]]:
+    """Return two traces, the single steps and the named line; always two, so that a live figure keeps its order."""
+    raw, mean = loss_lines(run.data, x_axis)
+    short = not len(mean[0])
     nothing = (np.zeros(0), np.zeros(0))
     return [
-        faint(index, one.label, nothing if few else raw, **more),
-        line(index, one.label, raw if few else mean, "", against, **more),
+        faint(index, run.label, nothing if short else raw, **properties),
+        line(index, run.label, raw if short else mean, "", x_axis, **properties),
     ]
 
 
 def loss(runs: Iterable[Any] | Any) -> Picture:
-    """Global training loss per step; one line a run. `runs`: Run, RunData, run id or path, one or several."""
-    many = shown(runs)
-    traces = [trace for at, one in enumerate(many) for trace in loss_traces(at, one)]
-    rows = [_ends(one.label, loss_lines(one.data)[0], "Loss") for one in many]
-    return _picture(traces, loss_finding(many), "Training loss", rows)
+    """Plot the global training loss per step, one line per run. `runs`: one or several Run, RunData, run id or path."""
+    labeled = labeled_runs(runs)
+    traces = [trace for index, run in enumerate(labeled) for trace in loss_traces(index, run)]
+    rows = [_ends(run.label, loss_lines(run.data)[0], "Loss") for run in labeled]
+    return _picture(traces, loss_finding(labeled), "Training loss", rows)
 
 
 def metric(runs: Iterable[Any] | Any) -> Picture:
-    """The workload's own metric on held-out data; one line a run."""
-    many = shown(runs)
-    traces = [line(at, one.label, metric_line(one.data), "") for at, one in enumerate(many)]
-    rows = [_ends(one.label, metric_line(one.data), metric_title([one])) for one in many]
-    return _picture(traces, metric_finding(many), metric_title(many), rows)
+    """Plot the workload's metric on held-out data, one line per run."""
+    labeled = labeled_runs(runs)
+    traces = [line(index, run.label, metric_line(run.data), "") for index, run in enumerate(labeled)]
+    rows = [_ends(run.label, metric_line(run.data), metric_title([run])) for run in labeled]
+    return _picture(traces, metric_finding(labeled), metric_title(labeled), rows)
 
 
 def throughputs(runs: Iterable[Any] | Any) -> Picture:
-    """Samples per second over all ranks; one line a run. The first steps are drawn but not counted in the title."""
-    many = shown(runs)
-    traces = [line(at, one.label, throughput_line(one.data), " samples/s") for at, one in enumerate(many)]
+    """Plot samples per second over all ranks, one line per run. The title leaves out the warm-up steps."""
+    labeled = labeled_runs(runs)
+    traces = [line(index, run.label, throughput_line(run.data), " samples/s") for index, run in enumerate(labeled)]
     rows: list[Row] = [
         {
-            "Run": one.label,
-            "Ranks": one.world_size,
-            "Steps": one.data.steps,
-            "Samples/s": theme.number(throughput(one.data, period(one.experiment))),
+            "Run": run.label,
+            "Ranks": run.world_size,
+            "Steps": run.data.steps,
+            "Samples/s": theme.number(throughput(run.data, period(run.experiment))),
         }
-        for one in many
+        for run in labeled
     ]
-    return _picture(traces, throughput_finding(many), "Throughput (samples/s)", rows, rangemode="tozero")
+    return _picture(traces, throughput_finding(labeled), "Throughput (samples/s)", rows, rangemode="tozero")
 
 
 def _picture(traces: list[dict[str, Any]], finding: str, title: str, rows: list[Row], **axis: Any) -> Picture:
@@ -232,13 +232,13 @@ def _picture(traces: list[dict[str, Any]], finding: str, title: str, rows: list[
 
 
 def _ends(label: str, points: Line, title: str) -> Row:
-    """First, best and last value of a line."""
-    y = points[1][np.isfinite(points[1])]
+    """Return the first, lowest, highest and last value of a line as a table row."""
+    finite = points[1][np.isfinite(points[1])]
     return {
         "Run": label,
         "Points": len(points[1]),
-        f"{title}, first": theme.number(float(y[0]) if len(y) else None),
-        "lowest": theme.number(float(y.min()) if len(y) else None),
-        "highest": theme.number(float(y.max()) if len(y) else None),
+        f"{title}, first": theme.number(float(finite[0]) if len(finite) else None),
+        "lowest": theme.number(float(finite.min()) if len(finite) else None),
+        "highest": theme.number(float(finite.max()) if len(finite) else None),
         "last": theme.figure(float(points[1][-1]) if len(points[1]) else None),
     }

@@ -1,4 +1,4 @@
-"""How evenly tokens fall on experts: one row a mixture, one column an expert."""
+"""Expert load: how evenly tokens are routed; one row per mixture, one column per expert."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from labkit.plots import theme, traced
 from labkit.plots.picture import Picture
 from labkit.plots.shown import LabeledRun
 
-MAX_WRITTEN = 16
-"""More experts than this leave no room for numbers in the boxes."""
+MAX_COLUMNS_WITH_TEXT = 16
+"""With more experts than this the boxes have no room for numbers."""
 _SCALE = [[0.0, "#f7fbff"], [0.5, theme.PALETTE[5]], [1.0, theme.PALETTE[0]]]
 
 
 def finding(shares: dict[str, np.ndarray[Any, Any]]) -> str:
-    """The fullest expert, beside an even share."""
+    """Return the headline: the expert with the highest load, compared with an even share."""
     block, load = max(shares.items(), key=lambda item: float(item[1].max()) * len(item[1]))
     expert, even = int(load.argmax()), 1 / len(load)
     return (
@@ -26,23 +26,23 @@ def finding(shares: dict[str, np.ndarray[Any, Any]]) -> str:
     )
 
 
-def _number(item: tuple[str, Any]) -> list[str | int]:
-    """Order of the blocks in the model: layer_2 before layer_10, on whatever rank they are."""
-    return [int(part) if at % 2 else part for at, part in enumerate(re.split(r"([0-9]{1,9})", item[0]))]
+def _natural_order(item: tuple[str, Any]) -> list[str | int]:
+    """Return a sort key that puts layer_2 before layer_10."""
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]{1,9})", item[0]))]
 
 
 def experts(run: Any) -> Picture:
-    """Share of all choices that fell on each expert in the traced update, over all ranks."""
-    one = LabeledRun.of(run)
-    loads = {name: load for name, load in sorted(one.data.experts.items(), key=_number) if load.sum()}
+    """Plot the fraction of all choices that each expert got in the traced step, over all ranks."""
+    labeled_run = LabeledRun.of(run)
+    loads = {name: load for name, load in sorted(labeled_run.data.experts.items(), key=_natural_order) if load.sum()}
     if not loads:
-        return traced.nothing("No experts to show: it takes workload.experts and 1 traced update")
+        return traced.empty_picture("No experts to show: it takes workload.experts and 1 traced step")
     shares = {name: load / load.sum() for name, load in loads.items()}
     width = max(len(load) for load in shares.values())
     names, columns = list(shares), [f"expert {number}" for number in range(width)]
     table = np.full((len(shares), width), np.nan)
-    for at, load in enumerate(shares.values()):
-        table[at, : len(load)] = 100 * load
+    for index, load in enumerate(shares.values()):
+        table[index, : len(load)] = 100 * load
     sentence = finding(shares)
     trace: dict[str, Any] = {
         "type": "heatmap",
@@ -57,7 +57,7 @@ def experts(run: Any) -> Picture:
         "colorbar": {"title": {"text": "Choices (%)", "side": "right"}, "outlinewidth": 0, "thickness": 14},
         "hovertemplate": "%{y}, %{x}: %{z:.1f} % of the choices<extra></extra>",
     }
-    if width <= MAX_WRITTEN:
+    if width <= MAX_COLUMNS_WITH_TEXT:
         trace |= {"texttemplate": "%{z:.0f} %", "textfont": {"size": 13}}
     layout = theme.layout(
         sentence,
@@ -69,8 +69,8 @@ def experts(run: Any) -> Picture:
         {"Block": name}
         | {
             column: "–" if np.isnan(value) else f"{value:.1f} %"
-            for column, value in zip(columns, table[at].tolist(), strict=True)
+            for column, value in zip(columns, table[index].tolist(), strict=True)
         }
-        for at, name in enumerate(names)
+        for index, name in enumerate(names)
     ]
     return Picture([trace], layout, summary=f"{sentence}.", rows=rows)

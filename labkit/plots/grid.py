@@ -13,8 +13,8 @@ from labkit.plots.picture import Picture
 
 COLUMNS = 8
 MAX_CELLS = 64
-_CHARACTERS = 17
-"""So many fit into a box when COLUMNS of them stand side by side."""
+_BOX_CHARACTERS = 17
+"""Characters that fit into a box if there are COLUMNS boxes per row."""
 _NAMES = {
     "dp_replicate": "replica",
     "dp_shard": "shard",
@@ -24,32 +24,34 @@ _NAMES = {
     "pp": "stage",
 }
 _SHARDED = {1: "the optimizer state", 2: "gradients and optimizer state", 3: "all model state"}
-"""What dp_shard cuts, by ZeRO stage."""
+"""What dp_shard shards, by ZeRO stage."""
 
 
 def cells(
     layout: Layout, global_batch: int | None = None, experiment: Experiment | None = None
 ) -> list[dict[str, Any]]:
-    """One dict a rank: rank, place (what it holds of each axis), work (its share of every batch), colour index."""
-    found = []
+    """Return one dict per rank: rank, place (its part on each axis), work (its share of each batch), group (colour)."""
+    boxes = []
     for row in layout.grid():
-        where = layout.coordinates(row["rank"])
-        place = [_held(layout, axis, where, experiment) for axis in where if getattr(layout, axis) > 1]
+        coordinates = layout.coordinates(row["rank"])
+        place = [
+            _part_in_words(layout, axis, coordinates, experiment) for axis in coordinates if getattr(layout, axis) > 1
+        ]
         index = layout.share(row["rank"])
-        found.append(
+        boxes.append(
             {
                 "rank": row["rank"],
                 "place": place or ["whole model"],
                 "work": share(global_batch, layout.data_parallel, index) if global_batch else "",
-                "group": where["pp"] if layout.pp > 1 else index,
+                "group": coordinates["pp"] if layout.pp > 1 else index,
             }
         )
-    return found
+    return boxes
 
 
-def _held(layout: Layout, axis: str, where: dict[str, int], experiment: Experiment | None) -> str:
-    """What the rank holds of one axis, in words."""
-    index, size = where[axis], getattr(layout, axis)
+def _part_in_words(layout: Layout, axis: str, coordinates: dict[str, int], experiment: Experiment | None) -> str:
+    """Return the rank's part on one axis in words."""
+    index, size = coordinates[axis], getattr(layout, axis)
     if axis == "dp_shard":
         return f"shard {index} of {size} of {_SHARDED[layout.zero_stage]}"
     if axis == "pp":
@@ -57,13 +59,13 @@ def _held(layout: Layout, axis: str, where: dict[str, int], experiment: Experime
     if axis == "cp":  # the zig-zag of labkit.parallel.context
         return f"sequence chunks {index} and {2 * size - 1 - index} of {2 * size}"
     if axis == "ep" and (experts := _experts(experiment)) and not experts % size:
-        each = experts // size
-        return f"{_range('expert', index * each, (index + 1) * each - 1)} of {experts}"
+        per_rank = experts // size
+        return f"{_range('expert', index * per_rank, (index + 1) * per_rank - 1)} of {experts}"
     return f"{_NAMES[axis]} {index} of {size}" if axis == "tp" else f"{_NAMES[axis]} {index}"
 
 
 def _stages(layout: Layout, index: int) -> str:
-    """The numbers of the stages, whatever way the schedule deals them out."""
+    """Return the numbers of the stages that a pp rank has by the schedule, in words."""
     stages, count = layout.stages(index), layout.pp * layout.stages_per_rank
     if len(stages) == 1:
         return f"stage {stages[0]} of {count}"
@@ -71,23 +73,23 @@ def _stages(layout: Layout, index: int) -> str:
 
 
 def _experts(experiment: Experiment | None) -> int:
-    """Number of experts in every mixture; 0 without mixtures."""
-    found = experiment.workload.options.get("experts", 0) if experiment is not None else 0
-    return found if isinstance(found, int) else 0
+    """Return the number of experts in every mixture; 0 without mixtures."""
+    count = experiment.workload.options.get("experts", 0) if experiment is not None else 0
+    return count if isinstance(count, int) else 0
 
 
-def _range(what: str, first: int, last: int) -> str:
-    return f"{what} {first}" if first == last else f"{what}s {first}–{last}"
+def _range(noun: str, first: int, last: int) -> str:
+    return f"{noun} {first}" if first == last else f"{noun}s {first}–{last}"
 
 
 def share(global_batch: int, parts: int, index: int) -> str:
-    """How many samples of every batch this part computes: as equal as whole samples allow."""
+    """Return how many samples of each batch this rank computes, in words; the shares differ by one sample at most."""
     count = global_batch // parts + (1 if index < global_batch % parts else 0)
     return "1 sample" if count == 1 else f"{count:,} samples"
 
 
 def finding(layout: Layout, global_batch: int | None = None) -> str:
-    """What the layout means, in a sentence without a full stop."""
+    """Return the meaning of the layout as a sentence without a full stop."""
     count = layout.world_size
     if count == 1:
         return "1 rank holds the whole model and computes every sample"
@@ -99,18 +101,18 @@ def finding(layout: Layout, global_batch: int | None = None) -> str:
 
 
 def grid(layout: Layout, global_batch: int | None = None, experiment: Experiment | None = None) -> Picture:
-    """The ranks of a layout as boxes; colour and words tell what each one holds.
+    """Draw the ranks of a layout as boxes whose colour and text show what each rank holds.
 
-    `experiment` adds what the layout alone does not know: how many experts there are.
+    `experiment` adds the number of experts, which the layout does not contain.
     """
     boxes = cells(layout, global_batch, experiment)
     longest = max(len(words) for box in boxes for words in (*box["place"], box["work"]))
-    columns = COLUMNS if longest <= _CHARACTERS else COLUMNS // 2
+    columns = COLUMNS if longest <= _BOX_CHARACTERS else COLUMNS // 2
     across = min(columns, len(boxes))
-    room = _CHARACTERS * COLUMNS // max(across, 4)
+    wrap_width = _BOX_CHARACTERS * COLUMNS // max(across, 4)
     lines = [
         [f"<b>rank {box['rank']}</b>"]
-        + [theme.safe(part) for words in (*box["place"], box["work"]) for part in textwrap.wrap(words, room)]
+        + [theme.safe(part) for words in (*box["place"], box["work"]) for part in textwrap.wrap(words, wrap_width)]
         for box in boxes
     ]
     shapes, notes = [], []
@@ -130,16 +132,16 @@ def grid(layout: Layout, global_batch: int | None = None, experiment: Experiment
             }
         )
         notes.append({"x": x + 0.5, "y": y + 0.5, "text": "<br>".join(words), "showarrow": False, "font": {"size": 12}})
-    down = -(-len(boxes) // across)
+    row_count = -(-len(boxes) // across)
     hidden = {"visible": False, "fixedrange": True}
     sentence = finding(layout, global_batch)
     picture = theme.layout(
         sentence,
         xaxis=hidden | {"range": [0, max(across, 4)]},
-        yaxis=hidden | {"range": [1 - down, 1]},
+        yaxis=hidden | {"range": [1 - row_count, 1]},
         shapes=shapes,
         annotations=notes,
-        height=84 + max(92, 34 + 18 * max(map(len, lines))) * down,
+        height=84 + max(92, 34 + 18 * max(map(len, lines))) * row_count,
         margin={"l": 8, "r": 8, "t": 56, "b": 8},
     )
     rows = [
@@ -151,7 +153,7 @@ def grid(layout: Layout, global_batch: int | None = None, experiment: Experiment
 
 
 def grid_html(layout: Layout, global_batch: int | None = None, experiment: Experiment | None = None) -> str:
-    """The same grid as HTML, for the live lab: words in boxes, at most MAX_CELLS of them."""
+    """Return the same grid as HTML for the live lab, with at most MAX_CELLS boxes."""
     boxes = cells(layout, global_batch, experiment)
     drawn = "".join(_box(box) for box in boxes[:MAX_CELLS])
     more = f"<span>and {len(boxes) - MAX_CELLS} more</span>" if len(boxes) > MAX_CELLS else ""

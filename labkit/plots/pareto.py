@@ -1,4 +1,4 @@
-"""What accuracy costs: one point a run, and the front of those that no other run beats in both."""
+"""Pareto front of accuracy and cost: one point per run, and the runs that no other run beats in both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from labkit.plots import theme, traced
 from labkit.plots.picture import Picture, Row
-from labkit.plots.shown import LabeledRun, shown
+from labkit.plots.shown import LabeledRun, labeled_runs
 from labkit.runs.checked import NOT_FINITE
 
 COSTS: dict[str, tuple[str, str]] = {
@@ -20,77 +20,79 @@ COSTS: dict[str, tuple[str, str]] = {
 }
 
 
-def cost_of(one: LabeledRun, cost: str) -> float | None:
-    """What a run cost: `time`, `energy` (ranks times seconds) or `memory`; None where that is not known."""
+def cost_of(run: LabeledRun, cost: str) -> float | None:
+    """Return the cost of a run: `time` (s), `energy` (ranks × s) or `memory` (MB); None if it is unknown."""
     if cost == "memory":
-        peaks = list(one.data.peak_memory.values())
+        peaks = list(run.data.peak_memory.values())
         return max(peaks) / 1e6 if peaks else None
-    seconds = float(one.data.training_seconds[-1]) if one.data.steps else None
-    return seconds if seconds is None or cost == "time" else seconds * one.world_size
+    seconds = float(run.data.training_seconds[-1]) if run.data.steps else None
+    return seconds if seconds is None or cost == "time" else seconds * run.world_size
 
 
-def gain_of(one: LabeledRun) -> float | None:
-    """The metric of the last evaluation; NaN where it is not finite."""
-    key = one.data.metric.get("key")
-    return one.data.evaluations[-1][2].get(key) if key and one.data.evaluations else None
+def gain_of(run: LabeledRun) -> float | None:
+    """Return the metric of the last evaluation; NaN if it is not finite, None if there is none."""
+    key = run.data.metric.get("key")
+    return run.data.evaluations[-1][2].get(key) if key and run.data.evaluations else None
 
 
 def front(points: list[tuple[float, float]], higher: bool) -> list[int]:
-    """Which points (cost, gain) no other one beats: none costs less and gains as much or more; by rising cost."""
+    """Return the indices of the points (cost, gain) on the Pareto front, by ascending cost."""
     better: Callable[[float, float], bool] = (lambda a, b: a > b) if higher else (lambda a, b: a < b)
-    found: list[int] = []
-    for at in sorted(range(len(points)), key=lambda at: (points[at][0], -points[at][1] if higher else points[at][1])):
-        if not found or better(points[at][1], points[found[-1]][1]):
-            found.append(at)
-    return found
+    best: list[int] = []
+    for index in sorted(
+        range(len(points)), key=lambda index: (points[index][0], -points[index][1] if higher else points[index][1])
+    ):
+        if not best or better(points[index][1], points[best[-1]][1]):
+            best.append(index)
+    return best
 
 
 def pareto(runs: Iterable[Any] | Any, cost: str = "time") -> Picture:
-    """Held-out metric of each run against what it cost: `time`, `energy` or `memory`.
+    """Plot the held-out metric of each run against its cost: `time`, `energy` or `memory`.
 
-    Runs without both are left out. ValueError for another cost.
+    Runs without a metric or a cost are left out. Raises ValueError for another cost.
     """
     if cost not in COSTS:
         raise ValueError(f"cost {cost!r} is not one of {', '.join(COSTS)}")
-    evaluated = [(run, cost_of(run, cost), gain_of(run)) for run in shown(runs) if not run.is_ceiling]
-    measured = [(run, paid, gain) for run, paid, gain in evaluated if paid is not None and gain is not None]
-    compared = [(run, paid, gain) for run, paid, gain in measured if math.isfinite(gain)]
+    evaluated = [(run, cost_of(run, cost), gain_of(run)) for run in labeled_runs(runs) if not run.is_ceiling]
+    measured = [(run, spent, gain) for run, spent, gain in evaluated if spent is not None and gain is not None]
+    compared = [(run, spent, gain) for run, spent, gain in measured if math.isfinite(gain)]
     diverged = len(measured) - len(compared)
     left_out = f"; left out, since their metric is {NOT_FINITE}: {diverged}" if diverged else ""
     if not compared:
-        return traced.nothing(f"No Pareto front to show: 0 runs have both a metric and a cost{left_out}")
-    about = compared[0][0].data.metric
-    higher, unit = bool(about.get("higher_is_better", True)), str(about.get("unit", ""))
+        return traced.empty_picture(f"No Pareto front to show: 0 runs have both a metric and a cost{left_out}")
+    metric_info = compared[0][0].data.metric
+    higher, unit = bool(metric_info.get("higher_is_better", True)), str(metric_info.get("unit", ""))
     scale = 100.0 if unit == "%" else 1.0
-    points = [(paid, scale * gain) for _, paid, gain in compared]
-    # What reads alike is alike: nobody pays for the sixth digit of an accuracy.
-    best = front([(paid, float(f"{gain:.4g}")) for paid, gain in points], higher)
-    names = traced.names([run for run, _, _ in compared])
-    top = best[-1]
-    title, short = COSTS[cost]
+    points = [(spent, scale * gain) for _, spent, gain in compared]
+    # Values that look equal count as equal: the sixth digit of an accuracy is not worth paying for.
+    best = front([(spent, float(f"{gain:.4g}")) for spent, gain in points], higher)
+    names = traced.run_names([run for run, _, _ in compared])
+    best_run = best[-1]
+    title, cost_unit = COSTS[cost]
     sentence = (
         f"{len(best)} of {len(compared)} runs {'is' if len(best) == 1 else 'are'} worth "
-        f"{'its' if len(best) == 1 else 'their'} cost; {names[top]} gets furthest, "
-        f"{theme.number(points[top][1])}{' %' if unit == '%' else ''} for {theme.number(points[top][0])} {short}"
-        f"{left_out}"
+        f"{'its' if len(best) == 1 else 'their'} cost; {names[best_run]} does best, "
+        f"{theme.number(points[best_run][1])}{' %' if unit == '%' else ''} "
+        f"for {theme.number(points[best_run][0])} {cost_unit}{left_out}"
     )
-    rest = [at for at in range(len(compared)) if at not in best]
-    metric = str(about.get("title") or about.get("key"))
+    beaten = [index for index in range(len(compared)) if index not in best]
+    metric = str(metric_info.get("title") or metric_info.get("key"))
     traces: list[dict[str, Any]] = []
-    for places, label, colour, symbol, mode in (
-        (rest, "beaten by another run", theme.MUTED, "circle-open", "markers"),
+    for indices, label, colour, symbol, mode in (
+        (beaten, "beaten by another run", theme.MUTED, "circle-open", "markers"),
         (best, "no run is better and cheaper", theme.PALETTE[1], "diamond", "lines+markers"),
     ):
         traces.append(
             {
-                "x": np.array([points[at][0] for at in places]),
-                "y": np.array([points[at][1] for at in places]),
-                "text": [theme.safe(names[at]) for at in places],
+                "x": np.array([points[index][0] for index in indices]),
+                "y": np.array([points[index][1] for index in indices]),
+                "text": [theme.safe(names[index]) for index in indices],
                 "name": label,
                 "mode": mode,
                 "marker": {"symbol": symbol, "size": 11, "color": colour},
                 "line": {"color": colour, "dash": "dot", "shape": "hv"},
-                "hovertemplate": "%{text}<br>%{y:.4~g} for %{x:.4~g} " + short + "<extra></extra>",
+                "hovertemplate": "%{text}<br>%{y:.4~g} for %{x:.4~g} " + cost_unit + "<extra></extra>",
             }
         )
     layout = traced.layout(
@@ -101,12 +103,12 @@ def pareto(runs: Iterable[Any] | Any, cost: str = "time") -> Picture:
     )
     rows: list[Row] = [
         {
-            "Run": names[at],
-            metric: f"{points[at][1]:.4g}{' %' if unit == '%' else ''}",
-            title: theme.number(points[at][0]),
-            "On the front": "yes" if at in best else "",
-            "Run id": compared[at][0].data.directory.id,
+            "Run": names[index],
+            metric: f"{points[index][1]:.4g}{' %' if unit == '%' else ''}",
+            title: theme.number(points[index][0]),
+            "On the front": "yes" if index in best else "",
+            "Run id": compared[index][0].data.directory.id,
         }
-        for at in sorted(range(len(compared)), key=lambda at: points[at][0])
+        for index in sorted(range(len(compared)), key=lambda index: points[index][0])
     ]
     return Picture(traces, layout, summary=f"{sentence}.", rows=rows)

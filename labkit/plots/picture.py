@@ -1,4 +1,4 @@
-"""A figure that can be read as well as seen: its finding in a sentence and its numbers as a table."""
+"""A figure with a summary in one sentence and its numbers as a table."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Row = dict[str, Any]
 
 
 class Picture(go.Figure):  # type: ignore[misc]
-    """A plotly figure with `summary` (one sentence, plain text) and `rows` (its table twin, columns by title).
+    """A plotly figure with `summary` (one sentence, plain text) and `rows` (its numbers as a table, columns by title).
 
-    In a notebook it draws itself as a static figure with the summary and the table below, and without plotly's
-    share button.
+    In a notebook it is displayed as a static figure with the summary and the table below, without plotly's share
+    button.
     """
 
     _summary: str = ""
@@ -33,7 +33,7 @@ class Picture(go.Figure):  # type: ignore[misc]
 
     @property
     def rows(self) -> list[Row]:
-        """The numbers of the figure, one dict a row."""
+        """The numbers of the figure, one dict per row."""
         return list(self._rows)
 
     def _repr_mimebundle_(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class Picture(go.Figure):  # type: ignore[misc]
         static.show(self)
 
     def show(self, *args: Any, **kwargs: Any) -> None:
-        """Draw in the notebook; with a renderer's name, do as plotly does, without its share button."""
+        """Display the figure in the notebook; with arguments, call plotly's `show` without its share button."""
         if args or kwargs:
             super().show(*args, **({"config": static.config()} | kwargs))
         else:
@@ -51,10 +51,10 @@ class Picture(go.Figure):  # type: ignore[misc]
 
 
 def summary_of(figure: go.Figure) -> str:
-    """The finding of a figure in one sentence of plain text."""
+    """Return the summary of a figure in one sentence of plain text."""
     return figure.summary if isinstance(figure, Picture) else ""
 
 
 def rows_of(figure: go.Figure) -> list[Row]:
-    """The table twin of a figure."""
+    """Return the numbers of a figure as table rows."""
     return figure.rows if isinstance(figure, Picture) else []

@@ -1,4 +1,4 @@
-"""The per-rank strip: what every rank does now, how long its steps take, its memory, its silence."""
+"""The per-rank strip: what every rank does now, its step time, its memory, and the time since its last heartbeat."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from labkit.runs.data import RunData
 from labkit.runs.straggler import straggler
 
 RECENT = 50
-"""Steps over which the strip takes the median."""
-STRAGGLES = 1.25
+"""Number of last steps over which medians are taken."""
+SLOW_FACTOR = 1.25
 SILENT_S = 5.0
 
 
 def rank_rows(data: RunData) -> list[dict[str, Any]]:
-    """One dict a rank: rank, state (words), steps, step_ms and compute_ms (medians of the last RECENT), memory_mb,
-    silent_s, and straggler (the finding, in the row of that rank).
+    """Return one dict per rank: rank, state, steps, step_ms, compute_ms, memory_mb, silent_s and straggler.
+
+    Times are medians over the last RECENT steps; straggler is a sentence in the row of that rank.
     """
     entries = data.progress.get("ranks")
-    now = {
+    current = {
         entry["rank"]: entry
         for entry in (entries if isinstance(entries, list) else [])
         if isinstance(entry, dict) and isinstance(entry.get("rank"), int)
     }
     failed = {error["rank"] for error in data.errors}
-    steps, middles = data.rank_steps, _medians([seconds[-RECENT:] for seconds in data.seconds])
-    busy, behind = _medians([seconds[-RECENT:] for seconds in data.compute]), straggler(data, RECENT)
+    steps, step_medians = data.rank_steps, _medians([seconds[-RECENT:] for seconds in data.seconds])
+    compute_medians, slowest = _medians([seconds[-RECENT:] for seconds in data.compute]), straggler(data, RECENT)
     rows = []
-    for rank, middle in enumerate(middles):
-        entry = now.get(rank, {})
+    for rank, step_median in enumerate(step_medians):
+        entry = current.get(rank, {})
         memory = _number(entry.get("memory_bytes")) or data.peak_memory.get(rank)
         silent = None if data.done else _number(entry.get("silent_s"))
         rows.append(
@@ -41,24 +42,24 @@ def rank_rows(data: RunData) -> list[dict[str, Any]]:
                 "rank": rank,
                 "state": _state(data, rank, entry, rank in failed, silent),
                 "steps": data.first + steps[rank],
-                "step_ms": 1000 * middle if math.isfinite(middle) else None,
-                "compute_ms": 1000 * busy[rank] if math.isfinite(busy[rank]) else None,
+                "step_ms": 1000 * step_median if math.isfinite(step_median) else None,
+                "compute_ms": 1000 * compute_medians[rank] if math.isfinite(compute_medians[rank]) else None,
                 "memory_mb": memory / 2**20 if memory else None,
                 "silent_s": silent,
-                "straggler": str(behind) if behind is not None and behind.rank == rank else None,
+                "straggler": str(slowest) if slowest is not None and slowest.rank == rank else None,
             }
         )
     return rows
 
 
 def _medians(columns: list[Any]) -> list[float]:
-    """The median of each column, NaN for an empty one; in one go where they are equally long and whole."""
+    """Return the median of each column, NaN for an empty one; in one call if all are equally long and finite."""
     if columns and len({len(column) for column in columns}) == 1 and len(columns[0]):
         table = np.stack(columns)
         if np.isfinite(table).all():
             return [float(value) for value in np.median(table, axis=1)]
-    known = [column[np.isfinite(column)] for column in columns]
-    return [float(np.median(column)) if len(column) else math.nan for column in known]
+    finite = [column[np.isfinite(column)] for column in columns]
+    return [float(np.median(column)) if len(column) else math.nan for column in finite]
 
 
 def _state(data: RunData, rank: int, entry: dict[str, Any], failed: bool, silent: float | None) -> str:
@@ -72,34 +73,34 @@ def _state(data: RunData, rank: int, entry: dict[str, Any], failed: bool, silent
 
 
 def _number(value: Any) -> float | None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
-    return float(value) if good and math.isfinite(value) else None
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
+    return float(value) if valid and math.isfinite(value) else None
 
 
 def finding(rows: list[dict[str, Any]]) -> str:
-    """Whether the ranks keep pace; names the slowest one where they do not."""
-    known = [row for row in rows if row["step_ms"]]
+    """Return the headline: whether the ranks keep pace, and if not, the slowest rank."""
+    measured = [row for row in rows if row["step_ms"]]
     failed = [row["rank"] for row in rows if row["state"] == "failed"]
     if failed:
         return f"Rank {failed[0]} failed"
-    if not known:
-        return "No rank has made a step yet"
+    if not measured:
+        return "No rank has finished a step yet"
     for row in rows:
         if row["straggler"]:
             return str(row["straggler"]).capitalize()
-    middle = float(np.median([row["step_ms"] for row in known]))
-    slowest = max(known, key=lambda row: row["step_ms"])
-    if len(known) > 1 and slowest["step_ms"] > STRAGGLES * middle:
+    median_ms = float(np.median([row["step_ms"] for row in measured]))
+    slowest = max(measured, key=lambda row: row["step_ms"])
+    if len(measured) > 1 and slowest["step_ms"] > SLOW_FACTOR * median_ms:
         return (
             f"Rank {slowest['rank']} is the slowest: {theme.number(slowest['step_ms'])} ms a step, "
-            f"the median rank takes {theme.number(middle)} ms"
+            f"the median rank takes {theme.number(median_ms)} ms"
         )
-    pace = "keep pace: " if len(known) > 1 else "steps in "
-    return f"{theme.ranks(len(known)).capitalize()} {pace}{theme.number(middle)} ms a step (median)"
+    pace = "keep pace: " if len(measured) > 1 else "steps in "
+    return f"{theme.ranks(len(measured)).capitalize()} {pace}{theme.number(median_ms)} ms a step (median)"
 
 
-def twin(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with titles, units and readable numbers."""
+def table_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with titles, units and formatted numbers."""
     return [
         {
             "Rank": row["rank"],
@@ -115,7 +116,7 @@ def twin(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def ranks(data: RunData) -> Picture:
-    """Median step time of every rank over its last steps, with the states in words."""
+    """Plot the median step time of every rank over its last steps, with its state."""
     rows = rank_rows(data)
     sentence = finding(rows)
     colours = [theme.PALETTE[1 if row["state"] == "failed" or row["straggler"] else 0] for row in rows]
@@ -137,4 +138,4 @@ def ranks(data: RunData) -> Picture:
         height=130 + 28 * max(1, min(len(rows), 32)),
         showlegend=False,
     )
-    return Picture([bar], layout, summary=f"{sentence}.", rows=twin(rows))
+    return Picture([bar], layout, summary=f"{sentence}.", rows=table_rows(rows))

@@ -1,6 +1,6 @@
-"""One HTML file that tells what runs did: opens without a kernel and without a network.
+"""One HTML file about one or several runs, which opens without a kernel and without a network.
 
-Nothing from a run directory reaches the page unescaped, and the page forbids itself every connection.
+Nothing from a run directory reaches the page unescaped, and the page's policy forbids every connection.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 from labkit.experiment import safe_files
 from labkit.experiment.run_directory import read_json
 from labkit.plots import curves, ranks, speedup, static, theme
-from labkit.plots.closeup import closeups, combining, computing, sparse, worth
+from labkit.plots.closeup import cost_figures, detail_figures, method_figures, precision_figures, sparsity_figures
 from labkit.plots.picture import Picture
-from labkit.plots.shown import LabeledRun, shown
+from labkit.plots.shown import LabeledRun, labeled_runs
 from labkit.plots.table import html_table, runs_rows
 from labkit.runs.data_used import data_used
 
@@ -46,43 +46,43 @@ summary {{ cursor: pointer; }} details {{ margin: 4px 0 14px; }} figure {{ margi
 def report(runs: Iterable[Any] | Any, path: str | Path | None = None, comparison: Any = None) -> Path:
     """Write the report of one or several runs and return its path.
 
-    `runs` are Runs, ids or paths; without `path` it is report.html in the directory of the last run. `comparison` is
-    what `labkit.runs.compare.compare` returns; None compares the runs with each other. Raises OSError where the file
+    `runs` are Runs, ids or paths; the default `path` is report.html in the directory of the last run. `comparison` is
+    the result of `labkit.runs.compare.compare`; None compares the runs with each other. Raises OSError if the file
     cannot be written.
     """
-    many = shown(runs)
-    if not many:
+    labeled = labeled_runs(runs)
+    if not labeled:
         raise ValueError("a report needs at least one run")
     if comparison is None:
-        comparison = _compared(many)
-    target = Path(path) if path is not None else many[-1].data.directory.path / "report.html"
+        comparison = _compared(labeled)
+    target = Path(path) if path is not None else labeled[-1].data.directory.path / "report.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A link that somebody has put at report.html of a run directory is replaced, not followed.
-    safe_files.replace(target, page(many, comparison).encode("utf-8", "backslashreplace"), mode=0o644)
+    # A link at report.html in a run directory is replaced, not followed.
+    safe_files.replace(target, page(labeled, comparison).encode("utf-8", "backslashreplace"), mode=0o644)
     return target
 
 
-def _compared(many: Sequence[LabeledRun]) -> Any:
+def _compared(labeled: Sequence[LabeledRun]) -> Any:
     from labkit.runs.compare import compare
 
     try:
-        return compare([one.data.directory for one in many], skip_unreadable=True)
+        return compare([run.data.directory for run in labeled], skip_unreadable=True)
     except OSError:
         return None
 
 
-def page(many: Sequence[LabeledRun], comparison: Any) -> str:
-    """The whole page as text."""
+def page(labeled: Sequence[LabeledRun], comparison: Any) -> str:
+    """Return the whole page as text."""
     rows = list(getattr(comparison, "rows", None) or [])
-    trained = [one for one in many if not one.is_ceiling] or list(many)
-    figures = [curves.loss(trained), curves.metric(trained), curves.throughputs(many)]
+    trained = [run for run in labeled if not run.is_ceiling] or list(labeled)
+    figures = [curves.loss(trained), curves.metric(trained), curves.throughputs(labeled)]
     if rows:
         figures.insert(0, speedup.speedup(comparison))
-    lead = speedup.finding(rows) if rows else curves.metric_finding(trained)
-    title = f"{theme.plain(many[-1].label)}" if len(many) == 1 else f"{len(many)} runs side by side"
+    headline = speedup.finding(rows) if rows else curves.metric_finding(trained)
+    title = f"{theme.plain(labeled[-1].label)}" if len(labeled) == 1 else f"{len(labeled)} runs compared"
     body = [
         f"<h1>{html.escape(title)}</h1>",
-        f'<p class="lead">{html.escape(lead)}.</p>',
+        f'<p class="lead">{html.escape(headline)}.</p>',
         f'<p class="muted">{html.escape(_baseline(comparison))} Written {time.strftime("%Y-%m-%d %H:%M")}.</p>',
     ]
     if rows:
@@ -94,20 +94,20 @@ def page(many: Sequence[LabeledRun], comparison: Any) -> str:
     scripts = [_library()]
     for number, figure in enumerate(figures):
         body.append(_figure(number, figure))
-    for heading, close in (
-        ("How ranks combined what they learned", combining(trained)),
-        ("What accuracy costs", worth(trained)),
-        ("Which weights are zero", sparse(trained)),
-        ("What is computed with which numbers", computing(trained)),
-        ("One update, looked at closely", closeups(trained)),
+    for heading, group in (
+        ("How ranks combined gradients or weights", method_figures(trained)),
+        ("What accuracy costs", cost_figures(trained)),
+        ("Which weights are zero", sparsity_figures(trained)),
+        ("In which precision the layers compute", precision_figures(trained)),
+        ("One step in detail", detail_figures(trained)),
     ):
-        if close:
+        if group:
             body.append(f"<h2>{heading}</h2>")
-            body += [_figure(len(figures) + number, figure) for number, figure in enumerate(close)]
-            figures += close
+            body += [_figure(len(figures) + number, figure) for number, figure in enumerate(group)]
+            figures += group
     scripts.append(_drawing(figures))
-    for one in many:
-        body += _run(one)
+    for run in labeled:
+        body += _run(run)
     # Only these scripts may run, by their hash, and nothing may be loaded or sent.
     allowed = " ".join(f"'sha256-{_hash(script)}'" for script in scripts)
     policy = (
@@ -144,23 +144,23 @@ def _figure(number: int, figure: Picture) -> str:
 
 
 def _library() -> str:
-    """plotly.js, once."""
+    """Return plotly.js, for one script of the page."""
     from plotly.offline import get_plotlyjs
 
     library: str = get_plotlyjs()
-    # The HTML parser ends a script at the first closing tag, wherever in the text it stands.
+    # The HTML parser ends a script at the first closing tag, even inside a string.
     return re.sub(r"</(script)", r"<\\/\1", library, flags=re.IGNORECASE)
 
 
 def _drawing(figures: Sequence[Picture]) -> str:
-    """Draw all figures; JSON inside a script must not contain `<`."""
-    found = [json.loads(figure.to_json()) | {"config": static.config()} for figure in figures]
-    for figure in found:
+    """Return the script that draws all figures; JSON inside a script must not contain `<`."""
+    plots = [json.loads(figure.to_json()) | {"config": static.config()} for figure in figures]
+    for figure in plots:
         figure["layout"].pop("template", None)
-    text = json.dumps(found).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    text = json.dumps(plots).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     return (
         f"const figures = {text};\n"
-        "figures.forEach((one, at) => Plotly.newPlot(`figure-${at}`, one.data, one.layout, one.config));"
+        "figures.forEach((one, index) => Plotly.newPlot(`figure-${index}`, one.data, one.layout, one.config));"
     )
 
 
@@ -171,11 +171,11 @@ def _hash(script: str) -> str:
 # -- one run --------------------------------------------------------------------------------------------------------
 
 
-def _run(one: LabeledRun) -> list[str]:
-    data = one.data
+def _run(run: LabeledRun) -> list[str]:
+    data = run.data
     status = data.status
     parts = [
-        f"<h2>{html.escape(one.label)}</h2>",
+        f"<h2>{html.escape(run.label)}</h2>",
         f'<p class="muted">{html.escape(theme.plain(data.directory.id))}, {html.escape(theme.plain(data.state))}</p>',
     ]
     if used := html.escape(theme.plain(data_used(data.facts), 400)):
@@ -187,12 +187,12 @@ def _run(one: LabeledRun) -> list[str]:
     if isinstance(warnings, list) and warnings:
         items = "".join(f"<li>{html.escape(theme.plain(warning, 400))}</li>" for warning in warnings[:50])
         parts.append(f"<h3>Warnings</h3><ul>{items}</ul>")
-    parts += ["<h3>Ranks</h3>", html_table(ranks.twin(ranks.rank_rows(data)))]
-    settings = one.experiment.to_dict() if one.experiment else {}
+    parts += ["<h3>Ranks</h3>", html_table(ranks.table_rows(ranks.rank_rows(data)))]
+    settings = run.experiment.to_dict() if run.experiment else {}
     parts.append(_details("Settings", html_table(flat(settings), empty="The experiment cannot be read.")))
     environment = read_json(data.directory.environment)
-    told = flat(environment if isinstance(environment, dict) else {})
-    parts.append(_details("Environment", html_table(told, empty="Nothing was written down.")))
+    environment_rows = flat(environment if isinstance(environment, dict) else {})
+    parts.append(_details("Environment", html_table(environment_rows, empty="Nothing was recorded.")))
     parts += _errors(data.errors)
     return parts
 
@@ -219,7 +219,7 @@ def _errors(errors: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _line(text: Any) -> str:
-    """A line of a log: its spaces stay, control characters go."""
+    """Return a line of a log with its white space and without control characters."""
     return "".join(char for char in str(text)[:2000] if char == "\t" or char.isprintable())
 
 
@@ -227,14 +227,14 @@ def _details(title: str, body: str) -> str:
     return f"<details><summary><b>{html.escape(theme.plain(title, 300))}</b></summary>{body}</details>"
 
 
-def flat(data: Any, prefix: str = "", most: int = 400) -> list[dict[str, Any]]:
-    """Nested dicts as rows of dotted names and values."""
+def flat(data: Any, prefix: str = "", max_rows: int = 400) -> list[dict[str, Any]]:
+    """Return nested dicts as table rows of dotted names and values."""
     rows: list[dict[str, Any]] = []
     for key, value in data.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and len(rows) < most and name.count(".") < 8:
-            rows += flat(value, f"{name}.", most)
+        if isinstance(value, dict) and len(rows) < max_rows and name.count(".") < 8:
+            rows += flat(value, f"{name}.", max_rows)
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
             rows.append({"Setting": theme.plain(name, 120), "Value": theme.plain(text, MAX_VALUE)})
-    return rows[:most]
+    return rows[:max_rows]

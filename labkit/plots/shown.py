@@ -1,4 +1,4 @@
-"""A run as a figure shows it: its numbers, its name in the legend, and its part in a comparison."""
+"""A run in a figure: its data, its label in the legend, and its role in a comparison."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ class LabeledRun:
     """One run in a figure."""
 
     label: str
-    """Its name in the legend: plain text, not yet escaped."""
+    """Name in the legend: plain text, not yet escaped."""
     data: RunData
     experiment: Experiment | None = None
-    """What was run, None if that cannot be read."""
+    """The experiment of the run; None if it cannot be read."""
 
     @property
     def world_size(self) -> int:
+        """Number of ranks."""
         return self.data.world_size
 
     @property
     def is_ceiling(self) -> bool:
-        """Independent copies, not a training run."""
+        """True for a run of several independent copies (`launch.isolated`) instead of a training run."""
         return bool(self.experiment and self.experiment.launch.isolated and self.world_size > 1)
 
     @classmethod
     def of(cls, run: Any) -> LabeledRun:
-        """From a Run, a RunData (as far as it has been read), a RunDirectory, a run id or a path."""
+        """Label a Run, a RunData (as far as it has been read), a RunDirectory, a run id or a path."""
         if isinstance(run, cls):
             return run
         if isinstance(run, RunData):
@@ -50,7 +51,7 @@ class LabeledRun:
 
     @classmethod
     def named(cls, data: RunData, experiment: Experiment | None) -> LabeledRun:
-        """With the title that the run gives itself, and its method and link where they are not the usual ones."""
+        """Label a run with its own title, and with its method and link if they are not the default."""
         title = data.status.get("title") or (experiment.title if experiment else "") or data.directory.id
         if experiment is not None and not experiment.name:
             title = ", ".join([str(title), *wording.method(experiment), *wording.link(experiment)])
@@ -59,20 +60,24 @@ class LabeledRun:
 
 
 def label(title: str, ranks: int, isolated: bool) -> str:
-    """`vision dp2 (2 ranks)`; one rank is where comparisons start, copies that never talk are where they end."""
+    """Return the label: `vision dp2 (2 ranks)`, or `vision dp2 (2 independent copies)` for an isolated run."""
     if isolated and ranks > 1:
         return f"{title} ({ranks} independent copies)"
     return f"{title} ({theme.ranks(ranks)})"
 
 
-def shown(runs: Iterable[Any] | Any) -> list[LabeledRun]:
-    """One or several runs, ready to draw; equal labels are numbered."""
+def labeled_runs(runs: Iterable[Any] | Any) -> list[LabeledRun]:
+    """Return one or several runs with their labels; equal labels are numbered."""
     if isinstance(runs, str) or not isinstance(runs, Iterable):
         runs = [runs]
     result: list[LabeledRun] = []
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for run in runs:
-        one = LabeledRun.of(run)
-        count = seen[one.label] = seen.get(one.label, 0) + 1
-        result.append(one if count == 1 else LabeledRun(f"{one.label} #{count}", one.data, one.experiment))
+        labeled_run = LabeledRun.of(run)
+        count = counts[labeled_run.label] = counts.get(labeled_run.label, 0) + 1
+        result.append(
+            labeled_run
+            if count == 1
+            else LabeledRun(f"{labeled_run.label} #{count}", labeled_run.data, labeled_run.experiment)
+        )
     return result

@@ -1,4 +1,4 @@
-"""How much faster several ranks are than one: measured, ideal, and what the machine could give."""
+"""Speed-up of several ranks over one: measured, ideal, and the ceiling of the machine."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def bars(rows: Rows) -> list[dict[str, Any]]:
-    """One bar per layout, the latest run of it that did not fail: label, value, low, high, ideal, ceiling."""
+    """Return one bar per layout, of its latest run that did not fail: label, value, low, high, ideal, ceiling."""
     latest: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for row in rows:
         if row["speedup"] is not None and not row["is_ceiling"] and row["state"] != "failed":
             latest[(row["workload"], row["world_size"], row["layout"])] = row
-    kept = sorted(latest.values(), key=lambda row: (row["world_size"], str(row["workload"])))
-    workloads = {row["workload"] for row in kept}
-    sizes = [row["world_size"] for row in kept]
-    found = []
-    for row in kept:
+    rows_to_draw = sorted(latest.values(), key=lambda row: (row["world_size"], str(row["workload"])))
+    workloads = {row["workload"] for row in rows_to_draw}
+    sizes = [row["world_size"] for row in rows_to_draw]
+    result = []
+    for row in rows_to_draw:
         name = theme.ranks(row["world_size"])
         if sizes.count(row["world_size"]) > 1 and len(workloads) == 1:
             name = f"{name} ({row['layout']})"
         if len(workloads) > 1:
             name = f"{row['workload']}, {name}"
         low, high = row.get("speedup_low"), row.get("speedup_high")
-        found.append(
+        result.append(
             {
                 "label": name,
                 "ranks": row["world_size"],
@@ -41,19 +41,19 @@ def bars(rows: Rows) -> list[dict[str, Any]]:
                 "live": bool(row.get("live")),
             }
         )
-    return found
+    return result
 
 
 def finding(rows: Rows) -> str:
-    """`2 ranks train 1.83 times faster than 1 (ceiling 1.95)`, or why nothing can be claimed."""
+    """Return the headline: `2 ranks train 1.83 times faster than 1 (ceiling 1.95)`, or why nothing can be claimed."""
     claims = [bar for bar in bars(rows) if bar["ranks"] > 1]
     if not claims:
         notes = sorted({str(note) for row in rows for note in row["notes"]})
         if any(row["is_baseline"] for row in rows):
-            why = notes[0] if notes else "run it on several ranks"
+            reason = notes[0] if notes else "run it on several ranks"
         else:
-            why = notes[0] if notes else "run the baseline, one rank"
-        return f"No speed-up yet: {why}"
+            reason = notes[0] if notes else "run the baseline, one rank"
+        return f"No speed-up yet: {reason}"
     best = max(claims, key=lambda bar: bar["value"])
     ceiling = f" (ceiling {best['ceiling']:.2f})" if best["ceiling"] else ""
     so_far = " so far" if best["live"] else ""
@@ -66,32 +66,32 @@ def finding(rows: Rows) -> str:
     return f"{best['ranks']} ranks train {best['value']:.2f} times faster than 1{so_far}{ceiling}"
 
 
-def traces(rows: Rows, **more: Any) -> list[dict[str, Any]]:
-    """Always three traces: the bars with their intervals, the ideal line, the ceiling's markers."""
-    found = bars(rows)
-    labels = [theme.safe(bar["label"]) for bar in found]
-    capped = [bar for bar in found if bar["ceiling"]]
+def traces(rows: Rows, **properties: Any) -> list[dict[str, Any]]:
+    """Return three traces, always: the bars with their intervals, the ideal line, the markers of the ceiling."""
+    drawn = bars(rows)
+    labels = [theme.safe(bar["label"]) for bar in drawn]
+    with_ceiling = [bar for bar in drawn if bar["ceiling"]]
     return [
         {
             "type": "bar",
             "name": "Measured",
             "x": labels,
-            "y": [bar["value"] for bar in found],
+            "y": [bar["value"] for bar in drawn],
             "width": 0.5,
             "marker": {
-                "color": [theme.MUTED if bar["baseline"] else theme.PALETTE[0] for bar in found],
-                "opacity": [0.6 if bar["live"] else 1.0 for bar in found],
+                "color": [theme.MUTED if bar["baseline"] else theme.PALETTE[0] for bar in drawn],
+                "opacity": [0.6 if bar["live"] else 1.0 for bar in drawn],
             },
             "error_y": {
                 "type": "data",
                 "symmetric": False,
-                "array": [bar["high"] - bar["value"] for bar in found],
-                "arrayminus": [bar["value"] - bar["low"] for bar in found],
+                "array": [bar["high"] - bar["value"] for bar in drawn],
+                "arrayminus": [bar["value"] - bar["low"] for bar in drawn],
                 "color": theme.INK,
                 "thickness": 1.5,
                 "width": 6,
             },
-            "text": [f"{bar['value']:.2f}×" for bar in found],
+            "text": [f"{bar['value']:.2f}×" for bar in drawn],
             "textposition": "inside",
             "insidetextanchor": "start",
             "textangle": 0,
@@ -99,26 +99,26 @@ def traces(rows: Rows, **more: Any) -> list[dict[str, Any]]:
             "hovertemplate": "%{x}: %{y:.2f} times the baseline<extra>measured, 95 % interval</extra>",
             "showlegend": False,
         }
-        | more,
+        | properties,
         {
             "type": "scatter",
-            "name": "Ideal: as many times as ranks",
+            "name": "Ideal: equal to the number of ranks",
             "mode": "lines+markers",
             "x": labels,
-            "y": [bar["ideal"] for bar in found],
+            "y": [bar["ideal"] for bar in drawn],
             "line": {"color": theme.MUTED, "dash": "dash", "width": 1.5},
             "marker": {"symbol": "line-ew", "size": 22, "line": {"color": theme.MUTED, "width": 2}},
             "hovertemplate": "%{x}: ideal %{y}<extra></extra>",
             "legend": "legend2",
-            "showlegend": bool(found),
+            "showlegend": bool(drawn),
         }
-        | more,
+        | properties,
         {
             "type": "scatter",
             "name": "Ceiling: independent copies",
             "mode": "markers",
-            "x": [theme.safe(bar["label"]) for bar in capped],
-            "y": [bar["ceiling"] for bar in capped],
+            "x": [theme.safe(bar["label"]) for bar in with_ceiling],
+            "y": [bar["ceiling"] for bar in with_ceiling],
             "marker": {
                 "symbol": "diamond",
                 "size": 12,
@@ -127,21 +127,21 @@ def traces(rows: Rows, **more: Any) -> list[dict[str, Any]]:
             },
             "hovertemplate": "%{x}: the machine allows %{y:.2f}<extra></extra>",
             "legend": "legend2",
-            "showlegend": bool(capped),
+            "showlegend": bool(with_ceiling),
         }
-        | more,
+        | properties,
     ]
 
 
 def speedup(comparison: Any) -> Picture:
-    """Speed-up over the named baseline with its 95 % interval, beside the ideal and the ceiling.
+    """Plot the speed-up over the baseline with its 95 % interval, the ideal and the ceiling.
 
-    `comparison` is what `labkit.runs.compare.compare` returns, or its rows.
+    `comparison` is the result of `labkit.runs.compare.compare`, or its rows.
     """
     rows = getattr(comparison, "rows", comparison)
     baseline = getattr(comparison, "baseline_run_id", None)
     sentence = finding(rows)
-    named = f"; baseline {theme.plain(baseline)}" if baseline else ""
+    baseline_note = f"; baseline {theme.plain(baseline)}" if baseline else ""
     layout = theme.layout(
         sentence,
         xaxis=theme.axis("Ranks", type="category"),
@@ -149,7 +149,7 @@ def speedup(comparison: Any) -> Picture:
         legend2=theme.LAYOUT["legend"] | {"y": -0.22, "yanchor": "top"},
         margin=theme.LAYOUT["margin"] | {"b": 92},
     )
-    twin = [
+    table_rows = [
         {
             "Ranks": bar["label"],
             "Speed-up": f"{bar['value']:.2f}",
@@ -160,4 +160,4 @@ def speedup(comparison: Any) -> Picture:
         }
         for bar in bars(rows)
     ]
-    return Picture(traces(rows), layout, summary=f"{sentence}{named}.", rows=twin)
+    return Picture(traces(rows), layout, summary=f"{sentence}{baseline_note}.", rows=table_rows)

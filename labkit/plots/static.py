@@ -1,4 +1,4 @@
-"""The record of a figure: a mime bundle that shows without a kernel, with its summary and its table."""
+"""Static display of a figure: a mime bundle that shows without a kernel, with its summary and its table."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PLOTLY_MIME = "application/vnd.plotly.v1+json"
 
 
 def config() -> dict[str, Any]:
-    """A fresh copy of the settings of every figure (plotly changes the one it is given)."""
+    """Return a copy of the plotly settings of every figure (plotly modifies the one it gets)."""
     return copy.deepcopy(theme.CONFIG)
 
 
 def bundle(figure: go.Figure) -> dict[str, Any]:
-    """A few kilobytes for the saved notebook: the figure, its summary as text, its table for viewers without plotly."""
+    """Return the mime bundle for a saved notebook (a few kB): the figure, its summary, and its table as HTML."""
     data = json.loads(figure.to_json())  # numbers as base64 typed arrays, no template: plotly's own is 7 kB a figure
     data.get("layout", {}).pop("template", None)
     data["config"] = config()
@@ -31,7 +31,7 @@ def bundle(figure: go.Figure) -> dict[str, Any]:
 
 
 def details(figure: go.Figure, opened: bool = False) -> str:
-    """The summary, and behind it the table twin, as accessible HTML."""
+    """Return the summary with an expandable table as accessible HTML."""
     rows = getattr(figure, "rows", [])
     sentence = html.escape(_summary(figure))
     style = f"font-family:{html.escape(theme.FONT)};font-size:13px"
@@ -44,33 +44,33 @@ def details(figure: go.Figure, opened: bool = False) -> str:
 
 
 def show(figure: go.Figure, display_id: str | None = None, update: bool = False) -> None:
-    """Display the figure statically, and below it the summary with the table twin."""
+    """Display the figure statically, and below it the summary with the table."""
     from IPython.core.getipython import get_ipython
     from IPython.display import display
 
-    if get_ipython() is None:  # a plain script: there is nothing that could draw
+    if get_ipython() is None:  # a plain script cannot display figures
         sys.stdout.write(f"{_summary(figure)}\n")
         return
-    first = bundle(figure)
-    second = {"text/html": details(figure), "text/plain": ""}
-    first.pop("text/html")  # the table comes as an output of its own, beside the figure
-    named = {"display_id": display_id, "update": update} if display_id else {}
-    display(first, raw=True, **named)  # type: ignore[no-untyped-call]
-    display(second, raw=True, **({**named, "display_id": f"{display_id}-table"} if display_id else {}))  # type: ignore[no-untyped-call]
+    figure_bundle = bundle(figure)
+    table_bundle = {"text/html": details(figure), "text/plain": ""}
+    figure_bundle.pop("text/html")  # the table is an output of its own, below the figure
+    display_options = {"display_id": display_id, "update": update} if display_id else {}
+    display(figure_bundle, raw=True, **display_options)  # type: ignore[no-untyped-call]
+    display(table_bundle, raw=True, **({**display_options, "display_id": f"{display_id}-table"} if display_id else {}))  # type: ignore[no-untyped-call]
 
 
-def fold(title: str, figures: Sequence[go.Figure]) -> None:
-    """Display the sentences and tables of some figures behind one title; nothing without figures or a notebook."""
+def accordion(title: str, figures: Sequence[go.Figure]) -> None:
+    """Display the summaries and tables of figures in an accordion; do nothing without figures or a notebook."""
     from IPython.core.getipython import get_ipython
     from IPython.display import display
 
     if get_ipython() is None or not figures:
         return
     style = f"font-family:{html.escape(theme.FONT)};font-size:13px"
-    inside = "".join(details(figure) for figure in figures)
+    content = "".join(details(figure) for figure in figures)
     text = "\n".join(_summary(figure) for figure in figures)
-    page = f'<details style="{style}"><summary>{html.escape(title)}</summary>{inside}</details>'
-    display({"text/html": page, "text/plain": text}, raw=True)  # type: ignore[no-untyped-call]
+    html_text = f'<details style="{style}"><summary>{html.escape(title)}</summary>{content}</details>'
+    display({"text/html": html_text, "text/plain": text}, raw=True)  # type: ignore[no-untyped-call]
 
 
 def _summary(figure: go.Figure) -> str:

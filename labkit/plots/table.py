@@ -1,4 +1,4 @@
-"""Tables: the runs side by side, and the twin of every figure."""
+"""Tables: the comparison of runs, and the numbers of every figure."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ MAX_ROWS = 200
 
 
 def runs_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a comparison with titles, units and readable numbers."""
-    named = any(_named(row) for row in rows)
-    several = any(row.get("method", "plain") != "plain" for row in rows)
+    """Return the rows of a comparison with titles, units and formatted numbers."""
+    any_titles = any(_has_own_title(row) for row in rows)
+    any_methods = any(row.get("method", "plain") != "plain" for row in rows)
     return [
         {"Run": row["run_id"]}
-        | ({"Title": row["title"]} if named else {})
+        | ({"Title": row["title"]} if any_titles else {})
         | {
             "Layout": row["layout"],
         }
-        | ({"Method": row.get("method", "plain")} if several else {})
+        | ({"Method": row.get("method", "plain")} if any_methods else {})
         | {
             "Ranks": row["world_size"],
             "State": row["state"],
@@ -39,8 +39,8 @@ def runs_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _named(row: Mapping[str, Any]) -> bool:
-    """Whether a person gave the run a title of its own."""
+def _has_own_title(row: Mapping[str, Any]) -> bool:
+    """Return whether the run was given a title of its own."""
     return row["title"] not in (row["run_id"], f"{row['workload']} {row['layout']}")
 
 
@@ -61,29 +61,31 @@ def _speedup(row: Mapping[str, Any]) -> str:
 
 
 def _role(row: Mapping[str, Any]) -> list[str]:
-    """What the run is in the comparison, in words."""
+    """Return the role of the run in the comparison in words."""
     roles = {"is_baseline": "baseline", "is_ceiling": "independent copies: the ceiling", "live": "so far"}
     return [words for key, words in roles.items() if row.get(key)]
 
 
 def html_table(rows: Sequence[Mapping[str, Any]], caption: str = "", empty: str = "Nothing yet.") -> str:
-    """An accessible HTML table; every cell is escaped. Rows beyond MAX_ROWS are counted instead of shown."""
+    """Return an accessible HTML table with escaped cells; rows beyond MAX_ROWS are counted instead of shown."""
     if not rows:
         return f"<p>{html.escape(empty)}</p>"
     columns = list(rows[0])
     styles = [_CELL + _align(rows, column) for column in columns]
-    head = "".join(
+    header = "".join(
         f'<th scope="col" style="{style}">{_text(column)}</th>' for column, style in zip(columns, styles, strict=True)
     )
     body = "".join(
-        "<tr>" + "".join(_cell(row.get(column), at == 0, styles[at]) for at, column in enumerate(columns)) + "</tr>"
+        "<tr>"
+        + "".join(_cell(row.get(column), index == 0, styles[index]) for index, column in enumerate(columns))
+        + "</tr>"
         for row in rows[:MAX_ROWS]
     )
-    more = f"<p>… and {len(rows) - MAX_ROWS} more rows.</p>" if len(rows) > MAX_ROWS else ""
+    rest = f"<p>… and {len(rows) - MAX_ROWS} more rows.</p>" if len(rows) > MAX_ROWS else ""
     title = f'<caption style="{_CAPTION}">{_text(caption)}</caption>' if caption else ""
     return (
         f'<div style="overflow-x:auto"><table style="{_TABLE}">{title}'
-        f'<thead style="{_HEAD}"><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{more}'
+        f'<thead style="{_HEAD}"><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>{rest}'
     )
 
 
@@ -96,13 +98,13 @@ _CAPTION = "text-align:left;caption-side:top;color:inherit;opacity:.75;padding:2
 
 
 def _align(rows: Sequence[Mapping[str, Any]], column: str) -> str:
-    """Numbers to the right, words to the left."""
+    """Return the CSS that aligns numbers to the right and words to the left."""
     values = [str(row.get(column, "")) for row in rows[:20]]
     if column == "Run":
         return "text-align:left;"
-    numeric = any(value[:1].isdigit() for value in values)
-    looks = all(value == "–" or value.lstrip("-–")[:1].isdigit() for value in values if value)
-    return "text-align:right;" if numeric and looks else "text-align:left;"
+    any_number = any(value[:1].isdigit() for value in values)
+    all_numeric = all(value == "–" or value.lstrip("-–")[:1].isdigit() for value in values if value)
+    return "text-align:right;" if any_number and all_numeric else "text-align:left;"
 
 
 def _cell(value: Any, first: bool, style: str) -> str:

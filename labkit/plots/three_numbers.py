@@ -1,4 +1,4 @@
-"""Three numbers of every sparse or narrow method: what theory promises, what the kernels give, what the step gives."""
+"""Three speed-ups of every sparse or low-precision run: in theory, of its kernels, and of the whole step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from labkit.plots import curves, theme, traced, wording
 from labkit.plots.pareto import gain_of
 from labkit.plots.picture import Picture, Row
-from labkit.plots.shown import LabeledRun, shown
+from labkit.plots.shown import LabeledRun, labeled_runs
 from labkit.runs import dense, kernels, steady
 from labkit.runs.checked import formatted
 from labkit.runs.methods import period
@@ -22,33 +22,33 @@ TITLES = ("Theory promises (layers)", "Kernels give (layers)", "Whole step gives
 
 @dataclass(frozen=True)
 class _Line:
-    """One run beside its dense float32 twin."""
+    """A run and the dense float32 run that it is compared with."""
 
     name: str
-    one: LabeledRun
-    base: LabeledRun | None
+    run: LabeledRun
+    reference: LabeledRun | None
 
     @property
     def theory(self) -> float | None:
-        return kernels.theory(self.one.data.kernels)
+        return kernels.theory(self.run.data.kernels)
 
     @property
     def kernel(self) -> float | None:
-        return kernels.kernel(self.one.data.kernels)
+        return kernels.kernel(self.run.data.kernels)
 
     @property
     def steps(self) -> tuple[float, float, float] | None:
-        """With its interval; None without enough steps, or without a dense run."""
-        mine, others = _steady(self.one), _steady(self.base)
-        return steady.ratio(others, mine) if mine and others else None
+        """Speed-up of the step with its interval (value, low, high); None without enough steps or a dense run."""
+        own, dense = _steady(self.run), _steady(self.reference)
+        return steady.ratio(dense, own) if own and dense else None
 
     @property
     def step(self) -> float | None:
         return self.steps[0] if self.steps else None
 
     @property
-    def gains(self) -> bool:
-        """Is the step surely faster?"""
+    def is_faster(self) -> bool:
+        """True if the whole interval of the step's speed-up is above 1."""
         return self.steps is not None and self.steps[1] > 1
 
     @property
@@ -57,57 +57,59 @@ class _Line:
 
     @property
     def gap(self) -> str:
-        """What it costs in the held-out metric (or loss), in words; empty where that is not known."""
-        if self.base is None:
+        """Difference of the held-out metric (or loss) from the dense run as text; empty if unknown."""
+        if self.reference is None:
             return ""
-        about = self.one.data.metric
-        mine, others = gain_of(self.one), gain_of(self.base)
-        words = theme.plain(str(about.get("key") or "metric").replace("_", " "), 20)
-        if mine is None or others is None:
-            words = "loss"
-            ends = [
-                one.data.evaluations[-1][2].get("loss") if one.data.evaluations else None
-                for one in (self.one, self.base)
+        metric_info = self.run.data.metric
+        own, dense = gain_of(self.run), gain_of(self.reference)
+        metric_name = theme.plain(str(metric_info.get("key") or "metric").replace("_", " "), 20)
+        if own is None or dense is None:
+            metric_name = "loss"
+            final_losses = [
+                run.data.evaluations[-1][2].get("loss") if run.data.evaluations else None
+                for run in (self.run, self.reference)
             ]
-            if ends[0] is None or ends[1] is None:
+            if final_losses[0] is None or final_losses[1] is None:
                 return ""
-            difference = f"loss {formatted(ends[0] - ends[1], '+.3g')}"
-        elif about.get("unit") == "%":
-            difference = f"{words} {formatted(100 * (mine - others), '+.1f')} points"
+            difference = f"loss {formatted(final_losses[0] - final_losses[1], '+.3g')}"
+        elif metric_info.get("unit") == "%":
+            difference = f"{metric_name} {formatted(100 * (own - dense), '+.1f')} points"
         else:
-            difference = f"{words} {formatted(mine - others, '+.3g')}"
-        steps = [one.data.first + one.data.steps for one in (self.one, self.base)]
+            difference = f"{metric_name} {formatted(own - dense, '+.3g')}"
+        steps = [run.data.first + run.data.steps for run in (self.run, self.reference)]
         difference = difference.replace("-", MINUS)
-        return difference if steps[0] == steps[1] else f"{difference} ({steps[0]:,} against {steps[1]:,} updates)"
+        return difference if steps[0] == steps[1] else f"{difference} ({steps[0]:,} against {steps[1]:,} steps)"
 
 
-def _steady(one: LabeledRun | None) -> SteadyState | None:
-    """Steps of the slowest rank after the warm-up; None where they are too few."""
-    every = (
-        [SteadyState.of(seconds.astype(float), period(one.experiment)) for seconds in one.data.seconds] if one else []
+def _steady(run: LabeledRun | None) -> SteadyState | None:
+    """Return the step times of the slowest rank after the warm-up; None if there are too few."""
+    states = (
+        [SteadyState.of(seconds.astype(float), period(run.experiment)) for seconds in run.data.seconds] if run else []
     )
-    slowest = max(every, key=lambda each: each.median or 0.0, default=None)
+    slowest = max(states, key=lambda state: state.median or 0.0, default=None)
     return None if slowest is None or slowest.reason else slowest
 
 
 def three_numbers(runs: Iterable[Any] | Any) -> Picture:
-    """How many times as fast as dense float32 each sparse or narrow run is: three bars a run, on a logarithmic axis.
+    """Plot the speed-ups of each sparse or low-precision run over dense float32: three bars per run, logarithmic axis.
 
-    Theory: multiplications with weights that are not zero, times the bytes of a number (labkit.runs.kernels). Kernels:
-    its layers beside dense ones, measured after the training. Step: the median step beside that of a dense float32 run
-    among `runs` with the same workload, layout and batch.
+    Theory: multiplications by non-zero weights times bytes per element (labkit.runs.kernels). Kernels: its layers
+    compared with dense ones, measured after the training. Step: the median step compared with that of a dense float32
+    run among `runs` with the same workload, layout and batch.
     """
-    many = [one for one in shown(runs) if one.data.steps and not one.is_ceiling]
-    lines = [line for line in _lines(many) if line.one.data.kernels]
+    labeled = [run for run in labeled_runs(runs) if run.data.steps and not run.is_ceiling]
+    lines = [line for line in _lines(labeled) if line.run.data.kernels]
     if not lines:
-        return traced.nothing("No three numbers to show: 0 runs are sparse or narrow and measured their kernels")
+        return traced.empty_picture(
+            "No three numbers to show: 0 runs are sparse or in low precision and measured their kernels"
+        )
     sentence = wording.opening(_finding(lines))
     labels = [_label(line) for line in lines]
     columns = list(zip(*(line.times for line in lines), strict=True))
     traces = []
     for index, (title, values) in enumerate(zip(TITLES, columns, strict=True)):
         traces.append(
-            traced.bars(
+            traced.bar_trace(
                 index,
                 title,
                 [None if value is None else value - 1 for value in values],
@@ -118,8 +120,8 @@ def three_numbers(runs: Iterable[Any] | Any) -> Picture:
                 showlegend=True,
             )
         )
-    known = [value for column in columns for value in column if value]
-    low, high = min([*known, 0.9]), max([*known, 1.1])
+    measured = [value for column in columns for value in column if value]
+    low, high = min([*measured, 0.9]), max([*measured, 1.1])
     axis = theme.decades(low / 1.9, high * 1.9)
     layout = traced.layout(
         sentence,
@@ -143,33 +145,35 @@ def three_numbers(runs: Iterable[Any] | Any) -> Picture:
         ],
     )
     layout["annotations"] = _ends(labels, columns)
-    missing = [line.name for line in lines if line.base is None]
-    more = (
-        f"; no dense float32 run with the same workload, layout and batch stands beside {', '.join(missing)}"
-        if missing
+    uncompared = [line.name for line in lines if line.reference is None]
+    note = (
+        f"; there is no dense float32 run with the same workload, layout and batch for {', '.join(uncompared)}"
+        if uncompared
         else ""
     )
-    return Picture(traces, layout, summary=f"{sentence}{more}.", rows=[_row(line) for line in lines])
+    return Picture(traces, layout, summary=f"{sentence}{note}.", rows=[_row(line) for line in lines])
 
 
-def _lines(many: Sequence[LabeledRun]) -> list[_Line]:
-    names, experiments = traced.names(many), [one.experiment for one in many]
-    found = []
-    for name, one in zip(names, many, strict=True):
-        at = None if one.experiment is None else dense.find_dense_reference(one.experiment, experiments)
-        found.append(_Line(name, one, None if at is None or many[at] is one else many[at]))
-    return found
+def _lines(labeled: Sequence[LabeledRun]) -> list[_Line]:
+    names, experiments = traced.run_names(labeled), [run.experiment for run in labeled]
+    lines = []
+    for name, run in zip(names, labeled, strict=True):
+        index = None if run.experiment is None else dense.find_dense_reference(run.experiment, experiments)
+        lines.append(_Line(name, run, None if index is None or labeled[index] is run else labeled[index]))
+    return lines
 
 
 def _finding(lines: Sequence[_Line]) -> str:
     best = max(lines, key=lambda line: (line.step is not None, line.step or line.kernel or 0.0))
-    said = f"{best.name} promises {_times(best.theory)}, its kernels give {_times(best.kernel)}"
-    said += f" and the step {_times(best.step)}" if best.step else ", the step was not compared"
-    said += f"; {best.gap}" if best.gap else ""
+    sentence = f"{best.name} promises {_times(best.theory)}, its kernels give {_times(best.kernel)}"
+    sentence += f" and the step {_times(best.step)}" if best.step else ", the step was not compared"
+    sentence += f"; {best.gap}" if best.gap else ""
     if len(lines) == 1:
-        return said
-    compared, gains = sum(line.step is not None for line in lines), sum(line.gains for line in lines)
-    return f"{gains} of {compared} methods make{'s' * (gains == 1)} the step faster; {said}" if compared else said
+        return sentence
+    compared, gains = sum(line.step is not None for line in lines), sum(line.is_faster for line in lines)
+    return (
+        f"{gains} of {compared} methods make{'s' * (gains == 1)} the step faster; {sentence}" if compared else sentence
+    )
 
 
 def _times(value: float | None) -> str:
@@ -177,21 +181,21 @@ def _times(value: float | None) -> str:
 
 
 def _label(line: _Line) -> str:
-    """The run's name, and what it costs."""
+    """Return the run's name and, below it, the difference of its metric."""
     return f"{theme.safe(line.name)}<br>{theme.safe(line.gap or 'no dense run to compare with')}"
 
 
 def _ends(labels: Sequence[str], columns: Sequence[Sequence[float | None]]) -> list[dict[str, Any]]:
-    """The number at the end of each bar, outside of it on either side of 1."""
-    found = []
-    for label_at in range(len(labels)):
+    """Return the number at the end of each bar, outside of it on either side of 1."""
+    annotations = []
+    for label_index in range(len(labels)):
         for index, values in enumerate(columns):
-            value = values[label_at]
-            found.append(
+            value = values[label_index]
+            annotations.append(
                 {
                     "text": _times(value) if value else "not compared" if index == 2 else "not measured",
                     "x": float(math.log10(value or 1.0)),
-                    "y": label_at + (index - 1) * 0.7 / 3,
+                    "y": label_index + (index - 1) * 0.7 / 3,
                     "xref": "x",
                     "yref": "y",
                     "xanchor": "left" if (value or 1.0) >= 1 else "right",
@@ -200,21 +204,21 @@ def _ends(labels: Sequence[str], columns: Sequence[Sequence[float | None]]) -> l
                     "font": {"size": 12, "color": theme.INK if value else theme.MUTED},
                 }
             )
-    return found
+    return annotations
 
 
 def _row(line: _Line) -> Row:
-    left_out = line.one.data.without_kernel
-    metric = curves.metric_title([line.one])
-    gain = gain_of(line.one)
+    left_out = line.run.data.without_kernel
+    metric = curves.metric_title([line.run])
+    gain = gain_of(line.run)
     return {
         "Run": line.name,
-        "Beside": line.base.data.directory.id if line.base else "–",
+        "Compared with": line.reference.data.directory.id if line.reference else "–",
         "Theory (times)": theme.number(line.theory),
         "Kernels (times)": theme.number(line.kernel),
         "Step (times)": theme.number(line.step),
         "Interval": "{1:.2f}–{2:.2f}".format(*line.steps) if line.steps else "–",
-        "Step (ms)": theme.number(traced.step_ms(line.one)),
+        "Step (ms)": theme.number(traced.step_ms(line.run)),
         metric: theme.figure(gain),
         "Gap": line.gap or "–",
         "Layers not measured": str(left_out),

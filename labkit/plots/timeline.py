@@ -1,4 +1,4 @@
-"""The pipeline of one update as its ranks computed it, and below it the same order of work with nothing in its way."""
+"""The timeline of a pipeline: as its ranks computed one step, and as simulated from its schedule."""
 
 from __future__ import annotations
 
@@ -12,67 +12,67 @@ from labkit.runs.pipeline import Action, Bubble, first_pipeline, median_duration
 
 KINDS = {"F": "Forward", "B": "Backward", "I": "Backward, inputs", "W": "Backward, weights"}
 MAX_ACTIONS = 4000
-"""Beyond that a box has no pixel left."""
+"""Maximum number of boxes; with more, a box would be narrower than a pixel."""
 _UPPER, _LOWER = [0.56, 0.95], [0.04, 0.43]
 
 
-def finding(schedule: str, found: Bubble) -> str:
-    """The bubbles, named: measured, the schedule's own, the textbook's."""
-    book = f", {traced.percent(found.textbook)} with even stages (textbook)" if found.textbook is not None else ""
-    which = "these updates" if schedule == "pipedream" else "the update"
+def finding(schedule: str, bubble: Bubble) -> str:
+    """Return the headline with the bubbles: measured, the schedule's own, and by the textbook formula."""
+    textbook = f", {traced.percent(bubble.textbook)} with even stages (textbook)" if bubble.textbook is not None else ""
+    what = "these steps" if schedule == "pipedream" else "the step"
     return (
-        f"{schedule}: ranks stood still for {traced.percent(found.measured)} of {which}; the schedule's own bubble "
-        f"is {traced.percent(found.own)}{book}"
+        f"{schedule}: ranks were idle for {traced.percent(bubble.measured)} of {what}; the schedule's own bubble "
+        f"is {traced.percent(bubble.own)}{textbook}"
     )
 
 
 def timeline(run: Any) -> Picture:
-    """One row a rank: above, what was measured; below, the ideal. Colour and pattern tell forward from backward.
+    """Plot the pipeline of a step, one row per rank: as measured (above) and as simulated (below).
 
-    Of an asynchronous pipeline (pipedream) the traced update and those right before it are shown, by minibatch.
-
-    The ideal keeps each rank's order and gives each action the median time of its stage and kind, messages free.
+    Colour and pattern distinguish forward from backward passes. The simulation keeps each rank's order and gives each
+    action the median time of its stage and kind; messages take no time. Of an asynchronous pipeline (pipedream) the
+    traced step and those right before it are shown, by mini-batch.
     """
-    one = LabeledRun.of(run)
-    found = traced.bubble_of(one)
-    if found is None or one.experiment is None:
-        return traced.nothing("No timeline to show: it takes a pipeline (pp above 1) and 1 traced update")
-    layout = one.experiment.layout
-    measured = first_pipeline(one.data.timeline, layout)
-    begun = min(row[0].begin for row in measured.values())
+    labeled_run = LabeledRun.of(run)
+    idle = traced.bubble_of(labeled_run)
+    if idle is None or labeled_run.experiment is None:
+        return traced.empty_picture("No timeline to show: it takes a pipeline (pp above 1) and 1 traced step")
+    layout = labeled_run.experiment.layout
+    measured = first_pipeline(labeled_run.data.timeline, layout)
+    start = min(row[0].begin for row in measured.values())
     shifted = {
-        rank: [action._replace(begin=action.begin - begun, end=action.end - begun) for action in row]
+        rank: [action._replace(begin=action.begin - start, end=action.end - start) for action in row]
         for rank, row in measured.items()
     }
     simulated = simulate(measured)
-    sentence = finding(schedule_name(one.experiment), found)
-    several = layout.stages_per_rank > 1
+    sentence = finding(schedule_name(labeled_run.experiment), idle)
+    with_stage = layout.stages_per_rank > 1
     traces = [
-        *_boxes(shifted, several, {"xaxis": "x", "yaxis": "y"}),
-        *_boxes(simulated, several, {"xaxis": "x2", "yaxis": "y2", "showlegend": False}),
+        *_boxes(shifted, with_stage, {"xaxis": "x", "yaxis": "y"}),
+        *_boxes(simulated, with_stage, {"xaxis": "x2", "yaxis": "y2", "showlegend": False}),
     ]
     longest = 1000 * max(span(shifted), span(simulated))
     labels = [f"rank {rank}" for rank in measured]
-    across = {"range": [0, 1.01 * longest], "domain": [0, 1], "showgrid": False}
-    down: dict[str, Any] = {"type": "category", "categoryorder": "array", "categoryarray": labels[::-1]}
-    down |= {"ticks": "", "showgrid": False}
-    picture = traced.layout(
+    x_axis = {"range": [0, 1.01 * longest], "domain": [0, 1], "showgrid": False}
+    y_axis: dict[str, Any] = {"type": "category", "categoryorder": "array", "categoryarray": labels[::-1]}
+    y_axis |= {"ticks": "", "showgrid": False}
+    figure_layout = traced.layout(
         sentence,
         barmode="overlay",
         bargap=0.18,
-        xaxis=theme.axis("", anchor="y", showticklabels=False, ticks="", **across),
-        xaxis2=theme.axis("Time since the first forward pass (ms)", anchor="y2", matches="x", **across),
-        yaxis=theme.axis("", anchor="x", domain=_UPPER, **down),
-        yaxis2=theme.axis("", anchor="x2", domain=_LOWER, **down),
+        xaxis=theme.axis("", anchor="y", showticklabels=False, ticks="", **x_axis),
+        xaxis2=theme.axis("Time since the first forward pass (ms)", anchor="y2", matches="x", **x_axis),
+        yaxis=theme.axis("", anchor="x", domain=_UPPER, **y_axis),
+        yaxis2=theme.axis("", anchor="x2", domain=_LOWER, **y_axis),
         shapes=[*_backdrop(len(labels), span(shifted), "x", "y"), *_backdrop(len(labels), span(simulated), "x2", "y2")],
         annotations=[
             traced.heading(
-                f"Measured: {traced.percent(found.measured)} bubble, {theme.number(1000 * found.measured_seconds)} ms",
+                f"Measured: {traced.percent(idle.measured)} bubble, {theme.number(1000 * idle.measured_seconds)} ms",
                 0,
                 _UPPER[1],
             ),
             traced.heading(
-                f"The schedule alone: {traced.percent(found.own)} bubble, {theme.number(1000 * found.own_seconds)} ms",
+                f"The schedule alone: {traced.percent(idle.own)} bubble, {theme.number(1000 * idle.own_seconds)} ms",
                 0,
                 _LOWER[1],
             ),
@@ -81,44 +81,44 @@ def timeline(run: Any) -> Picture:
         height=260 + 76 * min(len(labels), 16),
         legend={"y": 1, "x": 1, "xanchor": "right"},
     )
-    return Picture(traces, picture, summary=f"{sentence}.", rows=_twin(measured))
+    return Picture(traces, figure_layout, summary=f"{sentence}.", rows=_table_rows(measured))
 
 
-def _boxes(rows: Mapping[int, Sequence[Action]], several: bool, place: dict[str, Any]) -> list[dict[str, Any]]:
-    """One trace a kind; the number in a box is its microbatch, with the stage before it where a rank has several."""
+def _boxes(rows: Mapping[int, Sequence[Action]], with_stage: bool, panel_axes: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one trace per kind; boxes are numbered by micro-batch, with the stage in front if a rank has several."""
     actions = [(rank, action) for rank, row in rows.items() for action in row][:MAX_ACTIONS]
     traces = []
     for index, (kind, title) in enumerate(KINDS.items()):
-        mine = [(rank, action) for rank, action in actions if action.kind == kind]
-        if not mine:
+        of_kind = [(rank, action) for rank, action in actions if action.kind == kind]
+        if not of_kind:
             continue
         traces.append(
-            traced.bars(
+            traced.bar_trace(
                 index,
                 title,
-                [1000 * action.seconds for _, action in mine],
-                y=[f"rank {rank}" for rank, _ in mine],
-                base=[1000 * action.begin for _, action in mine],
-                text=[f"{a.stage}·{a.microbatch}" if several else str(a.microbatch) for _, a in mine],
+                [1000 * action.seconds for _, action in of_kind],
+                y=[f"rank {rank}" for rank, _ in of_kind],
+                base=[1000 * action.begin for _, action in of_kind],
+                text=[f"{a.stage}·{a.microbatch}" if with_stage else str(a.microbatch) for _, a in of_kind],
                 textposition="inside",
                 insidetextanchor="middle",
                 textangle=0,
                 textfont={"color": "#ffffff" if kind != "W" else theme.INK, "size": 12},
-                customdata=[[a.stage, a.microbatch] for _, a in mine],
+                customdata=[[a.stage, a.microbatch] for _, a in of_kind],
                 hovertemplate="%{y}, stage %{customdata[0]}, microbatch %{customdata[1]}: from %{base:.2f} ms, "
                 f"%{{x:.2f}} ms<extra>{title}</extra>",
                 legendgroup=kind,
-                **place,
+                **panel_axes,
             )
         )
-        # Edges keep neighbouring boxes apart; the pattern would make the numbers hard to read in white.
+        # Edges separate neighbouring boxes; a strong pattern would make the white numbers hard to read.
         traces[-1]["marker"]["line"] = {"color": "#ffffff", "width": 1}
         traces[-1]["marker"]["pattern"]["fgopacity"] = 0.3
     return traces
 
 
 def _backdrop(ranks: int, seconds: float, x: str, y: str) -> list[dict[str, Any]]:
-    """What no box covers is the bubble: grey, from the begin of the span to its end."""
+    """Return grey bars over the whole span; what no box covers is the bubble."""
     return [
         {
             "type": "rect",
@@ -136,22 +136,22 @@ def _backdrop(ranks: int, seconds: float, x: str, y: str) -> list[dict[str, Any]
     ]
 
 
-def _twin(rows: Mapping[int, Sequence[Action]]) -> list[dict[str, Any]]:
-    """By rank, stage and kind: how many, how long each (median), and their share of the span."""
-    middle, whole = median_durations(rows), span(rows)
-    found = []
+def _table_rows(rows: Mapping[int, Sequence[Action]]) -> list[dict[str, Any]]:
+    """Return a row per rank, stage and kind: number, median duration, and share of the span."""
+    medians, total_span = median_durations(rows), span(rows)
+    table_rows = []
     for rank, row in rows.items():
         for stage, kind in sorted({(action.stage, action.kind) for action in row}):
-            mine = [action for action in row if (action.stage, action.kind) == (stage, kind)]
-            busy = sum(action.seconds for action in mine)
-            found.append(
+            selected = [action for action in row if (action.stage, action.kind) == (stage, kind)]
+            busy_seconds = sum(action.seconds for action in selected)
+            table_rows.append(
                 {
                     "Rank": rank,
                     "Stage": stage,
                     "Computes": KINDS[kind],
-                    "Microbatches": len(mine),
-                    "Each (ms, median)": theme.number(1000 * middle[stage, kind]),
-                    "Of the span": traced.percent(busy / whole) if whole else "–",
+                    "Microbatches": len(selected),
+                    "Each (ms, median)": theme.number(1000 * medians[stage, kind]),
+                    "Of the span": traced.percent(busy_seconds / total_span) if total_span else "–",
                 }
             )
-    return found
+    return table_rows

@@ -237,7 +237,7 @@ class Steps:
 
     @property
     def step(self) -> NDArray[np.int64]:
-        """Number of steps done after each complete step, int64 (steps,): first + 1, first + 2, …"""
+        """Number of steps done after each complete step (first + 1, first + 2, …), int64 (steps,)."""
         return np.arange(self.first + 1, self.first + self.steps + 1, dtype=np.int64)
 
     @property

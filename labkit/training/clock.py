@@ -1,4 +1,4 @@
-"""Moments in time on the host or on a GPU, read without making the GPU wait."""
+"""Timestamps on the host or on a GPU, read without making the GPU wait."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 
 class HostClock:
-    """Moments are host seconds: on a CPU the work is done when the call returns."""
+    """Clock of the host: timestamps are seconds, because on a CPU the work is done when the call returns."""
 
     def now(self) -> Any:
         return time.perf_counter()
 
-    def passed(self, moment: Any) -> bool:
-        """Has the device reached this moment?"""
+    def passed(self, timestamp: Any) -> bool:
+        """Return True if the device has reached this timestamp."""
         return True
 
     def seconds(self, begin: Any, end: Any) -> float:
@@ -24,26 +24,27 @@ class HostClock:
 
 
 class CudaClock:
-    """Moments are CUDA events on the current stream; they are read only after the device has passed them."""
+    """Clock of a GPU: timestamps are CUDA events on the current stream, read once the device has passed them."""
 
     def now(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def passed(self, moment: Any) -> bool:
-        return bool(moment.query())
+    def passed(self, timestamp: Any) -> bool:
+        return bool(timestamp.query())
 
     def seconds(self, begin: Any, end: Any) -> float:
         return float(begin.elapsed_time(end)) / 1000
 
 
 class PassClock:
-    """How long the thread that made it computes in one pass forward and backward; waiting for others is left out.
+    """Measures how long the calling thread computes in one forward and backward pass, without waiting for other ranks.
 
-    Its processor time tells, because a thread that waits in a collective sleeps. Where cores are short it computes more
-    slowly than that: how much, shows the forward pass, by the time in which the thread was ready but had no core (the
-    scheduler's statistics; Linux). In the backward pass it would also count how late the thread woke up.
+    It reads the processor time of the thread, because a thread that waits in a collective sleeps. If there are fewer
+    cores than threads, the thread computes more slowly than its processor time says. The forward pass shows by how
+    much: the time in which the thread was ready but had no core (from the scheduler's statistics, on Linux). The
+    backward pass cannot be used for this, because there that time also includes how late the thread woke up.
     """
 
     def __init__(self) -> None:
@@ -51,27 +52,27 @@ class PassClock:
             self._statistics = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             self._statistics = -1
-        self._begun = self._delayed = 0.0
-        self._stretch = 1.0
+        self._begin = self._delay_at_begin = 0.0
+        self._slowness = 1.0
 
     def _delay(self) -> float:
-        """Seconds so far in which the thread was ready to run but had no core."""
+        """Return the seconds so far in which the thread was ready to run but had no core."""
         return int(os.pread(self._statistics, 100, 0).split()[1]) / 1e9 if self._statistics >= 0 else 0.0
 
     def forward(self) -> None:
-        """The pass begins."""
-        self._begun, self._delayed = time.thread_time(), self._delay()
+        """Mark the beginning of the forward pass."""
+        self._begin, self._delay_at_begin = time.thread_time(), self._delay()
 
     def backward(self) -> None:
-        """Its second half begins."""
-        ran = max(time.thread_time() - self._begun, 1e-6)
-        self._stretch = 1 + (self._delay() - self._delayed) / ran
+        """Mark the beginning of the backward pass."""
+        seconds = max(time.thread_time() - self._begin, 1e-6)
+        self._slowness = 1 + (self._delay() - self._delay_at_begin) / seconds
 
-    def seconds(self, spun: float = 0.0) -> float:
-        """Computing since the pass began; of its processor time, `spun` seconds went into waiting."""
-        return max(0.0, time.thread_time() - self._begun - spun) * self._stretch
+    def seconds(self, spin_wait_seconds: float = 0.0) -> float:
+        """Return the seconds computed since the pass began, less `spin_wait_seconds` of processor time."""
+        return max(0.0, time.thread_time() - self._begin - spin_wait_seconds) * self._slowness
 
 
 def clock(device: torch.device) -> HostClock | CudaClock:
-    """The clock of a device."""
+    """Return the clock for a device."""
     return CudaClock() if device.type == "cuda" else HostClock()

@@ -1,11 +1,11 @@
-"""Blocks of the model compiled by `torch.compile`: the norms, activations and casts of a block become few kernels.
+"""Compilation of the model's blocks by `torch.compile`: norms, activations and casts of a block become a few kernels.
 
-A GPU computes them faster than Python can launch them one by one, and each kernel that is saved is a tensor less to
-write to memory and to read again. Blocks are compiled one by one, because blocks of one kind share what was compiled,
-and because sharding, checkpointing and schedules stand between blocks (as torchtitan does it).
+A GPU computes these operations faster than Python can launch them one by one, and each kernel saved is one tensor less
+to write to memory and read again. Blocks are compiled one by one, as in torchtitan, because equal blocks share the
+compiled code, and because sharding, activation checkpointing and schedules work between blocks.
 
-Hooks that are registered later are not seen by what was compiled. So the traced update, and evaluation, whose batches
-have other sizes, run uncompiled: `uncompiled()`.
+Compiled code does not see hooks that are registered later. So the traced step runs uncompiled (`uncompiled()`), and so
+does the evaluation, whose batches have other sizes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from labkit.experiment import Experiment
 from labkit.workloads.base import Blocks
 
 LEAST_PARAMETERS = 50_000_000
-"""`auto` compiles models from this size on. Compiling takes about ten seconds, which a small run does not win back."""
+"""Minimum size of a model that `auto` compiles. Compiling takes about ten seconds, too much for a small run."""
 FORMATS = ("fp32", "bf16", "fp16", "fp8", "pure_bf16")
-"""Number formats whose products the compiler knows; the others compute with generators and counters of labkit's own."""
+"""Precisions whose matrix products can be compiled; the others use generators and counters of labkit's own."""
 
 
 def compiles(experiment: Experiment, model: nn.Module, device: torch.device) -> bool:
-    """Tell whether the blocks of this model are to be compiled (`launch.compile`)."""
+    """Return True if the blocks of this model are to be compiled (`launch.compile`)."""
     if experiment.launch.compile != "auto":
         return experiment.launch.compile == "blocks"
     layout = experiment.layout
@@ -42,7 +42,7 @@ def compiles(experiment: Experiment, model: nn.Module, device: torch.device) -> 
 
 
 class Compiled:
-    """The compiled blocks of one rank; `blocks` is their number, 0 where nothing is compiled."""
+    """Compiled blocks of one rank; `blocks` is their number, 0 if nothing is compiled."""
 
     def __init__(self, experiment: Experiment, model: nn.Module, device: torch.device) -> None:
         self.blocks = 0
@@ -53,9 +53,9 @@ class Compiled:
             self.blocks = len(parts)
 
     def uncompiled(self) -> AbstractContextManager[Any]:
-        """Return a context in which every block runs as it is written."""
+        """Return a context in which every block runs in eager mode."""
         return torch.compiler.set_stance("force_eager") if self.blocks else nullcontext()
 
     def effective(self) -> str:
-        """Say what is compiled, as the run's summary shows it."""
+        """Return what is compiled, in words for the run's summary."""
         return f"{self.blocks} blocks" if self.blocks else "none"

@@ -1,4 +1,4 @@
-"""The writer of `rank-N.jsonl`: one event a line, appended in one write, by one process."""
+"""Writer of `rank-N.jsonl`: one event per line, appended in a single write by a single process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from labkit.experiment import safe_files
 
 
 class EventWriter:
-    """Appends events to one file. Every event gets its rank and both clocks."""
+    """Appends events to one file. Every event gets the rank, the wall-clock time and the monotonic time."""
 
     def __init__(self, path: Path, rank: int) -> None:
         self.rank = rank
@@ -21,7 +21,7 @@ class EventWriter:
         self._file = safe_files.open_to_append(path)
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event; OSError when the disk does not take it whole (then nothing of it stays)."""
+        """Append one event; raise OSError if the disk does not take all of it (then nothing of it is kept)."""
         head = {"event": event, "rank": self.rank, "time": time.time(), "monotonic": time.monotonic()}
         line = json.dumps(safe_files.finite(head | fields), separators=(",", ":"), allow_nan=False).encode() + b"\n"
         with self._lock:
@@ -30,7 +30,7 @@ class EventWriter:
                 self._write_rest(line[written:], written)
 
     def _write_rest(self, rest: bytes, written: int) -> None:
-        """After a short write: the next write gives the reason. Half a line would spoil the line after it."""
+        """Write `rest` after a short write; on an error remove the partial line, which would spoil the next."""
         while rest:
             try:
                 count = os.write(self._file, rest)
@@ -40,7 +40,7 @@ class EventWriter:
             rest, written = rest[count:], written + count
 
     def sync(self) -> None:
-        """Make sure that all events are on the disk."""
+        """Force all events to the disk (fsync)."""
         os.fsync(self._file)
 
     def close(self) -> None:

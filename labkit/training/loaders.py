@@ -1,4 +1,4 @@
-"""Loader processes of a rank: none outlives it, whatever its data does meanwhile."""
+"""Loader processes of a rank: none outlives it, even if its data set hangs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_rank(rank: int, worker: int = 0) -> None:
-    """Called in loader process number `worker`: the kernel kills it when process `rank`, its parent, ends (Linux).
+    """Make the kernel kill this loader process when its parent, the process with the id `rank`, ends (Linux).
 
-    torch's own watch would not do: it is asked between samples only, and a sample may hang.
+    torch's own check does not suffice: it runs only between samples, and a sample may hang. `worker` is unused.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -1,8 +1,8 @@
-"""The meter of one rank: where each step's time goes, written every few hundred milliseconds, for under 0.5 % of it.
+"""The meter of one rank: it writes where each step's time goes every 250 ms and costs less than 0.5 % of that time.
 
-The loop marks the borders between phases; nothing is computed and nothing is written there. A background thread turns
-marks into seconds once the device has passed them, appends a batch of steps to the rank's event file, tells the
-supervisor that this process is alive, and ends it when the supervisor is gone.
+The training loop only marks the borders between phases; it computes and writes nothing. A background thread turns the
+marks into seconds once the device has passed them, appends a batch of steps to the rank's event file, sends heartbeats
+to the supervisor, and ends the process when the supervisor is gone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PHASE_NUMBERS = {name: number for number, name in enumerate(PHASES)}
 
 
 class Board(Protocol):
-    """What a rank needs of the memory that it shares with its supervisor (labkit.launch.board)."""
+    """Interface to the heartbeat table that a rank shares with its supervisor (labkit.launch.board)."""
 
     def progress(self, rank: int, step: int, phase: int) -> None: ...
 
@@ -51,10 +51,10 @@ class Board(Protocol):
 
 
 class _Step:
-    """The marks of one step, until they are turned into seconds."""
+    """Marks and measurements of one step until the background thread writes them."""
 
     __slots__ = (
-        "busy",
+        "compute_seconds",
         "ended",
         "exchanged",
         "grad_norm",
@@ -72,7 +72,7 @@ class _Step:
         self.marks: list[tuple[str, Any]] = []
         self.losses: list[tuple[Tensor, float]] = []
         self.samples = 0.0
-        self.busy = 0.0
+        self.compute_seconds = 0.0
         self.grad_norm: Any = None
         self.exchanged: Counters | None = None
         self.lr = 0.0
@@ -82,7 +82,7 @@ class _Step:
 
 
 class Meter:
-    """Marks time and progress for one rank. Use as a context manager: leaving it writes what is left."""
+    """Records time and progress of one rank. It is a context manager; leaving it writes the remaining steps."""
 
     def __init__(self, events: EventWriter, rank: int, board: Board, requested: float) -> None:
         self.events, self.rank, self.board, self.requested = events, rank, board, requested
@@ -90,17 +90,17 @@ class Meter:
         self._device = torch.device("cpu")
         self._pass = PassClock()
         self._in_pass = False
-        self.spun: Callable[[], float] = float
-        """Seconds of processor time so far that went into waiting for others."""
-        self._spun = 0.0
-        self.busy = self.samples = 0.0
-        """Seconds that were computed, waiting left out, and for how many samples.
+        self.spin_wait_seconds: Callable[[], float] = float
+        """Function that returns the processor seconds so far that went into waiting for other ranks."""
+        self._spin_wait_at_begin = 0.0
+        self.compute_seconds = self.samples = 0.0
+        """Seconds that this rank computed, without waiting, and the number of samples it computed in them.
 
-        On a CPU those of the last step. On a GPU those of the steps that it has finished since the step before, and
-        of them the forward passes: nothing waits for other ranks there.
+        On a CPU they belong to the last step. On a GPU they belong to the steps that it has finished since the step
+        before, and only the forward passes count, because these do not wait for other ranks.
         """
         self._unmeasured: deque[_Step] = deque()
-        """Steps that a GPU has not finished yet."""
+        """Steps that the GPU has not finished yet."""
         self._step: _Step | None = None
         self._waiting: list[_Step] = []
         self._lock = threading.Lock()
@@ -121,24 +121,24 @@ class Meter:
             self.raise_failure()
             self._flush(wait=True)
         elif self._failure is None:
-            with contextlib.suppress(Exception):  # the steps before the fault; the fault itself matters more
+            with contextlib.suppress(Exception):  # writes the steps before the error; the error itself matters more
                 self._flush()
 
-    def use(self, device: torch.device) -> None:
-        """Measure on this device from here on."""
+    def set_device(self, device: torch.device) -> None:
+        """Measure on `device` from now on."""
         self._device, self._clock = device, clock(device)
 
-    # -- the loop's side: cheap -----------------------------------------------------------------------------------
+    # -- called by the training loop: cheap ----------------------------------------------------------------------------
 
     def begin(self, number: int, lr: float, ticket: int | None = None) -> None:
-        """Step `number` begins, with the phase `data`; where ranks draw their work, it is the one for `ticket`."""
+        """Begin step `number` with the phase `data`; `ticket` is its number in the work queue, if there is one."""
         self._step = _Step(number)
         self._step.lr, self._step.ticket = lr, ticket
         self._number = number
         self.phase("data")
 
     def phase(self, name: str) -> None:
-        """From here on it is `name`: a span of the step, or something outside of steps."""
+        """Begin the phase `name`: a span of the step, or something outside of steps."""
         self.board.progress(self.rank, self._number, _PHASE_NUMBERS[name])
         step = self._step
         if step is None:
@@ -147,57 +147,60 @@ class Meter:
         if self._device.type == "cuda":
             return
         if name == "forward":
-            self._in_pass, self._spun = True, self.spun()
+            self._in_pass, self._spin_wait_at_begin = True, self.spin_wait_seconds()
             self._pass.forward()
         elif name == "backward":
             self._pass.backward()
         elif self._in_pass:
-            step.busy += self.computing()
+            step.compute_seconds += self.pass_seconds()
             self._in_pass = False
 
-    def computing(self) -> float:
-        """Seconds that the pass has computed so far, without waiting for others (on a CPU)."""
-        return self._pass.seconds(self.spun() - self._spun)
+    def pass_seconds(self) -> float:
+        """Return the seconds that the current pass has computed so far, without waiting for other ranks (on a CPU)."""
+        return self._pass.seconds(self.spin_wait_seconds() - self._spin_wait_at_begin)
 
-    def computed(self, seconds: float) -> None:
-        """Count so much as computing of this step that the clocks do not see (a rank made slow on purpose)."""
+    def add_compute_seconds(self, seconds: float) -> None:
+        """Add compute time to this step that the clocks do not see (of a rank that is slowed down on purpose)."""
         assert self._step is not None
-        self._step.busy += seconds
+        self._step.compute_seconds += seconds
 
     def loss(self, loss: Tensor, samples: float) -> None:
-        """Mean loss over `samples` samples of this rank in this step (one call per pass).
+        """Record the mean loss over `samples` samples of this rank in this step, once per micro-batch.
 
-        Where several ranks hold parts of the same samples, each counts the fraction that is its own.
+        If several ranks work on the same samples, each passes only its fraction of their number.
         """
         assert self._step is not None
         self._step.losses.append((loss.detach(), samples))
         self._step.samples += samples
 
     def grad_norm(self, norm: Any) -> None:
+        """Record the gradient norm of this step."""
         assert self._step is not None
         self._step.grad_norm = norm
 
     def staleness(self, updates: int) -> None:
-        """So many updates lie between the weights that the gradient of this step saw and those it changed."""
+        """Record how many updates lie between the weights the gradient was computed on and those it changed."""
         assert self._step is not None
         self._step.staleness = updates
 
     def cancel(self) -> None:
-        """Nothing came of this step: it is not written down."""
+        """Drop this step: its gradient was not used, so it is not written."""
         self._step = None
 
     def exchanged(self, counted: Counters | None) -> None:
-        """What combining the gradients of this step has cost."""
+        """Record what the communication of this step cost; None if nothing was counted."""
         assert self._step is not None
         self._step.exchanged = counted
 
     def end(self) -> None:
-        """The step has ended."""
+        """End the step and hand it to the background thread."""
         step = self._step
         assert step is not None
         step.ended = time.monotonic()
         step.marks.append(("", self._clock.now()))
-        self.busy, self.samples = (step.busy, step.samples) if self._device.type == "cpu" else self._finished(step)
+        self.compute_seconds, self.samples = (
+            (step.compute_seconds, step.samples) if self._device.type == "cpu" else self._finished(step)
+        )
         self._step = None
         with self._lock:
             self._waiting.append(step)
@@ -211,18 +214,18 @@ class Meter:
             self.raise_failure()
 
     def _finished(self, step: _Step) -> tuple[float, float]:
-        """Return seconds of forward passes and samples of the steps that the GPU has finished since the last call."""
+        """Return forward seconds and number of samples of the steps that the GPU has finished since the last call."""
         self._unmeasured.append(step)
         seconds = samples = 0.0
         while self._unmeasured and self._clock.passed(self._unmeasured[0].marks[-1][1]):
             finished = self._unmeasured.popleft()
             pairs = zip(finished.marks, finished.marks[1:], strict=False)
             forward = sum(self._clock.seconds(begin, end) for (name, begin), (_, end) in pairs if name == "forward")
-            seconds, samples = seconds + forward + finished.busy, samples + finished.samples
+            seconds, samples = seconds + forward + finished.compute_seconds, samples + finished.samples
         return seconds, samples
 
     def raise_failure(self) -> None:
-        """Raise what went wrong in the background thread (a full disk) in the loop."""
+        """Raise in the training loop what went wrong in the background thread, such as a full disk."""
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
@@ -242,7 +245,7 @@ class Meter:
                 return
 
     def _flush(self, wait: bool = False) -> None:
-        """Write the steps that the device has finished."""
+        """Write the steps that the device has finished; with `wait`, wait for all of them."""
         if wait and self._device.type == "cuda":
             torch.cuda.synchronize()
         ready: list[_Step] = []
@@ -264,16 +267,16 @@ class Meter:
             columns["seconds"].append(round(self._clock.seconds(step.marks[0][1], step.marks[-1][1]), 7))
             for name in SPANS:
                 columns[name].append(round(spans[name], 7))
-            # Without waiting for others: a backward pass on a GPU does not tell it apart, so it is left out there.
-            compute = spans["data"] + step.busy + (spans["forward"] if on_gpu else 0.0)
+            # Compute time excludes waiting. On a GPU a backward pass cannot be separated from it, so it is left out.
+            compute = spans["data"] + step.compute_seconds + (spans["forward"] if on_gpu else 0.0)
             columns["compute"].append(round(compute, 7))
         if ready[0].grad_norm is not None:
             columns["grad_norm"] = [None if step.grad_norm is None else float(step.grad_norm) for step in ready]
         exchanged = [step.exchanged for step in ready if step.exchanged is not None]
         if len(exchanged) == len(ready):
-            columns["bytes"] = [one.bytes for one in exchanged]
-            columns["exposed"] = [round(one.exposed_seconds, 7) for one in exchanged]
-            columns["compression"] = [round(one.compression_seconds, 7) for one in exchanged]
+            columns["bytes"] = [counters.bytes for counters in exchanged]
+            columns["exposed"] = [round(counters.exposed_seconds, 7) for counters in exchanged]
+            columns["compression"] = [round(counters.compression_seconds, 7) for counters in exchanged]
         if self.rank == 0:
             columns["lr"] = [step.lr for step in ready]
         if ready[0].ticket is not None:
@@ -285,18 +288,18 @@ class Meter:
 
 
 def _read(losses: list[Tensor]) -> list[float]:
-    """Return numbers that the device has computed, with one copy to the host for all of them.
+    """Return the values of `losses`, with a single copy to the host.
 
-    On a GPU the copy runs on a stream of its own: on the stream of the training loop it would wait for all the steps
-    that are queued there, one copy per pass.
+    On a GPU the copy runs on a separate stream. On the stream of the training loop it would wait for all the steps that
+    are queued there.
     """
     if not losses:
         return []
     if losses[0].device.type != "cuda":
         return [float(loss) for loss in losses]
     with torch.cuda.stream(_copies(losses[0].device)):
-        numbers: list[float] = torch.stack([loss.double() for loss in losses]).tolist()
-    return numbers
+        values: list[float] = torch.stack([loss.double() for loss in losses]).tolist()
+    return values
 
 
 @lru_cache
@@ -305,7 +308,7 @@ def _copies(device: torch.device) -> torch.cuda.Stream:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM now (bytes)."""
+    """Return the resident memory of this process in bytes."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
@@ -314,7 +317,7 @@ def resident_bytes() -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory ever used: of the device for CUDA, else resident memory of this process (bytes)."""
+    """Return the peak memory in bytes: of the GPU for CUDA, otherwise the resident memory of this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

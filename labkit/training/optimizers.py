@@ -1,4 +1,4 @@
-"""Optimizers and the learning rate over time."""
+"""Optimizers and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ def make_optimizer(
     parameters: Iterable[tuple[nn.Parameter, bool]],
     make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer of the experiment, with torch's fused kernels, on pairs of parameter and "it decays".
+    """Return the optimizer of the experiment, with torch's fused kernels where they exist.
 
-    `make` makes another one from the groups (parameters, their weight_decay).
+    `parameters` are pairs of a parameter and whether weight decay applies to it. If `make` is given, it builds the
+    optimizer from the parameter groups instead.
     """
     pairs = [(parameter, decays) for parameter, decays in parameters if parameter.requires_grad]
     groups = [
@@ -30,27 +31,27 @@ def make_optimizer(
     groups = [group for group in groups if group["params"]]
     if make is not None:
         return make(groups)
-    # The fused kernels know real numbers only; the others take a complex one as two real ones.
+    # Fused kernels support only real numbers; the others treat a complex number as two real ones.
     fused = not any(parameter.is_complex() for parameter, _ in pairs)
     if settings.name == "sgd":
-        # With torch 2.13 the fused kernel of SGD, unlike that of AdamW, does not know sharded parameters.
+        # With torch 2.13 the fused kernel of SGD, unlike that of AdamW, does not support sharded parameters.
         fused = fused and not any(isinstance(parameter, DTensor) for parameter, _ in pairs)
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999), eps=settings.eps, fused=fused)
 
 
 def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
-    """Learning rate of update `step` of `steps`: a linear rise, then constant, or linear or cosine to zero."""
+    """Return the learning rate of step `step` of `steps`: warm-up, then constant, linear or cosine decay to 0."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
         return settings.lr
-    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
-    factor = 1 - done if settings.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    progress = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    factor = 1 - progress if settings.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return settings.lr * factor
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Use `value` from the next update on."""
+    """Set the learning rate of all parameter groups to `value`."""
     for group in optimizer.param_groups:
         group["lr"] = value

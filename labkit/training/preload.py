@@ -1,7 +1,7 @@
-"""What a rank imports before its first step, imported early by the standby.
+"""Modules that a rank needs before its first step, imported early by the standby.
 
-Without this the first step would pay for it: torch loads parts of itself when they are first used. Nothing here starts
-a thread or touches CUDA, so that the process can still fork.
+Otherwise the first step would take longer, because torch imports parts of itself on first use. Nothing here starts a
+thread or touches CUDA, so that the process can still fork.
 """
 
 from __future__ import annotations

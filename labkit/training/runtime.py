@@ -1,7 +1,8 @@
 """The runtime of one rank: threads, device, process group, Accelerator.
 
-Accelerate keeps the process state, wraps the model, gathers and saves. The process group is made here, because the
-rendezvous is a file in a private directory: no port to collide on, and nothing listens beyond loopback.
+Accelerate keeps the process state, wraps the model in DDP and runs it under autocast; it neither gathers nor saves. The
+process group is created here, because the rendezvous is a file in a private directory: no ports can collide, and
+nothing listens beyond loopback.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from labkit.parallel.stages import pp_rank_of_last_stage
 from labkit.workloads.seed import seed_generators
 
 PATIENCE_S = 30.0
-"""Collectives give up this much later than the supervisor, which can name the rank at fault."""
+"""Seconds by which collectives time out later than the supervisor, which can name the rank at fault."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Who this rank is and what it works with."""
+    """Identity of one rank, and the device, process group and Accelerator that it works with."""
 
     rank: int
-    """Rank in the run, also where ranks are isolated."""
+    """Rank in the run, also if ranks are isolated."""
     ranks: int
-    """All ranks of the run."""
+    """World size of the run."""
     device: torch.device
     dtype: torch.dtype
     accelerator: Accelerator
@@ -45,20 +46,20 @@ class Runtime:
     isolated: bool
     mesh: Mesh
     folder: Path
-    """A private local folder in which the ranks of this run meet."""
+    """Private local folder for the rendezvous of this run's ranks."""
     timeout_s: float
-    """How long a rank waits for another one."""
+    """Seconds after which a collective times out."""
 
     @classmethod
     def start(cls, experiment: Experiment, rank: int, rendezvous: str) -> Runtime:
-        """Join the other ranks. Blocks until all have joined."""
+        """Set up device, process group and Accelerator; block until all ranks have joined."""
         launch, ranks = experiment.launch, experiment.layout.world_size
         timeout_s = SLOW_FACTOR * launch.timeout_s + PATIENCE_S
         torch.set_num_threads(launch.threads_per_rank)
         alone = ranks == 1 or launch.isolated
         cpu = launch.device == "cpu"
         if not cpu:
-            os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the order in which nvidia-smi names them
+            os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the order of nvidia-smi
             if not torch.cuda.device_count():
                 raise RuntimeError(
                     f"torch {torch.__version__} finds no GPU that it can use, although the driver shows one: install a "
@@ -67,7 +68,7 @@ class Runtime:
             device = torch.device("cuda", rank % torch.cuda.device_count())
             torch.cuda.set_device(device)
             os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
-            if not alone:  # Accelerate takes the local rank for the index of the GPU; ranks may share one here
+            if not alone:  # Accelerate uses the local rank as the index of the GPU; here ranks may share a GPU
                 os.environ["LOCAL_RANK"] = str(device.index)
         if not alone:
             dist.init_process_group(
@@ -82,14 +83,14 @@ class Runtime:
         accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=precision.mixed_precision,
-            gradient_accumulation_steps=1,  # the loop weighs its passes itself
+            gradient_accumulation_steps=1,  # the loop weights its micro-batches itself
             kwargs_handlers=[Replicate.ddp_handler(experiment), *precision.handlers()],
             step_scheduler_with_optimizer=False,
         )
-        # Silently training N separate models is the worst that can happen: several launchers do it.
+        # Training N separate models without noticing is the worst that can happen; several launchers do it.
         expected = 1 if alone else ranks
         if accelerator.num_processes != expected:
-            raise RuntimeError(f"{accelerator.num_processes} processes have met, {expected} were expected")
+            raise RuntimeError(f"{accelerator.num_processes} processes have joined, {expected} were expected")
         layout, kind = experiment.layout, accelerator.device.type
         mesh = Mesh(layout, rank, kind, connect=layout.world_size > layout.dp_replicate)
         return cls(
@@ -106,10 +107,10 @@ class Runtime:
         )
 
     def place(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Move a batch to the device; what goes into the model also to the number format of the run.
+        """Move a batch to the device and convert the model's input `x` to the dtype of the run.
 
-        Everything else, targets above all, keeps at least float32: losses are computed in it, and the years 1993 to
-        2007 are five numbers in bfloat16 (issue 11, B 23).
+        Everything else, above all targets, keeps at least float32: losses are computed in float32, and in bfloat16 the
+        years 1993 to 2007 are only five different numbers (issue 11, B 23).
         """
         wide = at_least_float32(self.dtype)
         return {
@@ -118,33 +119,33 @@ class Runtime:
         }
 
     def product_type(self) -> torch.dtype:
-        """The type in which a product of matrices really comes out here."""
-        one = torch.ones(1, 1, dtype=self.dtype, device=self.device)
+        """Return the dtype of the result of a matrix product under the autocast of this run."""
+        matrix = torch.ones(1, 1, dtype=self.dtype, device=self.device)
         with self.accelerator.autocast():
-            return (one @ one).dtype
+            return (matrix @ matrix).dtype
 
     def seed(self, value: int) -> None:
-        """Seed what draws random numbers here: torch on this device, numpy, and Python's `random`."""
+        """Seed all random number generators: torch on this device, numpy, and Python's `random`."""
         seed_generators(value)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(value)
 
     def expect_gaps(self, experiment: Experiment) -> Experiment:
-        """Passes may leave parameters without a gradient: what exchanges gradients must not wait for them.
+        """Prepare for passes that leave parameters without a gradient; return the experiment to build the model from.
 
-        DDP looks at the graph of each pass; buckets leave when a pass is over, in one order on all ranks. Returns the
-        experiment that the model is made from.
+        DDP then searches the graph of each pass for unused parameters. A sharded model reduces its buckets after the
+        backward pass, in the same order on all ranks, so that none waits for a gradient that never comes.
         """
         ddp_handler = self.accelerator.ddp_handler
         if ddp_handler is not None:
             ddp_handler.find_unused_parameters = True
-        return experiment.set({"gradients.overlap": False}) if self.spread else experiment
+        return experiment.set({"gradients.overlap": False}) if self.is_sharded else experiment
 
     def add_up(self, sums: dict[str, float]) -> dict[str, float]:
-        """Sum numbers over all ranks; every rank gets the result. All ranks name the same keys."""
+        """All-reduce a dict of numbers (sum); all ranks pass the same keys and get the same result."""
         if self.accelerator.num_processes == 1:
             return sums
-        if self.mesh.size("pp") > 1:  # only the last stage has seen a result
+        if self.mesh.size("pp") > 1:  # only ranks with the last stage have results
             names: list[Any] = [sorted(sums)]
             dist.broadcast_object_list(names, self.mesh.first_rank_at(pp=pp_rank_of_last_stage(self.mesh.layout)))
             sums = dict.fromkeys(names[0], 0.0) | sums
@@ -154,20 +155,20 @@ class Runtime:
         return dict(zip(keys, total.tolist(), strict=True))
 
     @property
-    def spread(self) -> bool:
-        """One copy of the model lies on more than one rank."""
+    def is_sharded(self) -> bool:
+        """True if one replica of the model is sharded over several ranks."""
         return self.ranks > self.mesh.layout.dp_replicate
 
     def meet(self) -> None:
-        """Wait for all ranks."""
+        """Wait until all ranks have arrived (barrier)."""
         dist.barrier()
 
     def end(self) -> None:
-        """Leave the process group."""
+        """Destroy the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def backend(device: str, ranks: int) -> str:
-    """NCCL where every rank has a GPU of its own; gloo on CPUs and where ranks share a GPU (NCCL refuses that)."""
+    """Return `nccl` if every rank has its own GPU, else `gloo`: on CPUs and shared GPUs (NCCL refuses to share one)."""
     return "nccl" if device == "cuda" and ranks <= torch.cuda.device_count() else "gloo"

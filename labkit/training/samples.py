@@ -1,7 +1,8 @@
-"""The training data as a DataLoader's processes fetch it: pass by pass, each with a seed of its own.
+"""The training data as a DataLoader's worker processes fetch it: by micro-batch, each with its own seed.
 
-What is drawn for a sample (augmentation) then follows from seed, step, share and pass alone: it depends neither on the
-number of loader processes nor on where a run was resumed, and no two shares draw the same (issue 11, A4, B 03).
+Random numbers for a sample (augmentation) therefore depend only on seed, step, share of the batch and micro-batch. They
+depend neither on the number of loader processes nor on where a run was resumed, and no two shares use the same ones
+(issue 11, A4, B 03).
 """
 
 from __future__ import annotations
@@ -20,28 +21,28 @@ from labkit.workloads.seed import seed_generators
 
 
 @dataclass(frozen=True)
-class Pass:
-    """The samples of one pass, and from which seed they are drawn."""
+class MicroBatch:
+    """Indices of the samples of one micro-batch, and the seeds of its random numbers."""
 
     indices: list[int]
     seed: int
-    afterwards: int
-    """From which seed the pass itself draws (dropout), where it is not drawn on from the samples' numbers."""
+    seed_of_pass: int
+    """Seed of the pass itself (dropout), used if `MicroBatchDataset.reseed` is set."""
 
 
 @dataclass(frozen=True)
-class Failure:
-    """Sent by a loader process in place of a batch: exceptions lose their words on the way."""
+class LoaderFailure:
+    """Sent by a loader process in place of a batch, because exceptions lose their message between processes."""
 
     sentence: str
     trace: str
 
 
-class Loaded:
-    """Training data by passes, in the rank itself or as a DataLoader's processes ask for it.
+class MicroBatchDataset:
+    """Training data by micro-batch, fetched in the rank itself or in the worker processes of a DataLoader.
 
-    `reseed` seeds the rank again for the pass itself, where several ranks work on the same samples: they draw the same
-    for the samples and may draw other numbers for the rest. None where a rank has samples of its own.
+    `reseed` seeds the rank again for the pass itself if several ranks work on the same samples: they need the same
+    random numbers for the samples and may need different ones for the rest. It is None if a rank has its own samples.
     """
 
     def __init__(self, data: Data, reseed: Callable[[int], None] | None) -> None:
@@ -50,26 +51,26 @@ class Loaded:
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitems__(self, requested: Pass) -> Batch | Failure:
+    def __getitems__(self, requested: MicroBatch) -> Batch | LoaderFailure:
         if get_worker_info() is None:
-            return self._here(requested)
+            return self._fetch_in_rank(requested)
         seed_generators(requested.seed)
         try:
             return fetch(self.data, requested.indices, "train")
         except TaskFault as fault:
-            return Failure(str(fault), traceback.format_exc())
+            return LoaderFailure(str(fault), traceback.format_exc())
 
-    def _here(self, requested: Pass) -> Batch:
-        if self.reseed is None:  # the step has been seeded
+    def _fetch_in_rank(self, requested: MicroBatch) -> Batch:
+        if self.reseed is None:  # the generators were seeded for the step
             return fetch(self.data, requested.indices, "train")
         seed_generators(requested.seed)
         batch = fetch(self.data, requested.indices, "train")
-        self.reseed(requested.afterwards)
+        self.reseed(requested.seed_of_pass)
         return batch
 
 
-class Passes:
-    """The `sampler`'s passes with the seeds of each, which `seeds` gives for its number in the row."""
+class SeededMicroBatches:
+    """Yields the micro-batches of `sampler`; `seeds` maps the index of a micro-batch to its two seeds."""
 
     def __init__(self, sampler: Any, seeds: Callable[[int], tuple[int, int]]) -> None:
         self.sampler, self.seeds = sampler, seeds
@@ -77,18 +78,18 @@ class Passes:
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __iter__(self) -> Iterator[Pass]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         for number, indices in enumerate(self.sampler):
-            yield Pass(indices, *self.seeds(number))
+            yield MicroBatch(indices, *self.seeds(number))
 
 
-def as_it_is(batch: Batch | Failure) -> Batch | Failure:
-    """Data sets hand out whole batches; there is nothing left to collate."""
+def no_collate(batch: Batch | LoaderFailure) -> Batch | LoaderFailure:
+    """Return `batch` unchanged: data sets return whole batches, so there is nothing to collate."""
     return batch
 
 
-def received(batch: Batch | Failure) -> Batch:
-    """What a loader process has sent; TaskFault if it could not fetch it."""
-    if isinstance(batch, Failure):
+def unwrap_batch(batch: Batch | LoaderFailure) -> Batch:
+    """Return the batch that a loader process has sent; raise TaskFault if it could not fetch it."""
+    if isinstance(batch, LoaderFailure):
         raise TaskFault(batch.sentence) from RuntimeError(batch.trace)
     return batch

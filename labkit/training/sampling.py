@@ -1,8 +1,8 @@
-"""Which samples an update uses: a function of seed, data and global batch alone, whatever the layout.
+"""Which samples an optimizer step uses: a function of seed, data and global batch size, independent of the layout.
 
-Updates walk through an endless row of permutations, one an epoch. Update t takes the positions [t·B, (t+1)·B), a rank
-its contiguous share of them, an accumulation pass its part of the share. So every layout sees the same samples in the
-same update, and a resumed run goes on where it stopped without any saved state.
+Steps walk through an endless sequence of permutations, one per epoch. Step t takes the positions [t·B, (t+1)·B), a rank
+takes its contiguous share of them, and a micro-batch takes a part of that share. So every layout sees the same samples
+in the same step, and a run resumes where it stopped without any saved state.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Indices = NDArray[np.int64]
 
 
 class BatchOrder:
-    """The order of the samples. `length` samples, `batch` of them an update."""
+    """Order of `length` training samples, `batch` of them per optimizer step."""
 
     def __init__(self, length: int, batch: int, seed: int) -> None:
         if length < 1:
@@ -29,11 +29,11 @@ class BatchOrder:
         return np.random.default_rng([self.seed, epoch]).permutation(self.length)
 
     def steps(self, epochs: float) -> int:
-        """Updates in that many passes over the data, at least one."""
+        """Return the number of optimizer steps in `epochs` passes over the data, at least one."""
         return max(1, round(epochs * self.length / self.batch))
 
     def update(self, step: int) -> Indices:
-        """Indices of the samples of update `step`, shape [batch]."""
+        """Return the indices of the samples of optimizer step `step`, shape [batch]."""
         begin, end = step * self.batch, (step + 1) * self.batch
         parts = []
         while begin < end:
@@ -43,30 +43,31 @@ class BatchOrder:
             begin += len(part)
         return np.concatenate(parts)
 
-    def passes(
+    def micro_batches(
         self, step: int, rank: int, ranks: int, passes: int, weights: Sequence[float] | None = None
     ) -> list[Indices]:
-        """The accumulation passes of one rank's share of update `step`; sizes differ by at most one.
+        """Return the `passes` micro-batches of one rank in step `step`, as indices; their sizes differ by at most one.
 
-        `weights`: parts of the batch by rank, which sum up to 1; each rank gets at least one sample a pass.
+        `weights` are the ranks' fractions of the batch, with sum 1; each rank gets at least one sample per micro-batch.
+        By default all ranks get equal shares.
         """
-        whole = self.update(step)
+        batch = self.update(step)
         if weights is None:
-            return np.array_split(np.array_split(whole, ranks)[rank], passes)
-        return np.array_split(np.split(whole, borders(len(whole), weights, passes))[rank], passes)
+            return np.array_split(np.array_split(batch, ranks)[rank], passes)
+        return np.array_split(np.split(batch, borders(len(batch), weights, passes))[rank], passes)
 
 
 def borders(samples: int, weights: Sequence[float], least: int) -> NDArray[np.int64]:
-    """Where a batch is cut into parts as large as `weights` say, none below `least`: ends of all but the last."""
+    """Return the split points of a batch in parts proportional to `weights`, each of at least `least` samples."""
     free = samples - least * len(weights)
     ends = np.rint(np.cumsum(np.asarray(weights) * free)).astype(np.int64) + least * np.arange(1, len(weights) + 1)
     return np.asarray(ends[:-1])
 
 
 class MicroBatchSampler:
-    """For a DataLoader: the index lists of all passes of one rank from update `first` to `last`, in order.
+    """Batch sampler for a DataLoader: indices of one rank's micro-batches in the steps [`first`, `last`), in order.
 
-    `weights` tells the ranks' parts of the batch when they are needed; None for equal ones.
+    `weights` is called for each step and returns the ranks' fractions of the batch, or None for equal shares.
     """
 
     def __init__(
@@ -87,5 +88,5 @@ class MicroBatchSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first, self.last):
-            for indices in self.order.passes(step, self.rank, self.ranks, self.passes, self.weights()):
+            for indices in self.order.micro_batches(step, self.rank, self.ranks, self.passes, self.weights()):
                 yield indices.tolist()

@@ -1,8 +1,9 @@
-"""A rank made slow on purpose (`launch.slowdown`): after each pass it sleeps as long as a slower machine would compute.
+"""A rank slowed down on purpose (`launch.slowdown`): after each pass it sleeps for the additional time of a slower one.
 
-Waiting for others is no computing, or two slow ranks would drive each other ever slower. On a CPU the meter tells them
-apart (`PassClock`). On a GPU, streams wait for collectives without telling; a backward pass takes about twice the time
-of its forward pass, so what goes beyond that is taken for waiting. (In a pipeline on GPUs all of the schedule counts.)
+Waiting for other ranks does not count as computing; otherwise two slow ranks would slow each other down ever more. On a
+CPU the meter separates the two (`PassClock`). On a GPU, the wait of a stream for a collective cannot be seen. There a
+backward pass takes about twice as long as its forward pass, so any time beyond that counts as waiting. (In a pipeline
+on GPUs the whole schedule counts.)
 """
 
 from __future__ import annotations
@@ -17,46 +18,46 @@ from labkit.training.clock import CudaClock
 from labkit.training.meter import Meter
 
 Pass = Callable[..., Any]
-"""`run_pass(batch, weight, last, phase)` of a model."""
+"""The function `run_pass(batch, weight, last, phase)` of a model."""
 BACKWARD = 2.0
-"""Most computing of a backward pass, in forward passes."""
+"""Maximum compute time of a backward pass, in multiples of the forward pass."""
 
 
-def stretched(run_pass: Pass, factor: float, device: torch.device, meter: Meter) -> Pass:
-    """`run_pass` of a rank that computes `factor` times slower than it could; itself where that is 1."""
+def slow_down(run_pass: Pass, factor: float, device: torch.device, meter: Meter) -> Pass:
+    """Return `run_pass`, slowed down to `factor` times its compute time; unchanged if `factor` is 1."""
     if factor == 1:
         return run_pass
     return _on_gpu(run_pass, factor - 1, meter) if device.type == "cuda" else _on_cpu(run_pass, factor - 1, meter)
 
 
-def _on_cpu(run_pass: Pass, more: float, meter: Meter) -> Pass:
+def _on_cpu(run_pass: Pass, extra: float, meter: Meter) -> Pass:
     def run(batch: Any, weight: float, last: bool, phase: Callable[[str], None]) -> Any:
         loss = run_pass(batch, weight, last, phase)
-        seconds = more * meter.computing()
+        seconds = extra * meter.pass_seconds()
         time.sleep(seconds)
-        meter.computed(seconds)
+        meter.add_compute_seconds(seconds)
         return loss
 
     return run
 
 
-def _on_gpu(run_pass: Pass, more: float, meter: Meter) -> Pass:
+def _on_gpu(run_pass: Pass, extra: float, meter: Meter) -> Pass:
     clock = CudaClock()
 
     def run(batch: Any, weight: float, last: bool, phase: Callable[[str], None]) -> Any:
-        moments: dict[str, Any] = {}
+        timestamps: dict[str, Any] = {}
 
         def mark(name: str) -> None:
             phase(name)
-            moments[name] = clock.now()
+            timestamps[name] = clock.now()
 
         loss = run_pass(batch, weight, last, mark)
-        moments["end"] = clock.now()
+        timestamps["end"] = clock.now()
         torch.cuda.synchronize()
-        forward = clock.seconds(moments["forward"], moments["backward"])
-        backward = clock.seconds(moments["backward"], moments["end"])
-        time.sleep(more * (forward + min(backward, BACKWARD * forward)))
-        meter.computed(more * forward)  # what is compared between ranks on GPUs is the forward pass
+        forward = clock.seconds(timestamps["forward"], timestamps["backward"])
+        backward = clock.seconds(timestamps["backward"], timestamps["end"])
+        time.sleep(extra * (forward + min(backward, BACKWARD * forward)))
+        meter.add_compute_seconds(extra * forward)  # what is compared between ranks on GPUs is the forward pass
         return loss
 
     return run

@@ -48,7 +48,7 @@ from labkit.training.probes.trace import Trace
 from labkit.training.rehearsal import hooks
 from labkit.training.rehearsal.rehearse import rehearse
 from labkit.training.runtime import Runtime
-from labkit.training.samples import Loaded, Passes, as_it_is, received
+from labkit.training.samples import MicroBatchDataset, SeededMicroBatches, no_collate, unwrap_batch
 from labkit.training.sampling import BatchOrder, MicroBatchSampler
 from labkit.training.shares import Shares
 from labkit.training.weights import Weight, Weights
@@ -56,14 +56,14 @@ from labkit.workloads.base import Batch, Task
 from labkit.workloads.fetch import fetch
 
 DEFAULT_EVALUATIONS = 10
-_BETWEEN_PASSES = 0x9E3779B97F4A7C15
-"""Between the seeds of the passes of one update in loader processes: far from those of other updates."""
+_SEED_STRIDE = 0x9E3779B97F4A7C15
+"""Difference between the seeds of two micro-batches of a step; so large that no seeds of other steps are near."""
 WAIT_S = 0.02
-"""Between two looks of a rank that waits for another one, which may take long."""
+"""Seconds between two checks of a rank that waits for another one."""
 
 
 class Trainer:
-    """One rank at work: model, optimizer and data prepared, then `run()`."""
+    """Training loop of one rank: prepares model, optimizer and data, then `run()` trains."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Trainer:
         self.runtime, self.meter, self.board = runtime, meter, board
         self.events: EventWriter = meter.events
         training = experiment.training
-        whole = place_module(task.model, runtime.device, runtime.dtype)
+        model = place_module(task.model, runtime.device, runtime.dtype)
         if isinstance(loss_module := getattr(task, "loss_module", None), nn.Module):
             place_module(loss_module, runtime.device, at_least_float32(runtime.dtype))
         self.order = BatchOrder(len(task.train), training.global_batch, training.seed)
@@ -89,22 +89,22 @@ class Trainer:
             experiment = runtime.expect_gaps(experiment)
         sparsity = registry("sparsity")[experiment.sparsity.method].load()
         sparsity_options = sparsity.Options(**experiment.sparsity.options)
-        shapes = sparsity.shapes(whole, sparsity_options)
-        sparse_units = sparsity.units(whole)
+        shapes = sparsity.shapes(model, sparsity_options)
+        sparse_units = sparsity.units(model)
         sparse_layers = sparsity.prepare(
-            whole, experiment, sparsity_options, shapes, lambda: runtime.place(task.train.__getitems__([0]))["x"]
+            model, experiment, sparsity_options, shapes, lambda: runtime.place(task.train.__getitems__([0]))["x"]
         )
         self.about_model: dict[str, Any] = {
-            "parameters": sum(parameter.numel() for parameter in whole.parameters()),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "warnings": rehearsed.notes,
         }
-        with_hooks = hooks.hooked(whole)
+        hooked_names = hooks.hooked(model)
         self.steps = training.steps or self.order.steps(training.epochs or 1)
         place = runtime.mesh.index("dp_replicate", "dp_shard", "pp", "cp", "ep")
         self.narrowing = PrecisionController(experiment, place, self.steps, runtime.device)
-        self.narrowing.convert(whole)
-        self.compiled = Compiled(experiment, whole, runtime.device)
-        del whole  # a layout may free the parts that other ranks hold
+        self.narrowing.convert(model)
+        self.compiled = Compiled(experiment, model, runtime.device)
+        del model  # a layout may free the parts that belong to other ranks
         scaler = runtime.accelerator.scaler
         self.scaling = LossScaling(scaler, runtime.device) if scaler is not None else None
         self.passes = experiment.gradients.accumulation
@@ -112,7 +112,7 @@ class Trainer:
         on_device = clock(runtime.device) if runtime.device.type == "cuda" else None
         self.exchanges = GradientReducer(experiment, self.steps, on_device)
         self.model: ReplicatedModel | ParallelModel
-        if runtime.spread:
+        if runtime.is_sharded:
             autocast = runtime.accelerator.autocast
             self.model = ParallelModel(experiment, task, runtime.mesh, runtime.device, autocast, self.exchanges)
         else:
@@ -124,19 +124,19 @@ class Trainer:
                 folder = runtime.folder if shared_memory.uses_shared_memory(experiment) else None
                 self.model.set_up_exchange(folder, runtime.timeout_s)
                 if (memory := self.model.memory) is not None:
-                    meter.spun = lambda: memory.spin_wait_seconds
-        if lost := hooks.lost_in(with_hooks, self.model.stages.values()):
-            raise TaskFault(lost)
+                    meter.spin_wait_seconds = lambda: memory.spin_wait_seconds
+        if message := hooks.lost_in(hooked_names, self.model.stages.values()):
+            raise TaskFault(message)
         factor = experiment.launch.slowdown.get(runtime.rank, 1.0)
-        self.run_pass = slow.stretched(self.model.run_pass, factor, runtime.device, meter)
+        self.run_pass = slow.slow_down(self.model.run_pass, factor, runtime.device, meter)
         self.link = LinkCounter(experiment, runtime)
         settings = self.exchanges.inner_optimizer_config()
         own = self.narrowing.optimizer() or self.exchanges.optimizer()
         self.optimizer = make_optimizer(settings, self.model.optimizer_parameters(), own)
         if self.narrowing.needs_own_optimizer and self.model.tied:
             raise ValueError(
-                f"{self.model.tied[0]} stands on two stages, whose copies would be rounded differently and drift "
-                "apart: choose another number format, or 32 bits for the optimizer's state"
+                f"{self.model.tied[0]} is stored on two stages, whose copies would be rounded differently and drift "
+                "apart: choose another precision, or 32 bits for the optimizer's state"
             )
         self.exchanges.attach_optimizer(self.optimizer)
         self.update = rule(
@@ -147,7 +147,7 @@ class Trainer:
                 self.optimizer,
                 Communicator(clock=on_device),
                 self.steps,
-                self._rate,
+                self._lr,
                 runtime.folder,
                 runtime.timeout_s,
                 rehearsed.irregular,
@@ -163,14 +163,14 @@ class Trainer:
         setting = SparsityContext(experiment, sparsity_options, masks, shapes, self.steps, sparse_layers, sparse_units)
         self.sparsity = sparsity(setting)
         self.about_model["warnings"] += self.sparsity.notes()
-        self.first = self._load(Path(resume)) if resume else self._begin_anew()
+        self.first = self._load(Path(resume)) if resume else self._start_fresh()
         self.exchanges.resume(self.first)
         self.narrowing.start(self.model.stages.values(), self.optimizer, self.first)
         self.model.on_weights_updated = self.narrowing.after_update
         self._before = Counters()
-        """What combining had cost when the update began."""
+        """Communication counters at the beginning of the current step."""
         self._sum = Counters()
-        """What all updates of this run have cost."""
+        """Communication counters summed over all steps of this run."""
         if isinstance(self.model, ReplicatedModel):
             self.model.set_training_module(self.update.training_module())
         self.weights = Weights(
@@ -181,27 +181,27 @@ class Trainer:
             self.update.one_batch and not runtime.isolated,
         )
         self.buffers = Buffers(self.model.stages, runtime.mesh) if self.update.one_batch else None
-        """Those that the ranks hold in common; under other rules each has its own until they meet."""
+        """Buffers kept equal on all ranks; None under update rules whose ranks diverge."""
         follow = experiment.training.shares == "speed" and runtime.ranks > 1 and not runtime.isolated
         self.shares = Shares(runtime.ranks, follow, runtime.device)
-        self.watch: LayerProbe | None = None
-        """The layers of this rank as the last evaluation saw them, on the rank that writes for its stages."""
+        self.probe: LayerProbe | None = None
+        """Layers of this rank as recorded in the last evaluation, on the rank that writes for its stages."""
         self.done = self._saved_at = self.first
-        """Updates done so far."""
-        wanted = training.trace_step
-        self.traced = min(self.first + wanted, self.steps) - 1 if wanted else None
+        """Number of optimizer steps done so far."""
+        trace_step = training.trace_step
+        self.traced = min(self.first + trace_step, self.steps) - 1 if trace_step else None
         self.trace = Trace(experiment, self.model, self.optimizer, runtime.device)
 
     def run(self) -> bool:
-        """Train to the end or until asked to stop; True if it was stopped before its end."""
+        """Train to the end or until a stop is requested; return True if the run was stopped before its end."""
         self._write_start()
         self._write_sparsity(self.first)
         self._compute_once_uncompiled()
         self.model.train()
-        stopped = self._draw_tickets() if self.update.uses_work_queue else self._go_through_rounds()
+        stopped = self._train_with_work_queue() if self.update.uses_work_queue else self._train_in_rounds()
         self.events.write("memory", peak_bytes=peak_bytes(self.runtime.device))
         if not stopped:
-            self._look_afterwards()
+            self._run_post_training_steps()
         if stopped and self.done > self._saved_at and self.experiment.training.checkpoint_every != 0:
             if self.buffers is not None:
                 self.buffers.synchronize()
@@ -212,17 +212,17 @@ class Trainer:
         return stopped
 
     def _compute_once_uncompiled(self) -> None:
-        """Let hooks that wait for their first call (which types are at work) have it before blocks are compiled.
+        """Run one uncompiled forward pass before blocks are compiled, for hooks that remove themselves after one call.
 
-        A hook that is there when a block is compiled splits it in two, in all blocks that share what was compiled.
+        A hook that exists when a block is compiled splits it in two, in all blocks that share the compiled code.
         """
         if self.compiled.blocks:
             self.model.train(False)
             with torch.no_grad(), self.compiled.uncompiled():
                 self.model.output(self.runtime.place(self.task.train.__getitems__([0]))["x"])
 
-    def _go_through_rounds(self) -> bool:
-        """Every rank does every update; True if they were stopped."""
+    def _train_in_rounds(self) -> bool:
+        """Train in steps that all ranks take together; return True if the run was stopped."""
         batches = self.update.wrap_dataloader(self.model, map(self.runtime.place, self._batches()))
         stopped = False
         self.link.resume()
@@ -231,130 +231,130 @@ class Trainer:
             if stopped:
                 break
             if self.traced is not None and self.done == max(self.first, self.traced - self.update.steps_in_flight):
-                self.trace.watch()  # what the traced update finds under way begins before it
+                self.trace.start()  # micro-batches in flight in the traced step begin before it
             if self.done == self.traced:
                 self._traced_step(self.done, batches)
             else:
                 self._step(self.done, batches)
             self.done += 1
-            self._after(self.done)
+            self._evaluate_and_save_if_due(self.done)
         self.link.pause()
         return stopped
 
-    def _draw_tickets(self) -> bool:
-        """Ranks draw work and meet where something is due; True if they were stopped."""
+    def _train_with_work_queue(self) -> bool:
+        """Train with a work queue from one evaluation or checkpoint to the next; return True if the run was stopped."""
         rule, shares = self.update, self.runtime.mesh.data_shard[1]
         while self.done < self.steps:
             due = self._next_due(self.done)
-            self._before = self._counters() or self._before  # what an evaluation sends belongs to no update
+            self._before = self._counters() or self._before  # what an evaluation sends does not belong to a step
             self.link.resume()
             rule.start_epoch(self.done * shares, due * shares)
-            asked = False
-            while (ticket := rule.next_work(stop=asked)) is not None:
-                self._work_on(ticket, *divmod(ticket, shares))
-                asked = self.board.stop_requested()
+            stop_seen = False
+            while (ticket := rule.next_work(stop=stop_seen)) is not None:
+                self._compute_share(ticket, *divmod(ticket, shares))
+                stop_seen = self.board.stop_requested()
             self.meter.phase("optimizer")
             rule.close()
-            self._exchanged()  # what came after this rank's last piece
+            self._take_counters()  # what was sent after this rank's last ticket
             self.link.pause()
             rule.sync_weights()
-            # Not all have seen the request at the same ticket.
-            stopped = bool(self.runtime.add_up({"asked": float(asked)})["asked"])
+            # The ranks may have noticed the request at different tickets.
+            stopped = bool(self.runtime.add_up({"stop_seen": float(stop_seen)})["stop_seen"])
             self.done = rule.claimed_until // shares
             if self.done == due:
-                self._after(self.done)
+                self._evaluate_and_save_if_due(self.done)
             if stopped:
                 return self.done < self.steps
         return False
 
-    def _work_on(self, ticket: int, step: int, share: int) -> None:
-        """One piece of work: the gradient over a share of update `step`, and what the rule makes of it."""
+    def _compute_share(self, ticket: int, step: int, share: int) -> None:
+        """Compute the gradient over one share of step `step` and hand it to the update rule."""
         meter, runtime, rule = self.meter, self.runtime, self.update
-        rate = self._rate(step) * self.update.lr_scale(step)
-        meter.begin(step, rate, ticket)
-        set_learning_rate(self.optimizer, rate)
+        lr = self._lr(step) * self.update.lr_scale(step)
+        meter.begin(step, lr, ticket)
+        set_learning_rate(self.optimizer, lr)
         runtime.seed(self._random_state(step, share))
         self.narrowing.begin(step)
         rule.fetch_weights()
         shares = self.runtime.mesh.data_shard[1]
-        indices = self.order.passes(step, share, shares, self.passes)
+        indices = self.order.micro_batches(step, share, shares, self.passes)
         batches = (runtime.place(fetch(self.task.train, chosen.tolist(), "train")) for chosen in indices)
-        for number, (batch, weight) in enumerate(self._weighed(batches)):
-            loss = self.run_pass(batch, self._scaled(weight.gradient), number == self.passes - 1, meter.phase)
+        for number, (batch, weight) in enumerate(self._weighted_batches(batches)):
+            loss = self.run_pass(batch, self._loss_weight(weight.gradient), number == self.passes - 1, meter.phase)
             assert loss is not None
-            meter.loss(loss * weight.shown, len(next(iter(batch.values()))))
+            meter.loss(loss * weight.reported, len(next(iter(batch.values()))))
         meter.phase("optimizer")
-        self._measure_gradient()
-        stale = rule.apply_gradient(ticket)
+        self._clip_or_record_gradient_norm()
+        staleness = rule.apply_gradient(ticket)
         self.model.after_update(self.optimizer)
-        if stale is None:
+        if staleness is None:
             meter.cancel()
         else:
-            meter.staleness(stale)
-            meter.exchanged(self._exchanged())
+            meter.staleness(staleness)
+            meter.exchanged(self._take_counters())
             meter.end()
 
-    # -- one update ---------------------------------------------------------------------------------------------------
+    # -- one optimizer step ------------------------------------------------------------------------------------------
 
     def _traced_step(self, step: int, batches: Iterator[Batch]) -> None:
-        """One update, and what it looked like on this rank."""
+        """Train one step while tracing it, and write the event `trace`."""
         with self.trace as trace, self.compiled.uncompiled():
             self._step(step, batches, trace)
-        self.events.write("trace", step=step + 1, **trace.found())
+        self.events.write("trace", step=step + 1, **trace.event_fields())
 
     def _step(self, step: int, batches: Iterator[Batch], trace: Trace | None = None) -> None:
-        """One update: the passes over this rank's share, the exchange of gradients in the last, the optimizer."""
+        """Train one step: run the micro-batches of this rank, reduce gradients in the last one, step the optimizer."""
         meter, runtime = self.meter, self.runtime
-        rate = self._rate(step) * self.update.lr_scale(step)
-        meter.begin(step, rate)
-        self._before = self._counters() or self._before  # what an evaluation sends belongs to no update
-        set_learning_rate(self.optimizer, rate)
+        lr = self._lr(step) * self.update.lr_scale(step)
+        meter.begin(step, lr)
+        self._before = self._counters() or self._before  # what an evaluation sends does not belong to a step
+        set_learning_rate(self.optimizer, lr)
         runtime.seed(self._random_state(step, runtime.rank))
         self.narrowing.begin(step)
-        seen = 0
-        for number, (batch, weight) in enumerate(self._weighed(batches)):
+        samples_seen = 0
+        for number, (batch, weight) in enumerate(self._weighted_batches(batches)):
             samples = len(next(iter(batch.values())))
-            seen += samples
+            samples_seen += samples
             last = number == self.passes - 1
             with self.update.forward_backward(self.model, last, step), self.sparsity.effective_weights(step):
-                loss = self.run_pass(batch, self._scaled(weight.gradient), last, meter.phase)
+                loss = self.run_pass(batch, self._loss_weight(weight.gradient), last, meter.phase)
             if loss is not None:
-                meter.loss(loss if weight.shown == 1 else loss * weight.shown, samples * self.model.metric_weight)
+                meter.loss(loss if weight.reported == 1 else loss * weight.reported, samples * self.model.metric_weight)
         meter.phase("optimizer")
         self.update.before_update(step)
         self.sparsity.before_update(step)
-        self._measure_gradient()
+        self._clip_or_record_gradient_norm()
         self.optimizer.step()
         if trace is not None:
             trace.measure()
         self.sparsity.after_update(step)
-        stale = self.update.after_update(step)
-        if stale is not None:
-            meter.staleness(stale)
+        staleness = self.update.after_update(step)
+        if staleness is not None:
+            meter.staleness(staleness)
         self.model.after_update(self.optimizer)
         if self.buffers is not None:
-            self.buffers.after_update(seen)
-        meter.exchanged(self._exchanged())
+            self.buffers.after_update(samples_seen)
+        meter.exchanged(self._take_counters())
         meter.end()
-        self.shares.computed(step, meter.busy, meter.samples)
+        self.shares.record(step, meter.compute_seconds, meter.samples)
         self._write_sparsity(step + 1)
 
     def _write_sparsity(self, step: int) -> None:
-        """After a change of what is zero: by layer, zeros as counted, weights, and what part of those kept is new."""
+        """Write the event `sparsity` after masks changed: zeros, weights and new fraction of kept weights by layer."""
         churn = self.sparsity.take_churn()
         if churn is None:
             return
         with self.sparsity.effective_weights():  # the weights that the network uses
             zeros, churn = self.sparsity.masks.zeros(changed=True), self.sparsity.masks.gather_named(churn)
         if self.runtime.rank == 0:
-            self._tell_zeros(step, zeros, churn)
+            self._write_zeros(step, zeros, churn)
 
-    def _tell_zeros(self, step: int, zeros: dict[str, tuple[int, int]], churn: dict[str, float]) -> None:
+    def _write_zeros(self, step: int, zeros: dict[str, tuple[int, int]], churn: dict[str, float]) -> None:
         layers = {name: [*counts, churn.get(name, 0.0)] for name, counts in zeros.items()}
         self.events.write("sparsity", step=step, layers=layers)
 
-    def _measure_gradient(self) -> None:
-        """Clip the gradient, or write its norm down, if that was asked for."""
+    def _clip_or_record_gradient_norm(self) -> None:
+        """Unscale the gradient, then clip it or record its norm if the experiment asks for that."""
         if self.scaling is not None:
             self.scaling.unscale(self.optimizer)
         limit = self.experiment.optimizer.clip_norm
@@ -365,29 +365,30 @@ class Trainer:
         elif self.experiment.training.gradient_norm:
             self.meter.grad_norm(self.model.grad_norm())
 
-    def _rate(self, step: int) -> float:
+    def _lr(self, step: int) -> float:
+        """Return the learning lr of step `step`."""
         return learning_rate(self.experiment.optimizer, step, self.steps)
 
     def _random_state(self, step: int, share: int) -> int:
-        """Everything random in a step (dropout, …) follows from these three, so a resumed run repeats it."""
+        """Return the seed of a step and share, for dropout and the like, so that a resumed run repeats them."""
         return (self.experiment.training.seed * 1_000_003 + step) * 4099 + share
 
     def _counters(self) -> Counters | None:
-        """What combining has cost so far; None where nothing is combined or nobody counts."""
-        found = [one for one in (self.model.counters(), self.update.counters()) if one is not None]
-        return sum(found[1:], found[0]) if found else None
+        """Return the communication counters so far; None if ranks do not communicate or nothing is counted."""
+        counters = [part for part in (self.model.counters(), self.update.counters()) if part is not None]
+        return sum(counters[1:], counters[0]) if counters else None
 
-    def _exchanged(self) -> Counters | None:
-        """What combining has cost since the last look at it."""
+    def _take_counters(self) -> Counters | None:
+        """Return what was counted since the last call, and add it to the sum of the run."""
         now = self._counters()
         if now is None:
             return None
-        found, self._before = now.since(self._before), now
-        self._sum += found
-        return found
+        difference, self._before = now.since(self._before), now
+        self._sum += difference
+        return difference
 
-    def _weighed(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Weight]]:
-        """The passes of one update and what each counts; fetched one by one where that is known before."""
+    def _weighted_batches(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Weight]]:
+        """Yield the micro-batches of one step with their weights, one by one if weights are known in advance."""
         if not self.weights.by_samples:
             passes = [batch for _, batch in zip(range(self.passes), batches, strict=False)]
             yield from zip(passes, self.weights.of(passes), strict=True)
@@ -398,15 +399,15 @@ class Trainer:
             batch = next(batches)
             yield batch, self.weights.of_samples(len(next(iter(batch.values()))))
 
-    def _scaled(self, weight: float) -> Any:
-        """The weight of a mean loss, times the scale that keeps small gradients of float16 from vanishing."""
+    def _loss_weight(self, weight: float) -> Any:
+        """Return `weight`, times the loss scale that keeps small float16 gradients from vanishing."""
         return weight if self.scaling is None or not weight else self.scaling.scaled(weight)
 
     def _batches(self) -> Iterator[Batch]:
-        """The passes of this rank, in order.
+        """Return an iterator over the micro-batches of this rank.
 
-        Without loader processes the data is asked directly: a DataLoader in this process could not prefetch, and costs
-        more than fetching a batch of small images does.
+        Without loader processes the data set is called directly: a DataLoader in this process could not prefetch, and
+        costs more than fetching a batch of small images does.
         """
         share, shares = self.runtime.mesh.data_shard
         follow = self.shares.follow
@@ -419,35 +420,35 @@ class Trainer:
             self.passes,
             lambda: self.shares.weights if follow else None,
         )
-        data = Loaded(self.task.train, self.runtime.seed if self.runtime.spread else None)
-        passes = Passes(sampler, self._seeds_of_pass)
+        data = MicroBatchDataset(self.task.train, self.runtime.seed if self.runtime.is_sharded else None)
+        passes = SeededMicroBatches(sampler, self._seeds_of_pass)
         workers, cuda = self.experiment.training.loader_workers, self.runtime.device.type == "cuda"
         if not workers and not cuda:
-            return map(received, map(data.__getitems__, passes))
+            return map(unwrap_batch, map(data.__getitems__, passes))
         loader: Any = DataLoader(
             data,  # type: ignore[arg-type]
             batch_sampler=passes,  # type: ignore[arg-type]
-            collate_fn=as_it_is,  # type: ignore[arg-type]
+            collate_fn=no_collate,  # type: ignore[arg-type]
             num_workers=workers,
             worker_init_fn=partial(end_with_rank, os.getpid()) if workers else None,
             pin_memory=cuda,
         )
-        return map(received, loader)
+        return map(unwrap_batch, loader)
 
     def _seeds_of_pass(self, number: int) -> tuple[int, int]:
-        """Seeds of the pass with this number in the row of this run's passes: for its samples, and for the rest."""
+        """Return the seeds of micro-batch `number` of this run: one for its samples, one for everything else."""
         step, part = divmod(number, self.passes)
         places = (self.runtime.mesh.data_shard[0], self.runtime.rank)
         states = (self._random_state(self.first + step, place) for place in places)
-        for_samples, for_the_rest = ((state + part * _BETWEEN_PASSES) % 2**63 for state in states)
-        return for_samples, for_the_rest
+        for_samples, for_pass = ((state + part * _SEED_STRIDE) % 2**63 for state in states)
+        return for_samples, for_pass
 
-    # -- between updates ----------------------------------------------------------------------------------------------
+    # -- between optimizer steps --------------------------------------------------------------------------------------
 
-    def _after(self, step: int) -> None:
-        """What is due after `step` updates: evaluation, checkpoint; always at the end unless switched off (0)."""
+    def _evaluate_and_save_if_due(self, step: int) -> None:
+        """Evaluate and save if due after `step` steps; at the end always, unless switched off (0)."""
         if self.runtime.isolated:
-            return  # copies that do not train together have nothing to show or to keep
+            return  # replicas that do not train together have nothing to evaluate or to save
         evaluates, saves = self._due(step, self._evaluate_every), self._due(step, self._checkpoint_every)
         if not (evaluates or saves):
             return
@@ -461,73 +462,78 @@ class Trainer:
 
     @property
     def _evaluate_every(self) -> int:
-        wanted = self.experiment.training.evaluate_every
-        return max(1, self.steps // DEFAULT_EVALUATIONS) if wanted is None else wanted
+        interval = self.experiment.training.evaluate_every
+        return max(1, self.steps // DEFAULT_EVALUATIONS) if interval is None else interval
 
     @property
     def _checkpoint_every(self) -> int:
-        wanted = self.experiment.training.checkpoint_every
-        return self.steps if wanted is None else wanted
+        interval = self.experiment.training.checkpoint_every
+        return self.steps if interval is None else interval
 
     def _next_due(self, step: int) -> int:
-        """After how many updates, more than `step`, there is something to do; at the end in any case."""
-        every = [one for one in (self._evaluate_every, self._checkpoint_every) if one > 0]
-        return min([self.steps, *((step // one + 1) * one for one in every)])
+        """Return the first step count above `step` at which an evaluation or checkpoint is due, at most the end."""
+        intervals = [interval for interval in (self._evaluate_every, self._checkpoint_every) if interval > 0]
+        return min([self.steps, *((step // interval + 1) * interval for interval in intervals)])
 
     def _until(self, step: int) -> int:
-        """After how many updates the ranks stand still next, as far as is known when update `step` begins."""
+        """Return the next step at which all ranks synchronise, as far as is known when step `step` begins."""
         due, stop = self._next_due(step), self.board.stops_at
         return due if stop is None else min(due, stop)
 
     def _due(self, step: int, every: int) -> bool:
+        """Return True if an action with the interval `every` is due after `step` steps."""
         return every > 0 and (step % every == 0 or step == self.steps)
 
     def _evaluate(self, step: int, last: bool) -> None:
-        begun = time.perf_counter()
+        """Evaluate after `step` steps and write the event `evaluation`; `last` also records layers and closed loop."""
+        begin = time.perf_counter()
 
-        def alive() -> None:
+        def heartbeat() -> None:
             self.meter.phase("evaluation")
 
-        alive()
+        heartbeat()
         mesh = self.runtime.mesh
         if last and mesh.rank == mesh.writer:
-            self.watch = LayerProbe(self.model.stages, self.model.shard_specs, mesh)
+            self.probe = LayerProbe(self.model.stages, self.model.shard_specs, mesh)
         with self.update.averaged_weights(), self.sparsity.effective_weights(), self.compiled.uncompiled():
             size = evaluation.batch_size(self.experiment, self.runtime.device)
-            sums = evaluation.evaluate(self.task, self.model, self.runtime, alive, size, self.watch)
+            sums = evaluation.evaluate(self.task, self.model, self.runtime, heartbeat, size, self.probe)
             if last:
-                sums |= evaluation.drive(self.task, self.model, self.runtime, self.experiment.training.seed, alive)
+                sums |= evaluation.evaluate_closed_loop(
+                    self.task, self.model, self.runtime, self.experiment.training.seed, heartbeat
+                )
         if self.runtime.rank == 0:
-            seconds = time.perf_counter() - begun
+            seconds = time.perf_counter() - begin
             self.events.write("evaluation", step=step, metrics=self.task.metrics(sums), seconds=seconds)
-        if self.watch is not None:
-            self.events.write("numbers", step=step, **self.watch.found())
+        if self.probe is not None:
+            self.events.write("numbers", step=step, **self.probe.event_fields())
 
-    def _look_afterwards(self) -> None:
-        """The trained network in other forms, if that was asked for (collective; the first rank makes them)."""
-        if not afterwards.wanted(self.experiment):
+    def _run_post_training_steps(self) -> None:
+        """Run the requested post-training steps on rank 0 while the other ranks wait (collective)."""
+        if not afterwards.is_requested(self.experiment):
             return
         with self.update.averaged_weights(), self.sparsity.effective_weights(), self.compiled.uncompiled():
             if self.runtime.rank == 0:
-                alive = partial(self.meter.phase, "evaluation")
+                heartbeat = partial(self.meter.phase, "evaluation")
                 trained = afterwards.Trained(
                     self.experiment,
                     self.task,
                     self.directory,
                     self.model.stages[0],
-                    alive,
+                    heartbeat,
                     self.runtime.accelerator.autocast,
-                    self.watch,
+                    self.probe,
                 )
-                for event, found in afterwards.look(trained):
-                    self.events.write(event, **found)
+                for event, fields in afterwards.run_steps(trained):
+                    self.events.write(event, **fields)
                 self.board.open_gate()
-            while not self.board.gate_open:  # no collective: it would have to end within its own timeout
+            while not self.board.gate_open:  # not a collective, which would time out
                 self.meter.phase("evaluation")
                 time.sleep(WAIT_S)
 
     def _save(self, step: int, unscheduled: bool = False) -> None:
-        begun = time.perf_counter()
+        """Save a checkpoint after `step` steps and write the event `checkpoint` (collective)."""
+        begin = time.perf_counter()
         self.meter.phase("checkpoint")
         mesh, rank = self.runtime.mesh, self.runtime.rank
         own = self._own(unscheduled)
@@ -555,20 +561,21 @@ class Trainer:
                 "checkpoint",
                 step=step,
                 path=str(folder.relative_to(self.directory.path)),
-                seconds=time.perf_counter() - begun,
+                seconds=time.perf_counter() - begin,
             )
             self.events.sync()
 
     def _own(self, unscheduled: bool) -> state.State | None:
-        """What this rank alone has: memories of its compressor; if the run was stopped, weights that are not united.
+        """Return the state that only this rank has; None if no rank has any.
 
-        At a scheduled checkpoint ranks average their weights anyway (`average_replicas`). None if no rank has any.
+        This is the error feedback of its compressor and, if the run was stopped, weights that differ between ranks. At
+        a scheduled checkpoint ranks average their weights anyway (`average_replicas`).
         """
-        apart = unscheduled and self.update.replicas_diverge
-        if not (apart or self.exchanges.has_local_state):
+        diverged = unscheduled and self.update.replicas_diverge
+        if not (diverged or self.exchanges.has_local_state):
             return None
         own = {f"compressor.{name}": tensor for name, tensor in self.exchanges.state().items()}
-        if apart:
+        if diverged:
             weights, moments = state.gather(self.model, self.optimizer, own=True)
             own |= {f"weights.{name}": tensor for name, tensor in weights.items()}
             own |= {f"moments.{name}": tensor for name, tensor in moments.items()}
@@ -576,12 +583,12 @@ class Trainer:
         return own
 
     def _load(self, folder: Path) -> int:
-        """Restore what another run left, whatever its layout was; returns the number of updates done."""
+        """Restore a checkpoint of any layout from `folder`; return the number of steps it has done."""
         stored = checkpoint.read(folder, self.runtime.rank)
-        with checkpoint.fitting(folder):
-            self.sparsity.load(stored.more)  # which weights there are to restore
+        with checkpoint.as_checkpoint_error(folder):
+            self.sparsity.load(stored.shared)  # first, because it decides which weights exist
             state.restore(self.model, self.optimizer, stored.weights, stored.moments)
-            self.update.load(stored.more)
+            self.update.load(stored.shared)
             before = Experiment.from_dict(stored.contents.experiment)
             same = stored.contents.ranks == self.runtime.ranks and same_ranks(before, self.experiment)
             if same and stored.own is not None:
@@ -589,6 +596,8 @@ class Trainer:
         return stored.step
 
     def _load_own(self, own: state.State) -> None:
+        """Restore the state that only this rank had."""
+
         def part(kind: str) -> state.State:
             return {name[len(kind) + 1 :]: tensor for name, tensor in own.items() if name.startswith(f"{kind}.")}
 
@@ -597,14 +606,16 @@ class Trainer:
             state.restore(self.model, self.optimizer, weights, part("moments"))
             self.update.load_local_state(part("rule"))
 
-    def _begin_anew(self) -> int:
+    def _start_fresh(self) -> int:
+        """Initialise sparsity and update rule for a run from step 0; return 0."""
         self.sparsity.begin()
-        self.update.load({})  # what it remembers of the weights is what the network begins with
+        self.update.load({})  # its reference weights are the initial ones
         return 0
 
     # -- beginning and end --------------------------------------------------------------------------------------------
 
     def _write_start(self) -> None:
+        """Write the event `start`: what was set up and what is in effect."""
         runtime, metric, layers = self.runtime, self.task.metric, self.sparsity.context.layers
         self.events.write(
             "start",
@@ -633,6 +644,7 @@ class Trainer:
         )
 
     def _write_figures(self) -> None:
+        """Write what was counted over the run: communication, zeros, link and precision statistics."""
         measured, about = self.model.communication(), self._about_exchange()
         if measured is not None:
             about = {
@@ -644,7 +656,7 @@ class Trainer:
             self.events.write("communication", **about)
         zeros = self.sparsity.masks.zeros()
         if zeros and self.runtime.rank == 0:
-            self._tell_zeros(self.done, zeros, {})
+            self._write_zeros(self.done, zeros, {})
         link = self.link.totals()
         if link is not None:
             self.events.write("link", updates=self.done - self.first, **link)
@@ -657,15 +669,15 @@ class Trainer:
         self.meter.phase("done")
 
     def _about_exchange(self) -> dict[str, Any]:
-        """Of combining gradients, per update of this run: bytes counted and by the formula, compression (s)."""
+        """Return communication per step of this run: counted bytes, bytes by formula, compression (seconds)."""
         counted, updates = self._sum, self.done - self.first
         if not updates or self._counters() is None:
             return {}
         rule = self.update.counters()
-        whole: dict[str, Any] = {} if rule is None else {"bytes_per_step": round(counted.bytes / updates)}
+        of_rule: dict[str, Any] = {} if rule is None else {"bytes_per_step": round(counted.bytes / updates)}
         if rule is not None and not math.isnan(counted.exposed_seconds):
-            whole["exposed_seconds_per_step"] = counted.exposed_seconds / updates
-        return whole | {
+            of_rule["exposed_seconds_per_step"] = counted.exposed_seconds / updates
+        return of_rule | {
             "counted_bytes_per_step": counted.bytes / updates,
             "formula_bytes_per_step": counted.formula_bytes / updates,
             "compression_seconds": counted.compression_seconds / updates,

@@ -1,4 +1,4 @@
-"""The entry of one rank, called in a process that its supervisor has just forked."""
+"""Entry point of one rank, called in a process that its supervisor has just forked."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from labkit.workloads.seed import seed_generators
 _LIBRARIES = tuple(
     str(Path(module.__file__ or "").parents[up]) + os.sep for module, up in ((labkit, 0), (torch, 1), (os, 0))
 )
-"""Where labkit, the installed packages and Python's own library lie."""
+"""Folders of labkit, the installed packages and Python's standard library."""
 _KEPT: list[object] = []
-"""Kept until the process ends without freeing anything: gloo's destructors now and then wait for ever (seen in 2 of 360
-runs with many small buckets, torch 2.13), and the rank would stay behind after its last event.
+"""Objects that are never freed: gloo's destructors sometimes wait forever (seen in 2 of 360 runs with many small
+buckets, torch 2.13), and the rank would hang after its last event.
 """
 
 
@@ -50,23 +50,23 @@ def main(
     resume: str | None = None,
     train: bool = True,
 ) -> None:
-    """Train as one rank. Raises what went wrong; SystemExit(EXIT_STOPPED) when it was stopped before its end.
+    """Train as one rank; raise any error, and SystemExit(EXIT_STOPPED) if the run was stopped before its end.
 
-    With `train` False everything is made ready, which rehearses the task, and nothing is trained.
+    If `train` is False, set everything up, which rehearses the task, and do not train.
     """
-    # On this signal the stacks of all threads go to the log, also while the main thread hangs in a collective.
+    # On this signal the stacks of all threads are written to the log, even if the main thread hangs in a collective.
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
-    # Their new names are not there before torch 2.13, and a log is no place to say so to a learner.
+    # Their new names do not exist before torch 2.13, and the warning would only confuse a learner who reads the log.
     renamed = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
     warnings.filterwarnings("ignore", renamed, FutureWarning)
     events = EventWriter(directory.events(rank), rank)
     try:
         with Meter(events, rank, board, requested) as meter:
             runtime = Runtime.start(experiment, rank, rendezvous)
-            meter.use(runtime.device)
+            meter.set_device(runtime.device)
             workload = registry("workload")[experiment.workload.name].load()
             options = workload.Options(**experiment.workload.options)
-            seed_generators(experiment.training.seed)  # also for what a person's file draws when it is read
+            seed_generators(experiment.training.seed)  # also for random numbers that a user's file draws on import
             task = _build(workload, options, experiment.training.seed)
             with _refusals():
                 trainer = Trainer(experiment, directory, task, runtime, meter, board, resume)
@@ -85,13 +85,13 @@ def main(
         raise SystemExit(EXIT_STOPPED)
 
 
-def rehearse(**order: Any) -> None:
-    """The entry of a rank that only rehearses (`labkit validate --rehearse`)."""
-    main(**order, train=False)
+def rehearse(**arguments: Any) -> None:
+    """Set up one rank and rehearse the task without training (`labkit validate --rehearse`); see `main`."""
+    main(**arguments, train=False)
 
 
 def _build(workload: Any, options: Any, seed: int) -> Task:
-    """The task as the workload builds it; TaskFault with one sentence for whatever is wrong about it."""
+    """Return the task that the workload builds; raise TaskFault with one sentence if that fails."""
     try:
         task: Task = workload.build(options, seed)
     except TaskFault:
@@ -105,7 +105,7 @@ def _build(workload: Any, options: Any, seed: int) -> Task:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What labkit itself refuses of a task while a rank is set up (ValueError) is a request gone wrong (TaskFault)."""
+    """Turn a ValueError that labkit raises during set-up, other than for checkpoints, into a TaskFault."""
     try:
         yield
     except TaskFault:
@@ -118,7 +118,7 @@ def _refusals() -> Iterator[None]:
 
 
 def _why_not_built(error: BaseException) -> str:
-    """One sentence: what labkit's own rules say of it, or what was raised in whose file and line."""
+    """Return one sentence: the message of labkit's own rule, or the error with the user's file and line."""
     frames = traceback.extract_tb(error.__traceback__)
     places = [frame for frame in frames if not frame.filename.startswith((*_LIBRARIES, "<frozen"))]
     if not places:
@@ -128,7 +128,7 @@ def _why_not_built(error: BaseException) -> str:
 
 
 def _write_error(events: EventWriter, error: BaseException) -> None:
-    """For the reader of the events; the supervisor hears of it through its pipe."""
+    """Write the error as an event; the supervisor learns of it through its pipe."""
     trace = "".join(traceback.format_exception(error))[-16_000:]
     try:
         events.write("error", type=type(error).__name__, message=message_of(error)[:4000], traceback=trace)

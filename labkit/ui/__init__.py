@@ -1,4 +1,4 @@
-"""Widgets: the panel, the dashboard, the Lab. Nothing but notebooks imports this."""
+"""Widgets: the panel, the dashboard and the Lab. Only notebooks import this package."""
 
 from labkit.ui.lab import Lab
 from labkit.ui.show import show

@@ -1,7 +1,7 @@
-"""A fold under the live picture: methods, numbers, memory, traffic, pipeline, experts of the runs that have ended.
+"""An accordion below the live figure: methods, precision, memory, traffic, pipeline and experts of the ended runs.
 
-It costs nothing while a run goes on: pictures are made when somebody opens it, or when a run ends while it is open.
-They are static outputs, not FigureWidgets, because each of those sends plotly's five megabytes to the browser.
+It costs nothing while a run is in progress: figures are drawn when it is opened, or when a run ends while it is open.
+They are static outputs, not FigureWidgets, because each FigureWidget sends plotly's five megabytes to the browser.
 """
 
 from __future__ import annotations
@@ -12,50 +12,56 @@ from typing import Any
 import ipywidgets as widgets
 
 from labkit.plots import static
-from labkit.plots.closeup import closeups, combines, combining, computing, sparse
+from labkit.plots.closeup import detail_figures, has_method_figures, method_figures, precision_figures, sparsity_figures
 from labkit.plots.picture import Picture
 from labkit.plots.shown import LabeledRun
 
-TITLE = "Looked at closely: methods by time and bytes, sparse and narrow numbers, memory, traffic, pipeline, experts"
+TITLE = "Details: methods by time and bytes, sparsity, precision, memory, traffic, pipeline, experts"
 
 
 class Closeup:
-    """The fold. `offer()` tells that runs have ended; when pictures are made, `every` gives all runs, for those that
-    compare methods, and `latest` those of the live picture, for the update that each of them traced.
+    """The accordion.
+
+    `all_runs` returns every run, for figures that compare methods; `latest_runs` returns those of the live figure, for
+    figures of the step that each of them traced.
     """
 
-    def __init__(self, every: Callable[[], Sequence[LabeledRun]], latest: Callable[[], Sequence[LabeledRun]]) -> None:
-        self._every, self._latest = every, latest
+    def __init__(
+        self, all_runs: Callable[[], Sequence[LabeledRun]], latest_runs: Callable[[], Sequence[LabeledRun]]
+    ) -> None:
+        self._all_runs, self._latest_runs = all_runs, latest_runs
         self._stale = True
         self.output = widgets.Output()
         self.widget = widgets.Accordion([self.output], titles=[TITLE], selected_index=None, layout={"display": "none"})
-        self.widget.observe(self._opened, "selected_index")
+        self.widget.observe(self._on_toggle, "selected_index")
 
-    def offer(self) -> None:
-        """A run has ended: show the fold, and draw anew if it is open."""
+    def refresh(self) -> None:
+        """Show the accordion after a run has ended, and redraw its figures if it is open."""
         self._stale = True
-        if any(one.data.memory or one.data.sparsity or one.data.kernels or combines(one) for one in self._every()):
+        runs = self._all_runs()
+        if any(run.data.memory or run.data.sparsity or run.data.kernels or has_method_figures(run) for run in runs):
             self.widget.layout.display = None
         if self.widget.selected_index == 0:
             self.draw()
 
-    def _opened(self, change: Any) -> None:
+    def _on_toggle(self, change: Any) -> None:
+        """Draw the figures when the accordion is opened, unless they are up to date."""
         if change["new"] == 0 and self._stale:
             self.draw()
 
     def draw(self) -> None:
-        """Make the pictures of the runs that have ended."""
+        """Draw the figures of the runs that have ended."""
         self._stale = False
-        pictures = combining([one for one in self._every() if one.data.done])
-        pictures += sparse([one for one in self._latest() if one.data.done])
-        pictures += computing([one for one in self._every() if one.data.done])
-        pictures += closeups([one for one in self._latest() if one.data.done])
+        pictures = method_figures([run for run in self._all_runs() if run.data.done])
+        pictures += sparsity_figures([run for run in self._latest_runs() if run.data.done])
+        pictures += precision_figures([run for run in self._all_runs() if run.data.done])
+        pictures += detail_figures([run for run in self._latest_runs() if run.data.done])
         self.output.outputs = tuple(output for picture in pictures for output in _outputs(picture))
 
 
 def _outputs(picture: Picture) -> list[dict[str, Any]]:
-    """The figure and its table, as `display` would leave them; a thread may not call that."""
+    """Return the outputs of a figure and its table as `display` would produce them, which a thread may not call."""
     figure = static.bundle(picture)
-    figure.pop("text/html")  # the table comes as an output of its own, below the figure
+    figure.pop("text/html")  # the table is a separate output below the figure
     table = {"text/html": static.details(picture), "text/plain": ""}
     return [{"output_type": "display_data", "data": data, "metadata": {}} for data in (figure, table)]

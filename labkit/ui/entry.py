@@ -1,4 +1,4 @@
-"""One setting of the form: a widget made from a pydantic field, read and written as the field's value."""
+"""One setting of the form: a widget for a pydantic field, which reads and writes the value of the field."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ _WORDS = {
     "isolated": "Independent copies",
     "slowdown": "Slowed ranks",
     "hosts": "Emulated hosts",
-    "head": "Narrow the last layer",
-    "qat_start": "Begin rounding after",
+    "head": "Quantize the output layer",
+    "qat_start": "QAT starts at",
 }
 _BY_FIELD = {
     "workload.name": "Workload",
     "gradients.compression.method": "Compression",
-    "gradients.update.method": "Update",
+    "gradients.update.method": "Update rule",
     "sparsity.method": "Sparsity",
-    "quantization.training": "Number format",
+    "quantization.training": "Precision",
     "name": "Title of the run",
 }
 _UNITS = {"_mb": "MB", "_s": "s", "_ms": "ms", "_mbit": "Mbit/s"}
 NOT_YET = "(not in this version yet)"
-NOT_HERE = "(not here)"
+NOT_HERE = "(unavailable here)"
 
 
 def label(field: str) -> str:
-    """Words for a field: `training.global_batch` is `Global batch`."""
+    """Return the label of a field: `Global batch` for `training.global_batch`."""
     last = field.rsplit(".", 1)[-1]
     if field in _BY_FIELD or last in _WORDS:
         return _BY_FIELD.get(field) or _WORDS[last]
@@ -63,7 +63,7 @@ def label(field: str) -> str:
 
 
 def tooltip(field: str, info: FieldInfo) -> str:
-    """The description, the range and the dotted name of a field."""
+    """Return the description, the range and the dotted name of a field."""
     bounds = []
     for part in info.metadata:
         for name, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
@@ -76,7 +76,7 @@ def tooltip(field: str, info: FieldInfo) -> str:
 
 @dataclass
 class Entry:
-    """A widget and how its value becomes the field's value; `read` raises ValueError with a clause for people."""
+    """A widget and the functions that read and write the value of its field; `read` raises ValueError with a reason."""
 
     field: str
     widget: Any
@@ -84,40 +84,41 @@ class Entry:
     write: Callable[[Any], None]
 
     def observe(self, changed: Callable[[Any], None]) -> None:
+        """Call `changed` whenever the value of the widget changes."""
         self.widget.observe(changed, names="value")
 
 
 def entry(field: str, info: FieldInfo, value: Any, methods: Registry | None = None) -> Entry:
-    """The entry for a leaf field. `methods` makes it a choice from a registry, with the planned ones marked."""
-    kind, optional = _unwrap(info.annotation)
+    """Return the entry for a leaf field; with `methods`, a choice from a registry that marks unavailable methods."""
+    kind, optional = unwrap_optional(info.annotation)
     common = {"description": label(field), "tooltip": tooltip(field, info)}
     if methods is not None:
         missing = {method.key: method.missing(Machine.here()) for method in methods}
-        shown = [(_method(method, missing[method.key]), method.key) for method in methods]
-        known = "; ".join(f"{method.key}: {method.summary}" for method in methods if method.available)
-        absent = "".join(f" Not on this machine: {reason}." for reason in missing.values() if reason)
-        common["tooltip"] = f"{common['tooltip']} {known}.{absent}"
-        return _pick(field, shown, value, common)
+        options = [(_option_label(method, missing[method.key]), method.key) for method in methods]
+        summaries = "; ".join(f"{method.key}: {method.summary}" for method in methods if method.available)
+        unavailable = "".join(f" Unavailable on this machine: {reason}." for reason in missing.values() if reason)
+        common["tooltip"] = f"{common['tooltip']} {summaries}.{unavailable}"
+        return _dropdown(field, options, value, common)
     if get_origin(kind) is Literal:
-        shown = [(str(item), item) for item in get_args(kind)]
-        return _pick(field, [*([("none", None)] if optional else []), *shown], value, common)
+        options = [(str(item), item) for item in get_args(kind)]
+        return _dropdown(field, [*([("none", None)] if optional else []), *options], value, common)
     if kind is bool and not optional:
         box = widgets.Checkbox(value=bool(value), indent=True, **common)
-        return _plain(field, box)
+        return _simple_entry(field, box)
     if kind is int and not optional:
-        return _plain(field, widgets.IntText(value=value, continuous_update=True, **common))
+        return _simple_entry(field, widgets.IntText(value=value, continuous_update=True, **common))
     if kind is float and not optional:
-        return _plain(field, widgets.FloatText(value=value, continuous_update=True, step=None, **common))
+        return _simple_entry(field, widgets.FloatText(value=value, continuous_update=True, step=None, **common))
     if kind in (int, float):
-        return _number_or_nothing(field, kind, value, common)
+        return _optional_number(field, kind, value, common)
     if kind is str and not optional:
         make = widgets.Textarea if isinstance(value, str) and "\n" in value else widgets.Text
-        return _plain(field, make(value=value, continuous_update=True, **common))
-    return _anything(field, kind, optional, value, common)
+        return _simple_entry(field, make(value=value, continuous_update=True, **common))
+    return _text_entry(field, kind, optional, value, common)
 
 
-def _unwrap(annotation: Any) -> tuple[Any, bool]:
-    """The type without `| None`, and whether None is allowed."""
+def unwrap_optional(annotation: Any) -> tuple[Any, bool]:
+    """Return the type without `| None`, and whether None is allowed."""
     if get_origin(annotation) in (Union, types.UnionType):
         parts = [part for part in get_args(annotation) if part is not type(None)]
         optional = len(parts) < len(get_args(annotation))
@@ -125,25 +126,27 @@ def _unwrap(annotation: Any) -> tuple[Any, bool]:
     return annotation, False
 
 
-def _method(method: Any, missing: str) -> str:
+def _option_label(method: Any, missing: str) -> str:
+    """Return the label of a method in a dropdown. `missing`: why this machine does not support it, or empty."""
     if not method.available:
         return f"{method.key} {NOT_YET}"
     return f"{method.key} {NOT_HERE}" if missing else method.key
 
 
-def _plain(field: str, widget: Any) -> Entry:
+def _simple_entry(field: str, widget: Any) -> Entry:
+    """Return an entry whose value is that of its widget."""
     return Entry(field, widget, lambda: widget.value, lambda value: setattr(widget, "value", value))
 
 
-def _pick(field: str, shown: list[tuple[str, Any]], value: Any, common: dict[str, Any]) -> Entry:
-    if all(value != item for _, item in shown):
-        shown = [*shown, (str(value), value)]  # a file may name what this version does not know
-    return _plain(field, widgets.Dropdown(options=shown, value=value, **common))
+def _dropdown(field: str, options: list[tuple[str, Any]], value: Any, common: dict[str, Any]) -> Entry:
+    if all(value != item for _, item in options):
+        options = [*options, (str(value), value)]  # a file may name a value that this version does not have
+    return _simple_entry(field, widgets.Dropdown(options=options, value=value, **common))
 
 
-def _number_or_nothing(field: str, kind: Any, value: Any, common: dict[str, Any]) -> Entry:
-    """A text line, because number boxes cannot be empty."""
-    box = widgets.Text(value=_spelled(value), placeholder="none", continuous_update=True, **common)
+def _optional_number(field: str, kind: Any, value: Any, common: dict[str, Any]) -> Entry:
+    """Return an entry for an optional number: a text line, because number boxes cannot be empty."""
+    box = widgets.Text(value=_as_text(value), placeholder="none", continuous_update=True, **common)
 
     def read() -> Any:
         text = box.value.strip()
@@ -152,28 +155,29 @@ def _number_or_nothing(field: str, kind: Any, value: Any, common: dict[str, Any]
         try:
             number = kind(text)
         except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise ValueError(f"must be {what} or empty, got {text[:40]!r}") from None
+            expected = "a whole number" if kind is int else "a number"
+            raise ValueError(f"must be {expected} or empty, got {text[:40]!r}") from None
         if not math.isfinite(number):
             raise ValueError(f"must be a finite number, got {text[:40]!r}")
         return number
 
-    return Entry(field, box, read, lambda value: setattr(box, "value", _spelled(value)))
+    return Entry(field, box, read, lambda value: setattr(box, "value", _as_text(value)))
 
 
-def _spelled(value: Any) -> str:
+def _as_text(value: Any) -> str:
+    """Return a number as text; an empty string for None."""
     return "" if value is None else value if isinstance(value, str) else repr(value)
 
 
-def _anything(field: str, kind: Any, optional: bool, value: Any, common: dict[str, Any]) -> Entry:
-    """Lists, dicts and optional text: optional text as it is, the rest as JSON."""
+def _text_entry(field: str, kind: Any, optional: bool, value: Any, common: dict[str, Any]) -> Entry:
+    """Return an entry for lists, dicts and optional text: text is used as it is, everything else as JSON."""
     is_text = kind is str or not (get_origin(kind) in (list, tuple, dict) or kind in (list, tuple, dict, Any))
 
-    def spell(value: Any) -> str:
+    def to_text(value: Any) -> str:
         return "" if value is None else value if is_text and isinstance(value, str) else json.dumps(value)
 
-    make = widgets.Textarea if "\n" in spell(value) else widgets.Text
-    box = make(value=spell(value), placeholder="none" if optional else "", continuous_update=True, **common)
+    make = widgets.Textarea if "\n" in to_text(value) else widgets.Text
+    box = make(value=to_text(value), placeholder="none" if optional else "", continuous_update=True, **common)
 
     def read() -> Any:
         if optional and not box.value.strip():
@@ -185,4 +189,4 @@ def _anything(field: str, kind: Any, optional: bool, value: Any, common: dict[st
         except ValueError:
             raise ValueError(f"cannot read {' '.join(box.value.split())[:40]!r} as JSON") from None
 
-    return Entry(field, box, read, lambda value: setattr(box, "value", spell(value)))
+    return Entry(field, box, read, lambda value: setattr(box, "value", to_text(value)))

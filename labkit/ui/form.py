@@ -1,7 +1,7 @@
-"""The panel of settings, made from the Experiment's own fields and the registries.
+"""The form of settings, generated from the fields of Experiment and the registries.
 
-The knobs of the lesson come first, everything else under Advanced. Nothing here knows a method by name: a new line in
-a registry, or a new field with its docstring, shows up by itself.
+The knobs of the lesson come first, everything else is under Advanced. No method is mentioned by name here: a new line
+in a registry, or a new field with its docstring, appears automatically.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from labkit.experiment.rules import CHOICES, UNAVAILABLE
 from labkit.ui import entry as entries
 from labkit.ui.entry import Entry
 
-_KNOB_OF = {field: knob for knob, field in CHOICES.items()} | {"layout.schedule": "layout.schedule"}
+_CHOICE_OF = {field: knob for knob, field in CHOICES.items()} | {"layout.schedule": "layout.schedule"}
 _HIDDEN = ("schema_version",)
 DEFAULT_KNOBS = (
     "workload.name",
@@ -33,9 +33,9 @@ DEFAULT_KNOBS = (
 
 
 class ExperimentForm:
-    """Widgets for every setting. `value` is the experiment they describe; `problems` says why it cannot run.
+    """Widgets for every setting. `value` is the experiment they describe; `problems` are the reasons why it cannot run.
 
-    `knobs` are dotted fields, or whole sections; unknown ones raise ExperimentError.
+    `knobs` are dotted fields or whole sections, which are shown first; unknown ones raise ExperimentError.
     """
 
     def __init__(self, experiment: Experiment, knobs: Sequence[str] | None = None) -> None:
@@ -44,14 +44,14 @@ class ExperimentForm:
         """Every reason why `value` cannot run here, and every entry that cannot be read."""
         self.warnings: list[Problem] = []
         self._callbacks: list[Callable[[], None]] = []
-        self._quiet = False
+        self._muted = False
         self._value: Experiment = experiment
         self._base = experiment
-        self._wanted = list(knobs) if knobs is not None else _default_knobs(experiment)
+        self._knobs = list(knobs) if knobs is not None else _default_knobs(experiment)
         self.entries: dict[str, Entry] = {}
-        """By dotted field."""
+        """Entries by dotted field."""
         self._open: int | None = None
-        for knob in self._wanted:
+        for knob in self._knobs:
             experiment.get(knob)
         self._build(experiment)
 
@@ -59,33 +59,33 @@ class ExperimentForm:
 
     @property
     def value(self) -> Experiment:
-        """The experiment that the form describes; ExperimentError where an entry is not legal."""
-        data, unread = self._collect()
-        if unread:
-            raise ExperimentError(unread)
+        """The experiment that the form describes; ExperimentError if an entry is invalid."""
+        data, unreadable = self._read_entries()
+        if unreadable:
+            raise ExperimentError(unreadable)
         return Experiment.from_dict(data)
 
     @value.setter
     def value(self, experiment: Experiment) -> None:
         self._build(experiment)
-        self._tell()
+        self._notify()
 
     def set(self, field: str, value: Any) -> None:
-        """Set one entry, as a person would; ExperimentError if there is no such field."""
+        """Set one entry, like a user. ExperimentError if there is no such field."""
         if field not in self.entries:
             from labkit.experiment.problem import unknown
 
             raise ExperimentError([unknown(field, field, self.entries)])
         self.entries[field].write(value)
 
-    def use(self, problem: Problem) -> None:
-        """Follow a problem's hint."""
-        target = self.target(problem)
-        if target is not None:
-            self.entries[target].write(_as_value(problem.nearest))
+    def apply_hint(self, problem: Problem) -> None:
+        """Set the entry of a problem to the legal value that it suggests, if there is one."""
+        field = self.hint_field(problem)
+        if field is not None:
+            self.entries[field].write(_as_value(problem.nearest))
 
-    def target(self, problem: Problem) -> str | None:
-        """The entry that a problem's hint would change; None if there is none."""
+    def hint_field(self, problem: Problem) -> str | None:
+        """Return the field that the hint of a problem would change; None if there is none."""
         if problem.nearest is None:
             return None
         field = "layout.dp_replicate" if problem.field == "layout" else problem.field
@@ -95,47 +95,50 @@ class ExperimentForm:
         """Call `callback()` after every change, with `problems` up to date."""
         self._callbacks.append(callback)
 
-    # -- inside -----------------------------------------------------------------------------------------------------
+    # -- entries ----------------------------------------------------------------------------------------------------
 
-    def _collect(self) -> tuple[dict[str, Any], list[Problem]]:
+    def _read_entries(self) -> tuple[dict[str, Any], list[Problem]]:
+        """Return the values of all entries as a nested dictionary, and a problem for each unreadable entry."""
         data = self._base.to_dict()
-        unread: list[Problem] = []
-        for section in [name for name, part in self._base if isinstance(part, BaseModel)]:
-            data[section] = {}
-        for field, one in self.entries.items():
+        unreadable: list[Problem] = []
+        for name in [name for name, part in self._base if isinstance(part, BaseModel)]:
+            data[name] = {}
+        for field, entry in self.entries.items():
             *path, last = field.split(".")
-            place: Any = data
+            section: Any = data
             for part in path:
-                # a nested section that is switched off is None, and so are its entries' places
-                place = place.setdefault(part, {}) if isinstance(place, dict) else None
-            if not isinstance(place, dict):
+                # a nested section that is switched off is None, and its entries are skipped
+                section = section.setdefault(part, {}) if isinstance(section, dict) else None
+            if not isinstance(section, dict):
                 continue
             try:
-                place[last] = one.read()
+                section[last] = entry.read()
             except ValueError as error:
-                unread.append(Problem(field, str(error)))
-        return data, unread
+                unreadable.append(Problem(field, str(error)))
+        return data, unreadable
 
     def _changed(self, field: str) -> None:
-        if self._quiet:
+        """Update dependent entries, problems and listeners after a change of `field`."""
+        if self._muted:
             return
         if field in ("training.steps", "training.epochs"):
-            self._exclude(field)
+            self._clear_alternative(field)
         if field in self._rebuilt_by:
             self._rebuild_options(field)
-        self._tell()
+        self._notify()
 
-    def _exclude(self, field: str) -> None:
-        """Steps and epochs exclude each other: the one that is typed clears the other."""
-        other = "training.epochs" if field == "training.steps" else "training.steps"
-        if other in self.entries and self.entries[field].widget.value.strip():
-            self._quiet = True
+    def _clear_alternative(self, field: str) -> None:
+        """Clear the number of epochs if steps are entered, and vice versa, because they exclude each other."""
+        alternative = "training.epochs" if field == "training.steps" else "training.steps"
+        if alternative in self.entries and self.entries[field].widget.value.strip():
+            self._muted = True
             try:
-                self.entries[other].write(None)
+                self.entries[alternative].write(None)
             finally:
-                self._quiet = False
+                self._muted = False
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
+        """Update `problems` and `warnings`, and call the callbacks."""
         try:
             self._value = self.value
             self.problems = self._value.problems()
@@ -146,6 +149,7 @@ class ExperimentForm:
             callback()
 
     def _build(self, experiment: Experiment) -> None:
+        """Create all entries for an experiment: knobs first, then one accordion per section under Advanced."""
         self._base = self._value = experiment
         self.entries = {}
         self._rebuilt_by: dict[str, tuple[type[Choice], Any]] = {}
@@ -159,25 +163,26 @@ class ExperimentForm:
                 sections[name] = list(self._section(name, type(part), part, knobs))
             else:
                 sections.setdefault("name", []).append(self._leaf(name, info, part))
-        order = {field: at for at, field in enumerate(self._wanted)}
+        order = {field: index for index, field in enumerate(self._knobs)}
         knobs.sort(key=lambda pair: order[pair[0]])
         advanced = {name: rows for name, rows in sections.items() if rows}
         titles = {name: "Run" if name == "name" else name.capitalize() for name in advanced}
-        inner = [part for name, rows in advanced.items() for part in fold(titles[name], rows)]
-        outer = fold("Advanced", inner)
+        inner = [part for name, rows in advanced.items() for part in accordion(titles[name], rows)]
+        outer = accordion("Advanced", inner)
         outer[1].add_class("labkit-advanced")
         self.widget.children = [*(row for _, row in knobs), *outer]
-        self._refresh_problems_only()
+        self._update_problems()
 
-    def _refresh_problems_only(self) -> None:
+    def _update_problems(self) -> None:
+        """Update `problems` and `warnings` without calling the callbacks."""
         callbacks, self._callbacks = self._callbacks, []
         try:
-            self._tell()
+            self._notify()
         finally:
             self._callbacks = callbacks
 
     def _section(self, prefix: str, model: type[BaseModel], part: Any, knobs: list[Any]) -> Iterator[Any]:
-        """Rows of a section; a knob's row goes to `knobs` instead."""
+        """Yield the rows of a section; the rows of knobs are appended to `knobs` instead."""
         for name, info in model.model_fields.items():
             field = f"{prefix}.{name}"
             inner = _model(info.annotation)
@@ -185,12 +190,12 @@ class ExperimentForm:
                 yield from self._section(field, inner, getattr(part, name), knobs)
                 continue
             if inner is not None:
-                row = self._switched(field, inner, info, getattr(part, name))
+                row = self._optional_section(field, inner, info, getattr(part, name))
             else:
                 row = self._leaf(field, info, getattr(part, name))
-            wanted = next((one for one in (field, prefix) if one in self._wanted), None)
-            if wanted is not None:
-                knobs.append((wanted, row))
+            knob = next((name for name in (field, prefix) if name in self._knobs), None)
+            if knob is not None:
+                knobs.append((knob, row))
             else:
                 yield row
         if issubclass(model, Choice):
@@ -198,43 +203,45 @@ class ExperimentForm:
             box = widgets.VBox()
             self._rebuilt_by[selector] = (model, box)
             self._fill_options(prefix, model, box, part.options)
-            if prefix in self._wanted or f"{prefix}.options" in self._wanted:
-                knobs.append((prefix if prefix in self._wanted else f"{prefix}.options", box))
+            if prefix in self._knobs or f"{prefix}.options" in self._knobs:
+                knobs.append((prefix if prefix in self._knobs else f"{prefix}.options", box))
             else:
                 yield box
 
     def _leaf(self, field: str, info: Any, value: Any) -> Any:
-        knob = _KNOB_OF.get(field)
-        one = entries.entry(field, info, value, registry(knob) if knob in ROOMS else None)
+        """Create the entry of a leaf field, and return its widget."""
+        choice = _CHOICE_OF.get(field)
+        entry = entries.entry(field, info, value, registry(choice) if choice in ROOMS else None)
         axes = registry("layout.axes")
         axis = field.removeprefix("layout.")
         if field.startswith("layout.") and axis in axes and not axes[axis].available and value == 1:
-            one.widget.disabled = True
-            one.widget.description = f"{axis} {entries.NOT_YET}"
+            entry.widget.disabled = True
+            entry.widget.description = f"{axis} {entries.NOT_YET}"
         if value == info.get_default():
-            _grey(field, one.widget)
-        self._add(one)
-        return one.widget
+            _disable_if_unavailable(field, entry.widget)
+        self._register(entry)
+        return entry.widget
 
-    def _add(self, one: Entry) -> None:
-        self.entries[one.field] = one
-        one.widget.style.description_width = "150px"
-        one.widget.layout.width = "auto"
-        one.observe(lambda _change: self._changed(one.field))
+    def _register(self, entry: Entry) -> None:
+        """Add an entry to the form, and observe its changes."""
+        self.entries[entry.field] = entry
+        entry.widget.style.description_width = "150px"
+        entry.widget.layout.width = "auto"
+        entry.observe(lambda _change: self._changed(entry.field))
 
-    def _switched(self, field: str, model: type[BaseModel], info: Any, part: Any) -> Any:
-        """A section that may be absent: a switch, and its settings while it is on."""
+    def _optional_section(self, field: str, model: type[BaseModel], info: Any, part: Any) -> Any:
+        """Return the widgets of a section that may be absent: a switch, and its settings while it is on."""
         box = widgets.VBox()
         switch = widgets.Checkbox(
             value=part is not None, description=entries.label(field), tooltip=entries.tooltip(field, info), indent=True
         )
 
         if part is None:
-            _grey(field, switch)
+            _disable_if_unavailable(field, switch)
 
         def fill(part: Any) -> None:
-            for known in [name for name in self.entries if name.startswith(f"{field}.")]:
-                del self.entries[known]
+            for stale in [name for name in self.entries if name.startswith(f"{field}.")]:
+                del self.entries[stale]
             if not switch.value:
                 box.children = []
                 return
@@ -259,16 +266,17 @@ class ExperimentForm:
         return widgets.VBox([switch, box])
 
     def _rebuild_options(self, selector: str) -> None:
+        """Replace the options after another method was chosen."""
         model, box = self._rebuilt_by[selector]
         prefix = selector.rsplit(".", 1)[0]
         self._fill_options(prefix, model, box, {})
 
     def _fill_options(self, prefix: str, model: type[Choice], box: Any, values: dict[str, Any]) -> None:
-        """The options of the chosen method, in place of those of the method chosen before."""
+        """Replace the options in `box` by those of the chosen method."""
         fixed = {f"{prefix}.{name}" for name in model.model_fields}
         nested = {name for name in self.entries if name.startswith(f"{prefix}.")}
-        for known in nested - fixed:
-            del self.entries[known]
+        for stale in nested - fixed:
+            del self.entries[stale]
         key = self.entries[f"{prefix}.{model.SELECTOR}"].read()
         methods = model.methods()
         rows = []
@@ -280,8 +288,11 @@ class ExperimentForm:
         box.children = rows
 
 
-def fold(title: str, rows: Sequence[Any]) -> list[Any]:
-    """A button that shows and hides rows (ipywidgets' own Accordion cannot be reached with the keyboard)."""
+def accordion(title: str, rows: Sequence[Any]) -> list[Any]:
+    """Return a button that shows and hides rows, and their box.
+
+    The Accordion of ipywidgets cannot be reached with the keyboard.
+    """
     box = widgets.VBox(list(rows), layout={"display": "none", "padding": "0 0 6px 8px"})
     button = widgets.Button(description=f"▸ {title}", tooltip=f"Show {title}", layout={"width": "auto"})
     button.add_class("labkit-fold")
@@ -296,34 +307,37 @@ def fold(title: str, rows: Sequence[Any]) -> list[Any]:
     return [button, box]
 
 
-def _grey(field: str, widget: Any) -> None:
-    """Switch off what this machine cannot offer; the tooltip tells why."""
+def _disable_if_unavailable(field: str, widget: Any) -> None:
+    """Disable a setting that this machine does not support, and explain it in the tooltip."""
     reason = UNAVAILABLE[field]() if field in UNAVAILABLE else ""
     if reason:
         widget.disabled = True
         widget.description = f"{widget.description} {entries.NOT_HERE}"
-        widget.tooltip = f"{widget.tooltip} Not on this machine: {reason}."
+        widget.tooltip = f"{widget.tooltip} Unavailable on this machine: {reason}."
 
 
 def _default_knobs(experiment: Experiment) -> list[str]:
+    """Return the default knobs, with epochs in place of steps if the experiment has epochs."""
     length = "training.steps" if experiment.training.steps else "training.epochs"
     return [length if field == "training.steps" else field for field in DEFAULT_KNOBS]
 
 
 def _model(annotation: Any) -> type[BaseModel] | None:
-    kind, _ = entries._unwrap(annotation)
+    """Return the model class of an annotation; None if it is not a model."""
+    kind, _ = entries.unwrap_optional(annotation)
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def _optional(annotation: Any) -> bool:
-    return entries._unwrap(annotation)[1]
+    """Return whether an annotation allows None."""
+    return entries.unwrap_optional(annotation)[1]
 
 
 def _initial(info: Any) -> Any:
-    """Something legal to begin with for a field that has no default."""
+    """Return the default of a field, or a legal initial value if it has none."""
     if not info.is_required():
         return info.get_default(call_default_factory=True)
-    kind, optional = entries._unwrap(info.annotation)
+    kind, optional = entries.unwrap_optional(info.annotation)
     bounds = [
         getattr(part, name) for part in info.metadata for name in ("ge", "gt") if getattr(part, name, None) is not None
     ]
@@ -333,7 +347,7 @@ def _initial(info: Any) -> Any:
 
 
 def _as_value(nearest: Any) -> Any:
-    """A hint as a value: `"false"` and `"null"` are written for people."""
+    """Return a hint as a value: strings such as `"false"` and `"null"` are parsed as JSON."""
     if isinstance(nearest, str):
         try:
             return json.loads(nearest)

@@ -1,4 +1,4 @@
-"""`Lab`: settings at the left, the picture at the right, Run and Stop between them."""
+"""`Lab`: settings and buttons on the left, the live figure on the right."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from labkit.ui.show_code import code
 class Lab:
     """A laboratory in a notebook: choose, run, watch, compare.
 
-    `experiment` is an Experiment or the name of a recipe; `knobs` are the dotted fields that the lesson is about (the
-    others stand under Advanced); `ui` is auto, live or static; `height` is that of the figure in pixels. Raises
-    ExperimentError for an unknown recipe or knob.
+    `experiment` is an Experiment or the name of a recipe; `knobs` are the dotted fields shown first (all others are
+    under Advanced); `ui` is auto, live or static; `height` is that of the figure in pixels. Raises ExperimentError for
+    an unknown recipe or knob.
 
-    Everything a button does is a method: `run()`, `stop()`, `baseline()`, `measure_ceiling()`, `code()`.
+    Every button is also a method: `run()`, `stop()`, `baseline()`, `measure_ceiling()`, `code()`.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class Lab:
         self.mode = mode(ui)
         self._height = height
         self._record = record
-        self._slot: str | None = None
+        self._record_id: str | None = None
         self._experiment = recipe(experiment) if isinstance(experiment, str) else experiment
         self.runs: list[Any] = []
         """The runs of this lab (labkit.runs.run.Run), oldest first."""
         self._panel: Any = None
         if self.mode == "live":
-            # Widgets are made only where somebody can see them: an executed notebook would store all of them.
+            # Widgets are created only if somebody can see them: an executed notebook would store all of them.
             from labkit.ui.panel import Panel
 
             self._panel = Panel(self._experiment, knobs, self, height)
@@ -57,7 +57,7 @@ class Lab:
 
     @property
     def experiment(self) -> Experiment:
-        """What the form says now; ExperimentError while an entry of it cannot be read."""
+        """The experiment that the form describes; ExperimentError if an entry of it cannot be read."""
         return self._panel.form.value if self._panel else self._experiment
 
     @experiment.setter
@@ -72,49 +72,49 @@ class Lab:
         return self._panel.form.problems if self._panel else self._experiment.problems()
 
     def code(self) -> str:
-        """The cell that does the same without widgets."""
+        """Return the code of a cell that does the same without widgets."""
         return code(self.experiment)
 
     # -- runs -------------------------------------------------------------------------------------------------------
 
     def run(self, wait: bool = False, timeout: float | None = None) -> Any:
-        """Launch the experiment and return its Run: at once, or with `wait` when it has ended.
+        """Launch the experiment and return its Run at once, or with `wait` when it has ended.
 
-        Raises ExperimentError, and launches nothing, while there are problems; TimeoutError after `timeout` seconds of
-        waiting (the run goes on).
+        Raises ExperimentError, and launches nothing, if there are problems; TimeoutError after `timeout` seconds of
+        waiting (the run continues).
         """
         return self._launch(self.experiment, wait, timeout)
 
     def baseline(self, wait: bool = False, timeout: float | None = None) -> Any:
-        """Launch the same experiment on one rank: what speed-ups refer to."""
+        """Launch the same experiment on one rank, the reference for speed-ups."""
         return self._launch(as_baseline(self.experiment), wait, timeout)
 
     def measure_ceiling(self, wait: bool = False, timeout: float | None = None) -> Any:
-        """Launch independent copies on as many ranks: what the machine can give when nobody has to wait."""
+        """Launch independent copies on the same number of ranks, the upper limit of throughput on this machine."""
         return self._launch(as_ceiling(self.experiment), wait, timeout)
 
     def sweep(self, over: Mapping[str, Sequence[Any]], name: str = "sweep", wait: bool = True) -> Any:
-        """Run every combination of the values in `over`, by field, from the experiment of the form, in a queue.
+        """Run every combination of the values in `over`, by field, starting from the experiment of the form.
 
-        An interrupt stops it in the middle; the same call goes on where it stopped. With `wait=False` it goes on in
-        the background: `sweep.stop()`, `sweep.wait()`. Its runs are shown here as they end.
+        An interrupt stops the sweep; the same call resumes it where it stopped. With `wait=False` it runs in the
+        background: `sweep.stop()`, `sweep.wait()`. Its runs are shown here as they end.
         """
         from labkit.launch.sweep import sweep
 
-        queue, seen = sweep(self.experiment, over, name), set[str]()
+        queue, shown_ids = sweep(self.experiment, over, name), set[str]()
 
         def show(queue: Any) -> None:
             for run in queue.runs:
-                if run.id not in seen:
-                    seen.add(run.id)
+                if run.id not in shown_ids:
+                    shown_ids.add(run.id)
                     self._add(run)
 
-        show(queue)  # what an earlier call has run
+        show(queue)  # the runs of an earlier call
         queue.listeners.append(show)
         return queue.run() if wait else queue.start()
 
     def stop(self) -> None:
-        """Ask every run of this lab that goes on to finish its step, write a checkpoint and end. Returns at once."""
+        """Request every active run of this lab to finish its step, write a checkpoint and end. Returns at once."""
         for run in self.runs:
             if not run.done:
                 run.request_stop()
@@ -128,6 +128,7 @@ class Lab:
         return run
 
     def _launch(self, experiment: Experiment, wait: bool, timeout: float | None) -> Any:
+        """Launch an experiment and show its run; wait for it if requested."""
         from labkit.launch import launch
 
         run = launch(experiment)
@@ -140,17 +141,18 @@ class Lab:
         return run
 
     def _find_baseline(self, run: Any) -> None:
-        """An earlier run on one rank that fits, so that the speed-up can be shown while the run goes on."""
+        """Show a matching earlier run on one rank, so that the speed-up can be displayed during the run."""
         from labkit.runs.compare import find_baseline
         from labkit.runs.run import Run
 
         with contextlib.suppress(ExperimentError, OSError):
-            found = find_baseline(run.directory) if run.experiment.layout.world_size > 1 else None
-            if found is not None:
-                self._add(Run(found))
+            baseline = find_baseline(run.directory) if run.experiment.layout.world_size > 1 else None
+            if baseline is not None:
+                self._add(Run(baseline))
 
     def _add(self, run: Any) -> None:
-        if all(known.id != run.id for known in self.runs):
+        """Show a run in this lab, unless it is shown already."""
+        if all(existing.id != run.id for existing in self.runs):
             self.runs.append(run)
         if self._panel:
             self._panel.watch(run)
@@ -159,45 +161,54 @@ class Lab:
 
     @property
     def comparison(self) -> Any:
-        """The runs of this lab side by side (labkit.runs.compare.Comparison); one that cannot be read is left out."""
+        """The comparison of the runs of this lab (labkit.runs.compare.Comparison), without unreadable ones."""
         from labkit.runs.compare import compare
 
         return compare(self.runs, skip_unreadable=True)
 
-    def picture(self, against: str = "steps") -> Picture:
-        """Loss, metric, throughput and speed-up as they are now, drawn against steps, time or bytes."""
-        return overview.overview(self.runs, self.comparison if self.runs else (), self._height, against)
+    def picture(self, x_axis: str = "steps") -> Picture:
+        """Return the current figure of loss, metric, throughput and speed-up, over steps, time or bytes."""
+        return overview.overview(self.runs, self.comparison if self.runs else (), self._height, x_axis)
 
     def closeups(self) -> list[Picture]:
-        """Of the runs that have ended: how their methods compare, where ranks combined what they learned in several
-        ways; what sparse and narrow ones give, and with which numbers they compute; memory, traffic, pipelines and
-        experts of the update that each of the latest runs traced.
+        """Return the detail figures of the ended runs.
+
+        They compare compressors and update rules, show sparsity and precision, and memory, traffic, pipelines and
+        experts of the step that each of the latest runs traced.
         """
-        from labkit.plots.closeup import closeups, combining, computing, sparse
+        from labkit.plots.closeup import detail_figures, method_figures, precision_figures, sparsity_figures
 
         ended = [run for run in self.runs if run.done]
-        return combining(ended) + sparse(ended) + computing(ended) + closeups(ended[-overview.SLOTS :])
+        return (
+            method_figures(ended)
+            + sparsity_figures(ended)
+            + precision_figures(ended)
+            + detail_figures(ended[-overview.SLOTS :])
+        )
 
     def show(self) -> None:
-        """Display the picture statically, with its summary and its table, and the close-ups as tables in a fold.
+        """Display the figure statically, with its summary and its table, and the detail figures as folded tables.
 
-        `for picture in lab.closeups(): picture.show()` draws those too.
+        `for picture in lab.closeups(): picture.show()` draws the detail figures too.
         """
         static.show(self.picture())
-        static.fold("Looked at closely", self.closeups())
+        static.accordion("Details", self.closeups())
 
     # -- display ----------------------------------------------------------------------------------------------------
 
     @property
     def widget(self) -> Any:
-        """The widget that holds everything; None in static mode."""
+        """The widget that contains everything; None in static mode."""
         return self._panel.widget if self._panel else None
 
     def _ipython_display_(self) -> None:
+        """Display the widget, and a placeholder for the record of a saved notebook; in static mode, text and figure."""
         from IPython.display import display
 
         if not self._panel:
-            display({"text/plain": self._plain(), "text/html": f"<pre>{html.escape(self._plain())}</pre>"}, raw=True)  # type: ignore[no-untyped-call]
+            display(
+                {"text/plain": self._summary(), "text/html": f"<pre>{html.escape(self._summary())}</pre>"}, raw=True
+            )  # type: ignore[no-untyped-call]
             if self.runs:
                 self.show()
             return
@@ -207,21 +218,22 @@ class Lab:
             warm()
         display(self._panel.widget)  # type: ignore[no-untyped-call]
         if self._record:
-            # The place of the record: empty now, filled when a run ends. A saved notebook shows it without a kernel.
-            # JupyterLab forgets such places when the page is reloaded; after that, `lab.show()` in a cell keeps one.
-            self._slot = f"labkit-{secrets.token_hex(8)}"
-            display({"text/plain": ""}, raw=True, display_id=self._slot)  # type: ignore[no-untyped-call]
+            # The placeholder of the record is filled when a run ends. A saved notebook shows it without a kernel.
+            # JupyterLab forgets placeholders when the page is reloaded; then `lab.show()` in a cell makes a record.
+            self._record_id = f"labkit-{secrets.token_hex(8)}"
+            display({"text/plain": ""}, raw=True, display_id=self._record_id)  # type: ignore[no-untyped-call]
 
-    def _keep_record(self) -> None:
-        """Put the picture as it is into the saved notebook."""
-        if self._slot is None or not self.runs:
+    def update_record(self) -> None:
+        """Put the current figure into the saved notebook."""
+        if self._record_id is None or not self.runs:
             return
         from IPython.display import display
 
-        picture = overview.overview(self._panel.dashboard.shown(), self._panel.dashboard.rows, self._height)
-        display(static.bundle(picture), raw=True, display_id=self._slot, update=True)  # type: ignore[no-untyped-call]
+        picture = overview.overview(self._panel.dashboard.displayed_runs(), self._panel.dashboard.rows, self._height)
+        display(static.bundle(picture), raw=True, display_id=self._record_id, update=True)  # type: ignore[no-untyped-call]
 
-    def _plain(self) -> str:
+    def _summary(self) -> str:
+        """Return the experiment and its problems as text."""
         lines = [f"Lab: {theme.plain(self.experiment)}"]
         lines += [f"Cannot run: {theme.plain(problem, 400)}" for problem in self.problems]
         return "\n".join(lines)
@@ -231,11 +243,11 @@ class Lab:
 
 
 def as_baseline(experiment: Experiment) -> Experiment:
-    """The same training on one rank."""
+    """Return the experiment of the same training on one rank."""
     name = f"{experiment.name} on 1 rank" if experiment.name else ""
     return one_process(experiment, name)
 
 
 def as_ceiling(experiment: Experiment) -> Experiment:
-    """The same number of ranks, each on its own."""
+    """Return the experiment with the same number of ranks, each training an independent copy."""
     return experiment.set({"launch.isolated": True})

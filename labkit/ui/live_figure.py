@@ -1,4 +1,4 @@
-"""A FigureWidget whose state in the kernel stays what was put there."""
+"""A FigureWidget whose state in the kernel is not changed by the browser."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ RESIZE_S = 1.0
 
 
 class LiveFigure(go.FigureWidget):  # type: ignore[misc]
-    """plotly's widget with three corrections, seen with plotly 7.1.
+    """plotly's widget with three corrections, necessary as of plotly 7.1.
 
     After each redraw the browser reports its defaults, and the kernel's figure drops every property that the report
-    mentions: after some redraws a reloaded page shows lines without names and bars without places. Here the report only
-    says that the browser has answered. A figure drawn before it stands on the page is 700 pixels wide for good: it is
-    told to take its room when a view reports for the first time. And the state that a reloaded page reads is renewed by
-    `renew()`, which plotly does on display only.
+    mentions: after some redraws a reloaded page shows lines without names and bars without positions. Here the report
+    only signals that the browser has answered. A figure that is drawn before it is on the page stays 700 pixels wide,
+    so it is resized when a view reports for the first time. The state that a reloaded page reads is renewed by
+    `renew()`; plotly does that only on display.
     """
 
     _resized = 0.0
@@ -34,6 +34,7 @@ class LiveFigure(go.FigureWidget):  # type: ignore[misc]
 
     @observe("_js2py_traceDeltas")
     def _handler_js2py_traceDeltas(self, change: Any) -> None:
+        """Note the answer of the browser without changing the figure."""
         message = change["new"]
         if not message:
             return

@@ -1,4 +1,4 @@
-"""Whether there is somebody to look at live widgets."""
+"""Decides whether live widgets can be seen."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Literal
 Mode = Literal["live", "static"]
 
 
-def mode(wanted: str = "auto") -> Mode:
-    """`live` or `static`: what was asked for, else LABKIT_UI, else live in a notebook kernel and static elsewhere.
+def mode(requested: str = "auto") -> Mode:
+    """Return the requested mode, otherwise LABKIT_UI, otherwise live in a notebook kernel and static elsewhere.
 
-    A kernel cannot tell a person's notebook from an executed one (papermill leaves no mark), so whoever executes
-    notebooks says `ui="static"` or sets LABKIT_UI=static. Raises ValueError for another word.
+    A kernel cannot distinguish an interactive notebook from an executed one (papermill leaves no mark), so a program
+    that executes notebooks must use `ui="static"` or set LABKIT_UI=static. Raise ValueError for an unknown mode.
     """
-    for source, value in (("ui", wanted), ("LABKIT_UI", os.environ.get("LABKIT_UI") or "auto")):
+    for source, value in (("ui", requested), ("LABKIT_UI", os.environ.get("LABKIT_UI") or "auto")):
         if value not in ("auto", "live", "static"):
             raise ValueError(f"{source} must be auto, live or static, got {value!r}")
         if value != "auto":
@@ -23,6 +23,7 @@ def mode(wanted: str = "auto") -> Mode:
 
 
 def _in_kernel() -> bool:
+    """Return whether this process is a notebook kernel."""
     try:
         from IPython.core.getipython import get_ipython
     except ImportError:

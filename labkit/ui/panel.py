@@ -1,4 +1,4 @@
-"""How the lab stands on the page: form, buttons, problems, and the dashboard beside them."""
+"""The layout of the lab on the page: form, buttons and problems on the left, the dashboard on the right."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from labkit.ui.lab import Lab
 
 MAX_PROBLEMS = 6
+CEILING_TOOLTIP = "Train independent copies on the same number of ranks: the upper limit of throughput on this machine"
 
 _STYLE = f"""<style>
 .labkit-lab {{ --labkit-font: {theme.FONT}; }}
@@ -39,7 +40,7 @@ _STYLE = f"""<style>
 .labkit-bad {{ border-left: 4px solid #D55E00; padding-left: 8px; }}
 .labkit-warn {{ border-left: 4px solid #E69F00; padding-left: 8px; }}
 .labkit-left .widget-textarea textarea {{ font-family: var(--jp-code-font-family, monospace); font-size: 12px; }}
-/* While this lab is alive it shows everything itself; the record below it is for the notebook without a kernel. */
+/* A live lab shows everything itself; the record below it is for the notebook without a kernel. */
 .jp-OutputArea-child:has(.labkit-lab) ~ .jp-OutputArea-child:has(.js-plotly-plot) {{ display: none; }}
 </style>"""
 
@@ -50,35 +51,34 @@ class Panel:
     def __init__(self, experiment: Experiment, knobs: Sequence[str] | None, lab: Lab, height: int) -> None:
         self.lab = lab
         self.form = ExperimentForm(experiment, knobs)
-        self.dashboard = Dashboard(height, on_end=self._ended)
+        self.dashboard = Dashboard(height, on_end=self._on_run_end)
         self.grid = widgets.HTML()
         self.problems = widgets.VBox()
         self.code = widgets.Textarea(
             description="Code",
             layout={"width": "auto", "height": "260px", "display": "none"},
-            tooltip="The same as a cell",
+            tooltip="Code of a cell that runs the same experiment",
         )
         self.code.style.description_width = "0px"
         self.run_button = self._button("Run", "Launch the experiment", lab.run, "labkit-run")
         self.stop_button = self._button("Stop", "Finish the step, write a checkpoint and end", lab.stop)
         self.baseline_button = self._button("Run baseline", "Launch the same experiment on one rank", lab.baseline)
-        self.ceiling_button = self._button(
-            "Measure ceiling", "Launch independent copies: what the machine can give", lab.measure_ceiling
-        )
+        self.ceiling_button = self._button("Measure ceiling", CEILING_TOOLTIP, lab.measure_ceiling)
         self.code_button = self._button(
-            "Show code", "Show the cell that does the same without widgets", self.toggle_code
+            "Show code", "Show the code of a cell that does the same without widgets", self.toggle_code
         )
-        self._said: tuple[Any, ...] = ()
+        self._displayed_problems: tuple[Any, ...] = ()
         self.widget = self._arrange()
         self.form.on_change(self.refresh)
         self.refresh()
 
     def _button(self, text: str, tooltip: str, action: Callable[[], Any], style: str = "") -> Any:
+        """Return a button that calls `action` and shows its errors in the dashboard."""
         button = widgets.Button(description=text, tooltip=tooltip, layout={"width": "auto", "flex": "1 1 auto"})
         if style:
             button.add_class(style)
 
-        def pressed(_button: Any) -> None:
+        def handle_click(_button: Any) -> None:
             try:
                 self.dashboard.notice = ""
                 action()
@@ -86,10 +86,11 @@ class Panel:
                 self.dashboard.say(f"Not launched: {theme.plain(error, 300)}")
             self.refresh_buttons()
 
-        button.on_click(pressed)
+        button.on_click(handle_click)
         return button
 
     def _arrange(self) -> Any:
+        """Return the widget with the form on the left and the dashboard on the right."""
         row = {"display": "flex", "flex_flow": "row wrap", "width": "100%"}
         left = widgets.VBox(
             [
@@ -108,22 +109,24 @@ class Panel:
             [self.dashboard.state, self.dashboard.progress, self.grid, self.dashboard.widget],
             layout={"flex": "1 1 620px", "min_width": "0", "padding": "0 0 0 14px"},
         )
-        whole = widgets.HBox([left, right], layout={"display": "flex", "flex_flow": "row nowrap", "width": "100%"})
-        whole.add_class("labkit-lab")
-        return whole
+        columns = widgets.HBox([left, right], layout={"display": "flex", "flex_flow": "row nowrap", "width": "100%"})
+        columns.add_class("labkit-lab")
+        return columns
 
-    # -- what changes -----------------------------------------------------------------------------------------------
+    # -- updates ----------------------------------------------------------------------------------------------------
 
     def watch(self, run: Any) -> None:
+        """Show a run, and keep the buttons up to date."""
         self.dashboard.watch(run)
         self.refresh_buttons()
 
-    def _ended(self) -> None:
+    def _on_run_end(self) -> None:
+        """Enable the buttons and update the record after a run has ended."""
         self.refresh_buttons()
-        self.lab._keep_record()
+        self.lab.update_record()
 
     def refresh(self) -> None:
-        """After every change of the form: problems, rank grid, code, buttons."""
+        """Update problems, rank grid, code and buttons after a change of the form."""
         self._show_problems()
         if not self.form.problems:
             experiment = self.form.value
@@ -136,27 +139,28 @@ class Panel:
         self.refresh_buttons()
 
     def refresh_buttons(self) -> None:
-        """Run needs an experiment without problems, and a machine on which this lab runs nothing else."""
+        """Enable the launch buttons if the experiment has no problems and no other run of this lab is in progress."""
         active = self.dashboard.active
         reason = ""
         if self.form.problems:
             reason = f"Cannot run: {theme.plain(self.form.problems[0], 200)}"
         elif active is not None:
-            reason = "A run is going on; two at once would slow each other down"
+            reason = "A run is in progress; a second one would slow both down"
         for button, tooltip in (
             (self.run_button, "Launch the experiment"),
             (self.baseline_button, "Launch the same experiment on one rank"),
-            (self.ceiling_button, "Launch independent copies: what the machine can give"),
+            (self.ceiling_button, CEILING_TOOLTIP),
         ):
             button.disabled, button.tooltip = bool(reason), reason or tooltip
         self.stop_button.disabled = active is None
         self.code_button.disabled = bool(self.form.problems)
 
     def _show_problems(self) -> None:
-        said = (*self.form.problems, None, *self.form.warnings)
-        if said == self._said:
+        """Show the problems and the warnings of the experiment."""
+        problems = (*self.form.problems, None, *self.form.warnings)
+        if problems == self._displayed_problems:
             return
-        self._said = said
+        self._displayed_problems = problems
         rows = [self._problem(problem) for problem in self.form.problems[:MAX_PROBLEMS]]
         more = len(self.form.problems) - MAX_PROBLEMS
         if more > 0:
@@ -167,21 +171,21 @@ class Panel:
         self.problems.children = rows
 
     def _problem(self, problem: Any) -> Any:
-        """The reason in words, and a button that takes the hint where there is one."""
-        where = f"{problem.field}: " if problem.field else ""
-        note = _note(f"{where}{problem.reason}.", "labkit-bad")
-        if self.form.target(problem) is None:
+        """Return a note with the reason, and a button that applies the hint if there is one."""
+        prefix = f"{problem.field}: " if problem.field else ""
+        note = _note(f"{prefix}{problem.reason}.", "labkit-bad")
+        if self.form.hint_field(problem) is None:
             return note
         hint = widgets.Button(
             description=f"Use {theme.plain(problem.nearest, 30)}",
-            tooltip=f"Set {self.form.target(problem)} to {theme.plain(problem.nearest, 60)}",
+            tooltip=f"Set {self.form.hint_field(problem)} to {theme.plain(problem.nearest, 60)}",
             layout={"width": "auto", "height": "26px"},
         )
-        hint.on_click(lambda _button: self.form.use(problem))
+        hint.on_click(lambda _button: self.form.apply_hint(problem))
         return widgets.VBox([note, hint])
 
     def toggle_code(self) -> None:
-        """Show or hide the cell that does the same without widgets."""
+        """Show or hide the code of a cell that does the same without widgets."""
         hidden = self.code.layout.display == "none"
         self.code.layout.display = "" if hidden else "none"
         self.code_button.description = "Hide code" if hidden else "Show code"
@@ -190,4 +194,5 @@ class Panel:
 
 
 def _note(sentence: str, style: str) -> Any:
+    """Return a widget with a sentence, in the given CSS class."""
     return widgets.HTML(f'<div class="labkit-note {style}">{html.escape(theme.plain(sentence, 500))}</div>')

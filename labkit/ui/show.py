@@ -1,4 +1,4 @@
-"""Display a figure as a record."""
+"""Displays a figure statically."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from labkit.plots import static
 
 
 def show(figure: Any) -> None:
-    """Display a figure statically: it stays in the saved notebook, with its summary and its table below."""
+    """Display a figure statically, so that it stays in the saved notebook, with its summary and its table below."""
     static.show(figure)

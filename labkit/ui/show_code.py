@@ -1,4 +1,4 @@
-"""The cell that does the same without widgets."""
+"""Writes the code of a notebook cell that runs an experiment without widgets."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ plot_overview(run, compare([run], baseline=run.summary()["baseline_run_id"]))
 
 
 def code(experiment: Experiment) -> str:
-    """Python that builds `experiment`, launches it, waits, and draws the result.
+    """Return Python code that builds `experiment`, launches it, waits for it and draws the result.
 
-    Only what differs from the defaults is written out.
+    Only settings that differ from the defaults are written out.
     """
     classes: set[str] = {"Experiment"}
-    built = _expression(experiment, classes, 0, keep=("training",))
+    built = _constructor_call(experiment, classes, 0, keep=("training",))
     imports = [
         f"from labkit.experiment import {', '.join(sorted(classes))}",
         "from labkit.launch import launch",
@@ -31,8 +31,8 @@ def code(experiment: Experiment) -> str:
     return "\n".join(imports) + f"\n\nexperiment = {built}\n" + _ENDING
 
 
-def _expression(model: BaseModel, classes: set[str], depth: int, keep: tuple[str, ...] = ()) -> str:
-    """A constructor call with the fields that differ from what the constructor would fill in."""
+def _constructor_call(model: BaseModel, classes: set[str], depth: int, keep: tuple[str, ...] = ()) -> str:
+    """Return a constructor call with the fields that differ from the defaults, and those in `keep`."""
     kind = type(model)
     classes.add(kind.__name__)
     values = {name: getattr(model, name) for name in kind.model_fields}
@@ -44,14 +44,13 @@ def _expression(model: BaseModel, classes: set[str], depth: int, keep: tuple[str
     if isinstance(model, Choice):
         values |= model.options
         defaults |= type(model)(**{model.SELECTOR: model.key}).options
-        # its own name stays, because options without it would be those of another method
+        # the name of the method is kept, because options without it would be those of another method
         keep = (*keep, model.SELECTOR)
     parts = []
     for name, value in values.items():
         if name in keep or name not in defaults or value != defaults[name]:
-            parts.append(
-                f"{name}={_expression(value, classes, depth + 1) if isinstance(value, BaseModel) else repr(value)}"
-            )
+            nested = isinstance(value, BaseModel)
+            parts.append(f"{name}={_constructor_call(value, classes, depth + 1) if nested else repr(value)}")
     flat = f"{kind.__name__}({', '.join(parts)})"
     if len(flat) + 4 * depth <= 90:
         return flat

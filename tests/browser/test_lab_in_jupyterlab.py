@@ -154,7 +154,7 @@ def test_the_saved_notebook_holds_a_small_record(jupyter: Jupyter, page: Any) ->
 def test_the_fold_opens_on_the_close_ups_of_a_run_that_has_ended(jupyter: Jupyter, page: Any) -> None:
     open_notebook(page, jupyter.notebook("closeup.ipynb", cell(60, "layout.dp_replicate=2")))
     shown_lab(page)
-    fold = page.get_by_text("Looked at closely")
+    fold = page.get_by_text("Details: methods")
     button(page, "Run").click()
     eventually(lambda: "Finished" in state(page), seconds=120)
     fold.first.click()

@@ -32,7 +32,7 @@ class Rank:
     def gradient(self, step: int) -> float:
         """Leaves the gradient of its share, weighted so that the mean over ranks is the batch's; returns the loss."""
         batch_size, ranks = self.experiment.training.global_batch, self.experiment.layout.world_size
-        indices = self.order.passes(step, self.place, ranks, 1)[0].tolist()
+        indices = self.order.micro_batches(step, self.place, ranks, 1)[0].tolist()
         batch = {
             name: value.double() if value.is_floating_point() else value
             for name, value in self.task.train.__getitems__(indices).items()

@@ -67,6 +67,8 @@ EXACT: dict[str, dict[str, Any]] = {
     "streaming_diloco": updated("streaming_diloco", every=8, fragments=3, delay=3),
     "gossip on a ring": updated("gossip", graph="ring", every=3) | {"layout.dp_replicate": 3},
     "delayed": updated("delayed"),
+    "local_sgd with a static mask and qat": updated("local_sgd", every=7)
+    | {"sparsity": {"method": "static", "target": 0.5}, "quantization.qat": "int8"},
 }
 
 

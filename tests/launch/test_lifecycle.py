@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -100,15 +101,22 @@ def test_a_status_that_is_damaged_while_the_run_goes_on_is_mended(damage: str) -
     }
 
 
-def test_the_meeting_folder_is_not_needed_after_the_set_up(tmp_path: Path) -> None:
-    experiment = tiny(steps=ENDLESS)
-    with Watched(start(experiment)) as watch:
+@pytest.mark.parametrize("stopped", [True, False])
+def test_the_meeting_folder_is_not_needed_after_the_set_up(stopped: bool) -> None:
+    """issue 11, F9: not to stop, nor to convert and measure the trained model at the end."""
+    endless = faulty("slow", steps=ENDLESS)
+    short = faulty("slow", steps=150, quantization__after_training="int8_dynamic", quantization__head=True)
+    with Watched(start(endless if stopped else short)) as watch:
         watch.begun()
         supervisor = watch.run.status["supervisor"]["pid"]
-        folders = list(Path("/tmp").glob(f"labkit-meet-{supervisor}-*"))
+        folders = list(Path(tempfile.gettempdir()).glob(f"labkit-meet-{supervisor}-*"))
         for folder in folders:
             shutil.rmtree(folder)
-        assert watch.run.stop().state == "stopped"
+        if stopped:
+            assert watch.run.stop().state == "stopped"
+        else:
+            watch.ends("finished", within=60)
+            assert watch.run.summary()["quantized"]["method"] == "int8_dynamic"
     assert folders
 
 

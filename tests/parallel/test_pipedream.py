@@ -230,7 +230,7 @@ def test_its_timeline_is_drawn() -> None:
     bubble = run.summary()["bubble"]
     assert bubble["textbook"] is None
     assert bubble["own"] < 0.5
-    assert timeline(run).summary.startswith("pipedream: ranks stood still")
+    assert timeline(run).summary.startswith("pipedream: ranks were idle")
     sent = run.data().traffic
     assert {sent[rank]["pp"]["bytes"] for rank in (0, 1)} == {BATCH * 8 * 8}, "one activation, one gradient of it"
 

@@ -38,7 +38,7 @@ def test_extremes_select_points_and_keep_ends_and_bounds(y: np.ndarray, most: in
 @given(values, st.integers(5, 100))
 def test_means_keep_the_ends_and_stay_within_the_bounds(y: np.ndarray, most: int) -> None:
     x = np.arange(len(y), dtype=float) + 1
-    at, mean = means(x, y, most=most)
+    at, mean = means(x, y, max_points=most)
     assert len(at) == len(mean) <= max(most, 1)
     assert at[0] == x[0]
     assert at[-1] == x[-1]
@@ -55,7 +55,7 @@ def test_means_keep_the_ends_and_stay_within_the_bounds(y: np.ndarray, most: int
 def test_the_weighted_mean_of_a_rate_is_the_rate_of_the_sums() -> None:
     seconds = np.tile([1.0, 3.0], 50)
     samples = np.full(100, 6.0)
-    _, rate = means(np.arange(100), samples / seconds, weight=seconds, most=50)
+    _, rate = means(np.arange(100), samples / seconds, weight=seconds, max_points=50)
     np.testing.assert_allclose(rate, 3.0)  # 12 samples in 4 s, not the mean of 6 and 2
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from labkit.plots import plot_exported, static
-from labkit.plots.closeup import sparse
+from labkit.plots.closeup import sparsity_figures
 from labkit.plots.report import report
 from tests.plots.fake_run import EXPERIMENT, FakeRun
 
@@ -95,7 +95,7 @@ def test_numbers_that_are_missing_leave_gaps(tmp_path: Path) -> None:
 
 
 def test_it_stands_with_the_pictures_of_zeros(fast: FakeRun, tmp_path: Path) -> None:
-    found = sparse([fast])
+    found = sparsity_figures([fast])
     assert len(found) == 3
     assert found[-1].summary == plot_exported(fast).summary
     page = report([fast], tmp_path / "report.html").read_text(encoding="utf-8")

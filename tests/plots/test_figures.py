@@ -125,7 +125,7 @@ def test_findings_claim_no_more_than_was_measured(rows: list[dict[str, Any]], fi
 def test_a_diverged_run_says_so(tmp_path: Path) -> None:
     run = FakeRun(tmp_path, "nan", ranks=1)
     run.event(0, "steps", first=0, loss=[1.0, 2.0, float("nan")], samples=[4] * 3, seconds=[0.1] * 3)
-    assert plot_loss(run).summary == "The loss is no finite number from step 3 on."
+    assert plot_loss(run).summary == "The loss became NaN or infinite at step 3."
 
 
 @pytest.mark.parametrize("name", ["loss", "metric", "throughput", "overview"])

@@ -23,9 +23,9 @@ from labkit.plots import (
     traced,
 )
 from labkit.plots.break_even import finding as break_even_finding
-from labkit.plots.closeup import closeups, combining
+from labkit.plots.closeup import detail_figures, method_figures
 from labkit.plots.report import report
-from labkit.plots.shown import shown
+from labkit.plots.shown import labeled_runs
 from labkit.plots.tradeoff import VIEWS
 from labkit.runs.break_even import BreakEven
 from tests.plots.fake_run import EXPERIMENT, FakeRun, combined, drawn
@@ -57,7 +57,7 @@ def figures(runs: dict[str, FakeRun]) -> list[Picture]:
         plot_split(every),
         plot_break_even(every),
         plot_staleness(every),
-        *(plot_overview(every, against=against) for against in ("steps", "time", "bytes")),
+        *(plot_overview(every, x_axis=x_axis) for x_axis in ("steps", "time", "bytes")),
     ]
 
 
@@ -87,7 +87,7 @@ def test_the_race_to_the_loss_at_which_plain_averaging_ends(runs: dict[str, Fake
     assert said[1] == target
     assert float(said[2]) == pytest.approx(float(power["time (s)"]), rel=0.02)
     assert float(said[3]) == pytest.approx(float(plain["time (s)"]), rel=0.02)
-    assert f"target loss {target}, 1.02 times what plain averaging ends at (mean of 10 steps)" in figure.summary
+    assert f"target loss {target}, 1.02 times the final loss of plain averaging (mean of 10 steps)" in figure.summary
     assert plot_tradeoff([runs["plain"], runs["power"]], "bytes").summary.startswith(
         f"PowerSGD reaches a loss of {target} with {power['sent']} sent, plain averaging with {plain['sent']} sent"
     )
@@ -147,7 +147,7 @@ def test_runs_without_bytes_or_without_a_reference_say_so(runs: dict[str, FakeRu
 
 def test_the_split_names_who_stands_still(runs: dict[str, FakeRun]) -> None:
     figure = plot_split([runs["plain"], runs["worse"], runs["local"]])
-    assert figure.summary == "Communication stops plain averaging for 99 % of a step, PowerSGD rank 1 for 30 %."
+    assert figure.summary == "Communication stalls plain averaging for 99 % of a step, PowerSGD rank 1 for 30 %."
     assert [row["Sent per rank"] for row in figure.rows] == ["20.0 MB", "102 kB", "2.50 MB"]
     assert all(row["Sent per rank"] == row["Formula"] for row in figure.rows)
     assert "20.0 MB sent per rank (formula 20.0 MB)" in figure.data[0].customdata
@@ -221,7 +221,7 @@ def test_staleness_is_a_share_of_gradients_by_age(runs: dict[str, FakeRun], tmp_
 
 def test_names_tell_methods_options_and_links(runs: dict[str, FakeRun]) -> None:
     def names(*chosen: str, links: bool = True) -> list[str]:
-        return traced.names(shown([runs[name] for name in chosen]), links)
+        return traced.run_names(labeled_runs([runs[name] for name in chosen]), links)
 
     assert names("plain", "worse", "local") == ["plain averaging", "PowerSGD rank 1", "LocalSGD"]
     assert names("plain", "native") == ["200 Mbit/s", "dp2"]
@@ -231,33 +231,33 @@ def test_names_tell_methods_options_and_links(runs: dict[str, FakeRun]) -> None:
         "PowerSGD, 200 Mbit/s",
     ]
     assert names("plain", "power", links=False) == ["plain averaging", "PowerSGD"]
-    assert shown([runs["worse"]])[0].label == "vision dp2, PowerSGD rank 1, 200 Mbit/s (2 ranks)"
+    assert labeled_runs([runs["worse"]])[0].label == "vision dp2, PowerSGD rank 1, 200 Mbit/s (2 ranks)"
     styles = [theme.style(index) for index in range(12)]
     assert len(set(styles)) == 12
 
 
 def test_the_overview_can_be_drawn_against_time_and_bytes(runs: dict[str, FakeRun], tmp_path: Path) -> None:
     one = FakeRun(tmp_path, "one", ranks=1).train(60)
-    plain = [plot_overview([one, runs["plain"]], against=against).data[5] for against in ("steps", "time", "bytes")]
+    plain = [plot_overview([one, runs["plain"]], x_axis=x_axis).data[5] for x_axis in ("steps", "time", "bytes")]
     assert [trace.x[-1] for trace in plain] == pytest.approx([200, 200 * 1.7, 200 * 40], rel=0.05)
-    assert plot_overview([one], against="bytes").data[1].x[-1] == 0, "one rank sends nothing"
+    assert plot_overview([one], x_axis="bytes").data[1].x[-1] == 0, "one rank sends nothing"
     with pytest.raises(ValueError, match="steps, time, bytes"):
-        plot_overview([one], against="samples")
+        plot_overview([one], x_axis="samples")
 
 
 def test_they_stand_where_a_run_has_such_a_method(runs: dict[str, FakeRun], tmp_path: Path) -> None:
     def first(*chosen: FakeRun) -> list[str]:
-        return [figure.layout.title.text.split()[0] for figure in combining(list(chosen))]
+        return [figure.layout.title.text.split()[0] for figure in method_figures(list(chosen))]
 
     usual = FakeRun(tmp_path, "usual").train(60)
-    assert combining([usual, FakeRun(tmp_path, "one", ranks=1).train(60)]) == []
+    assert method_figures([usual, FakeRun(tmp_path, "one", ranks=1).train(60)]) == []
     assert len(first(runs["plain"], runs["power"])) == 3, "trade-off, split, break-even"
     assert len(first(runs["power"])) == 1, "split"
     assert len(first(runs["plain"], runs["gossip"])) == 3, "trade-off, split, staleness"
-    assert closeups([runs["plain"], runs["power"]]) == [], "nothing was traced"
+    assert detail_figures([runs["plain"], runs["power"]]) == [], "nothing was traced"
     page = report([runs["plain"], runs["power"]], tmp_path / "report.html").read_text()
-    assert "How ranks combined what they learned" in page
-    assert "One update, looked at closely" not in page
+    assert "How ranks combined gradients or weights" in page
+    assert "One step in detail" not in page
 
 
 def test_a_name_full_of_markup_is_text_in_every_picture(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_name_full_of_markup_is_text_in_every_picture(tmp_path: Path) -> None:
         combined(tmp_path, "power", POWER, f"name={EVIL}2"),
         drawn(tmp_path, "gossip", GOSSIP, f"name={EVIL}3", stale=[1]),
     ]
-    for figure in combining(odd):
+    for figure in method_figures(odd):
         assert "<img" not in figure.to_json().replace("\\u003c", "<")
         assert "<img" not in static.details(figure)
         assert "&lt;img" in static.details(figure)
@@ -282,6 +282,6 @@ def test_rubbish_in_the_columns_spoils_no_picture(columns: dict[str, Any], tmp_p
     odd.event(0, "communication", bytes_per_step="many", counted_bytes_per_step=-1e400)
     odd.end("finished")
     plain = combined(tmp_path, "plain")
-    assert len(combining([plain, odd])) >= 2
+    assert len(method_figures([plain, odd])) >= 2
     write_json(odd.directory.experiment, {"gradients": 3})
-    assert combining([plain, odd])
+    assert method_figures([plain, odd])

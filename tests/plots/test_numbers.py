@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from labkit.plots import plot_layer_numbers, plot_numbers, plot_three_numbers, report, static
-from labkit.plots.closeup import computing
+from labkit.plots.closeup import precision_figures
 from tests.plots.fake_run import EXPERIMENT, FakeRun
 
 BINS = 255
@@ -110,7 +110,7 @@ def test_many_zeros_do_not_hide_the_other_numbers(tmp_path: Path) -> None:
 
 def test_layer_by_layer(ternary: FakeRun) -> None:
     figure = plot_layer_numbers(ternary)
-    assert figure.summary == "2 of 3 layers multiply int8 × ternary; most zeros come into b, 50 % of its inputs."
+    assert figure.summary == "2 of 3 layers multiply int8 × ternary; b gets the most zeros, 50 % of its inputs."
     assert [row["Multiplied"] for row in figure.rows] == ["float32 × float32", "int8 × ternary", "int8 × ternary"]
     assert figure.rows[1]["In memory"] == "int8 × int8"
     words = [note.text for note in figure.layout.annotations]
@@ -121,13 +121,13 @@ def test_of_many_layers_it_says_that_some_are_shown(ternary: FakeRun) -> None:
     ternary.event(1, "numbers", layers=[layer("c", side("int8"), side("ternary"))], multiplied={"int8 × ternary": 5})
     figure = plot_layer_numbers(ternary)
     assert figure.summary.startswith("7 of 8 layers multiply int8 × ternary")
-    assert figure.summary.endswith("; shown are 4, evenly chosen.")
+    assert figure.summary.endswith("; shown are 4, evenly spaced.")
 
 
 def test_three_numbers_beside_the_dense_run(dense: FakeRun, ternary: FakeRun) -> None:
     figure = plot_three_numbers([dense, ternary])
     [row] = figure.rows
-    assert (row["Run"], row["Beside"]) == ("BitNet", "dense")
+    assert (row["Run"], row["Compared with"]) == ("BitNet", "dense")
     assert (row["Theory (times)"], row["Kernels (times)"]) == ("4.00", "0.500")
     assert float(row["Step (times)"]) == pytest.approx(0.5, abs=0.02)
     assert row["Gap"] == "accuracy +0.0 points"
@@ -156,7 +156,7 @@ def test_a_method_gains_only_where_its_interval_says_so(dense: FakeRun, ternary:
 def test_without_a_dense_run_the_step_is_not_compared(ternary: FakeRun, dense: FakeRun) -> None:
     figure = plot_three_numbers(ternary)
     assert "the step was not compared" in figure.summary
-    assert "no dense float32 run with the same workload, layout and batch stands beside" in figure.summary
+    assert "there is no dense float32 run with the same workload, layout and batch for" in figure.summary
     assert figure.rows[0]["Step (times)"] == "–"
     assert plot_three_numbers(dense).summary.startswith("No three numbers to show")
 
@@ -171,18 +171,18 @@ def test_what_was_not_measured_is_said(tmp_path: Path, dense: FakeRun) -> None:
 
 
 def test_close_ups_and_report_have_them_where_a_run_is_narrow(dense: FakeRun, ternary: FakeRun, tmp_path: Path) -> None:
-    assert computing([dense]) == []
-    assert [len(picture.rows) for picture in computing([dense, ternary])] == [1, 4, 3]
+    assert precision_figures([dense]) == []
+    assert [len(picture.rows) for picture in precision_figures([dense, ternary])] == [1, 4, 3]
     path = report.report([dense, ternary], tmp_path / "report.html")
     text = path.read_text(encoding="utf-8")
-    assert "What is computed with which numbers" in text
+    assert "In which precision the layers compute" in text
     assert "its kernels give" in text
 
 
 def test_names_stay_text(tmp_path: Path) -> None:
     layers = [layer("<b>x</b>", side("<i>"), side("float32"), stored="<script>")]
     run = narrow_run(tmp_path, "odd", "name=<b>&", "quantization.qat=int8", layers=layers, kinds=[kind(1)], step_s=0.02)
-    for picture in computing([run]):
+    for picture in precision_figures([run]):
         drawn = json.dumps(static.bundle(picture)["application/vnd.plotly.v1+json"])
         assert not any(
             tag in drawn.replace("<b>inputs", "").replace("<b>stored", "") for tag in ("<script>", "<i>", "<b>x")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from labkit.plots import plot_quantized, static
-from labkit.plots.closeup import computing
+from labkit.plots.closeup import precision_figures
 from labkit.plots.report import report
 from tests.plots.fake_run import EXPERIMENT, FakeRun
 
@@ -43,7 +43,7 @@ def test_the_title_says_what_it_gains_what_it_costs_and_who_suffers(tmp_path: Pa
     figure = plot_quantized(quantized_run(tmp_path, "int8_dynamic", 0.1))
     assert figure.summary == (
         "int8 dynamic: 3.0 times the speed for batches of 512, 4.0 times fewer bytes, accuracy -0.01; "
-        "layer_0.mlp.down suffers most."
+        "layer_0.mlp.down is the most sensitive layer."
     )
     left, right = figure.data
     assert list(left.x) == ["1", "512"]
@@ -76,5 +76,5 @@ def test_without_a_conversion_there_is_nothing(tmp_path: Path) -> None:
     run = FakeRun(tmp_path, "plain", EXPERIMENT)
     run.train(30)
     assert plot_quantized(run).rows == []
-    assert computing(run) == []
-    assert len(computing(quantized_run(tmp_path, "int8_dynamic", 0.1))) == 1
+    assert precision_figures(run) == []
+    assert len(precision_figures(quantized_run(tmp_path, "int8_dynamic", 0.1))) == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from labkit.plots import plot_sparse_layers, plot_sparsity, static
-from labkit.plots.closeup import sparse
+from labkit.plots.closeup import sparsity_figures
 from tests.plots.fake_run import EXPERIMENT, FakeRun
 
 Counts = dict[str, list[float]]
@@ -62,7 +62,7 @@ def test_layer_by_layer(growing: FakeRun) -> None:
 def test_runs_without_zeros_have_no_such_picture(growing: FakeRun, tmp_path: Path) -> None:
     dense = FakeRun(tmp_path, "dense")
     dense.train(5)
-    assert sparse([dense]) == []
-    assert len(sparse([dense, growing])) == 2
+    assert sparsity_figures([dense]) == []
+    assert len(sparsity_figures([dense, growing])) == 2
     assert plot_sparsity([dense]).summary.startswith("No sparsity to show")
     assert plot_sparse_layers(dense).summary.startswith("No layers to show")

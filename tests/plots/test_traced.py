@@ -22,7 +22,7 @@ from labkit.plots import (
     static,
     traced,
 )
-from labkit.plots.closeup import closeups
+from labkit.plots.closeup import detail_figures
 from labkit.plots.report import report
 from tests.plots.fake_run import FakeRun
 
@@ -100,7 +100,7 @@ def test_every_picture_has_a_finding_units_and_a_table(runs: dict[str, FakeRun])
 def test_memory_names_the_fall_and_the_formula(runs: dict[str, FakeRun]) -> None:
     figure = plot_memory([runs["one"], runs["shard"]])
     assert figure.summary == (
-        "Model state per rank falls from 16.0 MB (1 rank) to 10.0 MB (shard2, ZeRO 2); the formula is met within 0.1 %."
+        "Model state per rank falls from 16.0 MB (1 rank) to 10.0 MB (shard2, ZeRO 2); within 0.1 % of the formula."
     )
     assert [row["Rank"] for row in figure.rows] == [0, 1], "the fullest"
     bars = {trace.name: list(trace.x) for trace in figure.data if trace.legendgroup != "formula"}
@@ -121,7 +121,7 @@ def test_the_timeline_names_its_bubbles(runs: dict[str, FakeRun]) -> None:
     # Busy: two ranks × 2 (F + B) of (3 F + 3 B) in the schedule; the recorded backward passes came 10 ms late.
     assert "the schedule's own bubble is 33 %, 33 % with even stages (textbook)" in figure.summary
     measured = 1 - 2 * 2 * 0.03 / (2 * (2 * 0.01 + 4 * 0.02))
-    assert f"stood still for {100 * measured:.0f} %" in figure.summary
+    assert f"were idle for {100 * measured:.0f} %" in figure.summary
     forward, backward = figure.data[0], figure.data[1]
     assert list(forward.y) == ["rank 0"] * 2 + ["rank 1"] * 2
     assert list(forward.text) == ["0", "1", "0", "1"]
@@ -145,7 +145,7 @@ def test_experts_are_added_up_over_the_ranks(runs: dict[str, FakeRun]) -> None:
 
 def test_traffic_is_the_largest_over_the_ranks(runs: dict[str, FakeRun]) -> None:
     figure = plot_communication(runs["shard"])
-    assert figure.summary == "tp carries most (5.00 MB a rank and update) and is waited for longest (20.0 ms)."
+    assert figure.summary == "tp carries most (5.00 MB per rank and step) and has the longest exposed time (20.0 ms)."
     assert figure.rows[0]["Calls"] == "3"
 
 
@@ -155,12 +155,12 @@ def test_what_was_not_traced_says_so(tmp_path: Path) -> None:
         figure = plot(bare)
         assert figure.summary.startswith("No ")
         assert not figure.rows
-    assert closeups([bare]) == []
+    assert detail_figures([bare]) == []
 
 
 def test_close_ups_are_those_that_a_run_has(runs: dict[str, FakeRun]) -> None:
     def kinds(*names: str) -> list[str]:
-        return [figure.layout.title.text.split()[0] for figure in closeups([runs[name] for name in names])]
+        return [figure.layout.title.text.split()[0] for figure in detail_figures([runs[name] for name in names])]
 
     assert kinds("one") == ["1"], "memory alone"
     assert len(kinds("shard")) == 2
@@ -173,23 +173,23 @@ def test_the_report_and_the_static_lab_hold_them(
     runs: dict[str, FakeRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = report([runs["one"], runs["pipe"]], tmp_path / "report.html").read_text()
-    assert "One update, looked at closely" in page
+    assert "One step in detail" in page
     assert page.count("own bubble") >= 2, "the sentence of the figure and of its table"
     shown: list[dict[str, str]] = []
     monkeypatch.setattr("IPython.core.getipython.get_ipython", object)
     monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
-    static.fold("Closer", closeups([runs["pipe"]]))
-    static.fold("Nothing", [])
+    static.accordion("Closer", detail_figures([runs["pipe"]]))
+    static.accordion("Nothing", [])
     [data] = shown
     assert data["text/html"].count("<details") == 4, "a fold, and in it three figures' tables"
     assert "own bubble" in data["text/plain"]
 
 
 def test_names_tell_apart_and_nothing_more(runs: dict[str, FakeRun]) -> None:
-    from labkit.plots.shown import shown
+    from labkit.plots.shown import labeled_runs
 
-    assert traced.names(shown([runs["one"], runs["shard"]])) == ["1 rank", "shard2, ZeRO 2"]
-    assert traced.names(shown([runs["pipe"], runs["slow"]])) == [
+    assert traced.run_names(labeled_runs([runs["one"], runs["shard"]])) == ["1 rank", "shard2, ZeRO 2"]
+    assert traced.run_names(labeled_runs([runs["pipe"], runs["slow"]])) == [
         "pp2, gpipe, 2 microbatches",
         "pp2, gpipe, 2 microbatches #2",
     ]
@@ -203,7 +203,7 @@ def test_names_from_a_run_directory_stay_text(tmp_path: Path) -> None:
     odd = run(tmp_path, "odd", {"ep": 2}, rank0=bad)
     odd.directory.experiment.write_text("{}broken")
     odd.set(title=EVIL)
-    for figure in closeups([odd]):
+    for figure in detail_figures([odd]):
         page = figure.to_json() + static.details(figure)
         assert "<img" not in page.replace("\\u003c", "<")
     names = [row["Block"] for row in plot_experts(odd).rows]

@@ -50,6 +50,15 @@ def test_a_buffer_alone_that_differs_fails_it() -> None:
     assert any("likely reason" in line and "blocks.block_0.samples" in line for line in found["text"])
 
 
+def test_a_held_out_metric_alone_that_differs_fails_it() -> None:
+    """issue 11, A7."""
+    verdict = check(own("evaluates_by_ranks", {"dp_replicate": 2}), steps=3, precisions=("fp64",))
+    assert verdict["parity"] is False
+    assert (verdict["first_step_beyond"], verdict["buffer_beyond"]) == (None, None)
+    assert verdict["max_loss_difference"] <= 1e-9 < verdict["max_metric_difference"]
+    assert "DIFFERS from one process in its held-out metrics" in verdict["text"][0]
+
+
 def test_a_proof_keeps_what_is_trained_complex() -> None:
     found = check(own("complex_weights", {"dp_replicate": 2}), steps=4)
     assert found["parity"] is True, found["text"]

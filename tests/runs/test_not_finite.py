@@ -11,7 +11,7 @@ import pytest
 from labkit import cli
 from labkit.experiment.run_directory import RunDirectory, write_json
 from labkit.plots import report
-from labkit.plots.shown import shown
+from labkit.plots.shown import labeled_runs
 from labkit.runs import checked, summary
 from labkit.runs.compare import compare
 from labkit.runs.data import RunData
@@ -59,7 +59,7 @@ def test_the_screen_says_it(diverged: RunDirectory) -> None:
 def test_comparison_and_report_say_it(diverged: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     comparison = compare([diverged])
     assert "not finite" in str(comparison).splitlines()[2]
-    assert "Held-out accuracy is not finite after 40 steps" in report.page(shown([diverged]), comparison)
+    assert "Held-out accuracy is not finite after 40 steps" in report.page(labeled_runs([diverged]), comparison)
     assert cli.main(["compare", diverged.id, "--json"]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][0]
     assert (row["final"], row["loss"]) == ("not finite", "not finite")
@@ -73,5 +73,5 @@ def test_figures_of_converted_networks_say_it_too(diverged: RunDirectory) -> Non
         file.write(json.dumps({"rank": 0} | event) + "\n")
     built = summary.build(diverged)
     assert built["quantized"]["metrics"] == {"float": {"loss": 0.5}, "quantized": {"loss": "not finite"}}
-    assert "Change" in (page := report.page(shown([diverged]), compare([diverged])))
+    assert "Change" in (page := report.page(labeled_runs([diverged]), compare([diverged])))
     assert "loss not finite" in page

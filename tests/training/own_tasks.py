@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -324,3 +325,19 @@ def overflows_in_float64() -> Any:
 
     x, y = data()
     return {"model": Masked(), "train": (x, y), "test": (x, y), "loss_fn": nn.CrossEntropyLoss()}
+
+
+def evaluates_by_ranks() -> Any:
+    """A model that trains alike everywhere, and whose scores in evaluation depend on the number of ranks."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.layer(x)
+            return scores if self.training else scores * float(os.environ.get("WORLD_SIZE", "1"))
+
+    x, y = data()
+    return {"model": Scaled(), "train": (x, y), "test": (x, y), "loss_fn": nn.CrossEntropyLoss()}

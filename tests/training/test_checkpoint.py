@@ -76,7 +76,7 @@ def save(
 
 def load(folder: Path, model: nn.Module, optimizer: Any) -> int:
     stored = checkpoint.read(folder)
-    with checkpoint.fitting(folder):
+    with checkpoint.as_checkpoint_error(folder):
         state.restore(Alone(model), optimizer, stored.weights, stored.moments)
     return stored.step
 
@@ -272,7 +272,7 @@ def test_damage_is_noticed_before_a_number_is_used(directory: RunDirectory, name
     model, optimizer = made(0)
     train(model, optimizer, 0, 1)
     own = {"compressor.0.errors.0": torch.arange(5.0)}
-    saved = checkpoint.Saved(*state.gather(Alone(model), optimizer), more={"anchor": torch.ones(3)}, own=own)
+    saved = checkpoint.Saved(*state.gather(Alone(model), optimizer), shared={"anchor": torch.ones(3)}, own=own)
     folder = directory.checkpoint(1)
     meetings: list[int] = []
 
@@ -284,7 +284,7 @@ def test_damage_is_noticed_before_a_number_is_used(directory: RunDirectory, name
             known = checkpoint_files.seal(partial / "rank-1.safetensors")
             checkpoint_files.note_sums(partial, 1, {"rank-1.safetensors": known})
 
-    checkpoint.save(directory, 1, Experiment(), saved, meet=meet)
+    checkpoint.save(directory, 1, Experiment(), saved, barrier=meet)
     stored = checkpoint.read(folder)
     assert stored.own is not None
     assert stored.own["compressor.0.errors.0"].tolist() == [0, 1, 2, 3, 4]

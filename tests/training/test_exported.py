@@ -15,8 +15,7 @@ from labkit.sparsity import export, two_four
 from labkit.sparsity.csr import CsrLinear
 from labkit.sparsity.n_m import n_of_m
 from labkit.sparsity.two_four import SemiStructuredLinear
-from labkit.training.after import exported
-from labkit.training.after import variants as beside
+from labkit.training.after import exported, variants
 from labkit.workloads.base import Task
 
 NAMES = ["up", "down"]
@@ -56,7 +55,7 @@ class Packed(torch.Tensor):
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beside, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(variants, "PATIENCE_S", 0.0)
     monkeypatch.setattr(exported, "BATCHES", (1, 4))
 
 
@@ -74,7 +73,7 @@ def test_two_four_stands_beside_the_dense_one_in_16_bits(tmp_path: Path, monkeyp
     prune(wanted.model)
     monkeypatch.setattr(two_four, "kernels", lambda device: (Packed, ""))
     monkeypatch.setattr(two_four, "compress", Packed.of)
-    monkeypatch.setattr(export, "faster_as_csr", lambda model, x, alive: [])
+    monkeypatch.setattr(export, "faster_as_csr", lambda model, x, heartbeat: [])
     found = made(wanted, "n_m", tmp_path / "it")
     assert found["layers"] == {"dense": 0, "dense_16": 2, "two_four": 2}
     weights = 2 * 64 * 256
@@ -84,8 +83,8 @@ def test_two_four_stands_beside_the_dense_one_in_16_bits(tmp_path: Path, monkeyp
     assert found["metrics"]["two_four"]["loss"] == pytest.approx(found["metrics"]["dense"]["loss"], abs=0.01)
     assert set(found["latency_seconds"]["4"]) == {"dense", "dense_16", "two_four"}
     # Packed again where there is a kernel, whole where there is none: the same numbers.
-    names = export.layers_with_two_four(beside.bare(wanted.model))
-    packed = export.as_half(beside.bare(wanted.model), names, sparse=True)
+    names = export.layers_with_two_four(variants.unwrap_copy(wanted.model))
+    packed = export.as_half(variants.unwrap_copy(wanted.model), names, sparse=True)
     export.save(tmp_path / "packed", packed, "two_four")
     outputs = []
     for here in (Packed, None):
@@ -101,7 +100,7 @@ def test_two_four_stands_beside_the_dense_one_in_16_bits(tmp_path: Path, monkeyp
 @pytest.mark.usefixtures("quick")
 def test_where_nothing_is_faster_the_dense_network_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = task()
-    monkeypatch.setattr(export, "faster_as_csr", lambda model, x, alive: [])
+    monkeypatch.setattr(export, "faster_as_csr", lambda model, x, heartbeat: [])
     found = made(wanted, "rigl", tmp_path / "it")
     assert (found["saved"], found["csr_layers"]) == ("dense", {"1": 0, "4": 0})
     assert set(found["metrics"]) == {"dense"}
@@ -118,7 +117,7 @@ def test_a_form_is_that_of_the_largest_batch_for_which_it_gains(
     wanted = task()
     prune(wanted.model)
     names = [f"blocks.layer_1.mlp.{name}" for name in NAMES]
-    monkeypatch.setattr(export, "faster_as_csr", lambda model, x, alive: names[: len(x)] if len(x) == 1 else [])
+    monkeypatch.setattr(export, "faster_as_csr", lambda model, x, heartbeat: names[: len(x)] if len(x) == 1 else [])
     found = made(wanted, "static", tmp_path / "it")
     assert found["csr_layers"] == {"1": 1, "4": 0}
     assert found["layers"] == {"dense": 0, "csr": 1}
@@ -136,7 +135,7 @@ def test_a_bare_copy_has_ordinary_layers_whatever_the_network_trained_with() -> 
     assert isinstance(down, nn.Linear)
     export.replace_module(wanted.model, "blocks.layer_1.mlp.up", CsrLinear(up, up.weight != 0))
     export.replace_module(wanted.model, "blocks.layer_1.mlp.down", SemiStructuredLinear(down))
-    copy = beside.bare(wanted.model)
+    copy = variants.unwrap_copy(wanted.model)
     assert {type(part) for part in copy.modules() if "Linear" in type(part).__name__} == {nn.Linear}
     assert torch.equal(copy(x), expected)
     assert isinstance(wanted.model.get_submodule("blocks.layer_1.mlp.up"), CsrLinear), "the network itself stays"

@@ -28,10 +28,10 @@ def measured(model: nn.Module, x: torch.Tensor, **autocast: Any) -> tuple[list[r
     def inside() -> Any:
         return torch.autocast("cpu", **autocast) if autocast else nullcontext()
 
-    watch = LayerProbe({0: model}, {}, MESH)
-    with torch.no_grad(), inside(), watch.over(len(x)):
+    probe = LayerProbe({0: model}, {}, MESH)
+    with torch.no_grad(), inside(), probe.over(len(x)):
         model(x)
-    found = kernels.measure(EXPERIMENT, watch.layers, watch.samples, inside, lambda: None)
+    found = kernels.measure(EXPERIMENT, probe.layers, probe.samples, inside, lambda: None)
     return reading.read(found["kinds"]), found
 
 
@@ -123,10 +123,10 @@ def test_only_sparse_and_narrow_runs_are_measured() -> None:
         ("quantization.training=int8", True),
         ("quantization.qat=int8", True),
     ):
-        assert kernels.wanted(EXPERIMENT.replace(change)) is expected
-    assert kernels.wanted(EXPERIMENT.replace("sparsity.method=static", "sparsity.target=0.9"))
+        assert kernels.is_requested(EXPERIMENT.replace(change)) is expected
+    assert kernels.is_requested(EXPERIMENT.replace("sparsity.method=static", "sparsity.target=0.9"))
     isolated = EXPERIMENT.replace("quantization.training=int8", "layout=dp2", "launch.isolated=true")
-    assert not kernels.wanted(isolated)
+    assert not kernels.is_requested(isolated)
 
 
 def test_a_pass_of_a_rank_is_a_share_of_the_batch() -> None:

@@ -49,13 +49,13 @@ def test_computing_is_the_forward_passes_that_the_gpu_has_finished() -> None:
     clock = GpuClock()
     meter = metered(clock)
     step(meter, clock, 0, 0.5, 9.0)
-    assert (meter.busy, meter.samples) == (0.0, 0.0)  # queued, not computed yet
+    assert (meter.compute_seconds, meter.samples) == (0.0, 0.0)  # queued, not computed yet
     clock.reached = clock.time
     step(meter, clock, 1, 0.25, 9.0)
-    assert (meter.busy, meter.samples) == (0.5, 32)
+    assert (meter.compute_seconds, meter.samples) == (0.5, 32)
     clock.reached = clock.time
     step(meter, clock, 2, 0.25, 9.0)
-    assert (meter.busy, meter.samples) == (0.25, 32)
+    assert (meter.compute_seconds, meter.samples) == (0.25, 32)
 
 
 def test_shares_follow_the_speed_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +70,6 @@ def test_shares_follow_the_speed_of_gpus(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("labkit.training.shares.dist.all_reduce", sum_up)
     shares = Shares(2, True, torch.device("cpu"))
     for number in range(40):
-        shares.computed(number, 0.3, 32)
+        shares.record(number, 0.3, 32)
     assert speeds["seen"]
     assert shares.weights[1] == pytest.approx(0.25, abs=0.01)

@@ -44,11 +44,11 @@ def network() -> nn.Sequential:
 
 
 def watched(model: nn.Module, x: torch.Tensor, **autocast: Any) -> tuple[LayerProbe, torch.Tensor]:
-    watch = LayerProbe({0: model}, {}, MESH)
+    probe = LayerProbe({0: model}, {}, MESH)
     context = torch.autocast("cpu", **autocast) if autocast else torch.enable_grad()
-    with context, watch.over(len(x)):
+    with context, probe.over(len(x)):
         out = model(x)
-    return watch, out
+    return probe, out
 
 
 IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -80,16 +80,16 @@ def test_bytes_of_the_backward_products_are_as_declared(words: str) -> None:
             out = layer(x)
             with _Product() as product:
                 torch.autograd.grad(out, gradient_of, torch.ones_like(out))
-            assert product.found is not None
-            sizes.append(product.found[1][0].element_size())
+            assert product.call is not None
+            sizes.append(product.call[1][0].element_size())
         assert tuple(sizes) == arithmetic.backward_bytes
 
 
 def test_ternary_weights_are_three_spikes() -> None:
     model = network()
     names = narrow(model, TernaryArithmetic, False)
-    watch, _ = watched(model, IMAGES)
-    found = watch.found()
+    probe, _ = watched(model, IMAGES)
+    found = probe.event_fields()
     assert found["multiplied"] == {"float32 × float32": 2, "int8 × ternary": 2}
     by_name = {layer["name"]: layer for layer in found["layers"]}
     for name in names:
@@ -105,24 +105,24 @@ def test_int4_has_fifteen_spikes_and_off_it_is_float32() -> None:
     """Before quantization-aware training has begun nothing is rounded, and nothing else is said."""
     model, made = network(), []
     narrow(model, lambda: made.append(FakeArithmetic(4)) or made[-1], False)
-    on = watched(model, IMAGES)[0].found()
+    on = watched(model, IMAGES)[0].event_fields()
     assert [sum(count > 0 for count in layer["weight"]["counts"]) for layer in on["layers"][1:3]] == [15, 15]
     assert on["layers"][1]["weight"]["share"] == "32 inputs"
     for arithmetic in made:
         arithmetic.active = False
-    off = watched(model, IMAGES)[0].found()
+    off = watched(model, IMAGES)[0].event_fields()
     assert off["multiplied"] == {"float32 × float32": 4}
     assert sum(count > 0 for count in off["layers"][1]["weight"]["counts"]) > 100
 
 
 def test_autocast_shows_in_what_is_multiplied_and_answered() -> None:
-    watch, _ = watched(network(), IMAGES, dtype=torch.bfloat16)
-    found = watch.found()
+    probe, _ = watched(network(), IMAGES, dtype=torch.bfloat16)
+    found = probe.event_fields()
     assert found["multiplied"] == {"bfloat16 × bfloat16": 4}
     assert {layer["stored"] for layer in found["layers"]} == {"float32"}
     assert {layer["answers"] for layer in found["layers"]} == {"bfloat16"}
     disabled, _ = watched(network(), IMAGES, dtype=torch.bfloat16, enabled=False)
-    assert disabled.found()["multiplied"] == {"float32 × float32": 4}
+    assert disabled.event_fields()["multiplied"] == {"float32 × float32": 4}
 
 
 def test_zeros_are_those_counted_by_hand() -> None:
@@ -130,7 +130,7 @@ def test_zeros_are_those_counted_by_hand() -> None:
     with torch.no_grad():
         model[4].weight.view(-1)[:300] = 0
         hidden = model[:4](IMAGES)
-    layer = watched(model, IMAGES)[0].found()["layers"][2]
+    layer = watched(model, IMAGES)[0].event_fields()["layers"][2]
     assert layer["input"]["zeros"] == pytest.approx(float((hidden == 0).float().mean()))
     assert 0.3 < layer["input"]["zeros"] < 0.7, "ReLU"
     assert layer["weight"]["zeros"] == pytest.approx(300 / (40 * 33))
@@ -142,7 +142,7 @@ def test_a_sparse_kernel_multiplies_what_is_not_zero() -> None:
     model = network()
     mask = torch.rand(33, 40, generator=torch.Generator().manual_seed(0)) < 0.25
     csr.replace(model, {"4.weight": mask})
-    layer = watched(model, IMAGES)[0].found()["layers"][2]
+    layer = watched(model, IMAGES)[0].event_fields()["layers"][2]
     assert (layer["input"]["kind"], layer["weight"]["kind"]) == ("float32", "sparse float32")
     assert layer["weight"]["zeros"] == pytest.approx(1 - float(mask.float().mean()))
     assert layer["shape"] == [33, 40]
@@ -152,17 +152,17 @@ def test_seeing_changes_nothing_and_leaves_nothing() -> None:
     model = network()
     narrow(model, lambda: Int8Arithmetic("stochastic", True), True)
     before, state = model(IMAGES), torch.random.get_rng_state()
-    watch, during = watched(model, IMAGES)
+    probe, during = watched(model, IMAGES)
     assert torch.equal(before, during)
     assert torch.equal(before, model(IMAGES))
     assert torch.equal(state, torch.random.get_rng_state())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert [seen.rows for seen in watch.layers] == [8 * 36, 8, 8, 8]
+    assert [seen.rows for seen in probe.layers] == [8 * 36, 8, 8, 8]
 
 
 def test_of_many_layers_some_are_told_from_the_first_to_the_last() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(30)))
-    found = watched(model, torch.ones(2, 4))[0].found()
+    found = watched(model, torch.ones(2, 4))[0].event_fields()
     names = [layer["name"] for layer in found["layers"]]
     assert (len(names), names[0], names[-1]) == (MOST_LAYERS, "0", "29")
     assert (found["of_layers"], found["multiplied"]) == (30, {"float32 × float32": 30})

@@ -82,13 +82,13 @@ MISTAKES = {
         "broken.Synchronous.forward_backward = lambda self, model, last, step: contextlib.nullcontext()\n"
         "import labkit.training.trainer as trainer\n"
         "from labkit.training.sampling import BatchOrder\n"
-        "whole = BatchOrder.passes\n"
-        "BatchOrder.passes = lambda self, step, rank, ranks, n, w=None: [whole(self, step, rank, ranks, n)[-1]] * n\n"
+        "right = BatchOrder.micro_batches\n"
+        "BatchOrder.micro_batches = lambda self, step, rank, n, m, w=None: [right(self, step, rank, n, m)[-1]] * m\n"
     ),
     "every rank sees the same samples": (
         "from labkit.training.sampling import BatchOrder\n"
-        "right = BatchOrder.passes\n"
-        "BatchOrder.passes = lambda self, step, rank, ranks, n, weights=None: right(self, step, 0, ranks, n)\n"
+        "right = BatchOrder.micro_batches\n"
+        "BatchOrder.micro_batches = lambda self, step, rank, ranks, n, weights=None: right(self, step, 0, ranks, n)\n"
     ),
     "a rank is a millionth off": (
         "import labkit.training.weights as broken\n"

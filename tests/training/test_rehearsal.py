@@ -297,13 +297,13 @@ def test_loader_processes_draw_by_step_and_share_whatever_their_number() -> None
 
 
 def test_shares_draw_other_numbers_and_ranks_of_one_share_the_same() -> None:
-    from labkit.training.samples import Loaded, Pass
+    from labkit.training.samples import MicroBatch, MicroBatchDataset
 
     task = odd_tasks.augmented()
     from labkit.workloads.custom_task import as_task
 
-    loaded = Loaded(as_task(task, "augmented").train, lambda seed: None)
-    batches = [loaded.__getitems__(Pass([1, 2], seed, 0)) for seed in (5, 5, 6)]
+    loaded = MicroBatchDataset(as_task(task, "augmented").train, lambda seed: None)
+    batches = [loaded.__getitems__(MicroBatch([1, 2], seed, 0)) for seed in (5, 5, 6)]
     assert torch.equal(batches[0]["x"], batches[1]["x"])  # type: ignore[index]
     assert not torch.equal(batches[0]["x"], batches[2]["x"])  # type: ignore[index]
 

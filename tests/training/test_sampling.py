@@ -19,7 +19,7 @@ steps = st.integers(0, 200)
 def test_shares_partition_the_batch_in_order(order: BatchOrder, step: int, ranks: int, passes: int) -> None:
     update = order.update(step)
     assert update.shape == (order.batch,)
-    shares = [order.passes(step, rank, ranks, passes) for rank in range(ranks)]
+    shares = [order.micro_batches(step, rank, ranks, passes) for rank in range(ranks)]
     flat = np.concatenate([indices for share in shares for indices in share])
     np.testing.assert_array_equal(flat, update)
     sizes = [sum(map(len, share)) for share in shares]
@@ -78,7 +78,7 @@ def test_weighted_means_over_ranks_are_the_mean_over_the_batch(
     values = np.random.default_rng(0).normal(size=order.length)
     total = 0.0
     for rank in range(ranks):
-        for indices in order.passes(step, rank, ranks, passes):
+        for indices in order.micro_batches(step, rank, ranks, passes):
             if len(indices):
                 total += values[indices].mean() * share_weight(len(indices), order.batch, ranks) / ranks
     assert total == pytest.approx(values[order.update(step)].mean(), abs=1e-12)
@@ -103,7 +103,7 @@ def test_weighted_shares_partition_the_batch_too(order: BatchOrder, step: int, p
     if order.batch < ranks * passes:
         return
     weights = [part / sum(parts) for part in parts]
-    shares = [order.passes(step, rank, ranks, passes, weights) for rank in range(ranks)]
+    shares = [order.micro_batches(step, rank, ranks, passes, weights) for rank in range(ranks)]
     flat = np.concatenate([indices for share in shares for indices in share])
     np.testing.assert_array_equal(flat, order.update(step))
     for share, weight in zip(shares, weights, strict=True):

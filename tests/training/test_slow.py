@@ -14,7 +14,7 @@ import torch
 
 from labkit.runs import Run
 from labkit.training.clock import PassClock
-from labkit.training.slow import stretched
+from labkit.training.slow import slow_down
 from tests.launch.helpers import events, start, tiny
 
 FACTOR = 4.0
@@ -40,9 +40,9 @@ class FakeMeter:
 
     def __init__(self, clock: PassClock) -> None:
         self.seconds = 0.0
-        self.computing = clock.seconds
+        self.pass_seconds = clock.seconds
 
-    def computed(self, seconds: float) -> None:
+    def add_compute_seconds(self, seconds: float) -> None:
         self.seconds += seconds
 
 
@@ -56,7 +56,7 @@ def test_waiting_is_no_computing() -> None:
     assert clock.seconds() < half + 0.05
     compute(0.05)
     assert clock.seconds() >= 2 * 0.05
-    assert clock.seconds(spun=0.05) < clock.seconds() - 0.04
+    assert clock.seconds(spin_wait_seconds=0.05) < clock.seconds() - 0.04
 
 
 def test_a_thread_that_has_no_core_computes_more_slowly() -> None:
@@ -94,18 +94,18 @@ def test_a_pass_is_stretched_by_its_computing_alone() -> None:
         return "loss"
 
     meter: Any = FakeMeter(clock)
-    slow = stretched(run_pass, FACTOR, CPU, meter)
+    slow = slow_down(run_pass, FACTOR, CPU, meter)
     begun = time.perf_counter()
     assert slow(None, 1.0, True, None) == "loss"
-    took, computing = time.perf_counter() - begun, measured[0]
+    took, pass_seconds = time.perf_counter() - begun, measured[0]
     assert took >= 0.2 + 0.04 + meter.seconds
-    assert (FACTOR - 1) * computing <= meter.seconds < (FACTOR - 1) * computing * 1.2
+    assert (FACTOR - 1) * pass_seconds <= meter.seconds < (FACTOR - 1) * pass_seconds * 1.2
 
 
 def test_a_rank_that_is_not_slowed_is_left_alone() -> None:
     def run_pass() -> None: ...
 
-    assert stretched(run_pass, 1.0, CPU, FakeMeter(PassClock())) is run_pass  # type: ignore[arg-type]
+    assert slow_down(run_pass, 1.0, CPU, FakeMeter(PassClock())) is run_pass  # type: ignore[arg-type]
 
 
 def test_an_isolated_rank_takes_so_many_times_as_long() -> None:

@@ -106,7 +106,7 @@ def test_planned_methods_are_listed_as_unavailable_and_refused(form: ExperimentF
         form.set("sparsity.method", key)
         [problem] = form.problems
         assert "not in this version" in problem.reason
-        form.use(problem)
+        form.apply_hint(problem)
         assert form.problems == []
 
 
@@ -117,11 +117,11 @@ def test_what_this_machine_cannot_offer_is_marked_with_the_reason(form: Experime
     if Machine.here().gpus:
         assert shown["fp16"] == "fp16"
         return
-    assert shown["fp16"] == "fp16 (not here)"
+    assert shown["fp16"] == "fp16 (unavailable here)"
     assert method.missing(Machine.here()) in widget.tooltip
     form.set("quantization.training", "fp16")
     assert [problem.field for problem in form.problems] == ["quantization.training"]
-    form.use(form.problems[0])
+    form.apply_hint(form.problems[0])
     assert form.problems == []
 
 
@@ -148,7 +148,7 @@ def test_what_is_wrong_is_said_and_mended(form: ExperimentForm, field: str, valu
     assert problem.field == field
     assert words in problem.reason
     if fixed is not None:
-        form.use(problem)
+        form.apply_hint(problem)
         assert form.problems == []
         assert form.value.get(field) == fixed
 
@@ -230,7 +230,7 @@ def test_what_does_not_go_together_is_said_and_mended(
     problem = next(problem for problem in form.problems if problem.field == field)
     assert words in problem.reason
     assert problem.nearest is not None
-    form.use(problem)
+    form.apply_hint(problem)
     assert problem.reason not in [other.reason for other in form.problems]
 
 

@@ -114,8 +114,8 @@ def test_what_a_reloaded_page_reads_is_what_was_drawn(lab: Lab, launcher: Launch
 def test_close_ups_are_made_when_they_are_opened(lab: Lab, launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     fold = lab._panel.dashboard.closeup
-    real = closeup.closeups
-    monkeypatch.setattr(closeup, "closeups", lambda runs: made.append(len(runs)) or real(runs))
+    real = closeup.detail_figures
+    monkeypatch.setattr(closeup, "detail_figures", lambda runs: made.append(len(runs)) or real(runs))
     lab.run()
     launcher.runs[0].trace().advance(20)
     eventually(lambda: "step 20 of 200" in words(lab))
@@ -154,12 +154,12 @@ def test_curves_can_be_turned_to_time_and_bytes(lab: Lab, launcher: Launcher) ->
     lab.run()
     launcher.runs[0].advance(100, bytes=2**20)
     eventually(lambda: "step 100 of 200" in words(lab))
-    for against, end in (("time", 2.08), ("bytes", 200), ("steps", 100)):
-        dashboard.against.value = against
+    for x_axis, end in (("time", 2.08), ("bytes", 200), ("steps", 100)):
+        dashboard.x_axis.value = x_axis
         assert dashboard.figure.data[1].x[-1] == pytest.approx(end, rel=0.02)
-        assert dashboard.figure.layout.xaxis3.title.text == TITLES[against]
-        assert dashboard.figure.data[1].hovertemplate.startswith(HOVER[against])
-    dashboard.against.value = "time"
+        assert dashboard.figure.layout.xaxis3.title.text == TITLES[x_axis]
+        assert dashboard.figure.data[1].hovertemplate.startswith(HOVER[x_axis])
+    dashboard.x_axis.value = "time"
     launcher.runs[0].train(100, bytes=2**20)
     eventually(lambda: not dashboard.running)
     assert dashboard.figure.data[1].x[-1] == pytest.approx(4.16, rel=0.02), "and stay so while the run goes on"

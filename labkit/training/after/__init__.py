@@ -1,1 +1,1 @@
-"""What is measured once the training is over: the trained network in other forms."""
+"""Measurements after the training: the trained network in other forms."""

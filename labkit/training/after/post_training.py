@@ -1,6 +1,6 @@
-"""What is looked at once the training is over: the trained network in other forms, beside itself.
+"""Steps after the training: the trained network in other forms, compared with itself.
 
-Each look is one function and one event, made by the first rank while the others wait.
+Each step is one function and one event, run by rank 0 while the other ranks wait.
 """
 
 from __future__ import annotations
@@ -22,60 +22,60 @@ from labkit.workloads.base import Task
 
 @dataclass(frozen=True)
 class Trained:
-    """What the first rank holds after the last update."""
+    """What rank 0 has after the last optimizer step."""
 
     experiment: Experiment
     task: Task
     directory: RunDirectory
     model: nn.Module
-    """Its part of the network: the whole of it where the rules of a look ask for that."""
-    alive: Callable[[], None]
-    """To be called again and again meanwhile."""
+    """This rank's part of the network; the full model if the rules of a step require it."""
+    heartbeat: Callable[[], None]
+    """Function to call regularly, so that the supervisor does not take the rank for stalled."""
     autocast: Callable[[], AbstractContextManager[Any]]
-    """What the run's passes forward are made in."""
-    watch: LayerProbe | None
-    """Its layers as the last evaluation saw them; None if nothing was evaluated."""
+    """Context of the run's forward passes."""
+    probe: LayerProbe | None
+    """Layers of this rank as recorded in the last evaluation; None if nothing was evaluated."""
 
 
 @dataclass(frozen=True)
 class PostTrainingStep:
-    """`event`: its name in the events; `wanted`: does the experiment ask for it; `make`: its fields."""
+    """One step: name of its event, whether an experiment requests it, and the function that returns its fields."""
 
     event: str
-    wanted: Callable[[Experiment], bool]
-    make: Callable[[Trained], dict[str, Any]]
+    is_requested: Callable[[Experiment], bool]
+    run: Callable[[Trained], dict[str, Any]]
 
 
 def _quantized(trained: Trained) -> dict[str, Any]:
-    return quantized.quantize(trained.task, trained.model, trained.experiment.quantization, trained.alive)
+    return quantized.quantize(trained.task, trained.model, trained.experiment.quantization, trained.heartbeat)
 
 
 def _kernels(trained: Trained) -> dict[str, Any]:
-    seen, samples = (trained.watch.layers, trained.watch.samples) if trained.watch else ([], 0)
-    return kernels.measure(trained.experiment, seen, samples, trained.autocast, trained.alive)
+    layers, samples = (trained.probe.layers, trained.probe.samples) if trained.probe else ([], 0)
+    return kernels.measure(trained.experiment, layers, samples, trained.autocast, trained.heartbeat)
 
 
 def _exported(trained: Trained) -> dict[str, Any]:
     path, settings = trained.directory.exported, trained.experiment.sparsity
-    return exported.export(trained.task, trained.model, settings, path, trained.alive)
+    return exported.export(trained.task, trained.model, settings, path, trained.heartbeat)
 
 
-LOOKS = (
+STEPS = (
     PostTrainingStep("quantized", lambda experiment: experiment.quantization.after_training != "none", _quantized),
     PostTrainingStep("exported", lambda experiment: experiment.sparsity.export, _exported),
-    PostTrainingStep("kernels", kernels.wanted, _kernels),
+    PostTrainingStep("kernels", kernels.is_requested, _kernels),
 )
 
 
-def wanted(experiment: Experiment) -> bool:
-    """Is there anything to look at?"""
-    return any(look.wanted(experiment) for look in LOOKS)
+def is_requested(experiment: Experiment) -> bool:
+    """Return True if the experiment requests any of the steps."""
+    return any(step.is_requested(experiment) for step in STEPS)
 
 
-def look(trained: Trained) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and fields of each event, as soon as it is made."""
-    for one in LOOKS:
-        if one.wanted(trained.experiment):
-            begun = time.perf_counter()
-            found = one.make(trained)
-            yield one.event, {"seconds": time.perf_counter() - begun} | found
+def run_steps(trained: Trained) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run the requested steps; yield name and fields of each event."""
+    for step in STEPS:
+        if step.is_requested(trained.experiment):
+            begin = time.perf_counter()
+            fields = step.run(trained)
+            yield step.event, {"seconds": time.perf_counter() - begin} | fields

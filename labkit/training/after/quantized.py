@@ -1,6 +1,6 @@
-"""The trained network quantized, beside itself as it is: loss and metric, bytes, latency, and which layers suffer.
+"""The trained network quantized, compared with itself in float32: metrics, bytes, latency, sensitivity of layers.
 
-Made by the first rank from a copy of the whole model, after the last update. Latency is that of this rank with its
+Rank 0 quantizes a copy of the full model after the last step. Latency is measured on this rank with its number of
 threads.
 """
 
@@ -17,78 +17,78 @@ from labkit.experiment.schema import Quantization
 from labkit.quantization.calibration import magnitudes
 from labkit.quantization.converted import ConvertedLinear, convert, num_bytes
 from labkit.quantization.linear import chosen
-from labkit.training.after.variants import BATCHES, bare, evaluated, fetched, inputs, latency
+from labkit.training.after.variants import BATCHES, evaluated, inputs, latency, load_batch, unwrap_copy
 from labkit.workloads.base import Task
 
 MOST_LAYERS, MOST_SAMPLES = 12, 64
-"""Of the sensitivity: so many layers, evenly chosen, on so many samples."""
+"""Sensitivity is measured for up to 12 evenly spaced layers, on up to 64 samples."""
 CALIBRATED_ON, AT_ONCE = 256, 32
-"""Training samples for calibration, and how many of them go through the network at a time."""
+"""Number of training samples for calibration, and their batch size."""
 
 
 @torch.no_grad()
-def quantize(task: Task, model: nn.Module, settings: Quantization, alive: Callable[[], None]) -> dict[str, Any]:
-    """The fields of the event `quantized`. `alive` is called again and again."""
-    whole = bare(model)
-    device = next(whole.parameters()).device
-    names = [name for name, _ in chosen(whole, settings.head)]
-    largest = calibrated(task, whole, settings, names, device, alive)
-    small = deepcopy(whole)
+def quantize(task: Task, model: nn.Module, settings: Quantization, heartbeat: Callable[[], None]) -> dict[str, Any]:
+    """Quantize a copy of `model` and return the fields of the event `quantized`; `heartbeat` is called regularly."""
+    full = unwrap_copy(model)
+    device = next(full.parameters()).device
+    names = [name for name, _ in chosen(full, settings.head)]
+    largest = calibrated(task, full, settings, names, device, heartbeat)
+    small = deepcopy(full)
     convert(small, settings.after_training, settings.head, settings.qat, largest=largest)
-    models = {"float": whole, "quantized": small}
+    models = {"float": full, "quantized": small}
     count = len(task.test)
     return {
         "method": settings.after_training,
         "qat": settings.qat,
         "layers": sum(isinstance(module, ConvertedLinear) for module in small.modules()),
         "samples": count,
-        "metrics": {name: evaluated(task, one, device, count, alive) for name, one in models.items()},
-        "bytes": {name: num_bytes(one) for name, one in models.items()},
+        "metrics": {name: evaluated(task, variant, device, count, heartbeat) for name, variant in models.items()},
+        "bytes": {name: num_bytes(variant) for name, variant in models.items()},
         "layer_bytes": {
-            "float": sum(num_bytes(whole.get_submodule(name)) for name in names),
+            "float": sum(num_bytes(full.get_submodule(name)) for name in names),
             "quantized": sum(num_bytes(small.get_submodule(name)) for name in names),
         },
-        "latency_seconds": {str(size): latency(models, inputs(task, size, device), alive) for size in BATCHES},
-        "sensitivity": sensitivity(task, whole, settings, names, largest, device, alive),
+        "latency_seconds": {str(size): latency(models, inputs(task, size, device), heartbeat) for size in BATCHES},
+        "sensitivity": sensitivity(task, full, settings, names, largest, device, heartbeat),
     }
 
 
 def calibrated(
     task: Task,
-    whole: nn.Module,
+    full: nn.Module,
     settings: Quantization,
     names: list[str],
     device: torch.device,
-    alive: Callable[[], None],
+    heartbeat: Callable[[], None],
 ) -> dict[str, float]:
-    """What `convert` has to know of the inputs of layers, from the first training samples; {} where it is nothing."""
+    """Return the largest input magnitude by layer, from the first training samples; {} if the method needs none."""
     if settings.after_training != "int8_static":
         return {}
     count = min(CALIBRATED_ON, len(task.train))
     batches = (
-        fetched(task.train, list(range(begin, min(begin + AT_ONCE, count))), device)["x"]
+        load_batch(task.train, list(range(begin, min(begin + AT_ONCE, count))), device)["x"]
         for begin in range(0, count, AT_ONCE)
     )
-    return magnitudes(whole, names, batches, settings.calibration, alive)
+    return magnitudes(full, names, batches, settings.calibration, heartbeat)
 
 
 def sensitivity(
     task: Task,
-    whole: nn.Module,
+    full: nn.Module,
     settings: Quantization,
     names: list[str],
     largest: dict[str, float],
     device: torch.device,
-    alive: Callable[[], None],
+    heartbeat: Callable[[], None],
 ) -> list[list[Any]]:
-    """[layer, change of the loss when it alone is quantized], in the order of the model."""
+    """Return [layer, change of the loss if only this layer is quantized], in the order of the model."""
     count = min(MOST_SAMPLES, len(task.test))
-    base = evaluated(task, whole, device, count, alive)["loss"]
-    most = min(MOST_LAYERS, len(names))
-    tried = [names[index * len(names) // most] for index in range(most)]
-    found: list[list[Any]] = []
-    for name in tried:
-        one = deepcopy(whole)
-        convert(one, settings.after_training, settings.head, settings.qat, [name], largest)
-        found.append([name, evaluated(task, one, device, count, alive)["loss"] - base])
-    return found
+    base = evaluated(task, full, device, count, heartbeat)["loss"]
+    limit = min(MOST_LAYERS, len(names))
+    tested_names = [names[index * len(names) // limit] for index in range(limit)]
+    changes: list[list[Any]] = []
+    for name in tested_names:
+        variant = deepcopy(full)
+        convert(variant, settings.after_training, settings.head, settings.qat, [name], largest)
+        changes.append([name, evaluated(task, variant, device, count, heartbeat)["loss"] - base])
+    return changes

@@ -1,4 +1,4 @@
-"""One update looked at closely: memory, traffic, pipeline and experts of this rank. All other updates run untouched."""
+"""Trace of a single step: memory, traffic, pipeline and experts of this rank. All other steps run without probes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from labkit.training.probes.activations import Activations
 
 
 class Trace:
-    """Around the one traced update, as a context manager; `found()` is what the rank writes down afterwards.
+    """Context manager around the traced step; `event_fields()` returns the results afterwards.
 
-    Where minibatches under way in that update have begun before it, `watch()` comes earlier: from there on activations
-    and stashed weights are counted and the timeline is kept.
+    If micro-batches in flight in that step begin before it, call `start()` earlier: from then on activations and
+    stashed weights are counted and the timeline is recorded.
     """
 
     def __init__(
@@ -38,40 +38,40 @@ class Trace:
         self._experiment, self._model, self._optimizer, self._device = experiment, model, optimizer, device
         self._parts = list(model.stages.values())
         self._activations = Activations(self._parts)
-        self._spread = model if isinstance(model, ParallelModel) else None
-        pipeline = self._spread.pipeline if self._spread is not None else None
+        self._sharded_model = model if isinstance(model, ParallelModel) else None
+        pipeline = self._sharded_model.pipeline if self._sharded_model is not None else None
         self._stashes = pipeline if isinstance(pipeline, AsynchronousPipeline) else None
         self._memory: dict[str, int] = {}
         self._timeline: list[Any] = []
-        self._open = ExitStack()
+        self._stack = ExitStack()
 
-    def watch(self) -> None:
-        """Count what is kept for backward passes, and keep the timeline, from here on."""
-        if self._spread is not None and self._spread.timeline is not None:
-            self._spread.timeline.start()
-        self._open.enter_context(self._activations)
+    def start(self) -> None:
+        """Start to count activations and to record the timeline."""
+        if self._sharded_model is not None and self._sharded_model.timeline is not None:
+            self._sharded_model.timeline.start()
+        self._stack.enter_context(self._activations)
 
     def __enter__(self) -> Trace:
         self._experts = dict(_mixtures(self._parts))
         for module in self._experts.values():
             module.load = torch.zeros(module.router.out_features, dtype=torch.int64, device=self._device)
-        if self._spread is not None:
-            self._traffic = self._open.enter_context(Traffic(self._spread.mesh, clock(self._device)))
+        if self._sharded_model is not None:
+            self._traffic = self._stack.enter_context(Traffic(self._sharded_model.mesh, clock(self._device)))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._open.close()
-        if self._spread is not None and self._spread.timeline is not None:
-            self._timeline = self._spread.timeline.stop()
+        self._stack.close()
+        if self._sharded_model is not None and self._sharded_model.timeline is not None:
+            self._timeline = self._sharded_model.timeline.stop()
         self._loads = {name: module.load for name, module in self._experts.items()}
         for module in self._experts.values():
             module.load = None
 
     def measure(self) -> None:
-        """Look at the memory: the optimizer has stepped, the gradients are still there."""
+        """Measure the memory; call it after the optimizer step, while gradients still exist."""
         parameters = [parameter for part in self._parts for parameter in part.parameters()]
         optimized = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        gradients = [one.grad for one in (*parameters, *optimized) if one.grad is not None]
+        gradients = [parameter.grad for parameter in (*parameters, *optimized) if parameter.grad is not None]
         states = [value for state in self._optimizer.state.values() for value in state.values()]
         self._memory = {
             "parameters": _bytes(parameters),
@@ -79,35 +79,37 @@ class Trace:
             "optimizer": _bytes(value for value in states if isinstance(value, Tensor)),
         }
 
-    def found(self) -> dict[str, Any]:
-        """The fields of the event `trace`. Waits for the device."""
+    def event_fields(self) -> dict[str, Any]:
+        """Return the fields of the event `trace`; waits for the device."""
         if self._device.type == "cuda":
             torch.cuda.synchronize()
-        sizes = [(one.numel() * one.element_size(), one.requires_grad) for p in self._parts for one in p.parameters()]
-        held = sum(size for size, _ in sizes)
+        sizes = [
+            (parameter.numel() * parameter.element_size(), parameter.requires_grad)
+            for part in self._parts
+            for parameter in part.parameters()
+        ]
+        stored = sum(size for size, _ in sizes)
         trained = sum(size for size, is_trained in sizes if is_trained)
-        formula = model_state(self._experiment, held, trained)
+        formula = model_state(self._experiment, stored, trained)
         if self._stashes is not None:
             self._memory["stash"] = self._stashes.max_stashed_bytes
             formula["stash"] = stash(self._experiment, self._stashes.ahead, trained)
-        found: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "memory": self._memory | {"activations": self._activations.peak},
             "formula": formula,
         }
-        if self._spread is not None:
-            self._spread.traffic = found["traffic"] = self._traffic.axes()
+        if self._sharded_model is not None:
+            self._sharded_model.traffic = fields["traffic"] = self._traffic.axes()
         if self._timeline:
-            origin_kept = [
-                [kind, stage, number, round(b, 7), round(e, 7)] for kind, stage, number, b, e in self._timeline
-            ]
-            found["timeline"] = origin_kept
+            rounded = [[kind, stage, number, round(b, 7), round(e, 7)] for kind, stage, number, b, e in self._timeline]
+            fields["timeline"] = rounded
         if self._experts and self._model.mesh.index("tp") == 0:  # ranks along tp route the same tokens
-            found["experts"] = {name: load.tolist() for name, load in self._loads.items()}
-        return found
+            fields["experts"] = {name: load.tolist() for name, load in self._loads.items()}
+        return fields
 
 
 def _mixtures(parts: Iterable[nn.Module]) -> Iterable[tuple[str, Any]]:
-    """The mixtures of experts of these parts of the model that can tell their load, by the name of their block."""
+    """Yield the mixture-of-experts modules that can count their load, with the name of their block."""
     for part in parts:
         for name, module in part.named_modules():
             if hasattr(module, "load") and hasattr(module, "experts") and hasattr(module, "router"):
@@ -115,7 +117,7 @@ def _mixtures(parts: Iterable[nn.Module]) -> Iterable[tuple[str, Any]]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Memory behind these tensors: each storage once."""
+    """Return the bytes of memory behind these tensors; each storage counts once."""
     storages = {}
     for tensor in tensors:
         storage = to_local(tensor.detach()).untyped_storage()

@@ -143,13 +143,13 @@ def _further(task: Task, seed: int) -> Iterator[tuple[str, str]]:
     """More samples of data that does not lie in memory, spread over its length however soon the time is over."""
     for what, data in (("train", task.train), ("test", task.test)):
         deadline = time.perf_counter() + MORE_S
-        for index in () if whole(data) else spread(len(data)):
+        for index in () if whole(data) else evenly_spaced(len(data)):
             if time.perf_counter() > deadline:
                 break
             yield f"sample {index} of {what}", _sample(data, index, what, seed)
 
 
-def spread(length: int) -> list[int]:
+def evenly_spaced(length: int) -> list[int]:
     """Indices below `length`, in an order in which any first few of them lie far apart (the golden ratio's)."""
     step = (5**0.5 - 1) / 2
     return list(dict.fromkeys(int((number * step) % 1 * length) for number in range(1, min(length, MORE_SAMPLES) + 1)))

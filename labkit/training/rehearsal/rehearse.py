@@ -208,7 +208,7 @@ class _Rehearsal:
         self.trained = {name: one for name, one in task.model.named_parameters() if one.requires_grad}
         share, shares = runtime.mesh.data_shard
         passes = experiment.gradients.accumulation
-        self.passes: Callable[[int], list[Indices]] = lambda step: order.passes(step, share, shares, passes)
+        self.passes: Callable[[int], list[Indices]] = lambda step: order.micro_batches(step, share, shares, passes)
 
     def run(self, rehearsed: Rehearsed) -> list[frozenset[str]]:
         """All of it; returns the names of the parameters that each pass used."""
