@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import os
 import subprocess
@@ -171,3 +172,45 @@ def test_a_rank_imports_no_notebook_package(module: str) -> None:
 def test_the_command_line_starts_without_notebook_packages() -> None:
     """`labkit run` is there on a bare node, where the extra `lab` is not installed."""
     assert not loaded_by("import labkit.cli") & NOTEBOOK_PACKAGES
+
+
+def imports_when_loaded(tree: ast.Module) -> set[str]:
+    """Return the modules of labkit that a file imports while it is being imported itself (not within functions)."""
+    names, waiting = set(), list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        ):
+            continue
+        waiting += ast.iter_child_nodes(node)
+        if isinstance(node, ast.ImportFrom) and node.module:
+            deeper = [f"{node.module}.{alias.name}" for alias in node.names]
+            names |= {name if is_file_or_room(name) else node.module for name in deeper}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name for name in names if name.split(".")[0] == "labkit"}
+
+
+def test_no_modules_import_each_other() -> None:
+    """Modules in a circle can be imported in one order only; `import labkit.x` from a notebook is another one."""
+    graph = {module_name(path): imports_when_loaded(ast.parse(path.read_text(encoding="utf-8"))) for path in FILES}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_the_lowest_room_loads_no_other() -> None:
+    """A method's module imports `labkit.experiment`; were that to load the methods, neither could come first."""
+    code = "import importlib, json, pkgutil, sys, labkit.experiment as room\n"
+    code += (
+        "for module in pkgutil.iter_modules(room.__path__): importlib.import_module(f'{room.__name__}.{module.name}')\n"
+    )
+    code += "print(json.dumps([name for name in sys.modules if name.startswith('labkit.')]))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
+    assert {room(name) for name in json.loads(done.stdout)} == {"experiment"}
+
+
+@pytest.mark.exhaustive
+def test_every_module_can_be_imported_first() -> None:
+    program = Path(__file__).parent / "packaging/imports_first.py"
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=900)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr

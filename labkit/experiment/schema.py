@@ -2,6 +2,9 @@
 
 Every field's docstring is the tooltip of the form, the line in `labkit show --fields` and the table in the docs.
 Sizes and ranges are checked here; what goes together is checked by `rules.py`.
+
+A section that names a method has a default factory, never a default: to make one is to load the method's module, and
+importing the schema must load none (a method's own module imports the schema's neighbours).
 """
 
 from __future__ import annotations
@@ -72,8 +75,8 @@ class Gradients(Section):
     """Buckets are sent while the backward pass goes on; otherwise when it is over."""
     hierarchical: bool = False
     """Gradients are added up within each host of launch.network first, then between hosts, where compression stands."""
-    compression: Compression = Compression()
-    update: Update = Update()
+    compression: Compression = Field(default_factory=Compression)
+    update: Update = Field(default_factory=Update)
 
 
 class Sparsity(Choice):
@@ -245,11 +248,11 @@ class Experiment(Section):
     """Version of this format."""
     name: str = Field(default="", max_length=200)
     """A title for people; free text."""
-    workload: Workload = Workload()
+    workload: Workload = Field(default_factory=Workload)
     layout: Layout = Layout()
-    gradients: Gradients = Gradients()
-    sparsity: Sparsity = Sparsity()
-    quantization: Quantization = Quantization()
+    gradients: Gradients = Field(default_factory=Gradients)
+    sparsity: Sparsity = Field(default_factory=Sparsity)
+    quantization: Quantization = Field(default_factory=Quantization)
     optimizer: Optimizer = Optimizer()
     training: Training = Training(steps=100)
     launch: Launch = Launch()
