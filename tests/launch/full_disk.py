@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,15 @@ def main() -> int:
         print(mounted.stderr.strip())
         return 77
     os.environ["LABKIT_HOME"] = str(disk / "home")
+    a_full_disk_ends_a_run(disk)
+    a_stop_gets_through(disk)
+    client.close()
+    print("all proved")
+    return 0
+
+
+def a_full_disk_ends_a_run(disk: Path) -> None:
+    """A run that writes is ended by the full disk, whole lines and a readable end stay."""
     run = start(tiny(steps=ENDLESS, training__checkpoint_every=None))
     with Watched(run) as watch:
         watch.begun()
@@ -32,9 +42,21 @@ def main() -> int:
         assert cause["rank"] in (0, 1)
     assert [steps_written(run, rank) >= written[rank] for rank in (0, 1)] == [True, True]
     assert Run.attach(run.id).summary()["steps"] > 0, "a summary can still be made"
-    client.close()
-    print("all proved")
-    return 0
+    (disk / "ballast").unlink()
+
+
+def a_stop_gets_through(disk: Path) -> None:
+    """Stop is written into the space that was set aside, and the end of the run after it (F31)."""
+    os.environ["LABKIT_TEST_PAUSE"] = "0.3"  # ranks that write seldom do not run into the full disk before the stop
+    task = {"name": "custom", "path": f"{Path(__file__).parent / 'paced.py'}:make_task"}
+    run = start(tiny(workload=task, steps=ENDLESS))
+    with Watched(run) as watch:
+        watch.begun(1)
+        fill(disk / "ballast")
+        run.request_stop()
+        assert json.loads(run.directory.stop.read_text())["requested"] > 0
+        run.wait(15)
+    assert run.state == "stopped" or (run.state, run.cause["kind"]) == ("failed", "disk"), run.cause
 
 
 def fill(path: Path) -> None:
