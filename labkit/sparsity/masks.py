@@ -62,7 +62,8 @@ class Masks:
         self._shard()
 
     def set(self, masks: dict[str, Tensor]) -> dict[str, float]:
-        """Use these masks from now on (collective); weights that are added or removed become zero, like their moments.
+        """Use these masks from now on (collective); weights that are added or removed become zero, like their
+        moments (but those that the optimizer has frozen).
 
         Returns the fraction of the kept weights that is new, by name. Raises RuntimeError if other ranks have chosen
         other masks: they would no longer train one network, and nothing else would show it.
@@ -82,28 +83,35 @@ class Masks:
         # The weights that passes compute with: with ZeRO, the optimizer's shards share their memory.
         for parameter, keeps in self._entries.local_shards(unchanged):
             _multiply(parameter, keeps)
+        frozen = getattr(self._optimizer, "frozen_state", frozenset())
         for parameter, keeps in self._entries.optimizer_shards(unchanged):
-            for value in self._moments(parameter):
-                _multiply(value, keeps)
+            for name, value in self._moments(parameter):
+                if name not in frozen:
+                    _multiply(value, keeps)
         return churn
 
     def _move(self, masks: dict[str, Tensor]) -> None:
         """Move the values of layers that store non-zero weights only to their indices in the new masks."""
         for name, (parameter, pattern) in self._entries.patterns().items():
-            moments = self._moments(parameter)
+            moments = [value for _, value in self._moments(parameter)]
             dense = [pattern.to_dense(tensor.detach()) for tensor in (parameter, *moments)]
             pattern.set(masks[name])
             for tensor, full in zip((parameter, *moments), dense, strict=True):
                 tensor.detach().copy_(pattern.from_dense(full))
+            getattr(self._optimizer, "state_was_moved", lambda: None)()
 
-    def _moments(self, parameter: nn.Parameter) -> list[Tensor]:
-        values = self._optimizer.state.get(parameter, {}).values()
-        return [value for value in values if isinstance(value, Tensor) and value.dim()]
+    def _moments(self, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+        """Yield the optimizer's moments of a parameter, with their names."""
+        for name, value in self._optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.dim():
+                yield name, value
 
     def _shard(self) -> None:
         self._shards = list(
             self._entries.optimizer_shards({n: m.to(torch.float32) for n, m in self.full_masks.items()})
         )
+        if self.full_masks and hasattr(self._optimizer, "weights_are_masked"):  # FrozenAdamW, of late compressors
+            self._optimizer.weights_are_masked = True
 
     def mask_gradients(self) -> None:
         """Set the gradients of masked weights to zero."""

@@ -52,6 +52,9 @@ EXACT: dict[str, dict[str, Any]] = {
     "topk with momentum correction": compressed("topk", momentum_correction=True) | SGD,
     "topk of three ranks in small buckets": compressed("topk", start_step=0)
     | {"layout.dp_replicate": 3, "gradients.bucket_mb": 0.01},
+    "topk with rigl": compressed("topk") | {"sparsity": {"method": "rigl", "target": 0.5, "every": 4}},
+    "topk with rigl in CSR layers": compressed("topk")
+    | {"sparsity": {"method": "rigl", "target": 0.5, "every": 4, "kernel": "csr"}},
     "topk over shards": compressed("topk") | SHARDED,
     "randomk": compressed("randomk"),
     "randomk with error feedback": compressed("randomk", error_feedback=True) | {"gradients.bucket_mb": 0.01},

@@ -27,8 +27,28 @@ class FrozenAdamW(torch.optim.AdamW):
         self._betas, self._eps = (settings.momentum, 0.999), settings.eps
         super().__init__(groups, lr=settings.lr, betas=self._betas, eps=settings.eps, weight_decay=0, fused=True)
         self.warmup, self.takes_momentum = warmup, takes_momentum
+        self.weights_are_masked = False
+        """Whether a sparsity method chooses which weights are updated (set by its masks)."""
         self._updates: int | None = None
         self._denominators: dict[Tensor, Tensor] = {}
+
+    @property
+    def frozen_state(self) -> frozenset[str]:
+        """Names of the state that no longer changes, whatever becomes of the weights: v, once it is frozen.
+
+        A weight that a sparsity method adds later is divided by the v that was measured, and so is that of a run that
+        is resumed from a checkpoint, which has nothing but v to compute the denominators from.
+        """
+        return frozenset({"exp_avg_sq"}) if self._updates_so_far() >= self.warmup else frozenset()
+
+    def state_was_moved(self) -> None:
+        """Take note that the state of a parameter has been moved to other weights: denominators are computed anew."""
+        self._denominators.clear()
+
+    def _updates_so_far(self) -> int:
+        if self._updates is None:  # not in __init__: a checkpoint may have been loaded since
+            self._updates = max((int(state["step"]) for state in self.state.values()), default=0)
+        return self._updates
 
     @torch.no_grad()
     def blend(self, parameter: Tensor, gradient: Tensor) -> None:
@@ -39,9 +59,10 @@ class FrozenAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def denominator(self, parameter: Tensor) -> Tensor:
-        """Return √v + ε as it was frozen after the warm-up, in the shape of the parameter; ones where v is unknown.
+        """Return √v + ε as it was frozen after the warm-up, in the shape of the parameter; ones if v is unknown.
 
-        v is unknown while a parameter has had no gradient, or none but zeros (see `_estimate`).
+        v is unknown while a parameter has had no gradient, or none but zeros (see `_estimate`). Where weights are
+        masked, those whose v is zero, because a mask covered them during the warm-up, take the mean of the others.
         """
         denominator = self._denominators.get(parameter)
         if denominator is None:
@@ -50,6 +71,9 @@ class FrozenAdamW(torch.optim.AdamW):
                 return torch.ones_like(parameter)
             mean_squares = mean_squares / (1 - self._betas[1] ** self.warmup)
             floor = FLOOR * float(mean_squares.mean().sqrt())
+            if self.weights_are_masked:
+                measured = mean_squares != 0
+                mean_squares = torch.where(measured, mean_squares, mean_squares.sum() / measured.sum())
             denominator = mean_squares.sqrt_().clamp_(min=floor).add_(self._eps)
             self._denominators[parameter] = denominator
         return denominator
@@ -75,9 +99,7 @@ class FrozenAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the weights from the gradients or, after the warm-up, from the averaged momentum."""
-        if self._updates is None:  # not in __init__: a checkpoint may have been loaded since
-            self._updates = max((int(state["step"]) for state in self.state.values()), default=0)
-        self._updates += 1
+        self._updates = self._updates_so_far() + 1
         if self._updates <= self.warmup:
             super().step(closure)
             return
