@@ -83,7 +83,7 @@ class Masks:
         # The weights that passes compute with: with ZeRO, the optimizer's shards share their memory.
         for parameter, keeps in self._entries.local_shards(unchanged):
             _multiply(parameter, keeps)
-        frozen = getattr(self._optimizer, "frozen_state", frozenset())
+        frozen: frozenset[str] = getattr(self._optimizer, "frozen_state", frozenset())
         for parameter, keeps in self._entries.optimizer_shards(unchanged):
             for name, value in self._moments(parameter):
                 if name not in frozen:
