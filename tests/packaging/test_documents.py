@@ -11,7 +11,7 @@ from labkit.cli.reference import settings_page
 from labkit.experiment.fields import fields
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("notebooks/**/*.md"), *ROOT.glob("tests/benchmarks/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("notebooks/**/*.md"), *ROOT.glob("tests/**/*.md")])
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -43,3 +43,15 @@ def test_every_key_of_a_result_is_explained(path: str, function: str) -> None:
     keys = keys_of(path, function)
     assert len(keys) > 20
     assert not {key for key in keys if f"`{key}`" not in page}
+
+
+def test_the_table_of_faults_names_tests_that_exist() -> None:
+    table = (ROOT / "tests" / "FAULTS.md").read_text(encoding="utf-8")
+    files = list((ROOT / "tests").rglob("*.py"))
+    known = {name for file in files for name in re.findall(r"def (test_\w+)", file.read_text(encoding="utf-8"))}
+    known |= {file.stem for file in files}
+    shortened = {name for name, dots in re.findall(r"\b(test_\w+)(…?)", table) if dots}
+    named = set(re.findall(r"\b(test_\w+)", table))
+    assert len(named) > 100
+    missing = {name for name in named - known if name not in shortened}
+    assert not missing | {name for name in shortened if not any(full.startswith(name) for full in known)}
