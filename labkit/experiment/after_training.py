@@ -11,22 +11,22 @@ if TYPE_CHECKING:
     from labkit.experiment.schema import Experiment
 
 
-def on_the_first_rank(experiment: Experiment, field: str, off: str, does: str, made: str) -> Iterator[Problem]:
+def first_rank_problems(experiment: Experiment, field: str, off: str, verb: str, participle: str) -> Iterator[Problem]:
     """Why the first rank cannot make it: it needs the whole model, trained, in layers that compute what they hold.
 
-    `does` and `made` are the verb, as in "the first rank converts" and "those converted".
+    `verb` and `participle` are the verb, as in "the first rank converts" and "those converted".
     """
     layout, training = experiment.layout, experiment.quantization.training
-    spread = [axis for axis in ("tp", "pp", "ep", "cp") if getattr(layout, axis) > 1]
+    sharded_by = [axis for axis in ("tp", "pp", "ep", "cp") if getattr(layout, axis) > 1]
     if layout.dp_shard > 1 and layout.zero_stage == 3:
-        spread.append("ZeRO stage 3")
-    if spread:
-        reason = f"the first rank {does} the whole model, and with {' and '.join(spread)} it holds a part of it"
+        sharded_by.append("ZeRO stage 3")
+    if sharded_by:
+        reason = f"the first rank {verb} the whole model, and with {' and '.join(sharded_by)} it holds a part of it"
         yield Problem(field, reason, off)
     if experiment.launch.isolated:
         yield Problem(field, "copies that do not train together have nothing to keep (launch.isolated)", off)
     if training in ("bitnet", "fp8"):
-        yield Problem(field, f"layers trained in {training} compute something else than those {made}", off)
+        yield Problem(field, f"layers trained in {training} compute something else than those {participle}", off)
 
 
 FORMS = {

@@ -28,13 +28,13 @@ from typing import Any
 from labkit.experiment import safe_files
 
 FORMAT = 2
-LIST = "checkpoint.json"
+MANIFEST = "checkpoint.json"
 _NAME = re.compile(r"((model|optimizer)(-[1-9][0-9]{0,4})?|update|rank-[0-9]{1,5})\.safetensors")
 _CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
-class Sum:
+class FileChecksum:
     """Size and checksum of a file."""
 
     size: int
@@ -44,13 +44,13 @@ class Sum:
 
 
 @dataclass(frozen=True)
-class Contents:
+class Manifest:
     """What the list of a checkpoint says."""
 
     step: int
     """Updates done."""
     experiment: dict[str, Any]
-    files: dict[str, Sum]
+    files: dict[str, FileChecksum]
     unscheduled: bool
     """Was it written because the run was stopped, at a step at which an uninterrupted run would not have paused?"""
     code: str
@@ -71,7 +71,7 @@ class DamagedError(ValueError):
     """A checkpoint cannot be believed; the message is one sentence that names it and its file."""
 
 
-def of_rank(rank: int) -> str:
+def rank_file(rank: int) -> str:
     """Name of the file with what a rank keeps for itself."""
     return f"rank-{rank}.safetensors"
 
@@ -79,7 +79,7 @@ def of_rank(rank: int) -> str:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def seal(path: Path) -> Sum:
+def seal(path: Path) -> FileChecksum:
     """Bring a file that was just written to the disk and return its size and checksum.
 
     The checksum is computed while the disk works, from the pages that are still in memory.
@@ -92,7 +92,7 @@ def seal(path: Path) -> Sum:
             os.fsync(descriptor)
         finally:
             worker.join()
-        return Sum(os.fstat(descriptor).st_size, digest.hexdigest())
+        return FileChecksum(os.fstat(descriptor).st_size, digest.hexdigest())
 
 
 def _feed(digest: Any, descriptor: int) -> None:
@@ -102,23 +102,23 @@ def _feed(digest: Any, descriptor: int) -> None:
         offset += len(piece)
 
 
-def note_sums(folder: Path, writer: int, sums: dict[str, Sum]) -> None:
+def write_checksums(folder: Path, writer: int, sums: dict[str, FileChecksum]) -> None:
     """Leave the sums of what one rank has written in the unfinished folder, for the rank that completes it."""
-    content = {name: [one.size, one.sha256] for name, one in sums.items()}
+    content = {name: [checksum.size, checksum.sha256] for name, checksum in sums.items()}
     safe_files.write_json(folder / f"sums-{writer}.json", content)
 
 
-def collect_sums(folder: Path) -> dict[str, Sum]:
+def collect_checksums(folder: Path) -> dict[str, FileChecksum]:
     """The sums that all ranks have left; their notes are removed."""
-    sums: dict[str, Sum] = {}
+    sums: dict[str, FileChecksum] = {}
     for path in sorted(folder.glob("sums-*.json")):
-        sums |= {name: Sum(*entry) for name, entry in (safe_files.read_json(path) or {}).items()}
+        sums |= {name: FileChecksum(*entry) for name, entry in (safe_files.read_json(path) or {}).items()}
         path.unlink()
     return sums
 
 
-def listed(
-    step: int, experiment: dict[str, Any], files: dict[str, Sum], unscheduled: bool = False, code: str = ""
+def manifest_content(
+    step: int, experiment: dict[str, Any], files: dict[str, FileChecksum], unscheduled: bool = False, code: str = ""
 ) -> dict[str, Any]:
     """The content of checkpoint.json, with a checksum of its own."""
     content = {
@@ -127,12 +127,12 @@ def listed(
         "experiment": experiment,
         "unscheduled": unscheduled,
         "code": code,
-        "files": {name: {"size": one.size, "sha256": one.sha256} for name, one in sorted(files.items())},
+        "files": {name: {"size": checksum.size, "sha256": checksum.sha256} for name, checksum in sorted(files.items())},
     }
-    return content | {"sha256": _own_sum(content)}
+    return content | {"sha256": _manifest_checksum(content)}
 
 
-def _own_sum(content: dict[str, Any]) -> str:
+def _manifest_checksum(content: dict[str, Any]) -> str:
     text = json.dumps({key: value for key, value in content.items() if key != "sha256"}, sort_keys=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
@@ -152,47 +152,53 @@ def publish(partial: Path, final: Path) -> None:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_list(folder: Path) -> Contents:
+def read_manifest(folder: Path) -> Manifest:
     """What a checkpoint says of itself; DamagedError unless its list is whole and the folder holds just what it lists.
 
     Sizes are compared; checksums are not: see `verify`.
     """
-    content = safe_files.read_json(folder / LIST) if safe_files.is_folder(folder) else None
+    content = safe_files.read_json(folder / MANIFEST) if safe_files.is_folder(folder) else None
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("step"), int):
         raise DamagedError(f"{folder} is not a checkpoint of this version of labkit")
     files, experiment = content.get("files"), content.get("experiment")
-    if content.get("sha256") != _own_sum(content) or not isinstance(experiment, dict) or not isinstance(files, dict):
-        raise DamagedError(f"the checkpoint {folder.name} is damaged: {LIST} is not as it was written")
-    sums: dict[str, Sum] = {}
+    if (
+        content.get("sha256") != _manifest_checksum(content)
+        or not isinstance(experiment, dict)
+        or not isinstance(files, dict)
+    ):
+        raise DamagedError(f"the checkpoint {folder.name} is damaged: {MANIFEST} is not as it was written")
+    sums: dict[str, FileChecksum] = {}
     for name, entry in files.items():
-        whole = isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
-        if not whole or not _NAME.fullmatch(name):
-            raise DamagedError(f"the checkpoint {folder.name} is damaged: {LIST} lists {name!r}, no part of ours")
-        sums[name] = Sum(entry["size"], entry["sha256"])
+        well_formed = (
+            isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+        )
+        if not well_formed or not _NAME.fullmatch(name):
+            raise DamagedError(f"the checkpoint {folder.name} is damaged: {MANIFEST} lists {name!r}, no part of ours")
+        sums[name] = FileChecksum(entry["size"], entry["sha256"])
     if missing := {"model.safetensors", "optimizer.safetensors"} - set(sums):
-        raise DamagedError(f"the checkpoint {folder.name} is damaged: {LIST} does not list {min(missing)}")
-    if extra := set(os.listdir(folder)) - set(sums) - {LIST}:
+        raise DamagedError(f"the checkpoint {folder.name} is damaged: {MANIFEST} does not list {min(missing)}")
+    if extra := set(os.listdir(folder)) - set(sums) - {MANIFEST}:
         raise DamagedError(f"the checkpoint {folder.name} is damaged: {min(extra)!r} does not belong to it")
-    for name, known in sums.items():
-        _insist_on_size(folder, name, known)
-    return Contents(
+    for name, expected in sums.items():
+        _require_size(folder, name, expected)
+    return Manifest(
         content["step"], experiment, sums, content.get("unscheduled") is True, str(content.get("code") or "")
     )
 
 
-def _insist_on_size(folder: Path, name: str, known: Sum) -> None:
+def _require_size(folder: Path, name: str, expected: FileChecksum) -> None:
     try:
         size = safe_files.size(folder / name)
     except OSError as error:
         why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise DamagedError(f"the checkpoint {folder.name} is damaged: {name} {why}") from None
-    if size != known.size:
+    if size != expected.size:
         raise DamagedError(
-            f"the checkpoint {folder.name} is damaged: {name} has {size:,} bytes, {known.size:,} were written"
+            f"the checkpoint {folder.name} is damaged: {name} has {size:,} bytes, {expected.size:,} were written"
         )
 
 
-def verify(folder: Path, contents: Contents, names: Iterable[str]) -> None:
+def verify(folder: Path, contents: Manifest, names: Iterable[str]) -> None:
     """Compare the checksums of these files with the list; DamagedError with the name of one that has changed."""
     for name in names:
         digest = hashlib.sha256()
@@ -206,13 +212,13 @@ def verify(folder: Path, contents: Contents, names: Iterable[str]) -> None:
             raise DamagedError(f"the checkpoint {folder.name} is damaged: {name} is not as it was written (SHA-256)")
 
 
-def take_along(folder: Path, contents: Contents, target: Path) -> None:
+def link_checkpoint(folder: Path, contents: Manifest, target: Path) -> None:
     """Let a checkpoint also be at `target`, which must not exist, by hard links where possible.
 
     So it stays whole when its own run removes it. OSError, FileNotFoundError if it was removed meanwhile.
     """
     partial = target.with_name(f".{target.name}.partial")
     partial.mkdir(parents=True, mode=0o700)
-    for name in (*contents.files, LIST):
+    for name in (*contents.files, MANIFEST):
         safe_files.link_or_copy(folder / name, partial / name)
     publish(partial, target)

@@ -29,25 +29,25 @@ class Field:
 
 def fields(model: type[BaseModel] = Experiment, prefix: str = "") -> list[Field]:
     """All fields below `model`, with the options of every available method."""
-    found: list[Field] = []
+    described: list[Field] = []
     for name, info in model.model_fields.items():
         dotted = f"{prefix}{name}"
         section = next((kind for kind in (info.annotation, *get_args(info.annotation)) if _is_section(kind)), None)
         if section is not None:
-            found += fields(section, f"{dotted}.")
+            described += fields(section, f"{dotted}.")
         else:
             kind = _kind(info, model, name)
-            found.append(
+            described.append(
                 Field(dotted, kind, _plain(info.get_default(call_default_factory=True)), info.description or "")
             )
     if issubclass(model, Choice):
         for method in model.methods():
             if method.available:
                 for option in fields(model.methods().options(method.key), prefix):
-                    found.append(
+                    described.append(
                         Field(option.name, option.kind, option.default, f"[{method.key}] {option.description}")
                     )
-    return found
+    return described
 
 
 def _is_section(kind: Any) -> bool:

@@ -90,13 +90,13 @@ class Layout(BaseModel):
         if text.strip() in ("", "1"):
             return sizes
         for part in re.split(r"[·*x,\s]+", text.strip()):
-            found = re.fullmatch(r"([a-z_]+?)(-?\d+)", part)
-            axis = _LONG.get(found[1]) if found else None
-            if found is None or axis is None:
+            match = re.fullmatch(r"([a-z_]+?)(-?\d+)", part)
+            axis = _LONG.get(match[1]) if match else None
+            if match is None or axis is None:
                 raise ValueError(f"cannot read {part!r} in layout {text!r}; write it like dp2·tp2·pp2")
             if axis in sizes:
                 raise ValueError(f"axis {axis} stands twice in layout {text!r}")
-            sizes[axis] = int(found[2])
+            sizes[axis] = int(match[2])
         return sizes
 
     @classmethod
@@ -130,22 +130,22 @@ class Layout(BaseModel):
         """Fill in the axis that is -1; ValueError, with the equation, if the product is not `world_size`."""
         if world_size < 1:
             raise ValueError(f"world_size must be at least 1, got {world_size}")
-        known = prod(size for size in self.sizes.values() if size != -1)
+        fixed = prod(size for size in self.sizes.values() if size != -1)
         rest = [axis for axis, size in self.sizes.items() if size == -1]
-        if rest and world_size % known == 0:
-            return self.model_copy(update={rest[0]: world_size // known})
-        if rest or known != world_size:
+        if rest and world_size % fixed == 0:
+            return self.model_copy(update={rest[0]: world_size // fixed})
+        if rest or fixed != world_size:
             raise ValueError(self.equation(world_size))
         return self
 
     def equation(self, world_size: int) -> str:
         """Why the sizes do not make `world_size`: `dp_replicate 2 × tp 2 × pp 1 = 4, but world_size is 8`."""
         shown = [axis for axis in AXES if axis in ("dp_replicate", "tp", "pp") or getattr(self, axis) != 1]
-        known = prod(size for size in self.sizes.values() if size != -1)
+        fixed = prod(size for size in self.sizes.values() if size != -1)
         factors = " × ".join(f"{axis} {'?' if getattr(self, axis) == -1 else getattr(self, axis)}" for axis in shown)
         if -1 in self.sizes.values():
-            return f"{factors} cannot be {world_size}: {known} does not divide world_size {world_size}"
-        return f"{factors} = {known}, but world_size is {world_size}"
+            return f"{factors} cannot be {world_size}: {fixed} does not divide world_size {world_size}"
+        return f"{factors} = {fixed}, but world_size is {world_size}"
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Where `rank` stands on every axis (row-major in `MESH_ORDER`)."""

@@ -58,9 +58,9 @@ class Machine:
         """Probe this machine once per process."""
         return _probe()
 
-    def device(self, wanted: str) -> str:
+    def device(self, requested: str) -> str:
         """`auto` becomes cuda where a GPU is visible, else cpu."""
-        return ("cuda" if self.gpus else "cpu") if wanted == "auto" else wanted
+        return ("cuda" if self.gpus else "cpu") if requested == "auto" else requested
 
     def slots(self, device: str) -> int:
         """How many ranks have a device of their own: GPUs, or cores."""
@@ -69,8 +69,8 @@ class Machine:
     @property
     def capability(self) -> tuple[int, int] | None:
         """The least compute capability of the GPUs; None without a GPU, or if the driver does not say it."""
-        known = [gpu.capability for gpu in self.gpus if gpu.capability is not None]
-        return min(known) if known and len(known) == len(self.gpus) else None
+        capabilities = [gpu.capability for gpu in self.gpus if gpu.capability is not None]
+        return min(capabilities) if capabilities and len(capabilities) == len(self.gpus) else None
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
@@ -119,10 +119,10 @@ def _usable_memory() -> int:
         limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     except (ValueError, OSError):
         limits = []
-    said = [os.environ.get("MEM_LIMIT", "")]
+    limit_texts = [os.environ.get("MEM_LIMIT", "")]
     with suppress(OSError):
-        said.append(Path("/sys/fs/cgroup/memory.max").read_text())
-    for text in said:
+        limit_texts.append(Path("/sys/fs/cgroup/memory.max").read_text())
+    for text in limit_texts:
         with suppress(ValueError):  # "max" is no limit
             limits.append(int(text))
     return min(limits, default=0)
@@ -159,12 +159,12 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
     except (OSError, subprocess.SubprocessError) as error:
         return (), f"nvidia-smi does not answer ({type(error).__name__})"
     capabilities = _capabilities(smi)
-    found = []
+    gpus = []
     for line in csv.reader(answer.splitlines(), skipinitialspace=True):
         index, uuid, *names, total, used = line
         name = ", ".join(names)  # nvidia-smi quotes nothing, and a name may hold a comma
-        found.append(Gpu(int(index), uuid, name, _mebibytes(total), _mebibytes(used), capabilities.get(uuid)))
-    return visible(tuple(found), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        gpus.append(Gpu(int(index), uuid, name, _mebibytes(total), _mebibytes(used), capabilities.get(uuid)))
+    return visible(tuple(gpus), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def _capabilities(smi: str) -> dict[str, tuple[int, int]]:
@@ -185,8 +185,8 @@ def _torch_cuda() -> str:
         text = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
     except OSError:
         return ""
-    found = re.search(r"^cuda\b[^=]*= *['\"]([\d.]+)['\"]", text, re.M)
-    return found[1] if found else ""
+    match = re.search(r"^cuda\b[^=]*= *['\"]([\d.]+)['\"]", text, re.M)
+    return match[1] if match else ""
 
 
 def _mebibytes(text: str) -> int:
@@ -197,17 +197,17 @@ def _mebibytes(text: str) -> int:
         return 0
 
 
-def visible(gpus: tuple[Gpu, ...], wanted: str | None) -> tuple[tuple[Gpu, ...], str]:
+def visible(gpus: tuple[Gpu, ...], requested: str | None) -> tuple[tuple[Gpu, ...], str]:
     """Apply CUDA_VISIBLE_DEVICES as CUDA does.
 
     A list of indices or unambiguous UUID prefixes, cut at the first invalid entry; an entry that comes twice hides all.
     """
     if not gpus:
         return (), "the NVIDIA driver reports no GPU"
-    if wanted is None:
+    if requested is None:
         return gpus, ""
     chosen: list[Gpu] = []
-    for entry in wanted.split(","):
+    for entry in requested.split(","):
         entry = entry.strip()
         if entry.startswith("MIG-"):  # a slice of a GPU; nvidia-smi tells its memory for the whole GPU only
             match = [Gpu(len(chosen), entry, "MIG device", 0, 0)]
@@ -219,4 +219,4 @@ def visible(gpus: tuple[Gpu, ...], wanted: str | None) -> tuple[tuple[Gpu, ...],
             chosen = []
             break
         chosen.append(match[0])
-    return tuple(chosen), "" if chosen else f"CUDA_VISIBLE_DEVICES={wanted!r} hides every GPU"
+    return tuple(chosen), "" if chosen else f"CUDA_VISIBLE_DEVICES={requested!r} hides every GPU"

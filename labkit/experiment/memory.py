@@ -25,10 +25,10 @@ from labkit.experiment.schema import Experiment
 STATES = ("parameters", "gradients", "optimizer")
 """What makes up the model state, in the order in which pictures stack it."""
 KINDS = (*STATES, "stash", "activations")
-"""All that is measured; `stash` where weights are stashed."""
+"""All that is measured; `stash_bytes` where weights are stashed."""
 
 
-def moments(experiment: Experiment) -> int:
+def moments_per_parameter(experiment: Experiment) -> int:
     """Numbers that the optimizer remembers of every parameter."""
     optimizer = experiment.optimizer
     return 2 if optimizer.name == "adamw" else int(optimizer.momentum > 0)
@@ -39,20 +39,20 @@ def zero_stage(experiment: Experiment) -> int:
     return experiment.layout.zero_stage if experiment.layout.dp_shard > 1 else 0
 
 
-def model_state(experiment: Experiment, held: int, trained: int) -> dict[str, float]:
+def model_state_bytes(experiment: Experiment, parameter_bytes: int, trainable_bytes: int) -> dict[str, float]:
     """Bytes of parameters, gradients and optimizer state on a rank.
 
-    `held`: bytes of all parameters in the rank's part of the model, unsharded (bΨ above); `trained`: bytes of those
+    `parameter_bytes`: bytes of all parameters in the rank's part of the model, unsharded (bΨ above); `trainable_bytes`: bytes of those
     among them that are not frozen, the only ones with gradients and optimizer state.
     """
     stage, ranks = zero_stage(experiment), experiment.layout.dp_shard
-    whole = {
-        "parameters": float(held),
-        "gradients": float(trained),
-        "optimizer": moments(experiment) * trained * _moment_bytes(experiment),
+    unsharded = {
+        "parameters": float(parameter_bytes),
+        "gradients": float(trainable_bytes),
+        "optimizer": moments_per_parameter(experiment) * trainable_bytes * _moment_bytes(experiment),
     }
     sharded = {"parameters": stage >= 3, "gradients": stage >= 2, "optimizer": stage >= 1}
-    return {name: size / ranks if sharded[name] else size for name, size in whole.items()}
+    return {name: size / ranks if sharded[name] else size for name, size in unsharded.items()}
 
 
 def _moment_bytes(experiment: Experiment) -> float:
@@ -61,12 +61,12 @@ def _moment_bytes(experiment: Experiment) -> float:
     return wide if experiment.optimizer.state_bits == 32 else wide * (1 + 4 / 256) / 4
 
 
-def stash(experiment: Experiment, ahead: int, trained: int) -> float:
+def stash_bytes(experiment: Experiment, ahead: int, trainable_bytes: int) -> float:
     """Bytes of the stashed weights of a stage whose forward passes are `ahead` of its backward passes by so many.
 
-    `trained` as above.
+    `trainable_bytes` as above.
     """
     options = experiment.gradients.update.options
     if not options.get("stash") or not ahead:
         return 0.0
-    return float((ahead + (options["predict"] > 0)) * trained)
+    return float((ahead + (options["predict"] > 0)) * trainable_bytes)

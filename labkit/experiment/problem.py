@@ -45,18 +45,18 @@ class OptionError(ValueError):
         super().__init__(f"{field}: {reason}" if field else reason)
 
 
-def closest(word: str, known: Iterable[str]) -> str | None:
+def closest(word: str, candidates: Iterable[str]) -> str | None:
     """The known word that `word` was probably meant to be, or None."""
-    found = get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return found[0] if found else None
+    matches = get_close_matches(word, list(candidates), n=1, cutoff=0.5)
+    return matches[0] if matches else None
 
 
-def unknown(field: str, word: str, known: Iterable[str], what: str = "field") -> Problem:
+def unknown(field: str, word: str, candidates: Iterable[str], what: str = "field") -> Problem:
     """A problem for a word that is not in the list of known ones."""
-    known = list(known)
-    if not known:
+    candidates = list(candidates)
+    if not candidates:
         return Problem(field, f"there is no {what} {word!r} here")
-    return Problem(field, f"unknown {what} {word!r}; known: {', '.join(known)}", closest(word, known))
+    return Problem(field, f"unknown {what} {word!r}; known: {', '.join(candidates)}", closest(word, candidates))
 
 
 _NOT_OF_TYPE = ("_type", "_parsing", "_parsing_size", "_from_float", "_unicode")
@@ -85,8 +85,8 @@ def explain(error: ValidationError, model: type | None = None, prefix: str = "")
         field = ".".join(([prefix] if prefix else []) + path)
         kind, given, context = item["type"], item.get("input"), item.get("ctx", {})
         if kind == "extra_forbidden":
-            known = _fields_at(model, path[:-1])
-            problems.append(unknown(field, path[-1], known))
+            candidates = _fields_at(model, path[:-1])
+            problems.append(unknown(field, path[-1], candidates))
         elif kind in _COMPARISONS:
             words, key = _COMPARISONS[kind]
             bound = context[key]
@@ -96,8 +96,8 @@ def explain(error: ValidationError, model: type | None = None, prefix: str = "")
             problems.append(Problem(field, f"must be a finite number, got {_short(given)}"))
         elif kind == "literal_error":
             offered = re.findall(r"'([^']*)'", context["expected"])
-            said = f"must be one of {context['expected']}, got {_short(given)}"
-            problems.append(Problem(field, said, closest(str(given), offered)))
+            message = f"must be one of {context['expected']}, got {_short(given)}"
+            problems.append(Problem(field, message, closest(str(given), offered)))
         elif kind == "string_too_long":
             most = context["max_length"]
             problems.append(Problem(field, f"must have at most {most} characters, got {len(str(given))}"))
@@ -112,9 +112,9 @@ def explain(error: ValidationError, model: type | None = None, prefix: str = "")
             dotted = ".".join(part for part in (field, inner.field) if part)
             problems.append(Problem(dotted, inner.reason, inner.nearest))
         else:
-            said = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
             got = "" if "error" in context else f", got {_short(given)}"
-            problems.append(Problem(field, (said[:1].lower() + said[1:]).rstrip(".") + got))
+            problems.append(Problem(field, (message[:1].lower() + message[1:]).rstrip(".") + got))
     return problems
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from labkit.experiment.checkpoint_files import Contents
+from labkit.experiment.checkpoint_files import Manifest
 from labkit.experiment.registry import registry
 from labkit.experiment.schema import Experiment
 
@@ -20,11 +20,11 @@ MOST_CHANGES = 20
 
 def same_ranks(before: Experiment, now: Experiment) -> bool:
     """Can each rank go on with what it kept for itself: same layout, same hosts, same ways to combine gradients?"""
-    hosts = [getattr(one.launch.network, "hosts", 1) for one in (before, now)]
+    hosts = [getattr(experiment.launch.network, "hosts", 1) for experiment in (before, now)]
     return before.layout == now.layout and before.gradients == now.gradients and hosts[0] == hosts[1]
 
 
-def notes(before: Experiment, now: Experiment, contents: Contents) -> list[str]:
+def notes(before: Experiment, now: Experiment, contents: Manifest) -> list[str]:
     """Sentences about a run `now` that goes on from a checkpoint of `before`; none if nothing is to be said."""
     return [*_settings(before, now), *_code(before, now, contents), *_inexact(before, now, contents)]
 
@@ -68,13 +68,13 @@ def _shown(value: Any) -> str:
     return text if len(text) <= MOST_VALUE else f"{text[: MOST_VALUE - 1]}…"
 
 
-def _code(before: Experiment, now: Experiment, contents: Contents) -> Iterator[str]:
+def _code(before: Experiment, now: Experiment, contents: Manifest) -> Iterator[str]:
     if contents.code and before.workload == now.workload and task_code(now) != contents.code:
         where = now.workload.options.get("path") or "the task"
         yield f"the code of {where} has changed since the checkpoint it was resumed from"
 
 
-def _inexact(before: Experiment, now: Experiment, contents: Contents) -> Iterator[str]:
+def _inexact(before: Experiment, now: Experiment, contents: Manifest) -> Iterator[str]:
     kept = contents.ranks == now.layout.world_size and same_ranks(before, now)
     compression = now.gradients.compression
     compressor = registry("gradients.compression")[compression.method].load()

@@ -82,7 +82,7 @@ def emulated_network(experiment: Experiment, machine: Machine) -> Iterator[Probl
         yield from network_rules().problems(experiment, machine)
 
 
-def about_the_network(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+def network_warnings(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """What the emulated network is, so that nobody takes it for a real one."""
     if experiment.launch.network is not None:
         yield from network_rules().warnings(experiment, machine)
@@ -139,12 +139,12 @@ def compiled_blocks_are_whole(experiment: Experiment, machine: Machine) -> Itera
         yield Problem("launch.compile", reason, "off")
 
 
-def memory_is_shared(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+def shared_memory_is_for_the_cpu(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     if experiment.launch.transport == "shared_memory" and experiment.launch.device == "cuda":
         yield Problem("launch.transport", "gradients on GPUs do not travel through the host's memory", "auto")
 
 
-def hosts_to_add_up_in(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+def hierarchical_sums(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     layout = experiment.layout
     if not experiment.gradients.hierarchical:
         return
@@ -178,8 +178,8 @@ def shares_follow_speed(experiment: Experiment, machine: Machine) -> Iterator[Pr
     if layout.world_size != layout.dp_replicate:
         yield Problem(field, "only whole replicas can take shares of different sizes", "equal")
     if experiment.gradients.update.method != "synchronous":
-        said = "samples count alike only where every update is synchronous"
-        yield Problem(field, said, "equal")
+        reason = "samples count alike only where every update is synchronous"
+        yield Problem(field, reason, "equal")
     if experiment.training.loader_workers:
         yield Problem("training.loader_workers", "loader processes prepare batches before their shares are known", 0)
 
@@ -196,7 +196,7 @@ def ranks_fit(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         )
 
 
-def isolated_makes_no_update(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+def isolated_is_data_parallel(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     if experiment.launch.isolated and experiment.layout.world_size != experiment.layout.dp_replicate:
         yield Problem("launch.isolated", "independent copies are defined for plain data parallelism only", "false")
 
@@ -207,7 +207,7 @@ def slowed_ranks_exist(experiment: Experiment, machine: Machine) -> Iterator[Pro
         yield Problem("launch.slowdown", f"there is no rank {rank}: the {ranks} ranks are numbered from 0 on")
 
 
-def narrow_state(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+def eight_bit_state(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """Moments of 8 bits are packed: nobody else can read them."""
     if experiment.optimizer.state_bits == 32:
         return
@@ -233,18 +233,18 @@ def narrow_state(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
 
 RULES: list[Rule] = [
     planned_methods,
-    narrow_state,
+    eight_bit_state,
     method_rules,
     axis_rules,
     device_exists,
     point_to_point_on_shared_gpus,
     compiled_blocks_are_whole,
-    memory_is_shared,
-    hosts_to_add_up_in,
+    shared_memory_is_for_the_cpu,
+    hierarchical_sums,
     ranks_fit,
     batch_covers_ranks,
     shares_follow_speed,
-    isolated_makes_no_update,
+    isolated_is_data_parallel,
     emulated_network,
     slowed_ranks_exist,
 ]
@@ -341,7 +341,7 @@ def slow_on_purpose(experiment: Experiment, machine: Machine) -> Iterator[Proble
             yield Problem("launch.slowdown", f"rank {rank} computes {factor:g} times slower, on purpose")
 
 
-WARNINGS: list[Rule] = [oversubscribed, options_without_effect, about_the_network, slow_on_purpose, method_warnings]
+WARNINGS: list[Rule] = [oversubscribed, options_without_effect, network_warnings, slow_on_purpose, method_warnings]
 
 UNAVAILABLE: dict[str, Callable[[], str]] = {
     "launch.network": lambda: network_rules().possible().bucket,

@@ -129,20 +129,20 @@ class RunDirectory:
         text = os.fspath(reference)
         runs = (root or home()) / "runs"
         if text == "last":
-            known = list(cls.all(root))
-            if known:
-                return known[-1]
+            existing = list(cls.all(root))
+            if existing:
+                return existing[-1]
             raise FileNotFoundError(f"there is no run in {runs} yet")
         if os.sep in text:
-            found = cls(Path(text).expanduser().absolute())
+            directory = cls(Path(text).expanduser().absolute())
         elif _ID.fullmatch(text):
-            found = cls(runs / text)
+            directory = cls(runs / text)
         else:
             raise FileNotFoundError(f"{text!r} is not a run id")
-        if not safe_files.is_regular(found.experiment):
-            where = f"at {found.path}" if os.sep in text else f"{text!r} in {runs}"
+        if not safe_files.is_regular(directory.experiment):
+            where = f"at {directory.path}" if os.sep in text else f"{text!r} in {runs}"
             raise FileNotFoundError(f"there is no run {where}")
-        return found
+        return directory
 
     @classmethod
     def all(cls, root: Path | None = None) -> Iterator[RunDirectory]:
@@ -153,17 +153,17 @@ class RunDirectory:
         except (FileNotFoundError, NotADirectoryError):
             return
         visible = [path for path in paths if safe_files.is_regular(path / "experiment.json")]
-        yield from (cls(path) for path in sorted(visible, key=lambda path: (_made(path), path.name)))
+        yield from (cls(path) for path in sorted(visible, key=lambda path: (_written_at(path), path.name)))
 
-    def come_last(self) -> None:
+    def make_latest(self) -> None:
         """Make this the latest run of its home, also where the clock was put back since an earlier one.
 
         Runs are ordered by the time stamp of their experiment.json; that of this run, once it is written, is moved
         behind all others if it is not there by itself.
         """
-        others = (_made(other.path) for other in self.all(self.path.parent.parent) if other.path != self.path)
-        latest = max(others, default=0)
-        if _made(self.path) <= latest:
+        other_times = (_written_at(run.path) for run in self.all(self.path.parent.parent) if run.path != self.path)
+        latest = max(other_times, default=0)
+        if _written_at(self.path) <= latest:
             with contextlib.suppress(OSError):
                 os.utime(self.experiment, ns=(latest + 1000, latest + 1000), follow_symlinks=False)
 
@@ -248,7 +248,7 @@ class RunDirectory:
                 safe_files.remove_folder(path)
 
 
-def _made(path: Path) -> int:
+def _written_at(path: Path) -> int:
     return safe_files.changed(path / "experiment.json")
 
 

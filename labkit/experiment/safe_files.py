@@ -42,7 +42,7 @@ class TooLargeError(OSError):
     """The file is larger than anything that labkit writes under that name."""
 
 
-def _insist_on_name(path: Path) -> None:
+def _require_possible_name(path: Path) -> None:
     """Raise OSError for a name that no file can have, where Python raises one of two kinds of ValueError."""
     try:
         possible = b"\0" not in os.fsencode(path)
@@ -54,7 +54,7 @@ def _insist_on_name(path: Path) -> None:
 
 def _about(path: Path) -> os.stat_result:
     """What stands at `path` itself; OSError if there is nothing."""
-    _insist_on_name(path)
+    _require_possible_name(path)
     return os.lstat(path)
 
 
@@ -77,14 +77,14 @@ def is_folder(path: Path) -> bool:
 def _checked_regular(descriptor: int, path: Path) -> int:
     """Return the descriptor if it is that of a regular file; else close it and raise OSError."""
     try:
-        _insist_on_regular(os.fstat(descriptor).st_mode, path)
+        _require_regular(os.fstat(descriptor).st_mode, path)
     except OSError:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def _insist_on_regular(mode: int, path: Path) -> None:
+def _require_regular(mode: int, path: Path) -> None:
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
         kind = kinds.get(stat.S_IFMT(mode), "a device")
@@ -96,7 +96,7 @@ def open_to_read(path: Path) -> int:
 
     Opening never waits (a pipe without a writer) and never follows a link at `path` itself.
     """
-    _insist_on_regular(_about(path).st_mode, path)  # opening a device may already do something
+    _require_regular(_about(path).st_mode, path)  # opening a device may already do something
     try:
         descriptor = os.open(path, _READ)
     except OSError as error:
@@ -131,8 +131,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def _too_large(path: Path, limit: int) -> TooLargeError:
-    said = f"this is larger than {limit / 2**20:g} MiB" if limit >= 2**20 else f"this is larger than {limit} bytes"
-    return TooLargeError(errno.EFBIG, said, str(path))
+    reason = f"this is larger than {limit / 2**20:g} MiB" if limit >= 2**20 else f"this is larger than {limit} bytes"
+    return TooLargeError(errno.EFBIG, reason, str(path))
 
 
 def read_piece(path: Path, offset: int, length: int) -> bytes:
@@ -150,7 +150,7 @@ def read_tail(path: Path, length: int) -> bytes:
 def size(path: Path) -> int:
     """Bytes of the regular file at `path`; OSError if there is none."""
     about = _about(path)
-    _insist_on_regular(about.st_mode, path)
+    _require_regular(about.st_mode, path)
     return about.st_size
 
 
@@ -171,7 +171,7 @@ def open_to_append(path: Path) -> int:
     OSError if a link, a pipe or a device stands there.
     """
     with contextlib.suppress(FileNotFoundError):
-        _insist_on_regular(_about(path).st_mode, path)
+        _require_regular(_about(path).st_mode, path)
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(path, flags, 0o600)
     return _checked_regular(descriptor, path)
@@ -210,7 +210,7 @@ def replace(path: Path, data: bytes, durable: bool = False, mode: int = 0o600) -
     with contextlib.suppress(FileNotFoundError):
         present = _about(path).st_mode
         if not stat.S_ISLNK(present):
-            _insist_on_regular(present, path)
+            _require_regular(present, path)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -239,8 +239,8 @@ def sync_folder(path: Path) -> None:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Let the regular file `source` also be at `target`, which must not exist: by a hard link, else by a copy."""
-    _insist_on_regular(_about(source).st_mode, source)
-    _insist_on_name(target)
+    _require_regular(_about(source).st_mode, source)
+    _require_possible_name(target)
     try:
         os.link(source, target, follow_symlinks=False)
     except FileNotFoundError:
@@ -299,13 +299,13 @@ def from_json(data: bytes, bounded_numbers: bool = True) -> Any:
     `bounded_numbers` only Python's own bound on whole numbers holds (4300 digits), which is faster.
     """
     try:
-        found = json.loads(data.decode("utf-8"), parse_int=_whole_number if bounded_numbers else None)
+        parsed = json.loads(data.decode("utf-8"), parse_int=_whole_number if bounded_numbers else None)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     # A cheap bound first: most files have fewer brackets than the depth that is permitted.
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH:
-        _insist_on_depth(found)
-    return _without_surrogates(found) if b"\\u" in data else found
+        _require_depth(parsed)
+    return _without_surrogates(parsed) if b"\\u" in data else parsed
 
 
 def _whole_number(text: str) -> int:
@@ -314,8 +314,8 @@ def _whole_number(text: str) -> int:
     return int(text)
 
 
-def _insist_on_depth(found: Any) -> None:
-    level, depth = [found], 0
+def _require_depth(parsed: Any) -> None:
+    level, depth = [parsed], 0
     while level:
         depth += 1
         if depth > MAX_DEPTH:
@@ -329,14 +329,14 @@ def _insist_on_depth(found: Any) -> None:
         level = below
 
 
-def _without_surrogates(found: Any) -> Any:
-    if isinstance(found, str):
-        return _SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", found)
-    if isinstance(found, list):
-        return [_without_surrogates(item) for item in found]
-    if isinstance(found, dict):
-        return {_without_surrogates(key): _without_surrogates(value) for key, value in found.items()}
-    return found
+def _without_surrogates(parsed: Any) -> Any:
+    if isinstance(parsed, str):
+        return _SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", parsed)
+    if isinstance(parsed, list):
+        return [_without_surrogates(item) for item in parsed]
+    if isinstance(parsed, dict):
+        return {_without_surrogates(key): _without_surrogates(value) for key, value in parsed.items()}
+    return parsed
 
 
 def write_json(path: Path, data: Any, durable: bool = False) -> None:

@@ -20,14 +20,14 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, about: dict[str, str] |
     from safetensors.torch import save_file as write
 
     path.unlink(missing_ok=True)
-    own: dict[str, Tensor] = {}
+    prepared: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
-        own[name] = _by_itself(tensor, storages)
-    write(own, path, about)
+        prepared[name] = _with_own_storage(tensor, storages)
+    write(prepared, path, about)
 
 
-def _by_itself(tensor: Tensor, storages: set[int]) -> Tensor:
+def _with_own_storage(tensor: Tensor, storages: set[int]) -> Tensor:
     """The tensor on the host, contiguous, and sharing its memory with no other one, as the format asks for.
 
     `storages`: where those before it lie; it is added.
@@ -36,8 +36,8 @@ def _by_itself(tensor: Tensor, storages: set[int]) -> Tensor:
 
     tensor = tensor.detach().cpu()
     storage = tensor.untyped_storage()
-    alone = storage.nbytes() == tensor.numel() * tensor.element_size() and storage.data_ptr() not in storages
-    if not (alone and tensor.is_contiguous()):
+    owns_storage = storage.nbytes() == tensor.numel() * tensor.element_size() and storage.data_ptr() not in storages
+    if not (owns_storage and tensor.is_contiguous()):
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     storages.add(tensor.untyped_storage().data_ptr())
     return tensor
@@ -57,5 +57,5 @@ def load_file(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file as read
 
     safe_files.size(path)
-    found: dict[str, Tensor] = read(path)
-    return found
+    tensors: dict[str, Tensor] = read(path)
+    return tensors

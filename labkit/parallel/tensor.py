@@ -134,7 +134,7 @@ def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
             part.token = VocabParallelEmbedding(part.token, mesh, sequence)  # type: ignore[assignment]
             if sequence:
                 add_partial(part.position.weight, "tp")
-                part.cut_positions = lambda x, dim: x.chunk(mesh.size("tp"), dim)[mesh.index("tp")]
+                part.shard_positions = lambda x, dim: x.chunk(mesh.size("tp"), dim)[mesh.index("tp")]
         elif isinstance(part, TokenHead):
             column_parallel(part.score, mesh)
             enter_region_at_input(part.score, mesh, sequence)  # the logits stay sharded: labkit.parallel.loss

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from labkit.workloads.weights import is_of_classes, valid_targets
 
 
-def right_and_counted(loss_fn: Any, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def correct_and_counted(loss_fn: Any, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Two scalars: how many targets the output gets right, and how many there are. Raises ValueError in a sentence."""
     if not is_of_classes(loss_fn) and output.numel() == target.numel() == len(target):
-        right = _one_score(loss_fn, output, target)
+        right = _binary_correct(loss_fn, output, target)
         return right.sum(), right.new_ones(right.shape, dtype=torch.int64).sum()
     axis = _class_axis(loss_fn, output, target)
     counted = valid_targets(loss_fn, target)
@@ -47,7 +47,7 @@ def _class_axis(loss_fn: Any, output: Tensor, target: Tensor) -> int:
     raise ValueError(f"accuracy is not defined for {shapes}: apart from the classes their shapes must be the same")
 
 
-def _one_score(loss_fn: Any, output: Tensor, target: Tensor) -> Tensor:
+def _binary_correct(loss_fn: Any, output: Tensor, target: Tensor) -> Tensor:
     """Of a target 0 or 1 beside one score: is it on the side of the threshold that the loss prefers? bool [N]."""
     wide = target.flatten()
     if not bool(((wide == 0) | (wide == 1)).all()):
@@ -69,5 +69,5 @@ def threshold(loss_fn: Any, output: Tensor, target: Tensor) -> float:
         return 0.5
     with torch.no_grad():
         quarter = torch.full_like(output, 0.25)
-        one, zero = (float(loss_fn(quarter, torch.full_like(target, value))) for value in (1, 0))
-    return 0.0 if one < zero else 0.5
+        loss_of_one, loss_of_zero = (float(loss_fn(quarter, torch.full_like(target, value))) for value in (1, 0))
+    return 0.0 if loss_of_one < loss_of_zero else 0.5

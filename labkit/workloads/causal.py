@@ -19,7 +19,7 @@ LONGEST = 512
 """Tokens of the sample at most; the proof costs three forward passes over it."""
 ROUNDING = 1e-5
 """Of the largest score: what a change of the order of sums moves, and a leak far exceeds."""
-_FAINT = 1e-2
+_NEAR_ZERO = 1e-2
 _NOISE = 0.02
 
 
@@ -35,19 +35,19 @@ def first_leak(model: nn.Module, vocabulary: int, context: int, longest: int = L
     if length < 2:
         return None
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    draw = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocabulary, (1, length), generator=draw)
-    with untouched(model), torch.no_grad():
-        _stir(model)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (1, length), generator=generator)
+    with restored_afterwards(model), torch.no_grad():
+        _add_noise(model)
         model.eval()
-        scores = _scores(model, tokens.to(device))
-        limit = ROUNDING * float(scores.abs().max())
+        logits = _logits(model, tokens.to(device))
+        limit = ROUNDING * float(logits.abs().max())
         for changed in sorted({length - 1, length // 2}, reverse=True):
-            other = tokens.clone()
-            other[0, changed:] = (other[0, changed:] + 1 + torch.arange(length - changed) % max(1, vocabulary - 1)) % (
-                vocabulary
-            )
-            difference = (_scores(model, other.to(device)) - scores)[:, :changed].abs().flatten(2).amax((0, 2))
+            perturbed = tokens.clone()
+            perturbed[0, changed:] = (
+                perturbed[0, changed:] + 1 + torch.arange(length - changed) % max(1, vocabulary - 1)
+            ) % (vocabulary)
+            difference = (_logits(model, perturbed.to(device)) - logits)[:, :changed].abs().flatten(2).amax((0, 2))
             # What is no number cannot prove anything, but it is no leak either.
             moved = torch.nonzero(difference > limit)
             if len(moved):
@@ -68,37 +68,37 @@ def refuse_leak(
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def restored_afterwards(model: nn.Module) -> Iterator[None]:
     """Whatever happens to the model inside: its weights, buffers and modes and torch's random numbers are restored.
 
-    Only weights that `_stir` may change are copied.
+    Only weights that `_add_noise` may change are copied.
     """
-    faint = [(tensor, tensor.detach().clone()) for tensor in _faint(model)]
+    near_zero = [(tensor, tensor.detach().clone()) for tensor in _near_zero(model)]
     with undisturbed(model, weights=False):
         try:
             yield
         finally:
             with torch.no_grad():
-                for tensor, before in faint:
+                for tensor, before in near_zero:
                     tensor.copy_(before)
 
 
-def _faint(model: nn.Module) -> list[Tensor]:
+def _near_zero(model: nn.Module) -> list[Tensor]:
     """Weights so small that what flows through them cannot be told from rounding."""
     return [
         parameter
         for parameter in model.parameters()
-        if parameter.is_floating_point() and parameter.numel() and float(parameter.detach().abs().max()) < _FAINT
+        if parameter.is_floating_point() and parameter.numel() and float(parameter.detach().abs().max()) < _NEAR_ZERO
     ]
 
 
-def _stir(model: nn.Module) -> None:
-    draw = torch.Generator().manual_seed(1)
-    for parameter in _faint(model):
-        noise = torch.randn(parameter.shape, generator=draw) * _NOISE
+def _add_noise(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in _near_zero(model):
+        noise = torch.randn(parameter.shape, generator=generator) * _NOISE
         parameter.add_(noise.to(parameter.device, parameter.dtype))
 
 
-def _scores(model: nn.Module, tokens: Tensor) -> Tensor:
-    scores: Tensor = model(tokens)
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    logits: Tensor = model(tokens)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

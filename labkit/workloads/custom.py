@@ -29,7 +29,7 @@ from pydantic import Field
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options
-from labkit.workloads.travel import CannotTravel, check, travels
+from labkit.workloads.travel import NotSelfContainedError, check, self_contained_source
 
 if TYPE_CHECKING:
     from labkit.experiment.machine import Machine
@@ -73,7 +73,7 @@ class Custom:
         else:
             try:
                 check(options.source, options.factory)
-            except CannotTravel as error:
+            except NotSelfContainedError as error:
                 yield Problem("workload.source", str(error))
 
     @staticmethod
@@ -103,10 +103,10 @@ class Custom:
         from labkit.workloads.custom_task import as_task, call
         from labkit.workloads.locate import load
         from labkit.workloads.options import read
-        from labkit.workloads.travel import arrive
+        from labkit.workloads.travel import load_source
 
         options = read(CustomOptions, options)
-        factory = load(options.path) if options.path else arrive(options.source, options.factory)
+        factory = load(options.path) if options.path else load_source(options.source, options.factory)
         return as_task(call(factory, seed), factory.__name__)
 
 
@@ -115,4 +115,4 @@ def from_notebook(factory: Callable[..., Any]) -> dict[str, str]:
 
     >>> experiment.replace(workload=from_notebook(make_task))    # doctest: +SKIP
     """
-    return {"name": "custom", "source": travels(factory), "factory": factory.__name__}
+    return {"name": "custom", "source": self_contained_source(factory), "factory": factory.__name__}

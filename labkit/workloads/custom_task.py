@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from labkit.workloads.accuracy import right_and_counted
+from labkit.workloads.accuracy import correct_and_counted
 from labkit.workloads.base import Batch, Data, Metric, Task
 from labkit.workloads.samples import as_data, kind_of
 from labkit.workloads.seed import seeded
@@ -41,17 +41,17 @@ class SimpleTask:
         self.model, self.train, self.test, self.weight_fn = model, train, test, weight_fn
         self.loss_fn = as_module(loss_fn)
         self.loss_module: nn.Module | None = self.loss_fn if isinstance(self.loss_fn, nn.Module) else None
-        self.counts_right = metric == "accuracy"
+        self.measures_accuracy = metric == "accuracy"
         self.metric = (
             Metric("accuracy", "Held-out accuracy", True, "%")
-            if self.counts_right
+            if self.measures_accuracy
             else Metric("loss", "Held-out loss", False)
         )
-        self.more: dict[str, Any] = {}
+        self.extra_facts: dict[str, Any] = {}
         """More facts."""
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        output, target = self._alike(output, batch["y"])
+        output, target = self._in_common_dtype(output, batch["y"])
         if self.weight_fn is not None and not float(self.weight_fn(batch["y"])):
             return output.flatten()[:0].sum()
         return mean_loss(self.loss_fn, output, target)
@@ -60,35 +60,35 @@ class SimpleTask:
         """By `weight_fn`, or the divisor of torch's own loss, or the number of samples."""
         return batch_weight(self.loss_fn, batch["y"]) if self.weight_fn is None else self.weight_fn(batch["y"])
 
-    def _alike(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def _in_common_dtype(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Output and target in the wider format of output (float32 at least) and loss, and the loss moved to it.
 
         A target is never narrowed with the network: years in bfloat16 would be rounded to multiples of eight.
         """
         if not output.is_floating_point():
             return output, target
-        held = [tensor for tensor in _tensors(self.loss_fn) if tensor.is_floating_point()]
-        formats = [tensor.dtype for tensor in held]
-        wide = functools.reduce(torch.promote_types, formats, torch.promote_types(output.dtype, torch.float32))
-        if any(tensor.dtype != wide or tensor.device != output.device for tensor in held):
-            self.loss_fn.to(output.device, wide)
-        return output.to(wide), target.to(wide) if target.is_floating_point() else target
+        floating = [tensor for tensor in _tensors(self.loss_fn) if tensor.is_floating_point()]
+        dtypes = [tensor.dtype for tensor in floating]
+        dtype = functools.reduce(torch.promote_types, dtypes, torch.promote_types(output.dtype, torch.float32))
+        if any(tensor.dtype != dtype or tensor.device != output.device for tensor in floating):
+            self.loss_fn.to(output.device, dtype)
+        return output.to(dtype), target.to(dtype) if target.is_floating_point() else target
 
     def evaluate(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
-        output, target = self._alike(output, batch["y"])
+        output, target = self._in_common_dtype(output, batch["y"])
         weight = torch.as_tensor(self.batch_weight(batch), device=output.device)
         sums = {
             "count": output.new_tensor(len(target)),
             "weight": weight,
             "loss": self.loss(output, batch) * weight,
         }
-        if self.counts_right:
-            sums["correct"], sums["targets"] = right_and_counted(self.loss_fn, output, target)
+        if self.measures_accuracy:
+            sums["correct"], sums["targets"] = correct_and_counted(self.loss_fn, output, target)
         return sums
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         metrics = {"loss": sums["loss"] / sums["weight"] if sums["weight"] else math.nan}
-        if self.counts_right:
+        if self.measures_accuracy:
             metrics["accuracy"] = sums["correct"] / sums["targets"] if sums["targets"] else math.nan
         return metrics
 
@@ -96,7 +96,7 @@ class SimpleTask:
         return {}
 
     def facts(self) -> dict[str, Any]:
-        return {"train_samples": len(self.train), "test_samples": len(self.test)} | self.more
+        return {"train_samples": len(self.train), "test_samples": len(self.test)} | self.extra_facts
 
 
 def _tensors(loss_fn: Any) -> list[Tensor]:
@@ -118,22 +118,22 @@ def call(factory: Callable[..., Any], seed: int) -> Any:
         return factory(seed=seed) if "seed" in parameters else factory()
 
 
-def as_task(made: Any, name: str) -> Task:
+def as_task(returned: Any, name: str) -> Task:
     """The Task in what `name` returned; raises ValueError with what is wrong about it."""
-    if all(hasattr(made, attribute) for attribute in _TASK):
-        return _completed(made, name)
-    if isinstance(made, tuple) and len(made) == 4:
-        made = dict(zip(("model", "train", "test", "loss_fn"), made, strict=True))
-    if not isinstance(made, dict):
-        lacking = [attribute for attribute in _TASK if not hasattr(made, attribute)]
+    if all(hasattr(returned, attribute) for attribute in _TASK):
+        return _completed(returned, name)
+    if isinstance(returned, tuple) and len(returned) == 4:
+        returned = dict(zip(("model", "train", "test", "loss_fn"), returned, strict=True))
+    if not isinstance(returned, dict):
+        lacking = [attribute for attribute in _TASK if not hasattr(returned, attribute)]
         close = f"; as a Task it lacks {', '.join(lacking)}" if len(lacking) < len(_TASK) - 1 else ""
-        raise ValueError(f"{name} must return {_FORM}, it returned {kind_of(made)}{close}")
-    missing = [key for key in ("model", "train", "test", "loss_fn") if key not in made]
-    unknown = sorted(set(made) - {"model", "train", "test", "loss_fn", "metric", "batch_weight"}, key=str)
+        raise ValueError(f"{name} must return {_FORM}, it returned {kind_of(returned)}{close}")
+    missing = [key for key in ("model", "train", "test", "loss_fn") if key not in returned]
+    unknown = sorted(set(returned) - {"model", "train", "test", "loss_fn", "metric", "batch_weight"}, key=str)
     if missing or unknown:
         fault = f"lacks {', '.join(missing)}" if missing else f"has unknown keys {', '.join(map(str, unknown))}"
         raise ValueError(f"what {name} returned {fault}; it must be {_FORM}")
-    model, loss_fn = made["model"], made["loss_fn"]
+    model, loss_fn = returned["model"], returned["loss_fn"]
     for part, value in (("model", model), ("loss_fn", loss_fn)):
         if isinstance(value, type):
             raise ValueError(
@@ -149,11 +149,11 @@ def as_task(made: Any, name: str) -> Task:
             f"loss_fn from {name} must be the mean over the samples, its reduction is {loss_fn.reduction!r}"
         )
     _refuse_trainable(loss_fn, name)
-    weight_fn = made.get("batch_weight")
+    weight_fn = returned.get("batch_weight")
     if weight_fn is not None and not callable(weight_fn):
         raise ValueError(f"batch_weight from {name} must be a function of y, it is {kind_of(weight_fn)}")
-    train, test = as_data(made["train"], f"train from {name}"), as_data(made["test"], f"test from {name}")
-    metric = made.get("metric") or _guess_metric(loss_fn, test)
+    train, test = as_data(returned["train"], f"train from {name}"), as_data(returned["test"], f"test from {name}")
+    metric = returned.get("metric") or _guess_metric(loss_fn, test)
     if metric not in ("accuracy", "loss"):
         raise ValueError(f"metric from {name} must be 'accuracy' or 'loss', it is {metric!r}")
     task = SimpleTask(model, train, test, loss_fn, metric, weight_fn)

@@ -45,8 +45,8 @@ def load() -> tuple[Arrays, dict[str, Any]]:
 @lru_cache(maxsize=1)
 def about() -> dict[str, Any]:
     """How the data was made and what is known of it."""
-    found: dict[str, Any] = json.loads((FOLDER / f"{NAME}.json").read_text(encoding="utf-8"))
-    return found
+    description: dict[str, Any] = json.loads((FOLDER / f"{NAME}.json").read_text(encoding="utf-8"))
+    return description
 
 
 def normalise(seen: NDArray[Any]) -> NDArray[np.float32]:

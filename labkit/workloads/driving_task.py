@@ -44,8 +44,8 @@ class DrivingTask(ClassificationTask):
 
     def closed_loop(self, model: nn.Module, rank: int, world_size: int, seed: int) -> dict[str, float]:
         """Drive this rank's episodes (every `world_size`-th); sums of distance (m), crashes and episodes."""
-        mine = range(rank, self.episodes, world_size)
-        if not mine:
+        episode_numbers = range(rank, self.episodes, world_size)
+        if not episode_numbers:
             return {"episodes": 0.0, "distance_m": 0.0, "crashes": 0.0} if self.episodes else {}
         from labkit.workloads.highway import Highway, drive
 
@@ -60,7 +60,7 @@ class DrivingTask(ClassificationTask):
         try:
             with torch.inference_mode():
                 env = Highway()
-                drives = [drive(env, ROAD_SEED + 10_000 * seed + number, act) for number in mine]
+                drives = [drive(env, ROAD_SEED + 10_000 * seed + number, act) for number in episode_numbers]
         finally:
             model.train(was_training)
         return {

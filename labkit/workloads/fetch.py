@@ -93,15 +93,15 @@ def _culprit(data: Data, indices: Sequence[int], what: str, error: Exception) ->
         except Exception as own:
             return _unreadable(data, index, what, own)
     for index, batch in batches[1:]:
-        first, other = batches[0][1], batch
-        if isinstance(first, dict) and isinstance(other, dict):
+        first, second = batches[0][1], batch
+        if isinstance(first, dict) and isinstance(second, dict):
             for name in first:
-                one, two = first[name], other.get(name)
-                both = isinstance(one, Tensor)
-                if type(one) is not type(two) or (both and _rest(one) != _rest(two)):
+                first_value, second_value = first[name], second.get(name)
+                both = isinstance(first_value, Tensor)
+                if type(first_value) is not type(second_value) or (both and _rest(first_value) != _rest(second_value)):
                     return (
                         f"samples {batches[0][0]} and {index} of {what} cannot be stacked: {name} is "
-                        f"{_one(one)} in one and {_one(two)} in the other"
+                        f"{_described_sample(first_value)} in one and {_described_sample(second_value)} in the other"
                     )
     return f"samples {indices[0]} to {indices[-1]} of {what} cannot be read together: {named(error)}"
 
@@ -116,7 +116,7 @@ def _rest(value: Any) -> list[int]:
     return list(value.shape[1:])
 
 
-def _one(value: Any) -> str:
+def _described_sample(value: Any) -> str:
     return _described(value[0]) if isinstance(value, Tensor | list | tuple) and len(value) == 1 else _described(value)
 
 

@@ -93,9 +93,9 @@ def walk(root: Path) -> tuple[list[Path], int]:
 def split_of_file(path: Path, root: Path) -> Split | None:
     """The split that a file's folders or its own name say; held out, if they say both."""
     parts = path.relative_to(root).parts
-    found = {split_of(part) for part in parts[:-1]} | {split_of(Path(parts[-1]).name)}
+    splits = {split_of(part) for part in parts[:-1]} | {split_of(Path(parts[-1]).name)}
     choices: tuple[Split, ...] = (*HELD_OUT, "train")
-    return next((split for split in choices if split in found), None)
+    return next((split for split in choices if split in splits), None)
 
 
 def texts_of(root: Path) -> Folder:
@@ -108,23 +108,23 @@ def texts_of(root: Path) -> Folder:
     described = [path for path in files if path.stem.lower() in _SKIPPED_NAMES and named[path] is None]
     usable = [path for path in files if path not in described or len(described) == len(files)]
     order: tuple[Kind, ...] = ("parquet", "json", "csv", "text")
-    present = [each for each in order if any(kinds[path] == each for path in usable)]
+    present = [name for name in order if any(kinds[path] == name for path in usable)]
     if not present:
         raise ValueError(f"{root} holds no file of text: {_listing(files, root) or 'it is empty'}")
     if len(present) > 1:
         examples = ", ".join(
-            f"{each} ({next(p for p in usable if kinds[p] == each).relative_to(root)})" for each in present
+            f"{name} ({next(p for p in usable if kinds[p] == name).relative_to(root)})" for name in present
         )
         raise ValueError(f"{root} holds files of several kinds, {examples}: give one of the files, or part them")
     folder.kind = present[0]
-    taken = [path for path in usable if kinds[path] == folder.kind]
-    folder.skip("another kind of file", len(files) - len(taken))
+    chosen = [path for path in usable if kinds[path] == folder.kind]
+    folder.skip("another kind of file", len(files) - len(chosen))
     by_split: dict[Split | None, list[Path]] = {"train": [], "test": [], "validation": [], None: []}
-    for path in taken:
+    for path in chosen:
         by_split[named[path]].append(path)
     folder.train = by_split["train"] or by_split[None]
     if not folder.train:
-        raise ValueError(f"{root} holds held-out files only: {_listing(taken, root)}")
+        raise ValueError(f"{root} holds held-out files only: {_listing(chosen, root)}")
     folder.skip("names no split, beside files named train", len(by_split[None]) if by_split["train"] else 0)
     for split in HELD_OUT:
         if by_split[split]:

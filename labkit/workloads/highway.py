@@ -42,15 +42,15 @@ class Kinematics(KinematicObservation):  # type: ignore[misc]
 
     def observe(self) -> NDArray[np.float32]:
         """[VEHICLES, 5]: presence, x, y, vx, vy; row 0 the driver (x is 0), then the nearest others relative to it."""
-        me, rows = self.observer_vehicle, np.zeros((VEHICLES, len(FEATURES)), dtype=np.float32)
+        ego, rows = self.observer_vehicle, np.zeros((VEHICLES, len(FEATURES)), dtype=np.float32)
         if not self.env.road:  # highway-env asks once before there is a road
             return rows
-        rows[0] = (1, 0, me.position[1], *me.velocity)
+        rows[0] = (1, 0, ego.position[1], *ego.velocity)
         near = self.env.road.close_objects_to(
-            me, self.env.PERCEPTION_DISTANCE, count=VEHICLES - 1, see_behind=True, sort=True, vehicles_only=True
+            ego, self.env.PERCEPTION_DISTANCE, count=VEHICLES - 1, see_behind=True, sort=True, vehicles_only=True
         )
-        for row, other in zip(rows[1:], near, strict=False):
-            row[:] = (1, *(other.position - me.position), *(other.velocity - me.velocity))
+        for row, vehicle in zip(rows[1:], near, strict=False):
+            row[:] = (1, *(vehicle.position - ego.position), *(vehicle.velocity - ego.velocity))
         return rows
 
 

@@ -47,17 +47,17 @@ def load(data: str) -> tuple[Any, Any | None, dict[str, Any]]:
     path = Path(data).expanduser()
     try:
         if is_path(data) and path.is_dir():
-            found = datasets.load_dataset(**({"path": str(path)} | _data_files(path)))
+            loaded = datasets.load_dataset(**({"path": str(path)} | _data_files(path)))
         elif is_path(data):
             if path.exists() and kind(path) != "parquet":
                 raise ValueError("it is no parquet file")
-            found = datasets.load_dataset("parquet", data_files={"train": str(path)})
+            loaded = datasets.load_dataset("parquet", data_files={"train": str(path)})
         else:
             name, _, configuration = data.partition(":")
-            found = datasets.load_dataset(name, configuration or None)
+            loaded = datasets.load_dataset(name, configuration or None)
     except Exception as error:  # whatever the hub, the network or a file reader raises, people need one sentence
         raise ValueError(sentence(data, error)) from error
-    return split(found)
+    return split(loaded)
 
 
 def _data_files(folder: Path) -> dict[str, Any]:
@@ -78,9 +78,9 @@ def _data_files(folder: Path) -> dict[str, Any]:
     return {"path": "parquet", "data_files": parts}
 
 
-def split(found: Any) -> tuple[Any, Any | None, dict[str, Any]]:
+def split(loaded: Any) -> tuple[Any, Any | None, dict[str, Any]]:
     """Pick the training and the held-out part of a `datasets.DatasetDict` by their names; what is held out is told."""
-    train, test, left_out = choose(list(found), "the data set")
+    train, test, left_out = choose(list(loaded), "the data set")
     if len(train) > 1:
         raise ValueError(
             f"the data set has several parts to train on: {', '.join(train)}; give one of them as a folder"
@@ -90,24 +90,24 @@ def split(found: Any) -> tuple[Any, Any | None, dict[str, Any]]:
         "held_out": f"split {test[0]}" if test else "a part of the training split",
         "splits_left_out": [*test[1:], *left_out],
     }
-    return found[train[0]], found[test[0]] if test else None, about
+    return loaded[train[0]], loaded[test[0]] if test else None, about
 
 
-def column(dataset: Any, wanted: str, what: str, candidates: list[str], option: str) -> str:
+def column(dataset: Any, requested: str, what: str, candidates: list[str], option: str) -> str:
     """The column of a data set to use; see `choose_column`."""
-    return choose_column(dataset.column_names, wanted, what, candidates, option)
+    return choose_column(dataset.column_names, requested, what, candidates, option)
 
 
-def choose_column(names: list[str], wanted: str, what: str, candidates: list[str], option: str) -> str:
-    """The column to use: `wanted` if given, else the only candidate.
+def choose_column(names: list[str], requested: str, what: str, candidates: list[str], option: str) -> str:
+    """The column to use: `requested` if given, else the only candidate.
 
     Raises ValueError with the columns and the option where the column is not there, or where there is a choice.
     """
     listing = ", ".join(map(str, names))
-    if wanted:
-        if wanted not in names:
-            raise ValueError(f"there is no column {wanted!r} ({option}); columns: {listing}")
-        return wanted
+    if requested:
+        if requested not in names:
+            raise ValueError(f"there is no column {requested!r} ({option}); columns: {listing}")
+        return requested
     if not candidates:
         raise ValueError(f"no column looks like {what}; name it with {option}; columns: {listing}")
     if len(candidates) > 1:
@@ -132,8 +132,8 @@ def sentence(data: str, error: Exception) -> str:
         cause = cause.__cause__ or cause.__context__
     if is_path(data):
         return f"cannot read {data}: {first or type(error).__name__}"
-    said = first.lower()
-    if isinstance(error, ConnectionError) or any(word in said for word in ("offline", "couldn't reach", "connect")):
+    text = first.lower()
+    if isinstance(error, ConnectionError) or any(word in text for word in ("offline", "couldn't reach", "connect")):
         return (
             f"cannot reach the Hugging Face hub to load {data!r}; "
             "without internet, give a local folder or file, or what is built in"

@@ -55,9 +55,9 @@ class StoredImages:
         """The image as [side, side, 3]; ValueError names one that cannot be read."""
         from PIL import Image, UnidentifiedImageError
 
-        held, name = self.source(index)
+        stored, name = self.source(index)
         try:
-            with Image.open(held if isinstance(held, Path) else io.BytesIO(held)) as image:
+            with Image.open(stored if isinstance(stored, Path) else io.BytesIO(stored)) as image:
                 return rgb(image, self.side)
         except UnidentifiedImageError:
             raise ValueError(f"the image {name} cannot be read: it is no image of a kind that is known here") from None
@@ -78,7 +78,7 @@ class StoredImages:
 def hub_images(data: str, side: int, image_column: str = "", label_column: str = "") -> Images:
     """Labelled images of a folder, a file or the hub; a stratified fifth is held out if there is no held-out part."""
     path = Path(data).expanduser()
-    folder = read_folder(path) if is_path(data) and path.is_dir() and not _described(path) else None
+    folder = read_folder(path) if is_path(data) and path.is_dir() and not _has_metadata(path) else None
     if folder is not None:
         for option, column in (("image_column", image_column), ("label_column", label_column)):
             if column:
@@ -118,7 +118,7 @@ def hub_images(data: str, side: int, image_column: str = "", label_column: str =
     )
 
 
-def _described(path: Path) -> bool:
+def _has_metadata(path: Path) -> bool:
     """Whether a file beside the images says what they are, as `datasets` reads it."""
     return any(path.rglob("metadata.csv")) or any(path.rglob("metadata.jsonl"))
 
@@ -212,13 +212,15 @@ def _labels(rows: Any, label_column: str, names: list[str] | None = None) -> tup
     values = list(rows[label_column]) if label_column in rows.column_names else []
     if isinstance(feature, datasets.ClassLabel):
         texts = [feature.int2str(value) if value is not None and value >= 0 else None for value in values]
-        known = list(feature.names) if names is None else names
+        class_names = list(feature.names) if names is None else names
     else:
         texts = [None if value is None else str(value) for value in values]
         distinct = {value for value in values if value is not None}
-        known = [str(value) for value in sorted(distinct, key=lambda v: (str(type(v)), v))] if names is None else names
-    number = {name: index for index, name in enumerate(known)}
+        class_names = (
+            [str(value) for value in sorted(distinct, key=lambda v: (str(type(v)), v))] if names is None else names
+        )
+    number = {name: index for index, name in enumerate(class_names)}
     missing = next((text for text in texts if text not in number), ...)
     if missing is not ...:
         raise ValueError(f"column {label_column!r} has rows with the label {missing!r}, which is no class to train on")
-    return known, np.array([number[text] for text in texts if text is not None], dtype=np.int64)
+    return class_names, np.array([number[text] for text in texts if text is not None], dtype=np.int64)

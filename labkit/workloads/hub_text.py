@@ -12,7 +12,7 @@ from labkit.workloads.rules import is_path
 _NAMES = ("text", "content", "document", "sentence", "story", "article")
 _TEST_SHARE_OF_LIMIT = 10
 """The held-out part is read up to a tenth of the limit: enough to judge by, and evaluation stays short."""
-_LOOKED_AT = 200
+_ROWS_EXAMINED = 200
 """Rows by which a column is judged to hold text."""
 
 Row = tuple[str, dict[str, Any]]
@@ -86,18 +86,18 @@ def _from_rows(
     iterator = iter(train)
     for row in iterator:
         ahead.append(row)
-        if len(ahead) == _LOOKED_AT:
+        if len(ahead) == _ROWS_EXAMINED:
             break
     if not ahead:
         raise ValueError("the training part has no rows")
     column = _column([row for _, row in ahead], text_column)
     empty = [0]
 
-    def whole() -> Iterator[Row]:
+    def all_rows() -> Iterator[Row]:
         yield from ahead
         yield from iterator
 
-    text = _join(whole(), column, most, empty)
+    text = _join(all_rows(), column, most, empty)
     held_out = None if test is None else _join(test, column, most_held_out, empty)
     return text, held_out, about | {"text_column": column, "empty_rows": empty[0]}
 
@@ -112,8 +112,8 @@ def _column(seen: list[dict[str, Any]], text_column: str) -> str:
         if any(isinstance(row.get(name), str) for row in seen)
         and all(isinstance(row.get(name), str | None) for row in seen)
     ]
-    known = [name for name in _NAMES if name in strings]
-    return choose_column(names, text_column, "text", known or strings, "workload.text_column")
+    common = [name for name in _NAMES if name in strings]
+    return choose_column(names, text_column, "text", common or strings, "workload.text_column")
 
 
 def _join(table: Iterable[Row], column: str, limit: int, empty: list[int]) -> str:

@@ -24,8 +24,8 @@ def why_not(path: str) -> str:
     else:
         if not all(part.isidentifier() for part in where.split(".")):
             return f"{where!r} is no module name"
-        found, file = _module_file(where)
-        if not found:
+        importable, file = _module_file(where)
+        if not importable:
             return f"there is no module {where} that can be imported"
     if file is None or file.suffix != ".py":  # built in or compiled: cannot be looked into
         return ""
@@ -68,10 +68,10 @@ def load(path: str) -> Callable[..., Any]:
             module = importlib.import_module(where)
         finally:
             sys.path.remove(here)
-    found = getattr(module, name, None)
-    if not callable(found):
+    function = getattr(module, name, None)
+    if not callable(function):
         raise ValueError(f"{name} in {where} is not a function")
-    return found
+    return function
 
 
 def _module_file(module: str) -> tuple[bool, Path | None]:

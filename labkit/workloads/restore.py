@@ -45,35 +45,35 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 @contextmanager
-def restored(*roots: Any, device: torch.device, weights: bool = True) -> Iterator[Noted]:
+def restored(*roots: Any, device: torch.device, weights: bool = True) -> Iterator[Snapshot]:
     """Put back afterwards what the `roots` (a task, a module, a data set) hold, and all generators of random numbers.
 
     Gives what was noted: whether a plain attribute of a module has changed since, and everything to be put back in
     between. Without `weights` parameters are not copied: for passes that cannot write them.
     """
-    noted = Noted(weights)
+    snapshot = Snapshot(weights)
     for root in roots:
-        noted.note(root, 0)
+        snapshot.record(root, 0)
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     with unchanged_generators():
         try:
-            yield noted
+            yield snapshot
         finally:
-            noted.undo()
+            snapshot.undo()
             if cuda is not None:
                 torch.cuda.set_rng_state(cuda, device)
 
 
 @contextmanager
-def undisturbed(*parts: Any, weights: bool = True) -> Iterator[Noted]:
+def undisturbed(*parts: Any, weights: bool = True) -> Iterator[Snapshot]:
     """The same for `parts` that lie on the device of the first model among them."""
     tensors = (tensor for part in parts if isinstance(part, nn.Module) for tensor in part.parameters())
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-    with restored(*parts, device=device, weights=weights) as noted:
-        yield noted
+    with restored(*parts, device=device, weights=weights) as snapshot:
+        yield snapshot
 
 
-class Noted:
+class Snapshot:
     """What the roots held, as functions that put it back."""
 
     def __init__(self, weights: bool = True) -> None:
@@ -119,7 +119,7 @@ class Noted:
                 advances.append(partial(_add, buffer))
         return advances
 
-    def note(self, value: Any, depth: int) -> None:
+    def record(self, value: Any, depth: int) -> None:
         """Note one value and what it holds."""
         if isinstance(value, _ATOMS) or id(value) in self._seen:
             return
@@ -127,38 +127,38 @@ class Noted:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
-            self._note_tensor(value)
+            self._record_tensor(value)
         elif isinstance(value, nn.Module):
             if _is_plain(value):
-                return self._note_plain(value)
+                return self._record_plain(value)
             self._attributes.append((value, dict(vars(value))))
             inside, self._inside = self._inside, True
-            self._note_attributes(value, 0)  # however deep it stands in the model
+            self._record_attributes(value, 0)  # however deep it stands in the model
             self._inside = inside
         elif isinstance(value, FunctionType):
             for cell in value.__closure__ or ():
-                self._note_cell(cell, depth)
+                self._record_cell(cell, depth)
         elif isinstance(value, partial):
-            self.note([value.func, *value.args, *value.keywords.values()], depth)
+            self.record([value.func, *value.args, *value.keywords.values()], depth)
         elif isinstance(value, np.ndarray):
-            self._note_array(value)
-        elif self._note_generator(value):
+            self._record_array(value)
+        elif self._record_generator(value):
             pass
         elif isinstance(value, list | tuple | deque | dict | set):
-            self._note_items(value, depth)
+            self._record_items(value, depth)
         elif isinstance(value, MethodType):
-            self.note(value.__self__, depth)
+            self.record(value.__self__, depth)
         elif _has_attributes(value):
-            self._note_attributes(value, depth)
+            self._record_attributes(value, depth)
 
-    def _note_attributes(self, value: Any, depth: int) -> None:
+    def _record_attributes(self, value: Any, depth: int) -> None:
         attributes = vars(value)
         before = dict(attributes)
         self._undo.append(lambda: _put_back(attributes, before))
         for inner in before.values():
-            self.note(inner, depth + 1)
+            self.record(inner, depth + 1)
 
-    def _note_plain(self, module: nn.Module) -> None:
+    def _record_plain(self, module: nn.Module) -> None:
         """A layer of torch's own without hooks, noted in a tenth of the time: only its tensors can change."""
         before = dict(vars(module))
         held = dict(module._parameters), dict(module._buffers)
@@ -167,18 +167,18 @@ class Noted:
             if value is not None and id(value) not in self._seen:
                 self._seen[id(value)] = value
                 inside, self._inside = self._inside, True
-                self._note_tensor(value)
+                self._record_tensor(value)
                 self._inside = inside
 
-    def _note_cell(self, cell: Any, depth: int) -> None:
+    def _record_cell(self, cell: Any, depth: int) -> None:
         try:
             before = cell.cell_contents
         except ValueError:  # nothing in it yet
             return
         self._undo.append(lambda: setattr(cell, "cell_contents", before))
-        self.note(before, depth + 1)
+        self.record(before, depth + 1)
 
-    def _note_items(self, value: Any, depth: int) -> None:
+    def _record_items(self, value: Any, depth: int) -> None:
         if len(value) > MOST_ITEMS:
             return
         if isinstance(value, dict):
@@ -191,14 +191,14 @@ class Noted:
             entries = list(value)
             self._undo.append(lambda: _refill(value, entries))
         for inner in list(value.values()) if isinstance(value, dict) else list(value):
-            self.note(inner, depth + 1)
+            self.record(inner, depth + 1)
 
-    def _note_tensor(self, value: Tensor) -> None:
+    def _record_tensor(self, value: Tensor) -> None:
         if value.is_leaf:
             gradient = value.grad
             self._undo.append(lambda: setattr(value, "grad", gradient))
         for hook in _hooks_of(value):
-            self.note(hook, 0)
+            self.record(hook, 0)
         if is_lazy(value):  # no shape and no numbers yet
             return
         size = value.numel() * value.element_size()
@@ -219,13 +219,13 @@ class Noted:
 
         self._undo.append(put_back)
 
-    def _note_array(self, value: np.ndarray[Any, Any]) -> None:
+    def _record_array(self, value: np.ndarray[Any, Any]) -> None:
         if value.dtype.hasobject or not value.flags.writeable or not self._room_for(value.nbytes):
             return
         copy = value.copy()
         self._undo.append(lambda: np.copyto(value, copy))
 
-    def _note_generator(self, value: Any) -> bool:
+    def _record_generator(self, value: Any) -> bool:
         """Is it a generator of random numbers? Then its state is noted."""
         if isinstance(value, np.random.Generator):
             value = value.bit_generator
@@ -302,11 +302,11 @@ def _refill(target: Any, entries: list[Any]) -> None:
         target.extend(entries)
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(first: Any, second: Any) -> bool:
     """Are two attributes the same as far as a branch could depend on them?"""
-    if isinstance(one, _ATOMS) and isinstance(other, _ATOMS):
-        return bool(one == other)
-    return type(one) is type(other)
+    if isinstance(first, _ATOMS) and isinstance(second, _ATOMS):
+        return bool(first == second)
+    return type(first) is type(second)
 
 
 def _has_attributes(value: Any) -> bool:

@@ -15,9 +15,9 @@ FILE_SUFFIXES = (".parquet", ".txt", ".md", ".json", ".jsonl", ".ndjson", ".csv"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 
 
-def nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of `number` closest to `wanted` (the smaller of two)."""
-    return min((part for part in range(1, number + 1) if number % part == 0), key=lambda part: abs(part - wanted))
+def nearest_divisor(number: int, requested: int) -> int:
+    """The divisor of `number` closest to `requested` (the smaller of two)."""
+    return min((part for part in range(1, number + 1) if number % part == 0), key=lambda part: abs(part - requested))
 
 
 def is_path(data: str) -> bool:

@@ -68,10 +68,10 @@ class PairData:
                     f"{list(first.shape)} and {list(tensor.shape)}; pad or crop them to one shape"
                 )
         if len({tensor.dtype for tensor in tensors}) > 1:
-            wide = first.dtype
+            dtype = first.dtype
             for tensor in tensors:
-                wide = torch.promote_types(wide, tensor.dtype)
-            tensors = [tensor.to(wide) for tensor in tensors]
+                dtype = torch.promote_types(dtype, tensor.dtype)
+            tensors = [tensor.to(dtype) for tensor in tensors]
         return torch.stack(tensors)
 
 
@@ -80,14 +80,14 @@ class Cast:
 
     def __init__(self, data: Data, x: torch.dtype | None, y: torch.dtype | None) -> None:
         self.data = data
-        self.formats = {"x": x, "y": y}
+        self.dtypes = {"x": x, "y": y}
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         batch = self.data.__getitems__(indices)
-        return {name: tensor.to(self.formats.get(name) or tensor.dtype) for name, tensor in batch.items()}
+        return {name: tensor.to(self.dtypes.get(name) or tensor.dtype) for name, tensor in batch.items()}
 
 
 def as_data(given: Any, what: str) -> Data:

@@ -25,11 +25,11 @@ def split_of(name: str) -> Split | None:
     Words are parted by anything but letters and by capitals: `X_train`, `train-00000-of-00002`, `wiki.valid.txt`,
     `testData`. A name that says both train and held out (`train_test`) counts as held out.
     """
-    found = {_split_of_word(word.lower()) for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+    splits = {_split_of_word(word.lower()) for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
     if re.search(r"held[-_ ]?out|hold[-_ ]?out", name.lower()):
-        found.add("test")
+        splits.add("test")
     choices: tuple[Split, ...] = (*HELD_OUT, "train")
-    return next((split for split in choices if split in found), None)
+    return next((split for split in choices if split in splits), None)
 
 
 def _split_of_word(word: str) -> Split | None:

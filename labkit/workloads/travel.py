@@ -20,25 +20,27 @@ from typing import Any
 _GIVEN = {*dir(builtins), "__name__", "__file__", "__doc__", "__builtins__", "__class__"}
 
 
-class CannotTravel(ValueError):
+class NotSelfContainedError(ValueError):
     """The function or text cannot go to the ranks; the message says why and what to do, in one sentence."""
 
 
-def travels(function: Callable[..., Any]) -> str:
+def self_contained_source(function: Callable[..., Any]) -> str:
     """The source of `function`, if it stands on its own; raises CannotTravel otherwise."""
     if not isinstance(function, types.FunctionType):
         kind = "a method" if isinstance(function, types.MethodType) else f"a {type(function).__name__}"
-        raise CannotTravel(f"only a plain function can travel, this is {kind}; write def make_task(): …")
+        raise NotSelfContainedError(f"only a plain function can travel, this is {kind}; write def make_task(): …")
     name = function.__name__
     if name == "<lambda>":
-        raise CannotTravel("a lambda cannot travel, it has no name on the other side; write def make_task(): …")
+        raise NotSelfContainedError(
+            "a lambda cannot travel, it has no name on the other side; write def make_task(): …"
+        )
     if function.__closure__:
         outer = ", ".join(function.__code__.co_freevars)
-        raise CannotTravel(f"{name} uses {outer} of the function around it; define it inside {name}")
+        raise NotSelfContainedError(f"{name} uses {outer} of the function around it; define it inside {name}")
     try:
         source = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):
-        raise CannotTravel(
+        raise NotSelfContainedError(
             f"the source of {name} cannot be found; define it in a notebook cell or in a file, not through exec"
         ) from None
     check(source, name, function.__globals__)
@@ -55,14 +57,14 @@ def check(source: str, factory: str, where: Mapping[str, Any] | None = None) -> 
         table = symtable.symtable(ast.unparse(_without_annotations(tree)), "<source>", "exec")
     except (SyntaxError, ValueError, RecursionError) as error:
         line = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
-        said = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise CannotTravel(f"the source is not Python: {said}{line}") from None
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise NotSelfContainedError(f"the source is not Python: {reason}{line}") from None
     own = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
     # A name that a function declares `global` and assigns is the source's own as well.
     for scope in _scopes(table):
         own |= {s.get_name() for s in scope.get_symbols() if s.is_declared_global() and s.is_assigned()}
     if factory not in own:
-        raise CannotTravel(f"the source does not define {factory}")
+        raise NotSelfContainedError(f"the source does not define {factory}")
     foreign = sorted(
         {
             symbol.get_name()
@@ -74,7 +76,7 @@ def check(source: str, factory: str, where: Mapping[str, Any] | None = None) -> 
         - _GIVEN
     )
     if foreign:
-        raise CannotTravel("; ".join(_explain(name, factory, where) for name in foreign))
+        raise NotSelfContainedError("; ".join(_explain(name, factory, where) for name in foreign))
 
 
 def _scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
@@ -106,7 +108,7 @@ def _without_annotations(tree: ast.Module) -> ast.Module:
     return tree
 
 
-def arrive(source: str, factory: str) -> Callable[..., Any]:
+def load_source(source: str, factory: str) -> Callable[..., Any]:
     """On a rank: run `source` as a module and return its `factory`. Tracebacks show the lines of the cell."""
     import __future__
 
@@ -118,5 +120,5 @@ def arrive(source: str, factory: str) -> Callable[..., Any]:
     sys.modules[module.__name__] = module  # dataclasses and forward references look their module up
     code = compile(source, filename, "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True)
     exec(code, module.__dict__)  # noqa: S102  the user's own code, on the user's own ranks
-    found: Callable[..., Any] = getattr(module, factory)
-    return found
+    loaded: Callable[..., Any] = getattr(module, factory)
+    return loaded

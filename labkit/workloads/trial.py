@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from labkit.workloads.accuracy import right_and_counted
+from labkit.workloads.accuracy import correct_and_counted
 from labkit.workloads.base import Batch, Data, TensorData
 from labkit.workloads.causal import refuse_leak
 from labkit.workloads.restore import undisturbed
@@ -42,9 +42,9 @@ def try_out(task: SimpleTask, name: str) -> None:
             return
         _refuse_parts(output, "eval", name)
         _try_loss(task, output, batch, name)
-        if task.counts_right:
+        if task.measures_accuracy:
             try:
-                right_and_counted(task.loss_fn, output, batch["y"])
+                correct_and_counted(task.loss_fn, output, batch["y"])
             except ValueError as error:
                 raise ValueError(f"metric from {name}: {error}") from None
     _check_classes(task, output, name)
@@ -83,9 +83,9 @@ def _fit_targets(task: SimpleTask) -> None:
     target = task.train.__getitems__([0])["y"]
     if target.is_floating_point() or target.is_complex():
         return
-    wanted = torch.float32 if is_of_numbers(task.loss_fn) else None if target.dtype == torch.bool else torch.int64
-    if wanted is not None and (wanted != target.dtype or task.test.__getitems__([0])["y"].dtype != wanted):
-        task.train, task.test = Cast(task.train, None, wanted), Cast(task.test, None, wanted)
+    dtype = torch.float32 if is_of_numbers(task.loss_fn) else None if target.dtype == torch.bool else torch.int64
+    if dtype is not None and (dtype != target.dtype or task.test.__getitems__([0])["y"].dtype != dtype):
+        task.train, task.test = Cast(task.train, None, dtype), Cast(task.test, None, dtype)
 
 
 def _fit_inputs(task: SimpleTask) -> tuple[Batch, Any]:
@@ -101,7 +101,7 @@ def _fit_inputs(task: SimpleTask) -> tuple[Batch, Any]:
     if output is None and not (x.is_floating_point() or x.is_complex()):
         output = _run(task.model, x.to(own))
         if output is not None:
-            task.more["inputs"] = f"{str(x.dtype)[6:]}, given to the model as float32 without scaling"
+            task.extra_facts["inputs"] = f"{str(x.dtype)[6:]}, given to the model as float32 without scaling"
             task.train, task.test = (Cast(data, torch.float32, None) for data in (task.train, task.test))
     return batch, output
 

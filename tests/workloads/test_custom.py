@@ -14,7 +14,7 @@ from torch import nn
 
 from labkit.experiment import Experiment
 from labkit.workloads.base import ClassificationTask, TensorData
-from labkit.workloads.custom import CannotTravel, Custom, from_notebook, travels
+from labkit.workloads.custom import Custom, NotSelfContainedError, from_notebook, self_contained_source
 from labkit.workloads.custom_task import as_task
 from tests.workloads.helpers import evaluate, reasons, train
 
@@ -98,8 +98,8 @@ def build(section: dict[str, str], seed: int = 0) -> Any:
 def test_what_a_cell_leans_on_is_named(cells: Cells, before: str, body: str, sentence: str) -> None:
     cells.run(before)
     function = cells.run(f"def make_task():\n    {body}\n")["make_task"]
-    with pytest.raises(CannotTravel, match=sentence):
-        travels(function)
+    with pytest.raises(NotSelfContainedError, match=sentence):
+        self_contained_source(function)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_what_a_cell_leans_on_is_named(cells: Cells, before: str, body: str, sen
     ],
 )
 def test_what_stands_on_its_own_travels(cells: Cells, body: str) -> None:
-    travels(cells.run(f"def make_task():\n    {body}\n")["make_task"])
+    self_contained_source(cells.run(f"def make_task():\n    {body}\n")["make_task"])
 
 
 def test_annotations_need_not_be_known_on_the_other_side(cells: Cells) -> None:
@@ -128,8 +128,8 @@ def test_annotations_need_not_be_known_on_the_other_side(cells: Cells) -> None:
 def test_default_values_and_decorators_are_looked_at_too(cells: Cells) -> None:
     cells.run("size = 3\ndef twice(f): return f")
     for text in ("def make_task(n=size):\n    return n\n", "@twice\ndef make_task():\n    return 1\n"):
-        with pytest.raises(CannotTravel, match="elsewhere in the notebook"):
-            travels(cells.run(text)["make_task"])
+        with pytest.raises(NotSelfContainedError, match="elsewhere in the notebook"):
+            self_contained_source(cells.run(text)["make_task"])
 
 
 class _Thing:
@@ -159,15 +159,15 @@ def _outer(x: int) -> Any:
     ],
 )
 def test_what_is_no_plain_function_is_refused(function: Any, sentence: str) -> None:
-    with pytest.raises(CannotTravel, match=sentence):
-        travels(function)
+    with pytest.raises(NotSelfContainedError, match=sentence):
+        self_contained_source(function)
 
 
 def test_a_function_without_source_is_refused() -> None:
     names: dict[str, Any] = {}
     exec("def make_task(): ...", names)
-    with pytest.raises(CannotTravel, match="the source of make_task cannot be found"):
-        travels(names["make_task"])
+    with pytest.raises(NotSelfContainedError, match="the source of make_task cannot be found"):
+        self_contained_source(names["make_task"])
 
 
 def test_nothing_is_run_while_checking(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from labkit.workloads.accuracy import right_and_counted
+from labkit.workloads.accuracy import correct_and_counted
 from labkit.workloads.custom_task import as_task
 from tests.workloads.helpers import evaluate, train
 
@@ -217,7 +217,7 @@ def test_accuracy_is_a_fraction_of_targets_for_any_number_of_parts(
     loss_fn = (lambda output, y: output.sum()) if last else nn.CrossEntropyLoss()
     right = total = 0
     for out, part in zip(output.chunk(parts), target.chunk(parts), strict=True):
-        a, b = right_and_counted(loss_fn, out, part)
+        a, b = correct_and_counted(loss_fn, out, part)
         right, total = right + int(a), total + int(b)
     assert (right, total) == (expected, len(counted))
 
@@ -236,7 +236,7 @@ def test_accuracy_is_a_fraction_of_targets_for_any_number_of_parts(
 def test_one_score_is_compared_with_the_border_of_its_loss(shape: tuple[int, ...], loss_fn: Any, border: float) -> None:
     score = (border + torch.tensor([0.1, -0.1, 0.2, -0.2, 0.3, -0.3])).reshape(shape)
     target = torch.tensor([1.0, 0, 0, 1, 1, 0]).reshape(shape)
-    right, counted = right_and_counted(loss_fn, score, target)
+    right, counted = correct_and_counted(loss_fn, score, target)
     assert (int(right), int(counted)) == (4, 6)
 
 
@@ -246,9 +246,9 @@ def test_one_score_is_compared_with_the_border_of_its_loss(shape: tuple[int, ...
 )
 def test_other_shapes_are_refused(output: tuple[int, ...], target: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="accuracy is not defined for outputs"):
-        right_and_counted(len, torch.zeros(output), torch.zeros(target, dtype=torch.int64))
+        correct_and_counted(len, torch.zeros(output), torch.zeros(target, dtype=torch.int64))
     with pytest.raises(ValueError, match="needs targets of 0 and 1, they go from 0 to 5"):
-        right_and_counted(nn.MSELoss(), torch.zeros(6), torch.arange(6.0))
+        correct_and_counted(nn.MSELoss(), torch.zeros(6), torch.arange(6.0))
 
 
 class Tokens(nn.Module):
@@ -281,7 +281,7 @@ def test_ones_own_model_that_sees_the_next_token_is_refused(transposed: bool) ->
     kind, loss_fn = (Turned, nn.CrossEntropyLoss()) if transposed else (Tokens, loss)
     with pytest.raises(ValueError, match="the model from f is no causal model: changing token"):
         task(data, loss_fn, kind(causal=False))
-    assert task(data, loss_fn, kind(causal=True), metric="accuracy").counts_right
+    assert task(data, loss_fn, kind(causal=True), metric="accuracy").measures_accuracy
 
 
 def test_ignored_targets_count_in_no_metric() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.workloads.base import Blocks
-from labkit.workloads.models.gpt import Cut
+from labkit.workloads.models.gpt import ShardFunction
 
 
 class DecoderEmbedding(nn.Module):
@@ -23,34 +23,34 @@ class DecoderEmbedding(nn.Module):
     def __init__(self, token: nn.Embedding) -> None:
         super().__init__()
         self.token = token
-        self.cut_sequence: Cut = lambda x, dim: x
+        self.shard_sequence: ShardFunction = lambda x, dim: x
         """The part of the sequence that this rank has (context parallelism cuts it here)."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.token(self.cut_sequence(tokens, 1))
+        out: Tensor = self.token(self.shard_sequence(tokens, 1))
         return out
 
 
 class DecoderLayer(nn.Module):
     """One layer of the library with the rotary positions of the tokens that are here: [N, T, width] to the same."""
 
-    def __init__(self, layer: nn.Module, rotary: nn.Module, plan: dict[str, str]) -> None:
+    def __init__(self, layer: nn.Module, rotary: nn.Module, tp_plan: dict[str, str]) -> None:
         super().__init__()
         self.layer, self.rotary = layer, rotary
-        self.plan = plan
+        self.tp_plan = tp_plan
         """How the library itself would cut the layer: name of a module to a style of its tensor parallelism."""
         self.positions: Callable[[Tensor], Tensor] = lambda x: torch.arange(x.shape[1], device=x.device)
 
     def forward(self, x: Tensor) -> Tensor:
         positions = self.positions(x).unsqueeze(0)
-        found: Any = self.layer(
+        result: Any = self.layer(
             x,
             attention_mask=None,  # causal: the attention asks for that by itself where there is no mask
             position_ids=positions,
             position_embeddings=self.rotary(x, positions),
             use_cache=False,
         )
-        out: Tensor = found[0] if isinstance(found, tuple) else found
+        out: Tensor = result[0] if isinstance(result, tuple) else result
         return out
 
 
@@ -70,10 +70,10 @@ def chain(model: Any) -> Blocks:
     """Blocks `embed`, `layer_0` …, `head` of a causal model: tokens [N, T] to logits [N, T, vocabulary]."""
     inner = model.model
     prefix = "layers.*."
-    known = model.config.base_model_tp_plan or {}
-    plan = {name.removeprefix(prefix): style for name, style in known.items() if name.startswith(prefix)}
+    base_plan = model.config.base_model_tp_plan or {}
+    tp_plan = {name.removeprefix(prefix): style for name, style in base_plan.items() if name.startswith(prefix)}
     blocks: dict[str, nn.Module] = {"embed": DecoderEmbedding(inner.embed_tokens)}
     for number, layer in enumerate(inner.layers):
-        blocks[f"layer_{number}"] = DecoderLayer(layer, inner.rotary_emb, plan)
+        blocks[f"layer_{number}"] = DecoderLayer(layer, inner.rotary_emb, tp_plan)
     blocks["head"] = DecoderHead(inner.norm, model.lm_head)
     return Blocks(blocks)

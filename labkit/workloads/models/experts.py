@@ -60,7 +60,7 @@ class MixtureOfExperts(nn.Module):
         """Runs the experts where they are: set by expert parallelism, else they are here."""
         self.sample_weight = 1.0
         """Weight of one sample in the loss that is followed backward (1/global batch in one process)."""
-        self.over_parts: Callable[[Tensor], Tensor] = lambda counts: counts
+        self.sum_over_sequence_ranks: Callable[[Tensor], Tensor] = lambda counts: counts
         """Adds counts up over the ranks that hold parts of the same sequences (context parallelism)."""
         self.load: Tensor | None = None
         """While it is a tensor [experts] of int64, each forward adds how many pairs of token and choice each got."""
@@ -71,7 +71,7 @@ class MixtureOfExperts(nn.Module):
         if self.load is not None:
             self.load += torch.bincount(chosen.flatten(), minlength=len(self.load))
         if self.balance_loss and torch.is_grad_enabled():
-            x = _felt(x, self._imbalance(scores, chosen), self.balance_loss * self.sample_weight)
+            x = _with_auxiliary_loss(x, self._imbalance(scores, chosen), self.balance_loss * self.sample_weight)
         weights = best.softmax(-1).flatten(0, -2)  # [N·T, k]
         tokens, k = x.flatten(0, -2), self.experts_per_token
         # Sort the pairs of token and choice by expert, run each expert on its own stretch, and put the results back.
@@ -101,19 +101,19 @@ class MixtureOfExperts(nn.Module):
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # half precision counts to 256 only
         experts, length = scores.shape[-1], scores.shape[1]
         counts = nn.functional.one_hot(chosen.flatten(1), experts).sum(1).to(scores.dtype)  # [N, E]
-        sizes = self.over_parts(torch.cat([counts, counts.new_full((len(counts), 1), length)], dim=1))
-        share, whole = sizes[:, :-1], sizes[:, -1:]
+        sizes = self.sum_over_sequence_ranks(torch.cat([counts, counts.new_full((len(counts), 1), length)], dim=1))
+        share, full_length = sizes[:, :-1], sizes[:, -1:]
         summed = scores.softmax(-1).sum(1)  # [N, E], this rank's tokens
-        return (experts / self.experts_per_token * share * summed / whole**2).sum()
+        return (experts / self.experts_per_token * share * summed / full_length**2).sum()
 
 
-def _felt(x: Tensor, loss: Tensor, factor: float) -> Tensor:
+def _with_auxiliary_loss(x: Tensor, loss: Tensor, factor: float) -> Tensor:
     """`x`, with `factor · loss` added to whatever is followed backward from it."""
-    out: Tensor = _Felt.apply(x, loss, factor)  # type: ignore[no-untyped-call]
+    out: Tensor = _AuxiliaryLoss.apply(x, loss, factor)  # type: ignore[no-untyped-call]
     return out
 
 
-class _Felt(torch.autograd.Function):
+class _AuxiliaryLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor, factor: float) -> Tensor:
         ctx.factor, ctx.kind = factor, loss

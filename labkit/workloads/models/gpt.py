@@ -16,7 +16,7 @@ from labkit.workloads.base import Blocks
 from labkit.workloads.models.experts import MixtureOfExperts
 from labkit.workloads.models.transformer import MLP, Attention, Layer
 
-Cut = Callable[[Tensor, int], Tensor]
+ShardFunction = Callable[[Tensor, int], Tensor]
 """(tensor, dimension of the sequence) to a part of it."""
 
 
@@ -27,14 +27,14 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(context, width)
-        self.cut_sequence: Cut = lambda x, dim: x
+        self.shard_sequence: ShardFunction = lambda x, dim: x
         """The part of the sequence that this rank has (context parallelism cuts it here)."""
-        self.cut_positions: Cut = lambda x, dim: x
+        self.shard_positions: ShardFunction = lambda x, dim: x
         """The part of that which it goes on with (sequence parallelism cuts it here)."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        positions = self.cut_positions(self.cut_sequence(self.position.weight[: tokens.shape[1]], 0), 0)
-        out: Tensor = self.token(self.cut_sequence(tokens, 1)) + positions
+        positions = self.shard_positions(self.shard_sequence(self.position.weight[: tokens.shape[1]], 0), 0)
+        out: Tensor = self.token(self.shard_sequence(tokens, 1)) + positions
         return out
 
 

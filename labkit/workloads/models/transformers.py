@@ -69,15 +69,17 @@ def causal_model(
         _switch_off_dropout(loaded)
         _check_sizes(loaded.config, context, vocabulary)
         return _as_blocks(loaded.train(), context)
-    wanted = dict(config or {})
-    built = _configuration(wanted, context, vocabulary)
+    requested = dict(config or {})
+    built = _configuration(requested, context, vocabulary)
     _check_sizes(built, context, vocabulary)
     with seeded(seed):
         try:
             model = AutoModelForCausalLM.from_config(built)  # type: ignore[no-untyped-call]
         except (ValueError, TypeError) as error:
-            raise ValueError(f"transformers cannot build {wanted['model_type']!r}: {hub.first_line(error)}") from error
-    if not _asks_for_dropout(wanted):
+            raise ValueError(
+                f"transformers cannot build {requested['model_type']!r}: {hub.first_line(error)}"
+            ) from error
+    if not _asks_for_dropout(requested):
         _switch_off_dropout(model)
     return _as_blocks(model.float().train(), context)
 
@@ -105,16 +107,16 @@ def encoder(pretrained: str) -> tuple[Encode, int]:
     return encode, len(tokenizer)
 
 
-def _configuration(wanted: Mapping[str, Any], context: int, vocabulary: int) -> Any:
+def _configuration(requested: Mapping[str, Any], context: int, vocabulary: int) -> Any:
     from transformers import AutoConfig
 
-    overrides = {"vocab_size": vocabulary} | {name: value for name, value in wanted.items() if name != "model_type"}
+    overrides = {"vocab_size": vocabulary} | {name: value for name, value in requested.items() if name != "model_type"}
     try:
         # Token numbers of the model's original vocabulary (begin, end, padding) mean nothing among bytes.
-        special = {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name not in wanted}
-        AutoConfig.for_model(wanted["model_type"])
-        unknown = _unknown(wanted)
-        built = None if unknown else AutoConfig.for_model(wanted["model_type"], **special, **overrides)
+        special = {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name not in requested}
+        AutoConfig.for_model(requested["model_type"])
+        unknown = _unknown(requested)
+        built = None if unknown else AutoConfig.for_model(requested["model_type"], **special, **overrides)
     except KeyError:
         raise ValueError('the configuration of a transformers model needs a "model_type"') from None
     except (ValueError, TypeError) as error:
@@ -122,7 +124,7 @@ def _configuration(wanted: Mapping[str, Any], context: int, vocabulary: int) -> 
     if built is None:
         raise ValueError(unknown)
     for name in _POSITIONS:
-        if name not in wanted and 0 < (getattr(built, name, None) or 0) < context:
+        if name not in requested and 0 < (getattr(built, name, None) or 0) < context:
             setattr(built, name, context)
     return built
 
@@ -139,8 +141,8 @@ def _has_experts(config: Any) -> bool:
     return any("expert" in name for name in config.to_dict())
 
 
-def _asks_for_dropout(wanted: Mapping[str, Any]) -> bool:
-    return any("drop" in name and value for name, value in wanted.items())
+def _asks_for_dropout(requested: Mapping[str, Any]) -> bool:
+    return any("drop" in name and value for name, value in requested.items())
 
 
 def _switch_off_dropout(model: nn.Module) -> None:
@@ -177,25 +179,27 @@ def _source_of_model(configuration: str) -> str:
     return Path(spec.origin).read_text(encoding="utf-8") if spec is not None and spec.origin else ""
 
 
-def _unknown(wanted: Mapping[str, Any]) -> str:
+def _unknown(requested: Mapping[str, Any]) -> str:
     """A sentence about a key that this kind of model does not know; empty for none.
 
     The library would store it and do nothing with it, as with a misspelt `hiden_size`.
     """
     from transformers import AutoConfig
 
-    kind = wanted["model_type"]
+    kind = requested["model_type"]
     default: Any = AutoConfig.for_model(kind)
-    known = {name for name in (*default.to_dict(), *vars(default), *default.attribute_map) if not name.startswith("_")}
+    accepted = {
+        name for name in (*default.to_dict(), *vars(default), *default.attribute_map) if not name.startswith("_")
+    }
     for part in type(default).__mro__:
-        known |= set(vars(part).get("__annotations__", {}))
+        accepted |= set(vars(part).get("__annotations__", {}))
         if "__init__" in vars(part):
-            known |= set(inspect.signature(vars(part)["__init__"]).parameters)
-    known |= _ALWAYS
+            accepted |= set(inspect.signature(vars(part)["__init__"]).parameters)
+    accepted |= _ALWAYS
     read = _source_of_model(type(default).__module__)
-    for name in wanted:
-        if name not in known and not re.search(rf"""[."']{re.escape(name)}\b""", read):
-            close = difflib.get_close_matches(name, sorted(known), 1)
+    for name in requested:
+        if name not in accepted and not re.search(rf"""[."']{re.escape(name)}\b""", read):
+            close = difflib.get_close_matches(name, sorted(accepted), 1)
             meant = f"; did you mean {close[0]!r}?" if close else ""
             return f"a configuration of {kind!r} has no field {name!r}{meant}"
     return ""
