@@ -107,7 +107,7 @@ def test_a_random_part_is_found_by_trying(layer: nn.Module) -> None:
     task = a_task(layer)
     (reason,) = non_parity_modules(task.model, 2, 1, task)
     assert reason.startswith("1")
-    assert "draws other numbers on every rank, so ranks differ from one process" in reason
+    assert "draws different numbers on every rank, so ranks differ from one process" in reason
     (reason,) = non_parity_modules(task.model, 1, 4, task)
     assert "on every pass, so passes differ" in reason
     assert non_parity_modules(task.model, 1, 1, task) == []
@@ -164,7 +164,7 @@ class Augmented(torch.utils.data.Dataset):
 def test_samples_that_are_others_each_time_are_noticed() -> None:
     task = a_task(nn.Identity(), train=Augmented())
     (reason,) = non_parity_modules(task.model, 1, 1, task)
-    assert reason.startswith("the training samples are others each time they are read")
+    assert reason.startswith("the training samples are different each time they are read")
     task = a_task(nn.Identity(), test=Augmented())
     (reason,) = non_parity_modules(task.model, 2, 1, task)
     assert reason.startswith("the held-out samples are others")
@@ -302,7 +302,7 @@ def test_dropout_that_begins_late_is_noticed(kept_in: str) -> None:
     layer = Late()
     task = a_task(layer)
     (reason,) = non_parity_modules(task.model, 2, 1, task)
-    assert reason.startswith("1: a random part draws other numbers on every rank")
+    assert reason.startswith("1: a random part draws different numbers on every rank")
     assert layer.passes == 0
 
 
@@ -317,4 +317,4 @@ def test_a_generator_of_ones_own_is_random() -> None:
 
     task = a_task(Own())
     (reason,) = non_parity_modules(task.model, 2, 1, task)
-    assert reason.startswith("1: a random part draws other numbers")
+    assert reason.startswith("1: a random part draws different numbers")

@@ -19,7 +19,7 @@ from tests.training import hidden_tasks, test_rehearsal
 from tests.training.test_rehearsal import run, sentence
 
 TASKS = Path(hidden_tasks.__file__)
-UNTRAINED = ", which no optimizer would train: it is no parameter of the model, so register it there"
+UNTRAINED = ", which no optimizer would train: it is not a parameter of the model, so register it there"
 KEPT = " is kept from one pass for the next together with its graph, which the first pass backward has used up: "
 
 
@@ -35,11 +35,11 @@ WRONG: list[tuple[str, str, str]] = [
     ("in_a_method", "dp1", "the loss depends on parts['temperature'] of the loss" + UNTRAINED),
     ("in_the_file", "dp1", "the loss depends on GLOBAL_SCALE of the loss" + UNTRAINED),
     ("in_a_list", "dp1", "the loss depends on layers[0].weight of the model" + UNTRAINED),
-    ("made_in_the_pass", "dp1", "a tensor of shape [3] that is made in the pass" + UNTRAINED),
+    ("made_in_the_pass", "dp1", "a tensor of shape [3] that is created in the pass" + UNTRAINED),
     (
         "penalized",
         "shard2",
-        "the loss reads body.weight of the model beside its output, and ZeRO 3 keeps that",
+        "the loss reads body.weight of the model in addition to its output, and ZeRO 3 keeps that",
     ),
     ("inputs_with_gradients", "dp1", "x of train requires a gradient, which no optimizer would use: give it without"),
     ("hidden_state_kept", "dp1", "memory['state'] of the model" + KEPT),
@@ -200,9 +200,9 @@ def test_comparing_built_in_data_costs_little() -> None:
         seconds = []
         for _ in range(5):
             begun = time.perf_counter()
-            assert fingerprint.whole(task.train)
-            list(fingerprint.whole_parts(task.train, "train"))
-            list(fingerprint.whole_parts(task.test, "test"))
+            assert fingerprint.in_memory(task.train)
+            list(fingerprint.hash_in_memory(task.train, "train"))
+            list(fingerprint.hash_in_memory(task.test, "test"))
             seconds.append(time.perf_counter() - begun)
         assert min(seconds) < 0.05, name
 

@@ -15,7 +15,7 @@ from labkit.experiment import Experiment
 from labkit.launch import launch, rehearse
 from labkit.proofs.cases import FAMILIES
 from labkit.runs import Run
-from labkit.training.rehearsal.fingerprint import Fingerprint, compared, digest
+from labkit.training.rehearsal.fingerprint import Fingerprint, compared_indices, digest
 from labkit.workloads.restore import restored
 from tests.launch.helpers import changed_ranks, events
 from tests.training import odd_tasks
@@ -186,9 +186,9 @@ def test_a_fingerprint_sees_type_shape_and_one_number() -> None:
 def test_samples_of_short_and_long_data_are_compared() -> None:
     from labkit.workloads.base import TensorData
 
-    assert compared(TensorData(x=torch.zeros(1))) == [0]
-    assert compared(TensorData(x=torch.zeros(3))) == [0, 1, 2]
-    long = compared(TensorData(x=torch.zeros(1000)))
+    assert compared_indices(TensorData(x=torch.zeros(1))) == [0]
+    assert compared_indices(TensorData(x=torch.zeros(3))) == [0, 1, 2]
+    long = compared_indices(TensorData(x=torch.zeros(1000)))
     assert long[0] == 0
     assert long[-1] == 999
 

@@ -19,7 +19,7 @@ from labkit.experiment.fault import named
 from labkit.workloads.base import Batch, ClassificationTask, Task
 from labkit.workloads.custom_task import SimpleTask
 from labkit.workloads.language_task import LanguageTask
-from labkit.workloads.restore import Noted, undisturbed
+from labkit.workloads.restore import Snapshot, undisturbed
 from labkit.workloads.weights import is_torchs
 
 SAMPLES = 64
@@ -57,8 +57,8 @@ def prove_loss(task: Task, place: Place = lambda batch: batch) -> LossProof:
             output = task.model(batch["x"])
         except Exception as error:  # a person's own code; the rehearsal has tried the training mode
             return LossProof(notes=[f"{_UNPROVED} {count} samples cannot be tried in evaluation ({named(error, 120)})"])
-        with undisturbed(*_holders(task)) as noted:
-            return _Trial(task, output, batch, noted).proof()
+        with undisturbed(*_holders(task)) as snapshot:
+            return _Trial(task, output, batch, snapshot).proof()
 
 
 def _proved(task: Task) -> bool:
@@ -77,8 +77,8 @@ def _holders(task: Task) -> list[Any]:
 class _Trial:
     """The outputs of a few samples, and the loss of any part of them."""
 
-    def __init__(self, task: Task, output: Any, batch: Batch, noted: Noted) -> None:
-        self.task, self.output, self.batch, self.noted = task, output, batch, noted
+    def __init__(self, task: Task, output: Any, batch: Batch, snapshot: Snapshot) -> None:
+        self.task, self.output, self.batch, self.snapshot = task, output, batch, snapshot
         self.count = len(batch["x"])
 
     def proof(self) -> LossProof:
@@ -120,7 +120,7 @@ class _Trial:
     def _loss(self, begin: int, end: int, afresh: bool = True) -> float:
         """Of the samples from `begin` to before `end`; what the loss keeps is put back first where it begins afresh."""
         if afresh:
-            self.noted.undo(generators=False)
+            self.snapshot.undo(generators=False)
         return float(self.task.loss(_rows(self.output, begin, end), self._part(begin, end)))
 
     def _weight(self, begin: int, end: int) -> float:

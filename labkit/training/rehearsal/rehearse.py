@@ -26,7 +26,7 @@ from labkit.experiment import Experiment
 from labkit.experiment.fault import TaskFault, named
 from labkit.parallel.cast import widen
 from labkit.training.rehearsal import fingerprint, fits, hooks, leaves
-from labkit.training.rehearsal.advice import backward_fault, described, hint, samples_of, shape_of
+from labkit.training.rehearsal.advice import backward_fault, describe, hint, samples_of, shape_of
 from labkit.training.rehearsal.control_flow import ControlFlowProbe
 from labkit.training.rehearsal.exactness import non_parity_modules
 from labkit.training.rehearsal.ids import Ids
@@ -37,7 +37,7 @@ from labkit.training.runtime import Runtime
 from labkit.training.sampling import BatchOrder, Indices
 from labkit.workloads.base import Batch, Data, Task
 from labkit.workloads.fetch import checked, fetch
-from labkit.workloads.restore import Noted, restored
+from labkit.workloads.restore import Snapshot, restored
 from labkit.workloads.seed import seed_generators
 
 SAMPLES = 2
@@ -96,12 +96,12 @@ def rehearse(
     refused = refused or hooks.lost_by(experiment, task.model)
     if refused:
         raise TaskFault(refused)
-    with restored(task, task.model, task.train, task.test, device=runtime.device) as noted:
+    with restored(task, task.model, task.train, task.test, device=runtime.device) as snapshot:
         phase("data")
         mine = fingerprint.Fingerprint.of(task, seed)
         rehearsed.built = mine.total
         seed_generators(seed)
-        rehearsal = _Rehearsal(experiment, task, runtime, phase, noted, order, rehearsed.foreign)
+        rehearsal = _Rehearsal(experiment, task, runtime, phase, snapshot, order, rehearsed.foreign)
         loss: float | None = None
         if rehearsal.fits:
             used = rehearsal.run(rehearsed)
@@ -112,8 +112,8 @@ def rehearse(
         rehearsed.notes += _proofs(experiment, task, runtime, rehearsed.foreign)
         if runtime.ranks > 1 and not runtime.isolated:
             if rehearsed.foreign and rehearsal.fits:
-                loss = loss_of_first_samples(task, runtime, noted, seed)
-                noted.undo()
+                loss = loss_of_first_samples(task, runtime, snapshot, seed)
+                snapshot.undo()
             phase("checkpoint")  # the last of all phases: whoever is behind is the one that is waited for
             _compare(experiment, task, rehearsed, used, mine)
             if rehearsed.foreign:
@@ -196,12 +196,12 @@ class _Rehearsal:
         task: Task,
         runtime: Runtime,
         phase: Callable[[str], None],
-        noted: Noted,
+        snapshot: Snapshot,
         order: BatchOrder,
         foreign: bool,
     ) -> None:
         self.experiment, self.task, self.runtime = experiment, task, runtime
-        self.phase, self.noted, self.foreign = phase, noted, foreign
+        self.phase, self.snapshot, self.foreign = phase, snapshot, foreign
         self.ids = Ids(task.model) if foreign else None
         self.fits = _roomy(task.model, runtime.device)
         """Whether gradients of the whole model fit next to it."""
@@ -213,7 +213,7 @@ class _Rehearsal:
     def run(self, rehearsed: Rehearsed) -> list[frozenset[str]]:
         """All of it; returns the names of the parameters that each pass used."""
         task, model = self.task, self.task.model
-        wanders = ControlFlowProbe(self.noted.changed) if _may_wander(model) else None
+        wanders = ControlFlowProbe(self.snapshot.changed) if _may_wander(model) else None
         indices = self.passes(0)[0].tolist()[:SAMPLES] or [0]
         batch = checked(task.train, indices, "train")
         used = [self._train(batch, indices, wanders)]
@@ -230,14 +230,14 @@ class _Rehearsal:
         except Exception as error:
             raise TaskFault(f"the facts of the task cannot be written as JSON: {named(error)}") from error
         if wanders is not None:
-            if wanders.other_twice and self.experiment.layout.activation_checkpointing != "none":
+            if wanders.differs_when_repeated and self.experiment.layout.activation_checkpointing != "none":
                 raise TaskFault(
                     "the model counts its passes, or draws from numpy or random, so activations cannot be computed "
                     "again as they were: set layout.activation_checkpointing to none, or draw from torch"
                 )
-            if wanders.seen or len(used[0]) < len(self.trained):
+            if wanders.detected or len(used[0]) < len(self.trained):
                 used += [self._train(*other, wanders) for other in self._others()]
-            rehearsed.wanders = wanders.seen or len(set(used)) > 1
+            rehearsed.wanders = wanders.detected or len(set(used)) > 1
         rehearsed.unused = sorted(set(self.trained) - frozenset.intersection(*used))
         return used
 
@@ -254,7 +254,7 @@ class _Rehearsal:
             model.train()
             self._output(batch, indices, "train")
         notes = moving.notes(self.experiment)
-        self.noted.undo(generators=False)
+        self.snapshot.undo(generators=False)
         return notes
 
     def _others(self) -> Iterator[tuple[Batch, list[int]]]:
@@ -306,7 +306,9 @@ class _Rehearsal:
             if value.requires_grad:
                 remedy = f"give it without ({name}.detach())"
                 raise TaskFault(f"{name} of train requires a gradient, which no optimizer would use: {remedy}")
-        fault = leaves.strangers(self.task, loss) or leaves.read_beside(self.experiment, self.task, output, loss)
+        fault = leaves.untrained_leaf(self.task, loss) or leaves.parameter_in_loss(
+            self.experiment, self.task, output, loss
+        )
         if fault:
             raise TaskFault(fault)
 
@@ -324,7 +326,7 @@ class _Rehearsal:
             raise TaskFault(f"{place} (x is {shape_of(batch['x'])}): {named(error)}{hint(batch, model)}") from error
         if not isinstance(output, Tensor):
             raise TaskFault(
-                f"in {mode} the model returns {described(output)}: it must return one tensor, the scores that loss and "
+                f"in {mode} the model returns {describe(output)}: it must return one tensor, the scores that loss and "
                 "metric are computed from"
             )
         return output
@@ -334,10 +336,10 @@ class _Rehearsal:
             loss: Any = self.task.loss(widen(output), self.runtime.place(_fresh(batch)))
         except Exception as error:
             targets = ", ".join(f"{name} is {shape_of(value)}" for name, value in batch.items() if name != "x")
-            given = f"the output is {described(output)}" + (f", {targets}" if targets else "")
+            given = f"the output is {describe(output)}" + (f", {targets}" if targets else "")
             raise TaskFault(f"the loss fails on {samples_of(indices, what)} ({given}): {named(error)}") from error
         if not isinstance(loss, Tensor):
-            raise TaskFault(f"the loss is {described(loss)}, it must be a tensor with one number")
+            raise TaskFault(f"the loss is {describe(loss)}, it must be a tensor with one number")
         if loss.dim():
             raise TaskFault(
                 f"the loss has the shape {list(loss.shape)}, it must be one number: the mean over the samples"
@@ -367,7 +369,7 @@ class _Rehearsal:
         except TaskFault:
             raise
         except Exception as error:
-            place = f"{samples_of(indices, 'test')} (the output is {described(output)})"
+            place = f"{samples_of(indices, 'test')} (the output is {describe(output)})"
             raise TaskFault(f"the held-out metric fails on {place}: {named(error)}") from error
         lacking = [name for name in ("count",) if name not in numbers]
         lacking += [name for name in ("loss", task.metric.key) if name not in metrics]

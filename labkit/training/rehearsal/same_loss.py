@@ -17,7 +17,7 @@ from labkit.parallel.cast import widen
 from labkit.training.rehearsal.fingerprint import SEEDED
 from labkit.training.runtime import Runtime
 from labkit.workloads.base import Task
-from labkit.workloads.restore import Noted
+from labkit.workloads.restore import Snapshot
 from labkit.workloads.seed import seed_generators
 
 SAMPLES = 16
@@ -25,15 +25,15 @@ TOLERANCE = 1e-3
 """Relative difference of losses that counts as the same: far above the rounding of 16 bits on other kernels."""
 
 
-def loss_of_first_samples(task: Task, runtime: Runtime, noted: Noted, seed: int) -> float | None:
+def loss_of_first_samples(task: Task, runtime: Runtime, snapshot: Snapshot, seed: int) -> float | None:
     """Return the loss of the first samples in a training pass; None if it is not the same twice, or cannot be computed.
 
-    Every pass begins with the state in `noted` and with all generators seeded, so only what is drawn from others, or
+    Every pass begins with the state in `snapshot` and with all generators seeded, so only what is drawn from others, or
     kept elsewhere, can differ.
     """
     losses = []
     for _ in range(2):
-        noted.undo()
+        snapshot.undo()
         seed_generators(seed)
         if runtime.device.type == "cuda":
             torch.cuda.manual_seed(seed)
