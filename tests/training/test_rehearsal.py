@@ -23,8 +23,8 @@ from tests.training import odd_tasks
 TASKS = Path(odd_tasks.__file__)
 WITHOUT = """
 import labkit.training.trainer as trainer
-from labkit.training.rehearsal.rehearse import Rehearsed
-trainer.rehearse = lambda *given: Rehearsed()
+from labkit.training.rehearsal.rehearse import RehearsalResult
+trainer.rehearse = lambda *given: RehearsalResult()
 """
 
 
@@ -214,7 +214,7 @@ def test_a_way_that_differs_between_ranks_hangs_nobody(function: str) -> None:
     for layout, changes in (("dp2", {}), ("shard2", {"layout__zero_stage": 2}), ("dp4", {})):
         ended = run(custom(function, layout, training__steps=12, launch__timeout_s=10, **changes))
         assert ended.state == "finished", ended.cause
-        assert any("the way through the model depends on" in note for note in ended.summary()["notes"])
+        assert any("the control flow of the model depends on" in note for note in ended.summary()["notes"])
 
 
 # -- nothing moves -----------------------------------------------------------------------------------------------------
