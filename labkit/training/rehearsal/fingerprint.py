@@ -1,4 +1,4 @@
-"""Fingerprints of the task, compared before step 1: have all ranks built the same? (Issue 11, A4, B 01, B 02.)
+"""Fingerprints of the task, compared before step 1: all ranks must have built the same (issue 11, A4, B 01, B 02).
 
 Every rank builds model and data for itself. Any value that does not come from a generator seeded by the experiment (but
 from an unseeded one, the time, the process number, the order of a set) makes ranks train different models, or train on

@@ -58,5 +58,6 @@ def compare_losses(loss: float | None) -> None:
         if abs(rank_loss - losses[0]) > TOLERANCE * max(abs(rank_loss), abs(losses[0]), 1e-12):
             raise TaskFault(
                 f"the loss of the same samples is {losses[0]:.6g} on rank 0 and {rank_loss:.6g} on rank {rank}, "
-                f"although weights, buffers and samples are equal: something else in the model or the loss differs; {SEEDED}"
+                "although weights, buffers and samples are equal: something else in the model or the loss differs; "
+                f"{SEEDED}"
             )
