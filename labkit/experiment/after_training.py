@@ -1,4 +1,4 @@
-"""What is made of the trained network once the training is over, by the first rank: quantized, exported."""
+"""Steps after the training that the first rank takes with the trained network: quantization and export."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ if TYPE_CHECKING:
 
 
 def first_rank_problems(experiment: Experiment, field: str, off: str, verb: str, participle: str) -> Iterator[Problem]:
-    """Why the first rank cannot make it: it needs the whole model, trained, in layers that compute what they hold.
+    """Yield the reasons why the first rank cannot process the trained model on its own.
 
-    `verb` and `participle` are the verb, as in "the first rank converts" and "those converted".
+    It needs the whole trained model, in layers that compute with the weights they store. `verb` and `participle` are
+    used in the messages, as in "the first rank converts" and "those converted". `off` is the value of `field` that
+    turns the step off.
     """
     layout, training = experiment.layout, experiment.quantization.training
     sharded_by = [axis for axis in ("tp", "pp", "ep", "cp") if getattr(layout, axis) > 1]

@@ -1,7 +1,7 @@
-"""What this machine has, found without importing torch and without touching CUDA.
+"""The hardware of this machine, detected without importing torch and without touching CUDA.
 
 Device counting must not create a CUDA context: a kernel that did could no longer fork, and on a shared server the
-probe alone would take memory on every GPU. NVIDIA's driver is asked through `nvidia-smi`, a separate process.
+probe alone would take memory on every GPU. NVIDIA's driver is queried through `nvidia-smi`, a separate process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 _SMI_FIELDS = "index,uuid,name,memory.total,memory.used"
 SMI_TIMEOUT_S = 60
-"""Eight GPUs without persistence mode take more than ten seconds to answer."""
+"""Timeout in seconds; eight GPUs without persistence mode take more than ten seconds to answer."""
 
 
 @dataclass(frozen=True)
@@ -34,41 +34,41 @@ class Gpu:
     memory_bytes: int
     used_bytes: int
     capability: tuple[int, int] | None = None
-    """CUDA's compute capability, (9, 0) of a Hopper; None if the driver does not say it."""
+    """CUDA compute capability, such as (9, 0) for Hopper; None if the driver does not report it."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Cores and memory that this process may really use, and the GPUs that are visible to it."""
+    """Cores and memory that this process may actually use, and the GPUs that are visible to it."""
 
     cores: int
     cores_total: int
     memory_bytes: int
     gpus: tuple[Gpu, ...] = ()
     gpu_reason: str = ""
-    """Why there is no GPU to offer, if there is none."""
+    """Why no GPU can be used; empty if one can."""
     cpu_model: str = ""
     cpu_flags: frozenset[str] = field(default_factory=frozenset, repr=False)
     system: str = ""
     torch_cuda: str = ""
-    """The CUDA version for which the installed torch was built; empty for a build for CPUs."""
+    """CUDA version for which the installed torch was built; empty for a CPU build."""
 
     @classmethod
     def here(cls) -> Machine:
-        """Probe this machine once per process."""
+        """Return this machine, probed once per process."""
         return _probe()
 
     def device(self, requested: str) -> str:
-        """`auto` becomes cuda where a GPU is visible, else cpu."""
+        """Return `requested`, with `auto` replaced by cuda if a GPU is visible, else by cpu."""
         return ("cuda" if self.gpus else "cpu") if requested == "auto" else requested
 
     def slots(self, device: str) -> int:
-        """How many ranks have a device of their own: GPUs, or cores."""
+        """Return how many ranks can have a device of their own: the number of GPUs, or of cores."""
         return len(self.gpus) if device == "cuda" else self.cores
 
     @property
     def capability(self) -> tuple[int, int] | None:
-        """The least compute capability of the GPUs; None without a GPU, or if the driver does not say it."""
+        """Lowest compute capability of the GPUs; None without a GPU, or if the driver does not report it."""
         capabilities = [gpu.capability for gpu in self.gpus if gpu.capability is not None]
         return min(capabilities) if capabilities and len(capabilities) == len(self.gpus) else None
 
@@ -98,7 +98,7 @@ def _probe() -> Machine:
 
 
 def _usable_cores() -> int:
-    """CPU_LIMIT (JupyterHub), then the cgroup quota, then the affinity mask; never more than the mask allows."""
+    """Return the usable cores: the smallest of CPU_LIMIT (JupyterHub), the cgroup quota and the affinity mask."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     limits = [float(cores)]
     try:
@@ -114,7 +114,7 @@ def _usable_cores() -> int:
 
 
 def _usable_memory() -> int:
-    """MEM_LIMIT (JupyterHub), then the cgroup limit, then what the machine has, in bytes."""
+    """Return the usable memory in bytes: the least of MEM_LIMIT (JupyterHub), the cgroup limit and physical memory."""
     try:
         limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     except (ValueError, OSError):
@@ -129,6 +129,7 @@ def _usable_memory() -> int:
 
 
 def _cpu() -> tuple[str, frozenset[str]]:
+    """Return the model name and the feature flags of the CPU, as /proc/cpuinfo reports them."""
     model, flags = platform.processor(), frozenset[str]()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -144,7 +145,7 @@ def _cpu() -> tuple[str, frozenset[str]]:
 
 
 def _gpus() -> tuple[tuple[Gpu, ...], str]:
-    """GPUs that CUDA would show, in its order, or the reason why there are none."""
+    """Return the GPUs that CUDA would show, in its order, or the reason why there are none."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return (), "no NVIDIA driver on this machine (nvidia-smi not found)"
@@ -162,13 +163,16 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
     gpus = []
     for line in csv.reader(answer.splitlines(), skipinitialspace=True):
         index, uuid, *names, total, used = line
-        name = ", ".join(names)  # nvidia-smi quotes nothing, and a name may hold a comma
+        name = ", ".join(names)  # nvidia-smi quotes nothing, and a name may contain a comma
         gpus.append(Gpu(int(index), uuid, name, _mebibytes(total), _mebibytes(used), capabilities.get(uuid)))
     return visible(tuple(gpus), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def _capabilities(smi: str) -> dict[str, tuple[int, int]]:
-    """By UUID. A question of its own: drivers before 2021 do not know it, and would answer nothing at all."""
+    """Return the compute capabilities by UUID.
+
+    This is a separate query, because drivers before 2021 do not know the field and would reject the whole query.
+    """
     command = [smi, "--query-gpu=uuid,compute_cap", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=SMI_TIMEOUT_S, check=True).stdout
@@ -179,7 +183,7 @@ def _capabilities(smi: str) -> dict[str, tuple[int, int]]:
 
 
 def _torch_cuda() -> str:
-    """Read from torch's own version file: importing it takes seconds."""
+    """Return the CUDA version from torch's own version file, because importing torch takes seconds."""
     spec = find_spec("torch")
     try:
         text = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
@@ -190,7 +194,7 @@ def _torch_cuda() -> str:
 
 
 def _mebibytes(text: str) -> int:
-    """nvidia-smi's number; it prints [N/A] for memory on some integrated and MIG devices."""
+    """Return nvidia-smi's number of MiB in bytes, or 0 for [N/A] (memory of some integrated and MIG devices)."""
     try:
         return int(text) * 2**20
     except ValueError:
@@ -198,9 +202,10 @@ def _mebibytes(text: str) -> int:
 
 
 def visible(gpus: tuple[Gpu, ...], requested: str | None) -> tuple[tuple[Gpu, ...], str]:
-    """Apply CUDA_VISIBLE_DEVICES as CUDA does.
+    """Apply CUDA_VISIBLE_DEVICES as CUDA does; return the visible GPUs and why there are none.
 
-    A list of indices or unambiguous UUID prefixes, cut at the first invalid entry; an entry that comes twice hides all.
+    The variable is a list of indices or unambiguous UUID prefixes that ends at the first invalid entry; a repeated
+    entry hides all GPUs.
     """
     if not gpus:
         return (), "the NVIDIA driver reports no GPU"
@@ -209,7 +214,7 @@ def visible(gpus: tuple[Gpu, ...], requested: str | None) -> tuple[tuple[Gpu, ..
     chosen: list[Gpu] = []
     for entry in requested.split(","):
         entry = entry.strip()
-        if entry.startswith("MIG-"):  # a slice of a GPU; nvidia-smi tells its memory for the whole GPU only
+        if entry.startswith("MIG-"):  # a slice of a GPU; nvidia-smi reports memory for the whole GPU only
             match = [Gpu(len(chosen), entry, "MIG device", 0, 0)]
         else:
             match = [gpu for gpu in gpus if entry and (entry == str(gpu.index) or gpu.uuid.startswith(entry))]

@@ -1,4 +1,4 @@
-"""What is wrong with a request, said in one sentence."""
+"""Problems of a request, each described in one sentence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Problem:
     """One reason why an experiment cannot run.
 
     `field` is the dotted name of the setting, `reason` a clause without a full stop, `nearest` the closest legal value
-    (None when there is none to offer).
+    (None if there is none to offer).
     """
 
     field: str
@@ -30,7 +30,7 @@ class Problem:
 
 
 class ExperimentError(ValueError):
-    """The request is wrong. `problems` lists every reason; the message is one sentence a line."""
+    """Raised for an invalid experiment. `problems` lists every reason; the message has one sentence per line."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = list(problems)
@@ -46,13 +46,13 @@ class OptionError(ValueError):
 
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:
-    """The known word that `word` was probably meant to be, or None."""
+    """Return the candidate that `word` was probably meant to be, or None."""
     matches = get_close_matches(word, list(candidates), n=1, cutoff=0.5)
     return matches[0] if matches else None
 
 
 def unknown(field: str, word: str, candidates: Iterable[str], what: str = "field") -> Problem:
-    """A problem for a word that is not in the list of known ones."""
+    """Return a problem that says that `word` is not one of the candidates."""
     candidates = list(candidates)
     if not candidates:
         return Problem(field, f"there is no {what} {word!r} here")
@@ -78,7 +78,7 @@ _COMPARISONS = {
 
 
 def explain(error: ValidationError, model: type | None = None, prefix: str = "") -> list[Problem]:
-    """Turn pydantic's error into problems: `training.steps: must be at least 1, got 0`."""
+    """Turn pydantic's error into problems, such as `training.steps: must be at least 1, got 0`."""
     problems = []
     for item in error.errors(include_url=False):
         path = [str(part) for part in item["loc"] if part != "[key]"]
@@ -119,7 +119,7 @@ def explain(error: ValidationError, model: type | None = None, prefix: str = "")
 
 
 def _fields_at(model: type | None, path: list[str]) -> list[str]:
-    """Names of the fields of the section at `path` below `model`."""
+    """Return the names of the fields of the section at `path` below `model`."""
     for part in path:
         annotation = getattr(model, "model_fields", {})[part].annotation if model else None
         kinds = (annotation, *get_args(annotation))  # a section that may be null is a union
@@ -128,6 +128,7 @@ def _fields_at(model: type | None, path: list[str]) -> list[str]:
 
 
 def _short(value: Any, limit: int = 60) -> str:
+    """Return the repr of a value, cut to `limit` characters."""
     try:
         text = "null" if value is None else repr(value)
     except RecursionError:
