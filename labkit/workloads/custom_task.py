@@ -127,7 +127,7 @@ def as_task(returned: Any, name: str) -> Task:
     if not isinstance(returned, dict):
         lacking = [attribute for attribute in _TASK if not hasattr(returned, attribute)]
         close = f"; as a Task it lacks {', '.join(lacking)}" if len(lacking) < len(_TASK) - 1 else ""
-        raise ValueError(f"{name} must return {_FORM}, it returned {kind_of(returned)}{close}")
+        raise ValueError(f"{name} must return {_FORM}, but it returned {kind_of(returned)}{close}")
     missing = [key for key in ("model", "train", "test", "loss_fn") if key not in returned]
     unknown = sorted(set(returned) - {"model", "train", "test", "loss_fn", "metric", "batch_weight"}, key=str)
     if missing or unknown:
@@ -140,9 +140,9 @@ def as_task(returned: Any, name: str) -> Task:
                 f"{part} from {name} is the class {value.__name__}: give an object of it, {value.__name__}()"
             )
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model from {name} must be a torch.nn.Module, it is {kind_of(model)}")
+        raise ValueError(f"model from {name} must be a torch.nn.Module, but it is {kind_of(model)}")
     if not callable(loss_fn):
-        raise ValueError(f"loss_fn from {name} must be a function of (output, y), it is {kind_of(loss_fn)}")
+        raise ValueError(f"loss_fn from {name} must be a function of (output, y), but it is {kind_of(loss_fn)}")
     loss_fn = as_module(loss_fn)
     if getattr(loss_fn, "reduction", "mean") not in ("mean", "batchmean"):
         raise ValueError(
@@ -151,11 +151,11 @@ def as_task(returned: Any, name: str) -> Task:
     _refuse_trainable(loss_fn, name)
     weight_fn = returned.get("batch_weight")
     if weight_fn is not None and not callable(weight_fn):
-        raise ValueError(f"batch_weight from {name} must be a function of y, it is {kind_of(weight_fn)}")
+        raise ValueError(f"batch_weight from {name} must be a function of y, but it is {kind_of(weight_fn)}")
     train, test = as_data(returned["train"], f"train from {name}"), as_data(returned["test"], f"test from {name}")
     metric = returned.get("metric") or _guess_metric(loss_fn, test)
     if metric not in ("accuracy", "loss"):
-        raise ValueError(f"metric from {name} must be 'accuracy' or 'loss', it is {metric!r}")
+        raise ValueError(f"metric from {name} must be 'accuracy' or 'loss', but it is {metric!r}")
     task = SimpleTask(model, train, test, loss_fn, metric, weight_fn)
     try_out(task, name)
     return task

@@ -226,5 +226,5 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _object(row: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: a row must be an object of columns, it is {type(row).__name__}")
+        raise ValueError(f"{place}: a row must be an object of columns, but it is {type(row).__name__}")
     yield place, row

@@ -13,17 +13,17 @@ _NAMES = ("text", "content", "document", "sentence", "story", "article")
 _TEST_SHARE_OF_LIMIT = 10
 """The held-out part is read up to a tenth of the limit: enough to judge by, and evaluation stays short."""
 _ROWS_EXAMINED = 200
-"""Rows by which a column is judged to hold text."""
+"""Number of rows by which a column is recognised as text."""
 
 Row = tuple[str, dict[str, Any]]
-"""(its place in words, values by column)."""
+"""(description of its place, values by column)."""
 
 
 def hub_text(data: str, text_column: str, max_characters: int) -> tuple[str, str | None, dict[str, Any]]:
-    """The training text, the held-out text (None: cut from the end of the training text), and what was taken.
+    """Return the training text, the held-out text (None: cut from the end of the training text), and facts about them.
 
-    Files and folders named as splits are splits. Rows are joined by an empty line, in their order, until there are
-    `max_characters`. Raises ValueError in a sentence.
+    Files and folders named after splits are used as these splits. Rows are joined by an empty line, in their order,
+    until there are `max_characters`. Raises ValueError in one sentence.
     """
     limit = max(1000, max_characters // _TEST_SHARE_OF_LIMIT)
     if not is_path(data):
@@ -54,9 +54,10 @@ def _files(count: int) -> str:
 
 
 def _kind_of_one(path: Path) -> Kind:
+    """Return the kind of a single file; ValueError if it contains no text of a known kind."""
     what = kind(path)
     if what in ("image", "other"):
-        raise ValueError(f"cannot read {path}: it holds no text that is known here (parquet, JSON, CSV, plain text)")
+        raise ValueError(f"cannot read {path}: it contains no text in a known format (parquet, JSON, CSV, plain text)")
     return what
 
 
@@ -82,6 +83,7 @@ def _from_rows(
     most_held_out: int,
     about: dict[str, Any],
 ) -> tuple[str, str | None, dict[str, Any]]:
+    """Return training text, held-out text and facts from rows, of at most `most` and `most_held_out` characters."""
     ahead = []
     iterator = iter(train)
     for row in iterator:
@@ -103,6 +105,7 @@ def _from_rows(
 
 
 def _column(seen: list[dict[str, Any]], text_column: str) -> str:
+    """Return the column that contains the text."""
     from labkit.workloads.hub import choose_column
 
     names = list(dict.fromkeys(name for row in seen for name in row))
@@ -117,7 +120,7 @@ def _column(seen: list[dict[str, Any]], text_column: str) -> str:
 
 
 def _join(table: Iterable[Row], column: str, limit: int, empty: list[int]) -> str:
-    """The column's texts with an empty line between them; rows without any are counted in `empty`."""
+    """Join the texts of the column with an empty line between them; rows without text are counted in `empty`."""
     parts, length = [], 0
     for place, row in table:
         text = row.get(column)
@@ -125,13 +128,13 @@ def _join(table: Iterable[Row], column: str, limit: int, empty: list[int]) -> st
             empty[0] += 1
             continue
         if not isinstance(text, str):
-            raise ValueError(f"{place}: column {column!r} does not hold text, it holds {type(text).__name__}")
+            raise ValueError(f"{place}: column {column!r} contains {type(text).__name__}, not text")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"{place}: column {column!r} holds half a character (the lone surrogate {text[error.start]!a}), "
-                "which is no text"
+                f"{place}: column {column!r} contains half a character (the lone surrogate {text[error.start]!a}), "
+                "which is not text"
             ) from None
         parts.append(text)
         length += len(text) + 2

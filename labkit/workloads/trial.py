@@ -67,7 +67,7 @@ def _try_training(task: SimpleTask, name: str) -> None:
 def _refuse_parts(output: Any, mode: str, name: str) -> None:
     if not isinstance(output, Tensor):
         raise ValueError(
-            f"the model from {name} must give one tensor in {mode} mode, it gives a {_parts(output)}: "
+            f"the model from {name} must give one tensor in {mode} mode, but it gives a {_parts(output)}: "
             "return the scores alone"
         )
 

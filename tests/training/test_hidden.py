@@ -47,7 +47,7 @@ WRONG: list[tuple[str, str, str]] = [
     ("id_too_large", "dp1", "of train has the id 20, but 0 has 20 rows (ids 0 to 19): give it more rows"),
     ("one_id_too_large", "dp2", "sample 77 of train has the id 1000, but 0 has 20 rows (ids 0 to 19)"),
     ("one_id_below_zero", "dp1", "sample 31 of train has the id -"),
-    ("sparse_inputs", "dp1", "x is a sparse tensor, of which no batch can be made: give it dense (x.to_dense())"),
+    ("sparse_inputs", "dp1", "x is a sparse tensor, which cannot be batched: give it dense (x.to_dense())"),
     ("sparse_rows_of_inputs", "dp1", "sample 0 of train from sparse_rows_of_inputs: x is a sparse tensor"),
     ("target_of_70_bits", "dp1", "sample 31 of train from target_of_70_bits: its y is 1180591620717411303424, which"),
     ("loss_as_class", "dp1", "loss_fn from loss_as_class is the class CrossEntropyLoss: give an object of it, Cross"),

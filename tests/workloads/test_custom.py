@@ -265,14 +265,14 @@ def test_a_dict_a_tuple_a_data_set_and_a_task_are_understood() -> None:
 @pytest.mark.parametrize(
     ("made", "sentence"),
     [
-        (None, "f must return a Task, a dict .*, it returned None"),
+        (None, "f must return a Task, a dict .*, but it returned None"),
         (MODEL, "it returned Linear"),
         ((MODEL, 1, 2), "it returned tuple"),
         ({"model": MODEL}, "lacks train, test, loss_fn"),
         ({"model": MODEL, "train": (X, Y), "test": (X, Y), "loss_fn": len, "x": 1}, "has unknown keys x"),
-        ((X, (X, Y), (X, Y), len), "model from f must be a torch.nn.Module, it is Tensor"),
+        ((X, (X, Y), (X, Y), len), "model from f must be a torch.nn.Module, but it is Tensor"),
         ((MODEL, (X, Y[:3]), (X, Y), len), "train from f has 8 inputs and 3 targets"),
-        ((MODEL, 3, (X, Y), len), "train from f must be .*, it is int"),
+        ((MODEL, 3, (X, Y), len), "train from f must be .*, but it is int"),
         ((MODEL, Stream(), (X, Y), len), "train from f is an iterable data set"),
         ((MODEL, (X, Y), (X[:0], Y[:0]), len), "test from f is empty"),
         ((MODEL, (X, Y), (X, Y), "mse"), "loss_fn from f must be a function"),

@@ -43,12 +43,15 @@ ALL = list(range(40))
 @pytest.mark.parametrize(
     ("sample", "sentence"),
     [
-        (lambda i: {"x": X[i], "y": Y[i]}, r"train from f must give pairs .*, its first sample is dict"),
+        (lambda i: {"x": X[i], "y": Y[i]}, r"train from f must give pairs .*, but its first sample is dict"),
         (lambda i: (X[i] if i < 9 else X[i][:7], Y[i]), r"samples 0 and 9 of train from f cannot be stacked: their x"),
-        (lambda i: (X[i], "abcd"[Y[i]]), r"sample 0 of (train|test) from f: its y must be .*, it is str \('[a-d]'\)"),
-        (lambda i: (X[i], None if i == 20 else Y[i]), r"sample 20 of train from f: its y must be .*, it is None"),
-        (lambda i: (None, Y[i]), r"sample 0 of (train|test) from f: its x must be .*, it is None"),
-        (lambda i: ({"ids": X[i]}, Y[i]), r"sample 0 of (train|test) from f: its x must be .*, it is dict"),
+        (
+            lambda i: (X[i], "abcd"[Y[i]]),
+            r"sample 0 of (train|test) from f: its y must be .*, but it is str \('[a-d]'\)",
+        ),
+        (lambda i: (X[i], None if i == 20 else Y[i]), r"sample 20 of train from f: its y must be .*, but it is None"),
+        (lambda i: (None, Y[i]), r"sample 0 of (train|test) from f: its x must be .*, but it is None"),
+        (lambda i: ({"ids": X[i]}, Y[i]), r"sample 0 of (train|test) from f: its x must be .*, but it is dict"),
         (lambda i: (X[i], Y[i], 1) if i == 3 else (X[i], Y[i]), r"sample 3 of train from f must be a pair"),
     ],
 )
@@ -72,7 +75,7 @@ def test_a_data_set_of_the_hubs_library_is_refused_by_name() -> None:
     data = datasets.Dataset.from_dict({"x": X.tolist(), "y": Y.tolist()}).with_format("torch")
     with pytest.raises(ValueError, match="train from f is a Dataset of the library datasets, whose samples are dicts"):
         task(data)
-    with pytest.raises(ValueError, match=r"train from f must be .*, it is DataLoader"):
+    with pytest.raises(ValueError, match=r"train from f must be .*, but it is DataLoader"):
         task(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y)))
 
 
@@ -134,14 +137,14 @@ class Gives(nn.Module):
 @pytest.mark.parametrize(
     ("also", "sentence"),
     [
-        (lambda out, training: (out, out), "must give one tensor in eval mode, it gives a tuple of 2"),
+        (lambda out, training: (out, out), "must give one tensor in eval mode, but it gives a tuple of 2"),
         (lambda out, training: {"logits": out}, "it gives a dict of logits: return the scores alone"),
         (lambda out, training: [out], "it gives a list of 1"),
         (
             lambda out, training: (out, out) if training else out,
-            "must give one tensor in training mode, it gives a tuple of 2: return the scores alone",
+            "must give one tensor in training mode, but it gives a tuple of 2: return the scores alone",
         ),
-        (lambda out, training: {"logits": out} if training else out, "in training mode, it gives a dict of logits"),
+        (lambda out, training: {"logits": out} if training else out, "in training mode, but it gives a dict of logits"),
     ],
 )
 def test_outputs_that_are_no_tensor_are_refused_when_built(also: Any, sentence: str) -> None:
