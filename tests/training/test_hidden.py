@@ -20,7 +20,7 @@ from tests.training.test_rehearsal import run, sentence
 
 TASKS = Path(hidden_tasks.__file__)
 UNTRAINED = ", which no optimizer would train: it is not a parameter of the model, so register it there"
-KEPT = " is kept from one pass for the next together with its graph, which the first pass backward has used up: "
+KEPT = " is kept from one pass for the next together with its graph, which the first backward pass has used up: "
 
 
 def custom(function: str, layout: str = "dp1", **changes: Any) -> Experiment:
@@ -50,8 +50,8 @@ WRONG: list[tuple[str, str, str]] = [
     ("sparse_inputs", "dp1", "x is a sparse tensor, which cannot be batched: give it dense (x.to_dense())"),
     ("sparse_rows_of_inputs", "dp1", "sample 0 of train from sparse_rows_of_inputs: x is a sparse tensor"),
     ("target_of_70_bits", "dp1", "sample 31 of train from target_of_70_bits: its y is 1180591620717411303424, which"),
-    ("loss_as_class", "dp1", "loss_fn from loss_as_class is the class CrossEntropyLoss: give an object of it, Cross"),
-    ("model_as_class", "dp1", "model from model_as_class is the class Net: give an object of it, Net()"),
+    ("loss_as_class", "dp1", "loss_fn from loss_as_class is the class CrossEntropyLoss: give an instance of it, Cross"),
+    ("model_as_class", "dp1", "model from model_as_class is the class Net: give an instance of it, Net()"),
     (
         "hook",
         "shard2",

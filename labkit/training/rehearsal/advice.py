@@ -46,10 +46,10 @@ def hint(batch: Batch, model: nn.Module) -> str:
 def backward_fault(task: Task, error: Exception) -> str:
     """Return in one sentence why the backward pass fails."""
     if "backward through the graph a second time" not in str(error):
-        return f"the pass backward from the loss fails: {named(error)}"
+        return f"the backward pass from the loss fails: {named(error)}"
     place = kept_graph(task)
-    kept = f"{place} is kept" if place else "something is kept"
+    subject = place or "something"
     return (
-        f"{kept} from one pass for the next together with its graph, which the first pass backward has used up: keep "
-        "it without (detach())"
+        f"{subject} is kept from one pass for the next together with its graph, which the first backward pass has used "
+        "up: detach it before keeping it (detach())"
     )

@@ -51,8 +51,8 @@ def digest(tensor: Tensor) -> str:
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
         return hashed.hexdigest()
     flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
-    most = MOST_BYTES // flat.element_size() if flat.device.type == "cpu" else PLACES
-    if flat.numel() > most:
+    limit = MOST_BYTES // flat.element_size() if flat.device.type == "cpu" else PLACES
+    if flat.numel() > limit:
         flat = flat[:: -(-flat.numel() // PLACES)]
     numbers = flat.contiguous().cpu().view(torch.uint8).numpy()
     rows = len(numbers) // (8 * _ROW)

@@ -87,9 +87,11 @@ def _sharded(
             return
     kinds = {parameter.dtype: name for name, parameter in trained.items()}
     if len(kinds) > 1:
-        (first, here), (second, there), *_ = ((str(kind).removeprefix("torch."), name) for kind, name in kinds.items())
+        (dtype, name), (other_dtype, other_name), *_ = (
+            (str(kind).removeprefix("torch."), name) for kind, name in kinds.items()
+        )
         yield (
-            f"{here} is {first} and {there} is {second}: ZeRO 3 shards parameters of one type together, "
+            f"{name} is {dtype} and {other_name} is {other_dtype}: ZeRO 3 shards parameters of one type together, "
             "so set layout.zero_stage to 1 or 2"
         )
 

@@ -160,5 +160,5 @@ def _rows(value: Any, begin: int, end: int) -> Any:
     return value[begin:end].clone() if isinstance(value, Tensor) else value
 
 
-def _close(value: float, expected: float, least: float) -> bool:
-    return abs(value - expected) <= TOLERANCE * max(least, abs(expected))
+def _close(value: float, expected: float, floor: float) -> bool:
+    return abs(value - expected) <= TOLERANCE * max(floor, abs(expected))

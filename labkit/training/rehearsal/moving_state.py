@@ -38,11 +38,11 @@ class MovingState:
             return []
         layout = experiment.layout
         frozen = {name for name, parameter in self._model.named_parameters() if not parameter.requires_grad}
-        lost = [name for name in changed if name in frozen]
-        if lost and layout.dp_shard > 1 and layout.zero_stage == 3:
+        changed_parameters = [name for name in changed if name in frozen]
+        if changed_parameters and layout.dp_shard > 1 and layout.zero_stage == 3:
             raise TaskFault(
-                f"{lost[0]} is changed in the forward pass although it is not trained, and ZeRO 3 would lose the "
-                "change: register it as a buffer (register_buffer), or set layout.zero_stage to 1 or 2"
+                f"{changed_parameters[0]} is changed in the forward pass although it is not trained, and ZeRO 3 would "
+                "lose the change: register it as a buffer (register_buffer), or set layout.zero_stage to 1 or 2"
             )
         passes = experiment.gradients.accumulation * (layout.microbatches if layout.pp > 1 else 1)
         if passes == 1:

@@ -283,8 +283,8 @@ class _Rehearsal:
                 loss = self._loss(output, batch, indices, "train")
             if not loss.requires_grad:
                 raise TaskFault(
-                    "the loss does not depend on any parameter that is trained: a detach(), no_grad() or numpy stands "
-                    "between the model and the loss"
+                    "the loss does not depend on any parameter that is trained: there is a detach(), no_grad() or "
+                    "numpy call between the model and the loss"
                 )
             self._check_graph(batch, output, loss)
             self.phase("backward")
@@ -342,8 +342,8 @@ class _Rehearsal:
             loss: Any = self.task.loss(widen(output), self.runtime.place(_fresh(batch)))
         except Exception as error:
             targets = ", ".join(f"{name} is {shape_of(value)}" for name, value in batch.items() if name != "x")
-            given = f"the output is {describe(output)}" + (f", {targets}" if targets else "")
-            raise TaskFault(f"the loss fails on {samples_of(indices, what)} ({given}): {named(error)}") from error
+            inputs = f"the output is {describe(output)}" + (f", {targets}" if targets else "")
+            raise TaskFault(f"the loss fails on {samples_of(indices, what)} ({inputs}): {named(error)}") from error
         if not isinstance(loss, Tensor):
             raise TaskFault(f"the loss is {describe(loss)}, it must be a tensor with one number")
         if loss.dim():
