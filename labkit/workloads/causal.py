@@ -1,8 +1,8 @@
-"""Does a language model see the tokens that it has to predict? Found out by trying, whatever its library says.
+"""A test of whether a language model sees the tokens that it has to predict, independent of what its library claims.
 
-A token is changed, and the scores of the positions before it must stay what they were. The source of the leak does not
-matter: an encoder taken for a decoder, an attention that was given no mask, a normalisation over the sequence.
-(Issue 11, A1: an encoder reported 0.13 bits per character.)
+A token is changed, and the logits at earlier positions must not change. The source of the leak does not matter: an
+encoder used as a decoder, attention without a mask, a normalisation over the sequence. (Issue 11, A1: an encoder
+reported 0.13 bits per character.)
 """
 
 from __future__ import annotations
@@ -16,20 +16,19 @@ from torch import Tensor, nn
 from labkit.workloads.restore import undisturbed
 
 LONGEST = 512
-"""Tokens of the sample at most; the proof costs three forward passes over it."""
+"""Maximum length of the sample in tokens; the test takes three forward passes over it."""
 ROUNDING = 1e-5
-"""Of the largest score: what a change of the order of sums moves, and a leak far exceeds."""
+"""Tolerance as a fraction of the largest logit: the effect of another order of summation, far below that of a leak."""
 _NEAR_ZERO = 1e-2
 _NOISE = 0.02
 
 
 def first_leak(model: nn.Module, vocabulary: int, context: int, longest: int = LONGEST) -> tuple[int, int] | None:
-    """(position that moved, later position whose token was changed), or None for a causal model.
+    """Return (position that moved, later position whose token was changed), or None for a causal model.
 
-    `model` takes tokens [N, T] int64 and gives scores whose first two axes are [N, T]. It is tried in eval mode on a
-    sample of min(context, longest) random tokens. Weights that are (nearly) zero get noise meanwhile: a layer that
-    starts at zero would hide its leak until it is trained. Modes, weights, buffers and random numbers are as before
-    afterwards.
+    `model` takes tokens [N, T] int64 and returns logits whose first two axes are [N, T]. It is tested in eval mode on
+    min(context, longest) random tokens. Weights that are (nearly) zero get noise meanwhile, because a layer that starts
+    at zero would hide its leak until it is trained. Modes, weights, buffers and random states are restored afterwards.
     """
     length = min(context, longest)
     if length < 2:
@@ -48,7 +47,7 @@ def first_leak(model: nn.Module, vocabulary: int, context: int, longest: int = L
                 perturbed[0, changed:] + 1 + torch.arange(length - changed) % max(1, vocabulary - 1)
             ) % (vocabulary)
             difference = (_logits(model, perturbed.to(device)) - logits)[:, :changed].abs().flatten(2).amax((0, 2))
-            # What is no number cannot prove anything, but it is no leak either.
+            # NaN proves nothing, but it is not a leak either.
             moved = torch.nonzero(difference > limit)
             if len(moved):
                 return int(moved[0]), changed
@@ -58,18 +57,18 @@ def first_leak(model: nn.Module, vocabulary: int, context: int, longest: int = L
 def refuse_leak(
     model: nn.Module, vocabulary: int, context: int, name: str, advice: str = "", longest: int = LONGEST
 ) -> None:
-    """Raise ValueError in one sentence where `model` (called `name`) sees later tokens; `advice` says what to do."""
+    """Raise ValueError in one sentence if `model` (called `name`) sees later tokens; `advice` says what to do."""
     leak = first_leak(model, vocabulary, context, longest)
     if leak is not None:
         raise ValueError(
-            f"{name} is no causal model: changing token {leak[1]} moves its scores at position {leak[0]}, so it sees "
-            f"the tokens that it has to predict{advice and '; '}{advice}"
+            f"{name} is not a causal model: changing token {leak[1]} moves its scores at position {leak[0]}, so it "
+            f"sees the tokens that it has to predict{advice and '; '}{advice}"
         )
 
 
 @contextmanager
 def restored_afterwards(model: nn.Module) -> Iterator[None]:
-    """Whatever happens to the model inside: its weights, buffers and modes and torch's random numbers are restored.
+    """Restore the weights, buffers and modes of the model and torch's random state at the end.
 
     Only weights that `_add_noise` may change are copied.
     """
@@ -84,7 +83,7 @@ def restored_afterwards(model: nn.Module) -> Iterator[None]:
 
 
 def _near_zero(model: nn.Module) -> list[Tensor]:
-    """Weights so small that what flows through them cannot be told from rounding."""
+    """Return the weights so small that a signal through them cannot be distinguished from rounding."""
     return [
         parameter
         for parameter in model.parameters()
@@ -93,6 +92,7 @@ def _near_zero(model: nn.Module) -> list[Tensor]:
 
 
 def _add_noise(model: nn.Module) -> None:
+    """Add fixed noise to the weights that are nearly zero."""
     generator = torch.Generator().manual_seed(1)
     for parameter in _near_zero(model):
         noise = torch.randn(parameter.shape, generator=generator) * _NOISE
@@ -100,5 +100,6 @@ def _add_noise(model: nn.Module) -> None:
 
 
 def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the model's logits in at least float32."""
     logits: Tensor = model(tokens)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from labkit.experiment.schema import Experiment
     from labkit.workloads.base import Task
 
-__all__ = ["CannotTravel", "Custom", "CustomOptions", "from_notebook", "travels"]
+__all__ = ["Custom", "CustomOptions", "NotSelfContainedError", "from_notebook", "self_contained_source"]
 
 
 class CustomOptions(Options):
-    """Where the function that makes the task stands."""
+    """Where the function that makes the task is defined."""
 
     path: str = Field(default="", max_length=1000)
     """The function as module:function or file.py:function."""
@@ -51,7 +51,7 @@ class CustomOptions(Options):
 
 
 class Custom:
-    """Your own workload; the metric is accuracy for classes, else the loss, or what your Task says."""
+    """Your own workload; the metric is accuracy for classes, else the loss, or what your Task defines."""
 
     Options = CustomOptions
 
@@ -78,7 +78,7 @@ class Custom:
 
     @staticmethod
     def carries(options: CustomOptions) -> str:
-        """Whose code runs on the ranks, in words: that of a source text in the experiment, or of a file or module."""
+        """Describe whose code runs on the ranks: that of a source text in the experiment, or of a file or module."""
         if options.source:
             lines = len(options.source.splitlines())
             return f"the function {options.factory} in {lines} lines of source text that its experiment carries"
@@ -86,7 +86,7 @@ class Custom:
 
     @staticmethod
     def code_of(options: CustomOptions) -> str:
-        """SHA-256 of the file in which the function stands; empty if there is none, or it cannot be read."""
+        """Return the SHA-256 of the file that defines the function; empty if there is none, or it cannot be read."""
         from hashlib import sha256
 
         from labkit.workloads.locate import file_of
@@ -99,7 +99,7 @@ class Custom:
 
     @classmethod
     def build(cls, options: Any, seed: int) -> Task:
-        """Run the function and take what it returns. `options`: a CustomOptions, a dict of its fields, or a section."""
+        """Call the function and return its task. `options` is a CustomOptions, a dict of its fields, or a section."""
         from labkit.workloads.custom_task import as_task, call
         from labkit.workloads.locate import load
         from labkit.workloads.options import read
@@ -111,7 +111,9 @@ class Custom:
 
 
 def from_notebook(factory: Callable[..., Any]) -> dict[str, str]:
-    """The workload section for a function of a notebook cell; raises CannotTravel (a ValueError) with the reason.
+    """Return the workload section for a function of a notebook cell.
+
+    Raises NotSelfContainedError (a ValueError) with the reason if the function cannot be sent to the ranks.
 
     >>> experiment.replace(workload=from_notebook(make_task))    # doctest: +SKIP
     """

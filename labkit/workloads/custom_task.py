@@ -1,4 +1,4 @@
-"""What a user's function returned, as a Task; every misfit is named in one sentence."""
+"""The return value of a user's function as a Task; every mismatch is named in one sentence."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _FORM = "a Task, a dict with model, train, test and loss_fn, or a tuple (model, 
 class SimpleTask:
     """Model, data and a loss function of (output, y).
 
-    `weight_fn` of y says what the mean loss is a mean over, where that is not the number of samples and the loss is not
-    torch's own. The loss is computed at least in float32.
+    `weight_fn` of y is the divisor of the mean loss, if that is not the number of samples and the loss is not one of
+    torch's own. The loss is computed in at least float32.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class SimpleTask:
             else Metric("loss", "Held-out loss", False)
         )
         self.extra_facts: dict[str, Any] = {}
-        """More facts."""
+        """Additional facts."""
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         output, target = self._in_common_dtype(output, batch["y"])
@@ -57,13 +57,14 @@ class SimpleTask:
         return mean_loss(self.loss_fn, output, target)
 
     def batch_weight(self, batch: Batch) -> Tensor | float:
-        """By `weight_fn`, or the divisor of torch's own loss, or the number of samples."""
+        """Return `weight_fn(y)`, or the divisor of torch's own loss, or the number of samples."""
         return batch_weight(self.loss_fn, batch["y"]) if self.weight_fn is None else self.weight_fn(batch["y"])
 
     def _in_common_dtype(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Output and target in the wider format of output (float32 at least) and loss, and the loss moved to it.
+        """Return output and target in the wider dtype of output (at least float32) and loss, and cast the loss to it.
 
-        A target is never narrowed with the network: years in bfloat16 would be rounded to multiples of eight.
+        A target is never cast to a lower precision with the network: years in bfloat16 would be rounded to multiples of
+        eight.
         """
         if not output.is_floating_point():
             return output, target
@@ -100,12 +101,12 @@ class SimpleTask:
 
 
 def _tensors(loss_fn: Any) -> list[Tensor]:
-    """Buffers and frozen parameters of the loss."""
+    """Return the buffers and parameters of the loss, if it is a module."""
     return [*loss_fn.buffers(), *loss_fn.parameters()] if isinstance(loss_fn, nn.Module) else []
 
 
 def call(factory: Callable[..., Any], seed: int) -> Any:
-    """Call the user's function; random numbers in it start from `seed`."""
+    """Call the user's function with random generators seeded with `seed`."""
     parameters = inspect.signature(factory).parameters
     needed = [
         p.name
@@ -119,7 +120,7 @@ def call(factory: Callable[..., Any], seed: int) -> Any:
 
 
 def as_task(returned: Any, name: str) -> Task:
-    """The Task in what `name` returned; raises ValueError with what is wrong about it."""
+    """Return the Task in what `name` returned; ValueError says what is wrong with it."""
     if all(hasattr(returned, attribute) for attribute in _TASK):
         return _completed(returned, name)
     if isinstance(returned, tuple) and len(returned) == 4:
@@ -137,7 +138,7 @@ def as_task(returned: Any, name: str) -> Task:
     for part, value in (("model", model), ("loss_fn", loss_fn)):
         if isinstance(value, type):
             raise ValueError(
-                f"{part} from {name} is the class {value.__name__}: give an object of it, {value.__name__}()"
+                f"{part} from {name} is the class {value.__name__}: give an instance of it, {value.__name__}()"
             )
     if not isinstance(model, nn.Module):
         raise ValueError(f"model from {name} must be a torch.nn.Module, but it is {kind_of(model)}")
@@ -146,7 +147,7 @@ def as_task(returned: Any, name: str) -> Task:
     loss_fn = as_module(loss_fn)
     if getattr(loss_fn, "reduction", "mean") not in ("mean", "batchmean"):
         raise ValueError(
-            f"loss_fn from {name} must be the mean over the samples, its reduction is {loss_fn.reduction!r}"
+            f"loss_fn from {name} must be the mean over the samples, but its reduction is {loss_fn.reduction!r}"
         )
     _refuse_trainable(loss_fn, name)
     weight_fn = returned.get("batch_weight")
@@ -162,9 +163,10 @@ def as_task(returned: Any, name: str) -> Task:
 
 
 def _completed(task: Any, name: str) -> Task:
-    """A user's own Task with what it may leave out: batches are weighed by their samples, and its loss may be a module.
+    """Return a user's own Task with the optional parts filled in.
 
-    A Task without room for these (slots) is refused.
+    Batches are weighted by their number of samples, and its loss may be a module. A Task without room for these (slots)
+    is refused.
     """
     parts = [getattr(task, attribute, None) for attribute in ("loss_module", "loss", "loss_fn")]
     module = next((part for part in parts if isinstance(part, nn.Module)), None)
@@ -180,11 +182,12 @@ def _completed(task: Any, name: str) -> Task:
 
 
 def _samples(batch: Batch) -> float:
-    """The number of samples in a batch."""
+    """Return the number of samples in a batch."""
     return float(len(next(iter(batch.values()))))
 
 
 def _refuse_trainable(loss_fn: Any, name: str) -> None:
+    """Raise ValueError if the loss has parameters that would have to be trained."""
     names = trainable(loss_fn)
     if names:
         raise ValueError(
@@ -194,6 +197,7 @@ def _refuse_trainable(loss_fn: Any, name: str) -> None:
 
 
 def _guess_metric(loss_fn: Any, test: Data) -> str:
+    """Return "accuracy" for cross-entropy on class indices, else "loss"."""
     y = test.__getitems__([0])["y"]
     classes = y.dim() == 1 and not y.is_floating_point()
     crossed = isinstance(loss_fn, nn.CrossEntropyLoss) or loss_fn is nn.functional.cross_entropy

@@ -1,7 +1,7 @@
-"""The tensors that a person's function, loss or object holds, wherever it keeps them, with words for the place.
+"""The tensors that a user's function, loss or object refers to, with a description of the place of each.
 
-Bounded: closures, partials, bound methods, default values, module-level names that a function uses, attributes, lists
-and dicts, so many objects deep and in number.
+The search is bounded in depth and number of objects. It covers closures, partials, bound methods, default values,
+module-level names that a function uses, attributes, lists and dicts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ATOMS = (int, float, complex, bool, str, bytes, type(None), type, BuiltinFuncti
 
 
 def tensors_held(value: Any, owner: str) -> Iterator[tuple[str, Tensor]]:
-    """(words for the place, tensor) of what `value`, called `owner`, holds; each tensor once, the nearest first."""
+    """Yield (place in words, tensor) for each tensor that `value`, called `owner`, refers to, the nearest first."""
     seen: dict[int, Any] = {}
     waiting = deque([("", value, 0)])
     while waiting and len(seen) < MOST_OBJECTS:
@@ -34,6 +34,7 @@ def tensors_held(value: Any, owner: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _parts(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Yield the objects that `value` refers to directly, with their places."""
     if isinstance(value, FunctionType):
         yield from _parts_of_function(value)
     elif isinstance(value, partial):
@@ -59,6 +60,7 @@ _TABLES = frozenset(vars(nn.Module()))
 
 
 def _parts_of_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield the variables of a function's closure, its default values and the globals that it uses."""
     code = function.__code__
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         try:

@@ -47,7 +47,7 @@ def read_folder(root: Path) -> ImageFolder | None:
     if not classes:
         inside = f" (as {_example(parts, root)})" if any(splits.values()) else ""
         raise ValueError(
-            f"{root} has no folders of classes: its {len(images)} images lie side by side{inside}; "
+            f"{root} has no folders of classes: its {len(images)} images are in one place{inside}; "
             "put those of each class into a folder of its own"
         )
     skipped["in no folder of a class"] = len(loose)
@@ -56,9 +56,9 @@ def read_folder(root: Path) -> ImageFolder | None:
         by_split[splits[path]].append((path, name))
     train = by_split["train"] or by_split[None]
     if by_split["train"]:
-        skipped["names no split, beside one named train"] = len(by_split[None])
+        skipped["names no split, next to one named train"] = len(by_split[None])
     if not train:
-        raise ValueError(f"{root} holds held-out images only ({_example(parts, root)})")
+        raise ValueError(f"{root} contains held-out images only ({_example(parts, root)})")
     split = next((name for name in HELD_OUT if by_split[name]), None)
     for name in HELD_OUT:
         if name != split:
@@ -72,7 +72,7 @@ def _without_common_folder(parts: dict[Path, Parts], root: Path) -> dict[Path, P
     while all(len(rest) > 2 for rest in parts.values()) and len({rest[0] for rest in parts.values()}) == 1:
         around = next(iter(parts.values()))[0]
         if split_of(around) in HELD_OUT:
-            raise ValueError(f"{root} holds held-out images only (in {around}); give that folder itself to use them")
+            raise ValueError(f"{root} contains held-out images only (in {around}); give that folder itself to use them")
         parts = {path: rest[1:] for path, rest in parts.items()}
     return parts
 
@@ -90,10 +90,10 @@ def _splits(parts: dict[Path, Parts], root: Path) -> tuple[dict[Path, Split | No
             others = ", ".join(sorted(names - set(held_out))[:3])
             if not others:
                 raise ValueError(
-                    f"{root} holds held-out folders only ({', '.join(held_out)}): there is no train folder"
+                    f"{root} contains held-out folders only ({', '.join(held_out)}): there is no train folder"
                 )
             raise ValueError(
-                f"the folder {held_out[0]} of {root} lies beside {others}: is it a class or held out? Put the classes "
+                f"the folder {held_out[0]} of {root} is next to {others}: is it a class or held out? Put the classes "
                 "to train on into a folder named train, or rename it"
             )
     named = {path: split_of(path.name) for path in parts}

@@ -61,7 +61,7 @@ class Shifted:
         images = batch["x"]
         height, width = images.shape[-2:]
         padded = torch.nn.functional.pad(images, [self.shift] * 4, mode="replicate")
-        # Every place at once as a view, [N, C, places, places, H, W]; then one place for each image.
+        # All offsets at once as a view, [N, C, places, places, H, W]; then one offset for each image.
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)
         batch["x"] = windows[torch.arange(len(index)), :, place // self.places, place % self.places]
         return batch

@@ -138,11 +138,11 @@ class Gives(nn.Module):
     ("also", "sentence"),
     [
         (lambda out, training: (out, out), "must give one tensor in eval mode, but it gives a tuple of 2"),
-        (lambda out, training: {"logits": out}, "it gives a dict of logits: return the scores alone"),
+        (lambda out, training: {"logits": out}, "it gives a dict of logits: return the logits alone"),
         (lambda out, training: [out], "it gives a list of 1"),
         (
             lambda out, training: (out, out) if training else out,
-            "must give one tensor in training mode, but it gives a tuple of 2: return the scores alone",
+            "must give one tensor in training mode, but it gives a tuple of 2: return the logits alone",
         ),
         (lambda out, training: {"logits": out} if training else out, "in training mode, but it gives a dict of logits"),
     ],
@@ -186,7 +186,7 @@ def test_looking_at_the_training_mode_leaves_no_trace() -> None:
     [
         ((X, Y + 1), None, r"sample \d+ of train from f has the class 4, but the model gives 4 classes \(0 to 3\)"),
         ((X, Y[:, None]), None, "loss_fn from f fails for outputs .*2, 4.* and targets .*2, 1"),
-        ((X, X[:, :1]), nn.MSELoss(), "would stretch outputs .*2, 4.* and targets .*2, 1"),
+        ((X, X[:, :1]), nn.MSELoss(), "would broadcast outputs .*2, 4.* and targets .*2, 1"),
         (
             (X, Y),
             lambda output, y: output.sum(1),
@@ -250,7 +250,7 @@ def test_one_score_is_compared_with_the_border_of_its_loss(shape: tuple[int, ...
 def test_other_shapes_are_refused(output: tuple[int, ...], target: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="accuracy is not defined for outputs"):
         correct_and_counted(len, torch.zeros(output), torch.zeros(target, dtype=torch.int64))
-    with pytest.raises(ValueError, match="needs targets of 0 and 1, they go from 0 to 5"):
+    with pytest.raises(ValueError, match="needs targets of 0 and 1, but they go from 0 to 5"):
         correct_and_counted(nn.MSELoss(), torch.zeros(6), torch.arange(6.0))
 
 
@@ -282,7 +282,7 @@ def test_ones_own_model_that_sees_the_next_token_is_refused(transposed: bool) ->
             return super().forward(x).transpose(1, 2)
 
     kind, loss_fn = (Turned, nn.CrossEntropyLoss()) if transposed else (Tokens, loss)
-    with pytest.raises(ValueError, match="the model from f is no causal model: changing token"):
+    with pytest.raises(ValueError, match="the model from f is not a causal model: changing token"):
         task(data, loss_fn, kind(causal=False))
     assert task(data, loss_fn, kind(causal=True), metric="accuracy").measures_accuracy
 

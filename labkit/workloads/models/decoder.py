@@ -45,7 +45,7 @@ class DecoderLayer(nn.Module):
         positions = self.positions(x).unsqueeze(0)
         result: Any = self.layer(
             x,
-            attention_mask=None,  # causal: the attention asks for that by itself where there is no mask
+            attention_mask=None,  # causal: the attention is causal by itself if there is no mask
             position_ids=positions,
             position_embeddings=self.rotary(x, positions),
             use_cache=False,

@@ -30,7 +30,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.randn(experts, width, 4 * width) * (4 * width) ** -0.5)
 
     def forward(self, tokens: Tensor, sizes: list[int]) -> Tensor:
-        # An expert without tokens runs on an empty stretch: its gradient is zero rather than missing.
+        # An expert without tokens runs on an empty slice: its gradient is zero rather than missing.
         parts = zip(tokens.split(sizes), self.up.unbind(), self.down.unbind(), strict=True)
         linear = nn.functional.linear
         return torch.cat([linear(nn.functional.gelu(linear(part, up)), down) for part, up, down in parts])
@@ -74,7 +74,7 @@ class MixtureOfExperts(nn.Module):
             x = _with_auxiliary_loss(x, self._imbalance(scores, chosen), self.balance_loss * self.sample_weight)
         weights = best.softmax(-1).flatten(0, -2)  # [N·T, k]
         tokens, k = x.flatten(0, -2), self.experts_per_token
-        # Sort the pairs of token and choice by expert, run each expert on its own stretch, and put the results back.
+        # Sort the pairs of token and choice by expert, run each expert on its own slice, and put the results back.
         # Only permutations move data, so the backward pass adds nothing in an undefined order.
         flat = chosen.flatten()
         order = flat.argsort(stable=True)
@@ -98,7 +98,7 @@ class MixtureOfExperts(nn.Module):
 
     def _imbalance(self, scores: Tensor, chosen: Tensor) -> Tensor:
         """Σ over sequences of E/(k·T²) · Σ_e count_e · Σ_t probability; 1 each where all experts are chosen alike."""
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # half precision counts to 256 only
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # bfloat16 counts to 256 only
         experts, length = scores.shape[-1], scores.shape[1]
         counts = nn.functional.one_hot(chosen.flatten(1), experts).sum(1).to(scores.dtype)  # [N, E]
         sizes = self.sum_over_sequence_ranks(torch.cat([counts, counts.new_full((len(counts), 1), length)], dim=1))

@@ -77,8 +77,8 @@ def gpt(
     model.apply(_initialise)
     if tied:
         head.score.weight = embedding.token.weight
-        nn.init.normal_(embedding.token.weight, std=width**-0.5)  # logits of a normal size count more
-    with torch.no_grad():  # what a layer adds to the stream starts small, so that depth does not enlarge the stream
+        nn.init.normal_(embedding.token.weight, std=width**-0.5)  # the scale of the logits takes precedence
+    with torch.no_grad():  # layers start with small additions to the residual stream, so that depth does not enlarge it
         for name, parameter in model.named_parameters():
             if name.endswith(("out.weight", "down.weight", "experts.down")):
                 parameter.mul_((2 * depth) ** -0.5)

@@ -112,7 +112,7 @@ def _configuration(requested: Mapping[str, Any], context: int, vocabulary: int) 
 
     overrides = {"vocab_size": vocabulary} | {name: value for name, value in requested.items() if name != "model_type"}
     try:
-        # Token numbers of the model's original vocabulary (begin, end, padding) mean nothing among bytes.
+        # Token ids of the model's original vocabulary (begin, end, padding) mean nothing with bytes as tokens.
         special = {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name not in requested}
         AutoConfig.for_model(requested["model_type"])
         unknown = _unknown(requested)
@@ -131,10 +131,14 @@ def _configuration(requested: Mapping[str, Any], context: int, vocabulary: int) 
 
 def _check_sizes(config: Any, context: int, vocabulary: int) -> None:
     if (config.vocab_size or 0) < vocabulary:
-        raise ValueError(f"the model's vocab_size is {config.vocab_size}, the text has {vocabulary} kinds of tokens")
+        raise ValueError(
+            f"the model's vocab_size is {config.vocab_size}, but the text has {vocabulary} kinds of tokens"
+        )
     for name in _POSITIONS:
         if 0 < (getattr(config, name, None) or 0) < context:
-            raise ValueError(f"the model looks back on {getattr(config, name)} tokens ({name}), context is {context}")
+            raise ValueError(
+                f"the model looks back on {getattr(config, name)} tokens ({name}), but the context is {context}"
+            )
 
 
 def _has_experts(config: Any) -> bool:
