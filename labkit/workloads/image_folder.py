@@ -1,6 +1,6 @@
 """Images in folders: one folder for each class, and folders (or file names) that name the splits.
 
-`cats/1.png`, `train/cats/1.png` and `cats/train/1.png` are understood, with any folders around and below. (Issue 11,
+`cats/1.png`, `train/cats/1.png` and `cats/train/1.png` are recognised, inside and above any other folders. (Issue 11,
 B18b: train/ and test/ without classes in them became the labels.)
 """
 
@@ -23,12 +23,12 @@ class ImageFolder:
     train: list[tuple[Path, str]]
     held_out: list[tuple[Path, str]]
     split: str
-    """Name of the held-out split; empty where there is none."""
+    """Name of the held-out split; empty if there is none."""
     skipped: dict[str, int]
 
 
 def read_folder(root: Path) -> ImageFolder | None:
-    """The images below `root`; None where it holds none. Raises ValueError where classes cannot be told."""
+    """Return the images below `root`; None if there are none. Raises ValueError if their classes are ambiguous."""
     files, hidden = walk(root)
     images = [path for path in files if kind(path) == "image"]
     if not images:
@@ -68,7 +68,7 @@ def read_folder(root: Path) -> ImageFolder | None:
 
 
 def _without_common_folder(parts: dict[Path, Parts], root: Path) -> dict[Path, Parts]:
-    """Leave out folders around all images, as long as there are folders below."""
+    """Drop the folders that contain all images, as long as there are folders below."""
     while all(len(rest) > 2 for rest in parts.values()) and len({rest[0] for rest in parts.values()}) == 1:
         around = next(iter(parts.values()))[0]
         if split_of(around) in HELD_OUT:
@@ -78,7 +78,7 @@ def _without_common_folder(parts: dict[Path, Parts], root: Path) -> dict[Path, P
 
 
 def _splits(parts: dict[Path, Parts], root: Path) -> tuple[dict[Path, Split | None], dict[Path, Parts]]:
-    """The split of each image, and its folders without the one that says so."""
+    """Return the split of each image, and its folders without the one that names the split."""
     for level in (0, 1):
         names = {rest[level] for rest in parts.values() if len(rest) > level + 1}
         meant = {name: split_of(name) for name in names}
@@ -103,4 +103,5 @@ def _splits(parts: dict[Path, Parts], root: Path) -> tuple[dict[Path, Split | No
 
 
 def _example(parts: dict[Path, Parts], root: Path) -> str:
+    """Return the path of one image relative to `root`."""
     return str(next(iter(parts)).relative_to(root))

@@ -1,8 +1,8 @@
-"""A causal model of `transformers` as a chain of blocks, so that layouts can cut it: the library's own modules, in
-labkit's order.
+"""A causal model of `transformers` as a chain of blocks, so that layouts can split it.
 
-It holds for models that are embedding → layers with rotary positions and a plain causal mask → norm → output layer
-(`language.CHAINED`). Weights get the names of the chain: `blocks.layer_0.layer.self_attn.q_proj.weight`.
+The blocks are the library's own modules, in labkit's order. This is valid for models that are embedding → layers with
+rotary positions and a plain causal mask → norm → output layer (`language.CHAINED`). Weights get the names of the chain:
+`blocks.layer_0.layer.self_attn.q_proj.weight`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class DecoderEmbedding(nn.Module):
         super().__init__()
         self.token = token
         self.shard_sequence: ShardFunction = lambda x, dim: x
-        """The part of the sequence that this rank has (context parallelism cuts it here)."""
+        """Returns this rank's part of the sequence; set by context parallelism."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         out: Tensor = self.token(self.shard_sequence(tokens, 1))
@@ -32,13 +32,13 @@ class DecoderEmbedding(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One layer of the library with the rotary positions of the tokens that are here: [N, T, width] to the same."""
+    """One layer of the library with the rotary positions of the local tokens: [N, T, width] to the same."""
 
     def __init__(self, layer: nn.Module, rotary: nn.Module, tp_plan: dict[str, str]) -> None:
         super().__init__()
         self.layer, self.rotary = layer, rotary
         self.tp_plan = tp_plan
-        """How the library itself would cut the layer: name of a module to a style of its tensor parallelism."""
+        """The library's own tensor-parallel plan of the layer: name of a module to a parallel style."""
         self.positions: Callable[[Tensor], Tensor] = lambda x: torch.arange(x.shape[1], device=x.device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class DecoderLayer(nn.Module):
 
 
 class DecoderHead(nn.Module):
-    """Normalise and score: [N, T, width] to [N, T, vocabulary]."""
+    """Normalise and compute logits: [N, T, width] to [N, T, vocabulary]."""
 
     def __init__(self, norm: nn.Module, score: nn.Linear) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class DecoderHead(nn.Module):
 
 
 def chain(model: Any) -> Blocks:
-    """Blocks `embed`, `layer_0` …, `head` of a causal model: tokens [N, T] to logits [N, T, vocabulary]."""
+    """Return blocks `embed`, `layer_0` …, `head` of a causal model: tokens [N, T] to logits [N, T, vocabulary]."""
     inner = model.model
     prefix = "layers.*."
     base_plan = model.config.base_model_tp_plan or {}

@@ -24,6 +24,7 @@ from labkit.workloads.seed import seeded
 from labkit.workloads.text import Encode
 
 _ALWAYS = {"attn_implementation", "_attn_implementation", "experts_implementation", "dtype", "torch_dtype"}
+"""Fields that every type of model accepts, whatever its configuration lists."""
 _ALWAYS |= {"rope_scaling", "rope_theta", "is_decoder", "add_cross_attention", "name_or_path", "architectures"}
 """Fields that every kind of model takes, whatever its configuration lists."""
 GROUPED = "grouped_mm"
@@ -31,14 +32,14 @@ _POSITIONS = ("max_position_embeddings", "n_positions")
 
 
 class CausalModel(nn.Module):
-    """Wraps the library's model: [N, T] int64 to logits [N, T, vocabulary], without cache and without its own loss."""
+    """Wrapper of the library's model: [N, T] int64 to logits [N, T, vocabulary], without cache or loss."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         config: Any = model.config
         self._experts = getattr(config, "_experts_implementation", None) if _has_experts(config) else None
-        """How the library computes a mixture's experts; its grouped products know no float64."""
+        """How the library computes the experts of a mixture; its grouped products do not support float64."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self._experts == GROUPED:
@@ -52,12 +53,13 @@ class CausalModel(nn.Module):
 def causal_model(
     config: Mapping[str, Any] | None, pretrained: str, context: int, vocabulary: int, seed: int
 ) -> nn.Module:
-    """A chain of blocks where the model is one (labkit.workloads.models.decoder), else the library's model wrapped.
+    """Return the model as a chain of blocks if it is one (labkit.workloads.models.decoder), else wrapped.
 
-    From a configuration with random weights from `seed`, or from a folder or id with its trained weights.
+    It is built from a configuration with random weights from `seed`, or loaded from a folder or hub id with its
+    pretrained weights.
 
-    Dropout is switched off unless the configuration asks for it: each rank would draw other random numbers than one
-    process does, and the layouts could no longer be compared. Raises ValueError in one sentence.
+    Dropout is switched off unless the configuration asks for it: each rank would draw different random numbers than one
+    process does, and layouts could no longer be compared. Raises ValueError in one sentence.
     """
     from transformers import AutoModelForCausalLM
 
@@ -85,13 +87,14 @@ def causal_model(
 
 
 def _as_blocks(model: Any, context: int) -> nn.Module:
+    """Return the model as a chain of blocks if possible, else wrapped in CausalModel."""
     _keep_float64(model)
     settings = model.config.to_dict() | {"attn_implementation": model.config._attn_implementation}
     return chain(model) if is_chain(settings, context) else CausalModel(model)
 
 
 def encoder(pretrained: str) -> tuple[Encode, int]:
-    """The tokenizer of a trained model, and the size of its vocabulary."""
+    """Return the tokenizer of a pretrained model as a function, and the size of its vocabulary."""
     if not is_path(pretrained):
         hub.use_cache_when_offline()
     from transformers import AutoTokenizer
@@ -108,6 +111,7 @@ def encoder(pretrained: str) -> tuple[Encode, int]:
 
 
 def _configuration(requested: Mapping[str, Any], context: int, vocabulary: int) -> Any:
+    """Return the library's configuration object for these fields; ValueError if it refuses them."""
     from transformers import AutoConfig
 
     overrides = {"vocab_size": vocabulary} | {name: value for name, value in requested.items() if name != "model_type"}
@@ -130,6 +134,7 @@ def _configuration(requested: Mapping[str, Any], context: int, vocabulary: int) 
 
 
 def _check_sizes(config: Any, context: int, vocabulary: int) -> None:
+    """Raise ValueError if the model's vocabulary or context length is too small."""
     if (config.vocab_size or 0) < vocabulary:
         raise ValueError(
             f"the model's vocab_size is {config.vocab_size}, but the text has {vocabulary} kinds of tokens"
@@ -142,18 +147,20 @@ def _check_sizes(config: Any, context: int, vocabulary: int) -> None:
 
 
 def _has_experts(config: Any) -> bool:
+    """Return True if the configuration has a field for experts."""
     return any("expert" in name for name in config.to_dict())
 
 
 def _asks_for_dropout(requested: Mapping[str, Any]) -> bool:
+    """Return True if the requested configuration sets any dropout rate."""
     return any("drop" in name and value for name, value in requested.items())
 
 
 def _switch_off_dropout(model: nn.Module) -> None:
-    """Set every chance of leaving something out to zero: in modules and in the configurations that they read.
+    """Set every dropout rate to zero: in modules and in the configurations that they read.
 
-    What is left is found by trying (training/rehearsal/exactness.py). Whatever its name contains "drop" is one:
-    dropout, attention_dropout, hidden_dropout, resid_pdrop, layerdrop, … (issue 11, A8).
+    Every field whose name contains "drop" is one: dropout, attention_dropout, hidden_dropout, resid_pdrop, layerdrop, …
+    (issue 11, A8). Remaining randomness is found by trying (training/rehearsal/exactness.py).
     """
     for module in model.modules():
         if isinstance(module, _DropoutNd):
@@ -163,7 +170,7 @@ def _switch_off_dropout(model: nn.Module) -> None:
 
 
 def _zero_config(config: Any) -> None:
-    """The same in a configuration and in those inside it."""
+    """Set every dropout rate to zero in a configuration and in those inside it."""
     if config is None or not hasattr(config, "to_dict"):
         return
     _zero(config)
@@ -172,21 +179,25 @@ def _zero_config(config: Any) -> None:
 
 
 def _zero(holder: Any) -> None:
+    """Set every attribute whose name contains "drop" to zero."""
     for name, value in list(vars(holder).items()):
         if "drop" in name.lower() and isinstance(value, float):
             setattr(holder, name, 0.0)
 
 
 def _source_of_model(configuration: str) -> str:
-    """What the library's model is written in: some fields are read there and listed nowhere. Empty if not there."""
+    """Return the source code of the library's model; empty if it does not exist.
+
+    Some fields are read there that no configuration lists.
+    """
     spec = find_spec(configuration.replace("configuration_", "modeling_"))
     return Path(spec.origin).read_text(encoding="utf-8") if spec is not None and spec.origin else ""
 
 
 def _unknown(requested: Mapping[str, Any]) -> str:
-    """A sentence about a key that this kind of model does not know; empty for none.
+    """Return a sentence about a key that this type of model does not know; empty if all are known.
 
-    The library would store it and do nothing with it, as with a misspelt `hiden_size`.
+    The library would store it and ignore it, as with a misspelt `hiden_size`.
     """
     from transformers import AutoConfig
 
@@ -210,9 +221,9 @@ def _unknown(requested: Mapping[str, Any]) -> str:
 
 
 def _keep_float64(model: nn.Module) -> None:
-    """Let norms compute in float64 where the model does; the library's would go through float32.
+    """Let norms compute in float64 if the model does; the library's own would compute in float32.
 
-    Their rounding depends on how many tokens there are at once, so a float64 proof of a layout would find 1e-7.
+    Their rounding depends on the number of tokens processed at once, so a float64 proof of a layout would find 1e-7.
     """
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
@@ -220,6 +231,7 @@ def _keep_float64(model: nn.Module) -> None:
 
 
 def _norm(module: Any, otherwise: Any, x: Tensor) -> Tensor:
+    """Compute the RMS norm in float64, or call the original forward for other dtypes."""
     if x.dtype != torch.float64:
         return otherwise(x)
     scale: Tensor = torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
