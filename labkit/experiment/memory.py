@@ -58,8 +58,8 @@ def model_state_bytes(experiment: Experiment, parameter_bytes: int, trainable_by
 
 def _moment_bytes(experiment: Experiment) -> float:
     """Return the bytes of a moment as a multiple of those of a weight."""
-    wide = 2.0 if experiment.quantization.training == "pure_bf16" else 1.0
-    return wide if experiment.optimizer.state_bits == 32 else wide * (1 + 4 / 256) / 4
+    weight_ratio = 2.0 if experiment.quantization.training == "pure_bf16" else 1.0
+    return weight_ratio if experiment.optimizer.state_bits == 32 else weight_ratio * (1 + 4 / 256) / 4
 
 
 def stash_bytes(experiment: Experiment, ahead: int, trainable_bytes: int) -> float:

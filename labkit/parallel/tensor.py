@@ -157,7 +157,7 @@ def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
         elif isinstance(part, DecoderEmbedding):
             part.token = VocabParallelEmbedding(part.token, mesh, False)  # type: ignore[assignment]
         elif isinstance(part, DecoderLayer):
-            _by_plan(part.layer, part.plan, mesh)
+            _by_plan(part.layer, part.tp_plan, mesh)
         elif isinstance(part, DecoderHead):
             column_parallel(part.score, mesh)
             enter_region_at_input(part.score, mesh, False)

@@ -52,13 +52,13 @@ def _class_axis(loss_fn: Any, output: Tensor, target: Tensor) -> int:
 
 def _binary_correct(loss_fn: Any, output: Tensor, target: Tensor) -> Tensor:
     """Return whether each score is on the side of the threshold that its target, 0 or 1, belongs to; bool [N]."""
-    wide = target.flatten()
-    if not bool(((wide == 0) | (wide == 1)).all()):
+    classes = target.flatten()
+    if not bool(((classes == 0) | (classes == 1)).all()):
         raise ValueError(
             "accuracy of one score for each sample needs targets of 0 and 1, but they go from "
-            f'{wide.min().item():g} to {wide.max().item():g}; say metric="loss"'
+            f'{classes.min().item():g} to {classes.max().item():g}; say metric="loss"'
         )
-    return (output.flatten() > threshold(loss_fn, output, target)) == (wide == 1)
+    return (output.flatten() > threshold(loss_fn, output, target)) == (classes == 1)
 
 
 def threshold(loss_fn: Any, output: Tensor, target: Tensor) -> float:

@@ -114,8 +114,8 @@ def batch_weight(loss_fn: Any, target: Tensor) -> Tensor | float:
     if loss_fn.weight is None:
         return valid.sum()
     weights: Tensor = loss_fn.weight
-    wide = weights.to(target.device, torch.promote_types(weights.dtype, torch.float32))
-    return (wide[target.where(valid, target.new_zeros(()))] * valid).sum()
+    class_weights = weights.to(target.device, torch.promote_types(weights.dtype, torch.float32))
+    return (class_weights[target.where(valid, target.new_zeros(()))] * valid).sum()
 
 
 def mean_loss(loss_fn: Any, output: Tensor, target: Tensor) -> Tensor:

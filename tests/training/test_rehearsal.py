@@ -254,8 +254,8 @@ def test_everything_that_a_task_holds_is_put_back() -> None:
     own = data.own.bit_generator.state
     random_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     buffer = model.mean
-    with restored(task, model, data, device=torch.device("cpu")) as noted:
-        assert not noted.changed()
+    with restored(task, model, data, device=torch.device("cpu")) as snapshot:
+        assert not snapshot.changed()
         model.train()
         model(torch.stack([data[index][0] for index in range(4)])).sum().backward()
         with torch.no_grad():
@@ -267,7 +267,7 @@ def test_everything_that_a_task_holds_is_put_back() -> None:
         model.odd["new"] = model.new = 1
         model.eval()
         closing()
-        assert noted.changed()
+        assert snapshot.changed()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert (model.passes, model.history, model.training, held) == (0, [0], True, [0])

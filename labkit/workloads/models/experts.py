@@ -63,7 +63,7 @@ class MixtureOfExperts(nn.Module):
         self.sum_over_sequence_ranks: Callable[[Tensor], Tensor] = lambda counts: counts
         """Sums counts over the ranks that have parts of the same sequences (context parallelism)."""
         self.load: Tensor | None = None
-        """If it is a tensor [experts] of int64, each forward pass adds how many (token, choice) pairs each expert got."""
+        """If it is a tensor [experts] of int64, each forward pass adds the number of choices of each expert."""
 
     def forward(self, x: Tensor) -> Tensor:
         scores = self.router(x)  # [N, T, E]
@@ -118,9 +118,9 @@ class _AuxiliaryLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor, factor: float) -> Tensor:
-        ctx.factor, ctx.kind = factor, loss
+        ctx.factor, ctx.loss = factor, loss
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, torch.full_like(ctx.kind, ctx.factor), None
+        return grad, torch.full_like(ctx.loss, ctx.factor), None
