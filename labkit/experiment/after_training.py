@@ -23,12 +23,12 @@ def first_rank_problems(experiment: Experiment, field: str, off: str, verb: str,
     if layout.dp_shard > 1 and layout.zero_stage == 3:
         sharded_by.append("ZeRO stage 3")
     if sharded_by:
-        reason = f"the first rank {verb} the whole model, and with {' and '.join(sharded_by)} it holds a part of it"
+        reason = f"the first rank {verb} the whole model, and with {' and '.join(sharded_by)} it has only a part of it"
         yield Problem(field, reason, off)
     if experiment.launch.isolated:
         yield Problem(field, "copies that do not train together have nothing to keep (launch.isolated)", off)
     if training in ("bitnet", "fp8"):
-        yield Problem(field, f"layers trained in {training} compute something else than those {participle}", off)
+        yield Problem(field, f"layers trained in {training} compute something other than those {participle}", off)
 
 
 FORMS = {

@@ -1,4 +1,4 @@
-"""Rules that several workloads share. Imports nothing heavy: the form calls them as you type."""
+"""Rules that several workloads share. They import nothing heavy: the form calls them as you type."""
 
 from __future__ import annotations
 

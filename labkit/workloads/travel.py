@@ -61,7 +61,7 @@ def check(source: str, factory: str, where: Mapping[str, Any] | None = None) -> 
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
         raise NotSelfContainedError(f"the source is not Python: {reason}{line}") from None
     own = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
-    # A name that a function declares `global` and assigns is the source's own as well.
+    # A name that a function declares `global` and assigns is also defined by the source.
     for scope in _scopes(table):
         own |= {s.get_name() for s in scope.get_symbols() if s.is_declared_global() and s.is_assigned()}
     if factory not in own:

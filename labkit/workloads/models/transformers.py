@@ -24,9 +24,8 @@ from labkit.workloads.seed import seeded
 from labkit.workloads.text import Encode
 
 _ALWAYS = {"attn_implementation", "_attn_implementation", "experts_implementation", "dtype", "torch_dtype"}
-"""Fields that every type of model accepts, whatever its configuration lists."""
 _ALWAYS |= {"rope_scaling", "rope_theta", "is_decoder", "add_cross_attention", "name_or_path", "architectures"}
-"""Fields that every kind of model takes, whatever its configuration lists."""
+"""Fields that every type of model accepts, whatever its configuration lists."""
 GROUPED = "grouped_mm"
 _POSITIONS = ("max_position_embeddings", "n_positions")
 
