@@ -79,7 +79,7 @@ def rank_file(rank: int) -> str:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def seal(path: Path) -> FileChecksum:
+def sync_and_hash(path: Path) -> FileChecksum:
     """Flush a file that was just written to the disk and return its size and checksum.
 
     The checksum is computed during the fsync, from the pages that are still in memory.

@@ -16,7 +16,7 @@ def message_of(error: BaseException) -> str:
         return f"<its message cannot be made: {type(second).__name__}>"
 
 
-def own_words(error: BaseException) -> str:
+def original_message(error: BaseException) -> str:
     """Return the text of an exception; for one from a DataLoader worker, its own message without torch's traceback."""
     message = message_of(error)
     caught = _OF_A_LOADER.match(message)

@@ -19,7 +19,7 @@ def one_line(text: str, limit: int = 700) -> str:
     return joined if len(joined) <= limit else joined[: limit - 1] + "…"
 
 
-def named(error: BaseException, limit: int = 300) -> str:
+def describe_error(error: BaseException, limit: int = 300) -> str:
     """Return the type of an exception and its message in one line of at most `limit` characters.
 
     An exception whose `__str__` raises is described by its type alone.

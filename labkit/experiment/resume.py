@@ -13,9 +13,9 @@ from labkit.experiment.checkpoint_files import Manifest
 from labkit.experiment.registry import registry
 from labkit.experiment.schema import Experiment
 
-MOST_VALUE = 60
+MAX_VALUE_LENGTH = 60
 """Maximum number of characters of a changed value that are shown."""
-MOST_CHANGES = 20
+MAX_CHANGES = 20
 
 
 def same_ranks(before: Experiment, now: Experiment) -> bool:
@@ -51,9 +51,9 @@ def _settings(before: Experiment, now: Experiment) -> Iterator[str]:
         for field in sorted(old.keys() | new.keys())
         if old.get(field) != new.get(field) and field not in ("name", "schema_version")
     ]
-    more = f" and {len(changed) - MOST_CHANGES} more" if len(changed) > MOST_CHANGES else ""
+    more = f" and {len(changed) - MAX_CHANGES} more" if len(changed) > MAX_CHANGES else ""
     if changed:
-        yield f"it was resumed with other settings: {', '.join(changed[:MOST_CHANGES])}{more}"
+        yield f"it was resumed with other settings: {', '.join(changed[:MAX_CHANGES])}{more}"
 
 
 def _flat(section: dict[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
@@ -68,7 +68,7 @@ def _flat(section: dict[str, Any], start: str = "") -> Iterator[tuple[str, Any]]
 def _shown(value: Any) -> str:
     """Return a value as text, cut to MOST_VALUE characters."""
     text = "empty" if value is None else str(value)
-    return text if len(text) <= MOST_VALUE else f"{text[: MOST_VALUE - 1]}…"
+    return text if len(text) <= MAX_VALUE_LENGTH else f"{text[: MAX_VALUE_LENGTH - 1]}…"
 
 
 def _code(before: Experiment, now: Experiment, contents: Manifest) -> Iterator[str]:

@@ -99,13 +99,13 @@ def axis_rules(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
 def batch_covers_ranks(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """Require at least one sample for every rank in every pass."""
     ranks, passes = experiment.layout.data_parallel, experiment.gradients.accumulation
-    least = ranks * passes
-    if experiment.training.global_batch < least:
+    minimum = ranks * passes
+    if experiment.training.global_batch < minimum:
         yield Problem(
             "training.global_batch",
-            f"{ranks} data-parallel ranks × {passes} passes need at least {least} samples per update, "
+            f"{ranks} data-parallel ranks × {passes} passes need at least {minimum} samples per update, "
             f"got {experiment.training.global_batch}",
-            least,
+            minimum,
         )
 
 
@@ -194,12 +194,14 @@ def shares_follow_speed(experiment: Experiment, machine: Machine) -> Iterator[Pr
 def ranks_fit(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """Limit oversubscription, so that a typing error does not take the machine down."""
     slots = max(1, machine.slots(experiment.launch.device))
-    most = slots * MAX_RANKS_PER_SLOT
+    maximum = slots * MAX_RANKS_PER_SLOT
     ranks = experiment.layout.world_size
-    if ranks > most:
+    if ranks > maximum:
         what = "GPUs" if experiment.launch.device == "cuda" else "cores"
         yield Problem(
-            "layout", f"{ranks} ranks are more than {MAX_RANKS_PER_SLOT} times the {slots} {what} of this machine", most
+            "layout",
+            f"{ranks} ranks are more than {MAX_RANKS_PER_SLOT} times the {slots} {what} of this machine",
+            maximum,
         )
 
 

@@ -250,7 +250,7 @@ class RunDirectory:
 
 def _written_at(path: Path) -> int:
     """Return when the run's experiment.json was written (ns)."""
-    return safe_files.changed(path / "experiment.json")
+    return safe_files.modified_ns(path / "experiment.json")
 
 
 with contextlib.suppress(OSError, RuntimeError):  # the current folder may be gone; code that needs it raises then

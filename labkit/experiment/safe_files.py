@@ -155,7 +155,7 @@ def size(path: Path) -> int:
     return about.st_size
 
 
-def changed(path: Path) -> int:
+def modified_ns(path: Path) -> int:
     """Return when the file itself was last modified (ns); 0 if it does not exist."""
     try:
         return _about(path).st_mtime_ns
@@ -178,7 +178,7 @@ def open_to_append(path: Path) -> int:
     return _checked_regular(descriptor, path)
 
 
-def keep_end(path: Path, length: int, head: bytes = b"") -> None:
+def truncate_to_tail(path: Path, length: int, head: bytes = b"") -> None:
     """Cut the file at `path` to `head` and its last `length` bytes; a process that appends continues after them."""
     end = read_tail(path, length)
     descriptor = open_to_append(path)

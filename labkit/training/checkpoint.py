@@ -87,7 +87,7 @@ def _write(folder: Path, files: dict[str, State]) -> dict[str, FileChecksum]:
     sums = {}
     for name, tensors in files.items():
         save_file(tensors, folder / name)
-        sums[name] = checkpoint_files.seal(folder / name)
+        sums[name] = checkpoint_files.sync_and_hash(folder / name)
     return sums
 
 

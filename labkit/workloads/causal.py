@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from labkit.workloads.restore import undisturbed
 
-LONGEST = 512
+MAX_TOKENS = 512
 """Maximum length of the sample in tokens; the test takes three forward passes over it."""
 ROUNDING = 1e-5
 """Tolerance as a fraction of the largest logit: the effect of another order of summation, far below that of a leak."""
@@ -23,7 +23,7 @@ _NEAR_ZERO = 1e-2
 _NOISE = 0.02
 
 
-def first_leak(model: nn.Module, vocabulary: int, context: int, longest: int = LONGEST) -> tuple[int, int] | None:
+def first_leak(model: nn.Module, vocabulary: int, context: int, longest: int = MAX_TOKENS) -> tuple[int, int] | None:
     """Return (position that moved, later position whose token was changed), or None for a causal model.
 
     `model` takes tokens [N, T] int64 and returns logits whose first two axes are [N, T]. It is tested in eval mode on
@@ -55,7 +55,7 @@ def first_leak(model: nn.Module, vocabulary: int, context: int, longest: int = L
 
 
 def refuse_leak(
-    model: nn.Module, vocabulary: int, context: int, name: str, advice: str = "", longest: int = LONGEST
+    model: nn.Module, vocabulary: int, context: int, name: str, advice: str = "", longest: int = MAX_TOKENS
 ) -> None:
     """Raise ValueError in one sentence if `model` (called `name`) sees later tokens; `advice` says what to do."""
     leak = first_leak(model, vocabulary, context, longest)

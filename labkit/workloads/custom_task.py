@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from labkit.workloads.accuracy import correct_and_counted
 from labkit.workloads.base import Batch, Data, Metric, Task
-from labkit.workloads.samples import as_data, kind_of
+from labkit.workloads.samples import as_data, describe_type
 from labkit.workloads.seed import seeded
 from labkit.workloads.trial import try_out
-from labkit.workloads.weights import as_module, batch_weight, mean_loss, trainable
+from labkit.workloads.weights import as_module, batch_weight, mean_loss, trainable_parameters
 
 _TASK = ("model", "train", "test", "metric", "loss", "evaluate", "metrics", "closed_loop", "facts")
 _FORM = "a Task, a dict with model, train, test and loss_fn, or a tuple (model, train, test, loss_fn)"
@@ -128,7 +128,7 @@ def as_task(returned: Any, name: str) -> Task:
     if not isinstance(returned, dict):
         lacking = [attribute for attribute in _TASK if not hasattr(returned, attribute)]
         close = f"; as a Task it lacks {', '.join(lacking)}" if len(lacking) < len(_TASK) - 1 else ""
-        raise ValueError(f"{name} must return {_FORM}, but it returned {kind_of(returned)}{close}")
+        raise ValueError(f"{name} must return {_FORM}, but it returned {describe_type(returned)}{close}")
     missing = [key for key in ("model", "train", "test", "loss_fn") if key not in returned]
     unknown = sorted(set(returned) - {"model", "train", "test", "loss_fn", "metric", "batch_weight"}, key=str)
     if missing or unknown:
@@ -141,9 +141,9 @@ def as_task(returned: Any, name: str) -> Task:
                 f"{part} from {name} is the class {value.__name__}: give an instance of it, {value.__name__}()"
             )
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model from {name} must be a torch.nn.Module, but it is {kind_of(model)}")
+        raise ValueError(f"model from {name} must be a torch.nn.Module, but it is {describe_type(model)}")
     if not callable(loss_fn):
-        raise ValueError(f"loss_fn from {name} must be a function of (output, y), but it is {kind_of(loss_fn)}")
+        raise ValueError(f"loss_fn from {name} must be a function of (output, y), but it is {describe_type(loss_fn)}")
     loss_fn = as_module(loss_fn)
     if getattr(loss_fn, "reduction", "mean") not in ("mean", "batchmean"):
         raise ValueError(
@@ -152,7 +152,7 @@ def as_task(returned: Any, name: str) -> Task:
     _refuse_trainable(loss_fn, name)
     weight_fn = returned.get("batch_weight")
     if weight_fn is not None and not callable(weight_fn):
-        raise ValueError(f"batch_weight from {name} must be a function of y, but it is {kind_of(weight_fn)}")
+        raise ValueError(f"batch_weight from {name} must be a function of y, but it is {describe_type(weight_fn)}")
     train, test = as_data(returned["train"], f"train from {name}"), as_data(returned["test"], f"test from {name}")
     metric = returned.get("metric") or _guess_metric(loss_fn, test)
     if metric not in ("accuracy", "loss"):
@@ -188,7 +188,7 @@ def _samples(batch: Batch) -> float:
 
 def _refuse_trainable(loss_fn: Any, name: str) -> None:
     """Raise ValueError if the loss has parameters that would have to be trained."""
-    names = trainable(loss_fn)
+    names = trainable_parameters(loss_fn)
     if names:
         raise ValueError(
             f"the loss from {name} has parameters of its own ({', '.join(names[:5])}), which no optimizer would train: "

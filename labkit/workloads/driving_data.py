@@ -48,7 +48,7 @@ def about() -> dict[str, Any]:
     return description
 
 
-def normalise(seen: NDArray[Any]) -> NDArray[np.float32]:
+def normalise(observation: NDArray[Any]) -> NDArray[np.float32]:
     """Scale observations [..., vehicles, 5] in metres to network input [..., vehicles · 5] of about unit size."""
-    scaled: NDArray[np.float32] = seen.astype(np.float32) / SCALE
-    return scaled.reshape(*seen.shape[:-2], -1)
+    scaled: NDArray[np.float32] = observation.astype(np.float32) / SCALE
+    return scaled.reshape(*observation.shape[:-2], -1)

@@ -51,8 +51,8 @@ class DrivingTask(ClassificationTask):
 
         parameter = next(model.parameters())
 
-        def act(seen: Any) -> int:
-            x = torch.from_numpy(driving_data.normalise(seen)).to(parameter.device, parameter.dtype)
+        def act(observation: Any) -> int:
+            x = torch.from_numpy(driving_data.normalise(observation)).to(parameter.device, parameter.dtype)
             return int(model(x.unsqueeze(0)).argmax())
 
         was_training = model.training

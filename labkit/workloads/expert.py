@@ -26,13 +26,13 @@ _FRONT_MARGIN_S = 0.5
 _REAR_MARGIN_M = 4.0
 
 
-def expert_action(seen: NDArray[np.float32]) -> int:
+def expert_action(observation: NDArray[np.float32]) -> int:
     """Return the action for an observation [vehicles, 5] of presence, x, y, vx, vy (m, m/s).
 
     Row 0 is the driver itself with its y and speed; the others are relative to it. Absent rows are zero.
     """
-    lane = int(np.clip(round(float(seen[0, 2]) / LANE_WIDTH), 0, LANES - 1))
-    level = int(np.abs(np.array(SPEEDS) - seen[0, 3]).argmin())
+    lane = int(np.clip(round(float(observation[0, 2]) / LANE_WIDTH), 0, LANES - 1))
+    level = int(np.abs(np.array(SPEEDS) - observation[0, 3]).argmin())
     options = {IDLE: (lane, level)}
     if lane > 0:
         options[LEFT] = (lane - 1, level)
@@ -42,17 +42,19 @@ def expert_action(seen: NDArray[np.float32]) -> int:
         options[FASTER] = (lane, level + 1)
     if level > 0:
         options[SLOWER] = (lane, level - 1)
-    marks = {action: _mark(seen, lane, *target) - 0.05 * (action != IDLE) for action, target in options.items()}
-    return max(marks, key=lambda action: marks[action])
+    scores = {
+        action: _score(observation, lane, *target) - 0.05 * (action != IDLE) for action, target in options.items()
+    }
+    return max(scores, key=lambda action: scores[action])
 
 
-def _mark(seen: NDArray[np.float32], lane: int, new_lane: int, level: int) -> float:
+def _score(observation: NDArray[np.float32], lane: int, new_lane: int, level: int) -> float:
     """Return progress in units of 10 m/s, minus a large penalty for coming too close."""
     speed = SPEEDS[level]
-    others = seen[1:][seen[1:, 0] > 0.5]
-    x, speeds = others[:, 1], others[:, 3] + seen[0, 3]
-    lateral = others[:, 2] + seen[0, 2]
-    drift = others[:, 4] + (seen[0, 4] if len(others) else 0.0)
+    others = observation[1:][observation[1:, 0] > 0.5]
+    x, speeds = others[:, 1], others[:, 3] + observation[0, 3]
+    lateral = others[:, 2] + observation[0, 2]
+    drift = others[:, 4] + (observation[0, 4] if len(others) else 0.0)
 
     def inside(number: int) -> NDArray[np.bool_]:
         """Return which vehicles are in this lane now or, at their present drift, in a second."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labkit.experiment.fault import TaskFault, named
+from labkit.experiment.fault import TaskFault, describe_error
 from labkit.workloads.base import Batch, Data
 
 
@@ -23,7 +23,7 @@ def fetch(data: Data, indices: Sequence[int], what: str) -> Batch:
         raise TaskFault(error if already_named else _culprit(data, indices, what, error)) from error
 
 
-def checked(data: Data, indices: Sequence[int], what: str) -> Batch:
+def fetch_checked(data: Data, indices: Sequence[int], what: str) -> Batch:
     """Return the samples; TaskFault unless they are a dict of tensors with one row per sample and an x."""
     batch = fetch(data, indices, what)
     if not isinstance(batch, dict):
@@ -106,13 +106,13 @@ def _culprit(data: Data, indices: Sequence[int], what: str, error: Exception) ->
                         f"samples {batches[0][0]} and {index} of {what} cannot be stacked: {name} is "
                         f"{_described_sample(first_value)} in one and {_described_sample(second_value)} in the other"
                     )
-    return f"samples {indices[0]} to {indices[-1]} of {what} cannot be read together: {named(error)}"
+    return f"samples {indices[0]} to {indices[-1]} of {what} cannot be read together: {describe_error(error)}"
 
 
 def _unreadable(data: Data, index: int, what: str, error: Exception) -> str:
     """Return in one sentence why the sample at `index` cannot be read."""
     part = _odd_part(getattr(data, "dataset", None), index)
-    return f"sample {index} of {what} " + (part or f"cannot be read: {named(error)}")
+    return f"sample {index} of {what} " + (part or f"cannot be read: {describe_error(error)}")
 
 
 def _rest(value: Any) -> list[int]:

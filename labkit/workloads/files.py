@@ -99,7 +99,7 @@ def split_of_file(path: Path, root: Path) -> Split | None:
     return next((split for split in choices if split in splits), None)
 
 
-def texts_of(root: Path) -> Folder:
+def find_text_files(root: Path) -> Folder:
     """Return the files of text or rows below `root`, all of one kind: parquet, JSON, CSV or plain text."""
     folder = Folder()
     files, hidden = walk(root)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-MOST_OBJECTS, MOST_ITEMS, DEEPEST = 5_000, 1_000, 6
+MAX_OBJECTS, MAX_ITEMS, MAX_DEPTH = 5_000, 1_000, 6
 _ATOMS = (int, float, complex, bool, str, bytes, type(None), type, BuiltinFunctionType, ModuleType)
 
 
@@ -22,14 +22,14 @@ def tensors_held(value: Any, owner: str) -> Iterator[tuple[str, Tensor]]:
     """Yield (place in words, tensor) for each tensor that `value`, called `owner`, refers to, the nearest first."""
     seen: dict[int, Any] = {}
     waiting = deque([("", value, 0)])
-    while waiting and len(seen) < MOST_OBJECTS:
+    while waiting and len(seen) < MAX_OBJECTS:
         place, part, depth = waiting.popleft()
         if isinstance(part, _ATOMS) or id(part) in seen:
             continue
         seen[id(part)] = part
         if isinstance(part, Tensor):
             yield (f"{place.lstrip('.')} of {owner}" if place else owner), part
-        elif depth < DEEPEST or isinstance(part, nn.Module):
+        elif depth < MAX_DEPTH or isinstance(part, nn.Module):
             waiting.extend((inner, held, depth + 1) for inner, held in _parts(part, place))
 
 
@@ -45,9 +45,9 @@ def _parts(value: Any, place: str) -> Iterator[tuple[str, Any]]:
         yield place, value.__self__
         yield place, value.__func__
     elif isinstance(value, Mapping):
-        yield from ((f"{place}[{key!r}]", part) for key, part in list(value.items())[:MOST_ITEMS])
+        yield from ((f"{place}[{key!r}]", part) for key, part in list(value.items())[:MAX_ITEMS])
     elif isinstance(value, list | tuple | set | deque):
-        yield from ((f"{place}[{number}]", part) for number, part in enumerate(list(value)[:MOST_ITEMS]))
+        yield from ((f"{place}[{number}]", part) for number, part in enumerate(list(value)[:MAX_ITEMS]))
     elif isinstance(value, nn.Module):
         own = {name: part for name, part in vars(value).items() if name not in _TABLES}
         tables = (value._parameters, value._buffers, value._modules, own)

@@ -72,12 +72,12 @@ class Highway(HighwayEnv):  # type: ignore[misc]
 
 def episode(env: Highway, seed: int, driver: Driver) -> Iterator[tuple[NDArray[np.float32], int]]:
     """Drive until a crash or the end; yield each observation with the action taken."""
-    seen, _ = env.reset(seed=seed)
+    observation, _ = env.reset(seed=seed)
     over = False
     while not over:
-        action = driver(seen)
-        yield seen, action
-        seen, _, crashed, timeout, _ = env.step(action)
+        action = driver(observation)
+        yield observation, action
+        observation, _, crashed, timeout, _ = env.step(action)
         over = crashed or timeout
 
 
@@ -93,4 +93,4 @@ def drive(env: Highway, seed: int, driver: Driver) -> tuple[float, bool]:
 def random_driver(seed: int) -> Driver:
     """Return a driver that takes any of the five actions with equal probability."""
     random = np.random.default_rng(seed)
-    return lambda seen: int(random.integers(5))
+    return lambda observation: int(random.integers(5))

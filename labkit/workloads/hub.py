@@ -56,7 +56,7 @@ def load(data: str) -> tuple[Any, Any | None, dict[str, Any]]:
             name, _, configuration = data.partition(":")
             loaded = datasets.load_dataset(name, configuration or None)
     except Exception as error:  # whatever the hub, the network or a file reader raises, users need one sentence
-        raise ValueError(sentence(data, error)) from error
+        raise ValueError(explain_load_error(data, error)) from error
     return split(loaded)
 
 
@@ -121,7 +121,7 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= 300 else f"{line[:300]}…"
 
 
-def sentence(data: str, error: Exception) -> str:
+def explain_load_error(data: str, error: Exception) -> str:
     """Return why `data` cannot be loaded and what to do instead, from the exception that was raised."""
     first = first_line(error)
     cause = error.__cause__ or error.__context__

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from labkit.workloads.files import Folder, Kind, kind, read_text, rows, texts_of
+from labkit.workloads.files import Folder, Kind, find_text_files, kind, read_text, rows
 from labkit.workloads.rules import is_path
 
 _NAMES = ("text", "content", "document", "sentence", "story", "article")
@@ -33,7 +33,7 @@ def hub_text(data: str, text_column: str, max_characters: int) -> tuple[str, str
         parts = [_dataset_rows(train, "training"), None if test is None else _dataset_rows(test, "held-out")]
         return _from_rows(parts[0] or [], parts[1], text_column, max_characters, limit, about)
     path = Path(data).expanduser()
-    folder = texts_of(path) if path.is_dir() else Folder(train=[path], kind=_kind_of_one(path))
+    folder = find_text_files(path) if path.is_dir() else Folder(train=[path], kind=_kind_of_one(path))
     about = {
         "files": len(folder.train),
         "held_out": f"{_files(len(folder.held_out))} named {folder.split}" if folder.split else "the end of the text",
@@ -79,11 +79,11 @@ def _from_rows(
     train: Iterable[Row],
     test: Iterable[Row] | None,
     text_column: str,
-    most: int,
-    most_held_out: int,
+    max_characters: int,
+    max_held_out: int,
     about: dict[str, Any],
 ) -> tuple[str, str | None, dict[str, Any]]:
-    """Return training text, held-out text and facts from rows, of at most `most` and `most_held_out` characters."""
+    """Return training text, held-out text and facts, cut to `max_characters` and `max_held_out` characters."""
     ahead = []
     iterator = iter(train)
     for row in iterator:
@@ -99,21 +99,21 @@ def _from_rows(
         yield from ahead
         yield from iterator
 
-    text = _join(all_rows(), column, most, empty)
-    held_out = None if test is None else _join(test, column, most_held_out, empty)
+    text = _join(all_rows(), column, max_characters, empty)
+    held_out = None if test is None else _join(test, column, max_held_out, empty)
     return text, held_out, about | {"text_column": column, "empty_rows": empty[0]}
 
 
-def _column(seen: list[dict[str, Any]], text_column: str) -> str:
+def _column(examined: list[dict[str, Any]], text_column: str) -> str:
     """Return the column that contains the text."""
     from labkit.workloads.hub import choose_column
 
-    names = list(dict.fromkeys(name for row in seen for name in row))
+    names = list(dict.fromkeys(name for row in examined for name in row))
     strings = [
         name
         for name in names
-        if any(isinstance(row.get(name), str) for row in seen)
-        and all(isinstance(row.get(name), str | None) for row in seen)
+        if any(isinstance(row.get(name), str) for row in examined)
+        and all(isinstance(row.get(name), str | None) for row in examined)
     ]
     common = [name for name in _NAMES if name in strings]
     return choose_column(names, text_column, "text", common or strings, "workload.text_column")

@@ -138,11 +138,11 @@ class Language:
 
 def _refuse_leak(options: LanguageOptions, model: nn.Module, vocabulary: int) -> None:
     """Raise ValueError if the model is not causal or cannot run with these settings."""
-    from labkit.workloads.causal import LONGEST, refuse_leak
+    from labkit.workloads.causal import MAX_TOKENS, refuse_leak
 
     config = options.transformers_config or {}
     # labkit's own network computes the same for any length: a short test takes a tenth of the time.
-    longest = 32 if options.model == "gpt" else LONGEST
+    longest = 32 if options.model == "gpt" else MAX_TOKENS
     name, advice = options.pretrained or str(config.get("model_type", "gpt")), ""
     if config and not config.get("is_decoder"):
         advice = 'set "is_decoder": true in workload.transformers_config, or choose a decoder such as llama'

@@ -23,11 +23,11 @@ from torch.nn.parameter import is_lazy
 
 from labkit.workloads.seed import unchanged_generators
 
-MOST_BYTES = 2**29
+MAX_COPY_BYTES = 2**29
 """Maximum memory for copies of tensors and arrays (bytes); the rest is restored by reference only."""
-MOST_OBJECTS, MOST_ITEMS, DEEPEST = 20_000, 10_000, 6
+MAX_OBJECTS, MAX_ITEMS, MAX_DEPTH = 20_000, 10_000, 6
 """Maximum number of objects, of entries of a list or dict, and of steps from the task that are recorded."""
-LARGEST_OUTSIDE = 2**20
+MAX_OUTSIDE_BYTES = 2**20
 """Maximum size of tensors and arrays outside of modules that are copied (bytes): data sets are read, not written."""
 _ATOMS = (int, float, complex, bool, str, bytes, type(None), type, BuiltinFunctionType, ModuleType)
 _LIBRARIES = ("datasets", "pyarrow", "transformers", "tokenizers", "PIL", "pandas")
@@ -123,7 +123,7 @@ class Snapshot:
         """Record a value and what it contains."""
         if isinstance(value, _ATOMS) or id(value) in self._seen:
             return
-        if len(self._seen) >= MOST_OBJECTS or (depth > DEEPEST and not isinstance(value, nn.Module | Tensor)):
+        if len(self._seen) >= MAX_OBJECTS or (depth > MAX_DEPTH and not isinstance(value, nn.Module | Tensor)):
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
@@ -179,7 +179,7 @@ class Snapshot:
         self.record(before, depth + 1)
 
     def _record_items(self, value: Any, depth: int) -> None:
-        if len(value) > MOST_ITEMS:
+        if len(value) > MAX_ITEMS:
             return
         if isinstance(value, dict):
             pairs = dict(value)
@@ -247,7 +247,7 @@ class Snapshot:
 
     def _room_for(self, size: int) -> bool:
         """Reserve `size` bytes for a copy; return False if that would exceed the limits."""
-        if self._bytes + size > MOST_BYTES or (size > LARGEST_OUTSIDE and not self._inside):
+        if self._bytes + size > MAX_COPY_BYTES or (size > MAX_OUTSIDE_BYTES and not self._inside):
             return False
         self._bytes += size
         return True

@@ -38,7 +38,7 @@ class PairData:
             reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
             raise ValueError(f"sample {index} of {self.what} cannot be read: {reason}") from error
         if not isinstance(sample, tuple | list) or len(sample) != 2:
-            raise ValueError(f"sample {index} of {self.what} must be a pair (x, y), but it is {kind_of(sample)}")
+            raise ValueError(f"sample {index} of {self.what} must be a pair (x, y), but it is {describe_type(sample)}")
         return self._tensor(sample[0], index, "x"), self._tensor(sample[1], index, "y")
 
     def _tensor(self, value: Any, index: int, name: str) -> Tensor:
@@ -58,7 +58,7 @@ class PairData:
                 return torch.as_tensor(array)
         raise ValueError(
             f"sample {index} of {self.what}: its {name} must be a tensor, an array or a number, but it is "
-            f"{kind_of(value)}" + (f" ({value[:20]!r})" if isinstance(value, str) else "")
+            f"{describe_type(value)}" + (f" ({value[:20]!r})" if isinstance(value, str) else "")
         )
 
     def _stacked(self, indices: Sequence[int], tensors: list[Tensor], name: str) -> Tensor:
@@ -116,7 +116,7 @@ def as_data(given: Any, what: str) -> Data:
     elif hasattr(given, "__getitems__") and hasattr(given, "__len__"):
         data = given
     else:
-        raise ValueError(f"{what} must be (x, y) tensors, a torch Dataset or a Data, but it is {kind_of(given)}")
+        raise ValueError(f"{what} must be (x, y) tensors, a torch Dataset or a Data, but it is {describe_type(given)}")
     if not len(data):
         raise ValueError(f"{what} is empty")
     if data is given:
@@ -144,7 +144,7 @@ def _of_dataset(given: Any, what: str) -> Data:
     if not hasattr(given, "__len__"):
         raise ValueError(f"{what} has no length (__len__)")
     if len(given) and not (isinstance(first := given[0], tuple | list) and len(first) == 2):
-        raise ValueError(f"{what} must give pairs (x, y), but its first sample is {kind_of(first)}")
+        raise ValueError(f"{what} must give pairs (x, y), but its first sample is {describe_type(first)}")
     return PairData(given, what)
 
 
@@ -152,7 +152,7 @@ def _check_batch(data: Data, what: str) -> None:
     """Raise ValueError unless a Data gives dicts with the tensors x and y."""
     batch = data.__getitems__([0])
     if not isinstance(batch, dict) or not all(isinstance(batch.get(name), Tensor) for name in "xy"):
-        got = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, dict) else kind_of(batch)
+        got = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, dict) else describe_type(batch)
         raise ValueError(
             f"{what} is a Data, whose __getitems__ must give a dict with the tensors x and y, but it gives {got}"
         )
@@ -168,7 +168,7 @@ def short(value: int) -> str:
     return str(value) if abs(value) < 10**24 else f"{value:.6e}" if abs(value) < 10**300 else "larger than any number"
 
 
-def kind_of(value: Any) -> str:
+def describe_type(value: Any) -> str:
     """Return the type of a value for a message, with the length of a tuple or list."""
     if isinstance(value, tuple | list):
         return f"{type(value).__name__} of {len(value)}"

@@ -16,7 +16,7 @@ from labkit.workloads.accuracy import correct_and_counted
 from labkit.workloads.base import Batch, Data, TensorData
 from labkit.workloads.causal import refuse_leak
 from labkit.workloads.restore import undisturbed
-from labkit.workloads.samples import Cast, kind_of
+from labkit.workloads.samples import Cast, describe_type
 from labkit.workloads.weights import is_of_classes, is_of_numbers
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def _try_loss(task: SimpleTask, output: Tensor, batch: Batch, name: str) -> None
         reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
         raise ValueError(f"loss_fn from {name} fails for {shapes}: {reason}") from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else kind_of(loss)
+        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else describe_type(loss)
         raise ValueError(f"loss_fn from {name} must give the mean over the samples, one number; it gives {got}")
 
 
@@ -196,4 +196,4 @@ def _parts(output: Any) -> str:
     """Describe an output that is not a tensor."""
     if isinstance(output, dict):
         return f"dict of {', '.join(map(str, output))}"
-    return kind_of(output)
+    return describe_type(output)

@@ -82,7 +82,7 @@ def is_of_numbers(loss_fn: Any) -> bool:
     return _is(loss_fn, _OF_NUMBERS)
 
 
-def is_torchs(loss_fn: Any) -> bool:
+def is_torch_loss(loss_fn: Any) -> bool:
     """Return True for one of torch's losses, with its own forward pass."""
     return _is(loss_fn, tuple(_MODULES.values()))
 
@@ -127,18 +127,18 @@ def mean_loss(loss_fn: Any, output: Tensor, target: Tensor) -> Tensor:
         loss: Tensor = loss_fn(output, target)
         return loss
     weight = torch.as_tensor(batch_weight(loss_fn, target)).to(output.dtype)
-    total: Tensor = summed(loss_fn)(output, target)
+    total: Tensor = with_sum_reduction(loss_fn)(output, target)
     return total / weight.where(weight != 0, weight.new_ones(()))
 
 
-def summed(loss_fn: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+def with_sum_reduction(loss_fn: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the same loss with reduction='sum'; it shares the buffers of `loss_fn`."""
     total = copy.copy(loss_fn)
     total.reduction = "sum"  # type: ignore[assignment]
     return total
 
 
-def trainable(loss_fn: Any) -> list[str]:
+def trainable_parameters(loss_fn: Any) -> list[str]:
     """Return the names of the parameters of a loss that an optimizer would have to train; [] for none.
 
     Parameters inside other objects (closure, partial, object) are found by the rehearsal, in the graph of a pass.

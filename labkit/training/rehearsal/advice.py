@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from labkit.experiment.fault import named
+from labkit.experiment.fault import describe_error
 from labkit.training.rehearsal.leaves import kept_graph
 from labkit.workloads.base import Batch, Task
 
@@ -46,7 +46,7 @@ def hint(batch: Batch, model: nn.Module) -> str:
 def backward_fault(task: Task, error: Exception) -> str:
     """Return in one sentence why the backward pass fails."""
     if "backward through the graph a second time" not in str(error):
-        return f"the backward pass from the loss fails: {named(error)}"
+        return f"the backward pass from the loss fails: {describe_error(error)}"
     place = kept_graph(task)
     subject = place or "something"
     return (

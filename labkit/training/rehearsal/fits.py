@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from labkit.experiment import Experiment
-from labkit.experiment.fault import named
+from labkit.experiment.fault import describe_error
 from labkit.experiment.registry import registry
 from labkit.quantization.linear import chosen
 from labkit.sparsity.layers import prunable
@@ -146,7 +146,7 @@ def _copied(experiment: Experiment, model: nn.Module) -> Iterator[str]:
     try:
         copy.deepcopy(model)
     except Exception as error:
-        yield f"the model cannot be copied, which {setting} needs: {named(error)}"
+        yield f"the model cannot be copied, which {setting} needs: {describe_error(error)}"
 
 
 def _converted(experiment: Experiment, model: nn.Module) -> Iterator[str]:

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from labkit.experiment.fault import named
+from labkit.experiment.fault import describe_error
 from labkit.workloads.base import Batch, ClassificationTask, Task
 from labkit.workloads.custom_task import SimpleTask
 from labkit.workloads.language_task import LanguageTask
 from labkit.workloads.restore import Snapshot, undisturbed
-from labkit.workloads.weights import is_torchs
+from labkit.workloads.weights import is_torch_loss
 
 SAMPLES = 64
 TOLERANCE = 1e-3
@@ -56,7 +56,9 @@ def prove_loss(task: Task, place: Place = lambda batch: batch) -> LossProof:
             batch = place(task.train.__getitems__(indices))
             output = task.model(batch["x"])
         except Exception as error:  # the user's own code; the rehearsal has tried the training mode
-            return LossProof(notes=[f"{_UNPROVED} {count} samples cannot be tried in evaluation ({named(error, 120)})"])
+            return LossProof(
+                notes=[f"{_UNPROVED} {count} samples cannot be tried in evaluation ({describe_error(error, 120)})"]
+            )
         with undisturbed(*_holders(task)) as snapshot:
             return _Trial(task, output, batch, snapshot).proof()
 
@@ -64,7 +66,7 @@ def prove_loss(task: Task, place: Place = lambda batch: batch) -> LossProof:
 def _is_known_mean(task: Task) -> bool:
     """Return whether the loss is labkit's own or torch's own, whose divisors are known and tested."""
     if isinstance(task, SimpleTask):
-        return task.weight_fn is None and is_torchs(task.loss_fn)
+        return task.weight_fn is None and is_torch_loss(task.loss_fn)
     return getattr(type(task), "loss", None) in (ClassificationTask.loss, LanguageTask.loss)
 
 
@@ -88,7 +90,7 @@ class _Trial:
             later = self._loss(0, self.count, afresh=False)
             whole_weight = self._weight(0, self.count)
         except Exception as error:
-            return LossProof(notes=[f"{_UNPROVED} it fails on {self.count} samples ({named(error, 120)})"])
+            return LossProof(notes=[f"{_UNPROVED} it fails on {self.count} samples ({describe_error(error, 120)})"])
         if not np.isfinite(whole):
             return LossProof(notes=[f"{_UNPROVED} that of {self.count} samples is not finite"])
         if not _close(whole, again, 1e-6):
@@ -105,7 +107,7 @@ class _Trial:
             is_mean = same_weight and _close(average, whole, 1e-3)
             return LossProof(None if is_mean else self._sentence(whole, average, cuts), notes)
         assert refusal is not None
-        unproved = f"{_UNPROVED} it fails on every part of {self.count} samples ({named(refusal, 120)})"
+        unproved = f"{_UNPROVED} it fails on every part of {self.count} samples ({describe_error(refusal, 120)})"
         return LossProof(notes=[*notes, unproved])
 
     def _parts(self, cuts: list[int]) -> tuple[float, float]:

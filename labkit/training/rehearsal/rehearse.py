@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from labkit.experiment import Experiment
-from labkit.experiment.fault import TaskFault, named
+from labkit.experiment.fault import TaskFault, describe_error
 from labkit.parallel.cast import widen
 from labkit.training.rehearsal import fingerprint, fits, hooks, leaves
 from labkit.training.rehearsal.advice import backward_fault, describe, hint, samples_of, shape_of
@@ -36,7 +36,7 @@ from labkit.training.rehearsal.same_loss import compare_losses, loss_of_first_sa
 from labkit.training.runtime import Runtime
 from labkit.training.sampling import BatchOrder, Indices
 from labkit.workloads.base import Batch, Data, Task
-from labkit.workloads.fetch import checked, fetch
+from labkit.workloads.fetch import fetch, fetch_checked
 from labkit.workloads.restore import Snapshot, restored
 from labkit.workloads.seed import seed_generators
 
@@ -221,7 +221,7 @@ class _Rehearsal:
         task, model = self.task, self.task.model
         probe = ControlFlowProbe(self.snapshot.changed) if _may_be_dynamic(model) else None
         indices = self.passes(0)[0].tolist()[:SAMPLES] or [0]
-        batch = checked(task.train, indices, "train")
+        batch = fetch_checked(task.train, indices, "train")
         used = [self._train(batch, indices, probe)]
         if rehearsed.user_code:
             used.append(self._train(batch, indices, probe))  # again, because state may be kept from pass to pass
@@ -234,7 +234,7 @@ class _Rehearsal:
         try:
             json.dumps(task.facts())
         except Exception as error:
-            raise TaskFault(f"the facts of the task cannot be written as JSON: {named(error)}") from error
+            raise TaskFault(f"the facts of the task cannot be written as JSON: {describe_error(error)}") from error
         if probe is not None:
             if probe.differs_when_repeated and self.experiment.layout.activation_checkpointing != "none":
                 raise TaskFault(
@@ -268,7 +268,7 @@ class _Rehearsal:
         for number in range(MORE_PASSES):
             seed_generators(self.experiment.training.seed + 1 + number + MORE_PASSES * self.runtime.rank)
             indices = self.passes(1 + number)[0].tolist()[: SAMPLES if number % 2 else 4 * SAMPLES]
-            yield checked(self.task.train, indices, "train"), indices
+            yield fetch_checked(self.task.train, indices, "train"), indices
 
     def _train(self, batch: Batch, indices: list[int], probe: ControlFlowProbe | None = None) -> frozenset[str]:
         """Run one forward and backward pass; return the names of the parameters that got a gradient."""
@@ -329,7 +329,9 @@ class _Rehearsal:
         except TaskFault:
             raise
         except Exception as error:
-            raise TaskFault(f"{place} (x is {shape_of(batch['x'])}): {named(error)}{hint(batch, model)}") from error
+            raise TaskFault(
+                f"{place} (x is {shape_of(batch['x'])}): {describe_error(error)}{hint(batch, model)}"
+            ) from error
         if not isinstance(output, Tensor):
             raise TaskFault(
                 f"in {mode} the model returns {describe(output)}: it must return one tensor, the scores that loss and "
@@ -343,7 +345,9 @@ class _Rehearsal:
         except Exception as error:
             targets = ", ".join(f"{name} is {shape_of(value)}" for name, value in batch.items() if name != "x")
             inputs = f"the output is {describe(output)}" + (f", {targets}" if targets else "")
-            raise TaskFault(f"the loss fails on {samples_of(indices, what)} ({inputs}): {named(error)}") from error
+            raise TaskFault(
+                f"the loss fails on {samples_of(indices, what)} ({inputs}): {describe_error(error)}"
+            ) from error
         if not isinstance(loss, Tensor):
             raise TaskFault(f"the loss is {describe(loss)}, it must be a tensor with one number")
         if loss.dim():
@@ -364,7 +368,7 @@ class _Rehearsal:
         task = self.task
         indices = list(range(min(SAMPLES, len(task.test))))
         self.phase("evaluation")
-        batch = checked(task.test, indices, "test")
+        batch = fetch_checked(task.test, indices, "test")
         task.model.eval()
         with _alone(task.model):
             output = self._output(batch, indices, "test")
@@ -376,7 +380,7 @@ class _Rehearsal:
             raise
         except Exception as error:
             place = f"{samples_of(indices, 'test')} (the output is {describe(output)})"
-            raise TaskFault(f"the held-out metric fails on {place}: {named(error)}") from error
+            raise TaskFault(f"the held-out metric fails on {place}: {describe_error(error)}") from error
         missing = [name for name in ("count",) if name not in numbers]
         missing += [name for name in ("loss", task.metric.key) if name not in metrics]
         if missing:
@@ -399,7 +403,7 @@ def _scan(data: Data, what: str, deadline: float, ids: Ids) -> None:
     for index in sorted({int(position) for position in np.linspace(0, len(data) - 1, count)}):
         if time.perf_counter() > deadline:
             return
-        batch = checked(data, [index], what)
+        batch = fetch_checked(data, [index], what)
         ids.check_samples(batch["x"], index, what)
         for name, value in batch.items():
             first.setdefault(name, (index, value))

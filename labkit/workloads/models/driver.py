@@ -24,8 +24,8 @@ class Surroundings(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.unflatten(-1, self.shape)
         own, others = rows[:, :1], rows[:, 1:]
-        seen = self.each(torch.cat([others, own.expand_as(others)], dim=-1))
-        out: Tensor = self.norm(seen.amax(1))
+        encoded = self.each(torch.cat([others, own.expand_as(others)], dim=-1))
+        out: Tensor = self.norm(encoded.amax(1))
         return out
 
 

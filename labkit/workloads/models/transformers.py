@@ -66,7 +66,7 @@ def causal_model(
         try:
             loaded = AutoModelForCausalLM.from_pretrained(pretrained, dtype="float32", trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise ValueError(hub.sentence(pretrained, error)) from error
+            raise ValueError(hub.explain_load_error(pretrained, error)) from error
         _switch_off_dropout(loaded)
         _check_sizes(loaded.config, context, vocabulary)
         return _as_blocks(loaded.train(), context)
@@ -101,7 +101,7 @@ def encoder(pretrained: str) -> tuple[Encode, int]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(pretrained, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(hub.sentence(pretrained, error)) from error
+        raise ValueError(hub.explain_load_error(pretrained, error)) from error
 
     def encode(text: str) -> np.ndarray[Any, Any]:
         return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
