@@ -1,4 +1,4 @@
-"""What to run: the experiment, the layout, the rules of what goes together. Imports no torch."""
+"""What to run: the experiment, the layout, and the rules for what can be combined. Imports no torch."""
 
 from labkit.experiment.layout import Layout
 from labkit.experiment.machine import Machine

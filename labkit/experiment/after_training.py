@@ -1,4 +1,4 @@
-"""What is made of the trained network once the training is over, by the first rank: quantized, exported."""
+"""Steps after the training that the first rank takes with the trained network: quantization and export."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ if TYPE_CHECKING:
     from labkit.experiment.schema import Experiment
 
 
-def on_the_first_rank(experiment: Experiment, field: str, off: str, does: str, made: str) -> Iterator[Problem]:
-    """Why the first rank cannot make it: it needs the whole model, trained, in layers that compute what they hold.
+def first_rank_problems(experiment: Experiment, field: str, off: str, verb: str, participle: str) -> Iterator[Problem]:
+    """Yield the reasons why the first rank cannot process the trained model on its own.
 
-    `does` and `made` are the verb, as in "the first rank converts" and "those converted".
+    It needs the whole trained model, in layers that compute with the weights they store. `verb` and `participle` are
+    used in the messages, as in "the first rank converts" and "those converted". `off` is the value of `field` that
+    turns the step off.
     """
     layout, training = experiment.layout, experiment.quantization.training
-    spread = [axis for axis in ("tp", "pp", "ep", "cp") if getattr(layout, axis) > 1]
+    sharded_by = [axis for axis in ("tp", "pp", "ep", "cp") if getattr(layout, axis) > 1]
     if layout.dp_shard > 1 and layout.zero_stage == 3:
-        spread.append("ZeRO stage 3")
-    if spread:
-        reason = f"the first rank {does} the whole model, and with {' and '.join(spread)} it holds a part of it"
+        sharded_by.append("ZeRO stage 3")
+    if sharded_by:
+        reason = f"the first rank {verb} the whole model, and with {' and '.join(sharded_by)} it has only a part of it"
         yield Problem(field, reason, off)
     if experiment.launch.isolated:
         yield Problem(field, "copies that do not train together have nothing to keep (launch.isolated)", off)
     if training in ("bitnet", "fp8"):
-        yield Problem(field, f"layers trained in {training} compute something else than those {made}", off)
+        yield Problem(field, f"layers trained in {training} compute something other than those {participle}", off)
 
 
 FORMS = {

@@ -1,16 +1,16 @@
-"""What a checkpoint consists of on disk: its list of files with sizes and checksums, and how it becomes visible.
+"""The files of a checkpoint: their names, the manifest with sizes and checksums, and atomic publication.
 
     step-00000100/
         model.safetensors        weights by name, loadable anywhere
         optimizer.safetensors    e.g. `state.blocks.head.weight.exp_avg`
         model-1.safetensors …    the same of the other ranks of a pipeline, each with its own stages
-        update.safetensors       what the update rule and the sparsity keep, if they keep anything
-        rank-0.safetensors …     what each rank keeps for itself, e.g. what its compressor has not sent yet
-        checkpoint.json          step, experiment, and every file with its size and SHA-256; written last
+        update.safetensors       the state of the update rule and of the sparsity method, if they have any
+        rank-0.safetensors …     the local state of each rank, e.g. what its compressor has not sent yet
+        checkpoint.json          the manifest: step, experiment, and every file with size and SHA-256; written last
 
-A checkpoint is complete or absent, also after a power cut: it is written under another name, all files and the folder
-are synced, then it is renamed. It is believed only if its list is whole, every file in the folder is in the list, every
-file in the list is in the folder, and size and checksum of what is read agree. Links are not followed.
+A checkpoint is complete or absent, even after a power failure: it is written under another name, all files and the
+folder are synced, then it is renamed. It is trusted only if its manifest is intact, the folder contains exactly the
+files that the manifest lists, and the size and checksum of what is read agree. Links are not followed.
 """
 
 from __future__ import annotations
@@ -28,61 +28,61 @@ from typing import Any
 from labkit.experiment import safe_files
 
 FORMAT = 2
-LIST = "checkpoint.json"
+MANIFEST = "checkpoint.json"
 _NAME = re.compile(r"((model|optimizer)(-[1-9][0-9]{0,4})?|update|rank-[0-9]{1,5})\.safetensors")
 _CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
-class Sum:
+class FileChecksum:
     """Size and checksum of a file."""
 
     size: int
-    """In bytes."""
+    """Size in bytes."""
     sha256: str
-    """In hexadecimal digits."""
+    """SHA-256 in hexadecimal digits."""
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What the list of a checkpoint says."""
+class Manifest:
+    """Contents of the manifest of a checkpoint."""
 
     step: int
-    """Updates done."""
+    """Number of optimizer steps done."""
     experiment: dict[str, Any]
-    files: dict[str, Sum]
+    files: dict[str, FileChecksum]
     unscheduled: bool
-    """Was it written because the run was stopped, at a step at which an uninterrupted run would not have paused?"""
+    """Whether it was written because the run was stopped, at a step without a scheduled checkpoint or evaluation."""
     code: str
-    """SHA-256 of the file with the user's own task when it was written; empty if there is none."""
+    """SHA-256 of the file with the user's own task when the checkpoint was written; empty if there is none."""
 
     def parts(self, kind: str) -> list[str]:
-        """Names of all files of a kind (`model`, `optimizer`), the first part first."""
+        """Return the names of all files of a kind (`model`, `optimizer`), the first part first."""
         parts = [name for name in self.files if re.fullmatch(rf"{kind}(-[0-9]+)?\.safetensors", name)]
         return sorted(parts, key=lambda name: (len(name), name))
 
     @property
     def ranks(self) -> int:
-        """How many ranks have kept something for themselves."""
+        """Number of ranks that stored local state."""
         return sum(name.startswith("rank-") for name in self.files)
 
 
 class DamagedError(ValueError):
-    """A checkpoint cannot be believed; the message is one sentence that names it and its file."""
+    """Raised for a checkpoint that cannot be trusted; the message names it and its damaged file in one sentence."""
 
 
-def of_rank(rank: int) -> str:
-    """Name of the file with what a rank keeps for itself."""
+def rank_file(rank: int) -> str:
+    """Return the name of the file with a rank's local state."""
     return f"rank-{rank}.safetensors"
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def seal(path: Path) -> Sum:
-    """Bring a file that was just written to the disk and return its size and checksum.
+def sync_and_hash(path: Path) -> FileChecksum:
+    """Flush a file that was just written to the disk and return its size and checksum.
 
-    The checksum is computed while the disk works, from the pages that are still in memory.
+    The checksum is computed during the fsync, from the pages that are still in memory.
     """
     with safe_files.reading(path) as descriptor:
         digest = hashlib.sha256()
@@ -92,53 +92,55 @@ def seal(path: Path) -> Sum:
             os.fsync(descriptor)
         finally:
             worker.join()
-        return Sum(os.fstat(descriptor).st_size, digest.hexdigest())
+        return FileChecksum(os.fstat(descriptor).st_size, digest.hexdigest())
 
 
 def _feed(digest: Any, descriptor: int) -> None:
+    """Add the content of the file behind `descriptor` to the digest."""
     offset = 0
     while piece := os.pread(descriptor, _CHUNK_BYTES, offset):
         digest.update(piece)
         offset += len(piece)
 
 
-def note_sums(folder: Path, writer: int, sums: dict[str, Sum]) -> None:
-    """Leave the sums of what one rank has written in the unfinished folder, for the rank that completes it."""
-    content = {name: [one.size, one.sha256] for name, one in sums.items()}
+def write_checksums(folder: Path, writer: int, sums: dict[str, FileChecksum]) -> None:
+    """Write the checksums of a rank's files into the unfinished folder, for the rank that completes the checkpoint."""
+    content = {name: [checksum.size, checksum.sha256] for name, checksum in sums.items()}
     safe_files.write_json(folder / f"sums-{writer}.json", content)
 
 
-def collect_sums(folder: Path) -> dict[str, Sum]:
-    """The sums that all ranks have left; their notes are removed."""
-    sums: dict[str, Sum] = {}
+def collect_checksums(folder: Path) -> dict[str, FileChecksum]:
+    """Return the checksums that all ranks have written, and remove their files."""
+    sums: dict[str, FileChecksum] = {}
     for path in sorted(folder.glob("sums-*.json")):
-        sums |= {name: Sum(*entry) for name, entry in (safe_files.read_json(path) or {}).items()}
+        sums |= {name: FileChecksum(*entry) for name, entry in (safe_files.read_json(path) or {}).items()}
         path.unlink()
     return sums
 
 
-def listed(
-    step: int, experiment: dict[str, Any], files: dict[str, Sum], unscheduled: bool = False, code: str = ""
+def manifest_content(
+    step: int, experiment: dict[str, Any], files: dict[str, FileChecksum], unscheduled: bool = False, code: str = ""
 ) -> dict[str, Any]:
-    """The content of checkpoint.json, with a checksum of its own."""
+    """Return the content of checkpoint.json, with a checksum of itself."""
     content = {
         "format": FORMAT,
         "step": step,
         "experiment": experiment,
         "unscheduled": unscheduled,
         "code": code,
-        "files": {name: {"size": one.size, "sha256": one.sha256} for name, one in sorted(files.items())},
+        "files": {name: {"size": checksum.size, "sha256": checksum.sha256} for name, checksum in sorted(files.items())},
     }
-    return content | {"sha256": _own_sum(content)}
+    return content | {"sha256": _manifest_checksum(content)}
 
 
-def _own_sum(content: dict[str, Any]) -> str:
+def _manifest_checksum(content: dict[str, Any]) -> str:
+    """Return the SHA-256 of the manifest without its own checksum."""
     text = json.dumps({key: value for key, value in content.items() if key != "sha256"}, sort_keys=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Make a completed folder visible under its name; what stood there is replaced. It outlasts a power cut."""
+    """Make a completed folder visible under its final name and replace what is there; durable after a power failure."""
     safe_files.sync_folder(partial)
     replaced = final.with_name(f".{final.name}.replaced.partial")
     safe_files.remove_folder(replaced)
@@ -152,48 +154,56 @@ def publish(partial: Path, final: Path) -> None:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_list(folder: Path) -> Contents:
-    """What a checkpoint says of itself; DamagedError unless its list is whole and the folder holds just what it lists.
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a checkpoint.
 
-    Sizes are compared; checksums are not: see `verify`.
+    Raises DamagedError unless the manifest is intact and the folder contains exactly what it lists. Sizes are compared;
+    checksums are not: see `verify`.
     """
-    content = safe_files.read_json(folder / LIST) if safe_files.is_folder(folder) else None
+    content = safe_files.read_json(folder / MANIFEST) if safe_files.is_folder(folder) else None
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("step"), int):
         raise DamagedError(f"{folder} is not a checkpoint of this version of labkit")
     files, experiment = content.get("files"), content.get("experiment")
-    if content.get("sha256") != _own_sum(content) or not isinstance(experiment, dict) or not isinstance(files, dict):
-        raise DamagedError(f"the checkpoint {folder.name} is damaged: {LIST} is not as it was written")
-    sums: dict[str, Sum] = {}
+    if (
+        content.get("sha256") != _manifest_checksum(content)
+        or not isinstance(experiment, dict)
+        or not isinstance(files, dict)
+    ):
+        raise DamagedError(f"the checkpoint {folder.name} is damaged: {MANIFEST} is not as it was written")
+    sums: dict[str, FileChecksum] = {}
     for name, entry in files.items():
-        whole = isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
-        if not whole or not _NAME.fullmatch(name):
-            raise DamagedError(f"the checkpoint {folder.name} is damaged: {LIST} lists {name!r}, no part of ours")
-        sums[name] = Sum(entry["size"], entry["sha256"])
+        valid = isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+        if not valid or not _NAME.fullmatch(name):
+            raise DamagedError(
+                f"the checkpoint {folder.name} is damaged: {MANIFEST} lists {name!r}, which is not one of its files"
+            )
+        sums[name] = FileChecksum(entry["size"], entry["sha256"])
     if missing := {"model.safetensors", "optimizer.safetensors"} - set(sums):
-        raise DamagedError(f"the checkpoint {folder.name} is damaged: {LIST} does not list {min(missing)}")
-    if extra := set(os.listdir(folder)) - set(sums) - {LIST}:
+        raise DamagedError(f"the checkpoint {folder.name} is damaged: {MANIFEST} does not list {min(missing)}")
+    if extra := set(os.listdir(folder)) - set(sums) - {MANIFEST}:
         raise DamagedError(f"the checkpoint {folder.name} is damaged: {min(extra)!r} does not belong to it")
-    for name, known in sums.items():
-        _insist_on_size(folder, name, known)
-    return Contents(
+    for name, expected in sums.items():
+        _require_size(folder, name, expected)
+    return Manifest(
         content["step"], experiment, sums, content.get("unscheduled") is True, str(content.get("code") or "")
     )
 
 
-def _insist_on_size(folder: Path, name: str, known: Sum) -> None:
+def _require_size(folder: Path, name: str, expected: FileChecksum) -> None:
+    """Raise DamagedError unless the file exists with the expected size."""
     try:
         size = safe_files.size(folder / name)
     except OSError as error:
         why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise DamagedError(f"the checkpoint {folder.name} is damaged: {name} {why}") from None
-    if size != known.size:
+    if size != expected.size:
         raise DamagedError(
-            f"the checkpoint {folder.name} is damaged: {name} has {size:,} bytes, {known.size:,} were written"
+            f"the checkpoint {folder.name} is damaged: {name} has {size:,} bytes, {expected.size:,} were written"
         )
 
 
-def verify(folder: Path, contents: Contents, names: Iterable[str]) -> None:
-    """Compare the checksums of these files with the list; DamagedError with the name of one that has changed."""
+def verify(folder: Path, contents: Manifest, names: Iterable[str]) -> None:
+    """Compare the checksums of these files with the manifest; raise DamagedError for one that has changed."""
     for name in names:
         digest = hashlib.sha256()
         try:
@@ -206,13 +216,14 @@ def verify(folder: Path, contents: Contents, names: Iterable[str]) -> None:
             raise DamagedError(f"the checkpoint {folder.name} is damaged: {name} is not as it was written (SHA-256)")
 
 
-def take_along(folder: Path, contents: Contents, target: Path) -> None:
-    """Let a checkpoint also be at `target`, which must not exist, by hard links where possible.
+def link_checkpoint(folder: Path, contents: Manifest, target: Path) -> None:
+    """Make a checkpoint also available at `target`, which must not exist, by hard links where possible.
 
-    So it stays whole when its own run removes it. OSError, FileNotFoundError if it was removed meanwhile.
+    It then stays complete when the run that wrote it removes it. Raises OSError, FileNotFoundError if it was removed
+    meanwhile.
     """
     partial = target.with_name(f".{target.name}.partial")
     partial.mkdir(parents=True, mode=0o700)
-    for name in (*contents.files, LIST):
+    for name in (*contents.files, MANIFEST):
         safe_files.link_or_copy(folder / name, partial / name)
     publish(partial, target)

@@ -1,4 +1,4 @@
-"""What an exception says, whatever it is: the same words for the events of a rank and for its supervisor."""
+"""The message of any exception: the same words for the events of a rank and for its supervisor."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ _TRACEBACK = "Traceback (most recent call last):"
 
 
 def message_of(error: BaseException) -> str:
-    """The text of an exception; a substitute in brackets where its own `__str__` raises."""
+    """Return the text of an exception, or a substitute in angle brackets if its `__str__` raises."""
     try:
         return str(error)
     except BaseException as second:
         return f"<its message cannot be made: {type(second).__name__}>"
 
 
-def own_words(error: BaseException) -> str:
-    """The same, but an exception of a loader process in its own words instead of the trace that torch makes of it."""
+def original_message(error: BaseException) -> str:
+    """Return the text of an exception; for one from a DataLoader worker, its own message without torch's traceback."""
     message = message_of(error)
     caught = _OF_A_LOADER.match(message)
     if caught is None or _TRACEBACK not in message:
         return message
     lines = message.rpartition(_TRACEBACK)[2].splitlines()
-    # What stands behind the indented frames is `package.Type: message`, of one line or more.
+    # The indented frames are followed by `package.Type: message`, on one or more lines.
     begin = next((number for number, line in enumerate(lines) if line and not line[0].isspace()), None)
     if begin is None:
         return message

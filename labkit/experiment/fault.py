@@ -1,12 +1,12 @@
-"""What a person's own data, model or loss cannot do, said in one sentence."""
+"""Faults in a user's own data, model or loss, each described in one sentence."""
 
 from __future__ import annotations
 
 
 class TaskFault(ValueError):
-    """A task that cannot be trained as the experiment asks; the message is one sentence for whoever made the task.
+    """A task that cannot be trained as the experiment asks; the message is one sentence for the author of the task.
 
-    It crosses from a rank to its supervisor, which ends the run as `failed` with the cause `task` (issue 11).
+    It is passed from a rank to its supervisor, which ends the run as `failed` with the cause `task` (issue 11).
     """
 
     def __init__(self, sentence: object) -> None:
@@ -14,15 +14,15 @@ class TaskFault(ValueError):
 
 
 def one_line(text: str, limit: int = 700) -> str:
-    """The text without line breaks, at most `limit` characters long."""
+    """Return the text without line breaks, at most `limit` characters long."""
     joined = " ".join(text.split())
     return joined if len(joined) <= limit else joined[: limit - 1] + "…"
 
 
-def named(error: BaseException, limit: int = 300) -> str:
-    """The kind of an exception and the first lines of its message, in one line.
+def describe_error(error: BaseException, limit: int = 300) -> str:
+    """Return the type of an exception and its message in one line of at most `limit` characters.
 
-    An exception whose own text cannot be made is named by its kind alone.
+    An exception whose `__str__` raises is described by its type alone.
     """
     try:
         text = str(error)

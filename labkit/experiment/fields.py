@@ -1,4 +1,4 @@
-"""Every field of an experiment, described: for the command line, the docs and tests of the form."""
+"""Descriptions of every field of an experiment, for the command line and for tests of the form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from labkit.experiment.schema import Experiment
 
 @dataclass(frozen=True)
 class Field:
-    """One setting: dotted name, kind (`int ≥ 1`, `adamw | sgd`), default, and what it is."""
+    """One setting: dotted name, kind (`int ≥ 1`, `adamw | sgd`), default and description."""
 
     name: str
     kind: str
@@ -28,26 +28,26 @@ class Field:
 
 
 def fields(model: type[BaseModel] = Experiment, prefix: str = "") -> list[Field]:
-    """All fields below `model`, with the options of every available method."""
-    found: list[Field] = []
+    """Return all fields below `model`, with the options of every available method."""
+    described: list[Field] = []
     for name, info in model.model_fields.items():
         dotted = f"{prefix}{name}"
         section = next((kind for kind in (info.annotation, *get_args(info.annotation)) if _is_section(kind)), None)
         if section is not None:
-            found += fields(section, f"{dotted}.")
+            described += fields(section, f"{dotted}.")
         else:
             kind = _kind(info, model, name)
-            found.append(
+            described.append(
                 Field(dotted, kind, _plain(info.get_default(call_default_factory=True)), info.description or "")
             )
     if issubclass(model, Choice):
         for method in model.methods():
             if method.available:
                 for option in fields(model.methods().options(method.key), prefix):
-                    found.append(
+                    described.append(
                         Field(option.name, option.kind, option.default, f"[{method.key}] {option.description}")
                     )
-    return found
+    return described
 
 
 def _is_section(kind: Any) -> bool:
@@ -55,6 +55,7 @@ def _is_section(kind: Any) -> bool:
 
 
 def _kind(info: Any, model: type[BaseModel], name: str) -> str:
+    """Return the legal values of a field in words, such as `int (≥ 1)` or `adamw | sgd`."""
     if issubclass(model, Choice) and name == model.SELECTOR:
         return " | ".join(model.methods().names())
     if model is Layout and name == "schedule":
@@ -82,6 +83,7 @@ def _kind(info: Any, model: type[BaseModel], name: str) -> str:
 
 
 def _plain(value: Any) -> Any:
+    """Return a default as plain JSON data; None for a field without a default."""
     if value is PydanticUndefined:  # a field that must be given
         return None
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value

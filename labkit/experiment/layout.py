@@ -1,7 +1,7 @@
-"""How many ranks along each axis of the device mesh, and which rank holds what.
+"""The number of ranks along each axis of the device mesh, and the coordinates of each rank.
 
-The shape of the class follows torchtitan's `ParallelDims` (axis sizes in, validation at once, the error prints the
-equation); the axis names are those of Accelerate's `ParallelismConfig`, with `pp` and `ep`.
+The class follows torchtitan's `ParallelDims` (axis sizes in, validation at once, the error prints the equation); the
+axis names are those of Accelerate's `ParallelismConfig`, with `pp` and `ep`.
 """
 
 from __future__ import annotations
@@ -14,54 +14,54 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp", "ep", "pp")
-# Outermost first: neighbours along the last axis sit closest to each other.
+# Outermost first: neighbours along the last axis are closest to each other.
 MESH_ORDER = ("pp", "dp_replicate", "dp_shard", "cp", "ep", "tp")
 DATA_AXES = ("dp_replicate", "dp_shard", "ep")
-"""Along these ranks see different samples."""
+"""Axes along which ranks see different samples."""
 SHORT = {"dp_replicate": "dp", "dp_shard": "shard", "cp": "cp", "tp": "tp", "ep": "ep", "pp": "pp"}
 _LONG = {short: axis for axis, short in SHORT.items()} | {"dp_shard": "dp_shard", "dp_replicate": "dp_replicate"}
 
 V_SHAPED = ("zbv", "dualpipev")
-"""Schedules that fold the pipeline: the rank with the first stage holds the last one too."""
+"""Schedules that fold the pipeline: the rank with the first stage also has the last one."""
 
 AxisSize = Field(default=1, ge=-1, le=1_000_000)
 
 
 class Layout(BaseModel):
-    """How a model and its batch are spread over ranks. One axis may be -1, "the rest of the ranks"."""
+    """How a model and its batch are distributed over ranks. One axis may be -1, "the rest of the ranks"."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     dp_replicate: int = AxisSize
-    """Copies of the model; each takes its share of every batch (data parallelism, DDP)."""
+    """Replicas of the model; each processes its share of every batch (data parallelism, DDP)."""
     dp_shard: int = AxisSize
     """Ranks over which parameters, gradients or optimizer state are sharded (ZeRO, FSDP)."""
     tp: int = AxisSize
-    """Ranks over which single layers are cut (tensor parallelism)."""
+    """Ranks over which the weights of each layer are sharded (tensor parallelism)."""
     cp: int = AxisSize
-    """Ranks over which the sequence is cut (context parallelism)."""
+    """Ranks over which the sequence is sharded (context parallelism)."""
     ep: int = AxisSize
-    """Ranks over which experts are spread (expert parallelism)."""
+    """Ranks over which experts are distributed (expert parallelism)."""
     pp: int = AxisSize
-    """Stages into which the layers are cut (pipeline parallelism)."""
+    """Ranks over which the layers are distributed as pipeline stages (pipeline parallelism)."""
     sequence_parallel: bool = False
-    """Cut the activations between tensor-parallel layers along the sequence."""
+    """Shard the activations between tensor-parallel layers along the sequence."""
     zero_stage: Literal[1, 2, 3] = 3
     """What dp_shard shards: 1 optimizer state, 2 also gradients, 3 also parameters."""
     schedule: str = "1f1b"
     """Order of forward and backward passes in the pipeline."""
     microbatches: int = Field(default=1, ge=1, le=1_000_000)
-    """Microbatches per step in the pipeline."""
+    """Micro-batches per step in the pipeline."""
     stages_per_rank: int = Field(default=1, ge=1, le=1_000_000)
-    """Pipeline stages held by each rank (interleaved schedules need 2 or more)."""
+    """Pipeline stages on each rank (interleaved schedules need 2 or more)."""
     balance: Literal["blocks", "parameters", "cost"] = "blocks"
-    """What stages have alike: the number of blocks, of parameters, or the measured time of a microbatch."""
+    """What is balanced between stages: the number of blocks, of parameters, or the measured time of a micro-batch."""
     stage_blocks: tuple[Annotated[int, Field(le=1_000_000)], ...] | None = None
-    """Number of blocks of every stage, by hand; empty to let `balance` decide."""
+    """Number of blocks of each stage, set by hand; empty to let `balance` decide."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Which activations are computed again in the backward pass: none, all but matrix products, all within a block."""
+    """Which activations are recomputed in the backward pass: none, all but matrix products, or all within a block."""
     cpu_offload: bool = False
-    """Keep sharded parameters, gradients and optimizer state in the host's memory (ZeRO 3 on GPUs)."""
+    """Keep sharded parameters, gradients and optimizer state in the memory of the host (ZeRO 3 on GPUs)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -90,19 +90,19 @@ class Layout(BaseModel):
         if text.strip() in ("", "1"):
             return sizes
         for part in re.split(r"[·*x,\s]+", text.strip()):
-            found = re.fullmatch(r"([a-z_]+?)(-?\d+)", part)
-            axis = _LONG.get(found[1]) if found else None
-            if found is None or axis is None:
+            match = re.fullmatch(r"([a-z_]+?)(-?\d+)", part)
+            axis = _LONG.get(match[1]) if match else None
+            if match is None or axis is None:
                 raise ValueError(f"cannot read {part!r} in layout {text!r}; write it like dp2·tp2·pp2")
             if axis in sizes:
-                raise ValueError(f"axis {axis} stands twice in layout {text!r}")
-            sizes[axis] = int(found[2])
+                raise ValueError(f"axis {axis} appears twice in layout {text!r}")
+            sizes[axis] = int(match[2])
         return sizes
 
     @classmethod
     @lru_cache(maxsize=4096)
     def parse(cls, text: str) -> Layout:
-        """Read the short form: `dp2·tp2·pp2` (also with `*`, `x`, a comma or a space between)."""
+        """Read the short form, `dp2·tp2·pp2` (also separated by `*`, `x`, a comma or a space)."""
         return cls(**cls._parse(text))
 
     def __str__(self) -> str:
@@ -116,7 +116,7 @@ class Layout(BaseModel):
 
     @property
     def world_size(self) -> int:
-        """Number of ranks: the product of the axes."""
+        """Number of ranks: the product of the axes. Raises ValueError if an axis is -1."""
         if -1 in self.sizes.values():
             raise ValueError(f"layout {self} has an open axis (-1); give the number of ranks with resolve()")
         return prod(self.sizes.values())
@@ -127,28 +127,31 @@ class Layout(BaseModel):
         return prod(getattr(self, axis) for axis in DATA_AXES)
 
     def resolve(self, world_size: int) -> Layout:
-        """Fill in the axis that is -1; ValueError, with the equation, if the product is not `world_size`."""
+        """Return a copy with the axis that is -1 filled in.
+
+        Raises ValueError, with the equation, if the product is not `world_size`.
+        """
         if world_size < 1:
             raise ValueError(f"world_size must be at least 1, got {world_size}")
-        known = prod(size for size in self.sizes.values() if size != -1)
+        fixed = prod(size for size in self.sizes.values() if size != -1)
         rest = [axis for axis, size in self.sizes.items() if size == -1]
-        if rest and world_size % known == 0:
-            return self.model_copy(update={rest[0]: world_size // known})
-        if rest or known != world_size:
+        if rest and world_size % fixed == 0:
+            return self.model_copy(update={rest[0]: world_size // fixed})
+        if rest or fixed != world_size:
             raise ValueError(self.equation(world_size))
         return self
 
     def equation(self, world_size: int) -> str:
-        """Why the sizes do not make `world_size`: `dp_replicate 2 × tp 2 × pp 1 = 4, but world_size is 8`."""
+        """Return why the sizes do not make `world_size`: `dp_replicate 2 × tp 2 × pp 1 = 4, but world_size is 8`."""
         shown = [axis for axis in AXES if axis in ("dp_replicate", "tp", "pp") or getattr(self, axis) != 1]
-        known = prod(size for size in self.sizes.values() if size != -1)
+        fixed = prod(size for size in self.sizes.values() if size != -1)
         factors = " × ".join(f"{axis} {'?' if getattr(self, axis) == -1 else getattr(self, axis)}" for axis in shown)
         if -1 in self.sizes.values():
-            return f"{factors} cannot be {world_size}: {known} does not divide world_size {world_size}"
-        return f"{factors} = {known}, but world_size is {world_size}"
+            return f"{factors} cannot be {world_size}: {fixed} does not divide world_size {world_size}"
+        return f"{factors} = {fixed}, but world_size is {world_size}"
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Where `rank` stands on every axis (row-major in `MESH_ORDER`)."""
+        """Return the coordinate of `rank` on every axis (row-major in `MESH_ORDER`)."""
         place: dict[str, int] = {}
         for axis in reversed(MESH_ORDER):
             size = getattr(self, axis)
@@ -157,21 +160,21 @@ class Layout(BaseModel):
         return {axis: place[axis] for axis in MESH_ORDER}
 
     def share(self, rank: int) -> int:
-        """Which of the `data_parallel` shares of every batch is that of `rank`."""
+        """Return which of the `data_parallel` shares of every batch belongs to `rank`."""
         place, share = self.coordinates(rank), 0
         for axis in DATA_AXES:
             share = share * getattr(self, axis) + place[axis]
         return share
 
     def stages(self, place: int) -> list[int]:
-        """Numbers of the pipeline stages that a rank at `place` along pp holds, in the order of the chain."""
+        """Return the numbers of the pipeline stages at coordinate `place` along pp, in the order of the chain."""
         count = self.pp * self.stages_per_rank
         if self.schedule in V_SHAPED:
             return [place, count - 1 - place]
         return list(range(place, count, self.pp))
 
     def grid(self) -> list[dict[str, Any]]:
-        """The rank table that the notebook draws: one row a rank, with its place on every axis larger than one."""
+        """Return the rank table that the notebook draws: one row per rank, with coordinates on axes larger than one."""
         return [
             {"rank": rank} | {axis: index for axis, index in self.coordinates(rank).items() if getattr(self, axis) > 1}
             for rank in range(self.world_size)

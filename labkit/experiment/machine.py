@@ -1,7 +1,7 @@
-"""What this machine has, found without importing torch and without touching CUDA.
+"""The hardware of this machine, detected without importing torch and without touching CUDA.
 
 Device counting must not create a CUDA context: a kernel that did could no longer fork, and on a shared server the
-probe alone would take memory on every GPU. NVIDIA's driver is asked through `nvidia-smi`, a separate process.
+probe alone would take memory on every GPU. NVIDIA's driver is queried through `nvidia-smi`, a separate process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 _SMI_FIELDS = "index,uuid,name,memory.total,memory.used"
 SMI_TIMEOUT_S = 60
-"""Eight GPUs without persistence mode take more than ten seconds to answer."""
+"""Timeout in seconds; eight GPUs without persistence mode take more than ten seconds to answer."""
 
 
 @dataclass(frozen=True)
@@ -34,43 +34,43 @@ class Gpu:
     memory_bytes: int
     used_bytes: int
     capability: tuple[int, int] | None = None
-    """CUDA's compute capability, (9, 0) of a Hopper; None if the driver does not say it."""
+    """CUDA compute capability, such as (9, 0) for Hopper; None if the driver does not report it."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Cores and memory that this process may really use, and the GPUs that are visible to it."""
+    """Cores and memory that this process may actually use, and the GPUs that are visible to it."""
 
     cores: int
     cores_total: int
     memory_bytes: int
     gpus: tuple[Gpu, ...] = ()
     gpu_reason: str = ""
-    """Why there is no GPU to offer, if there is none."""
+    """Why no GPU can be used; empty if one can."""
     cpu_model: str = ""
     cpu_flags: frozenset[str] = field(default_factory=frozenset, repr=False)
     system: str = ""
     torch_cuda: str = ""
-    """The CUDA version for which the installed torch was built; empty for a build for CPUs."""
+    """CUDA version for which the installed torch was built; empty for a CPU build."""
 
     @classmethod
     def here(cls) -> Machine:
-        """Probe this machine once per process."""
+        """Return this machine, probed once per process."""
         return _probe()
 
-    def device(self, wanted: str) -> str:
-        """`auto` becomes cuda where a GPU is visible, else cpu."""
-        return ("cuda" if self.gpus else "cpu") if wanted == "auto" else wanted
+    def device(self, requested: str) -> str:
+        """Return `requested`, with `auto` replaced by cuda if a GPU is visible, else by cpu."""
+        return ("cuda" if self.gpus else "cpu") if requested == "auto" else requested
 
     def slots(self, device: str) -> int:
-        """How many ranks have a device of their own: GPUs, or cores."""
+        """Return how many ranks can have a device of their own: the number of GPUs, or of cores."""
         return len(self.gpus) if device == "cuda" else self.cores
 
     @property
     def capability(self) -> tuple[int, int] | None:
-        """The least compute capability of the GPUs; None without a GPU, or if the driver does not say it."""
-        known = [gpu.capability for gpu in self.gpus if gpu.capability is not None]
-        return min(known) if known and len(known) == len(self.gpus) else None
+        """Lowest compute capability of the GPUs; None without a GPU, or if the driver does not report it."""
+        capabilities = [gpu.capability for gpu in self.gpus if gpu.capability is not None]
+        return min(capabilities) if capabilities and len(capabilities) == len(self.gpus) else None
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
@@ -98,7 +98,7 @@ def _probe() -> Machine:
 
 
 def _usable_cores() -> int:
-    """CPU_LIMIT (JupyterHub), then the cgroup quota, then the affinity mask; never more than the mask allows."""
+    """Return the usable cores: the smallest of CPU_LIMIT (JupyterHub), the cgroup quota and the affinity mask."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     limits = [float(cores)]
     try:
@@ -114,21 +114,22 @@ def _usable_cores() -> int:
 
 
 def _usable_memory() -> int:
-    """MEM_LIMIT (JupyterHub), then the cgroup limit, then what the machine has, in bytes."""
+    """Return the usable memory in bytes: the least of MEM_LIMIT (JupyterHub), the cgroup limit and physical memory."""
     try:
         limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     except (ValueError, OSError):
         limits = []
-    said = [os.environ.get("MEM_LIMIT", "")]
+    limit_texts = [os.environ.get("MEM_LIMIT", "")]
     with suppress(OSError):
-        said.append(Path("/sys/fs/cgroup/memory.max").read_text())
-    for text in said:
+        limit_texts.append(Path("/sys/fs/cgroup/memory.max").read_text())
+    for text in limit_texts:
         with suppress(ValueError):  # "max" is no limit
             limits.append(int(text))
     return min(limits, default=0)
 
 
 def _cpu() -> tuple[str, frozenset[str]]:
+    """Return the model name and the feature flags of the CPU, as /proc/cpuinfo reports them."""
     model, flags = platform.processor(), frozenset[str]()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -144,7 +145,7 @@ def _cpu() -> tuple[str, frozenset[str]]:
 
 
 def _gpus() -> tuple[tuple[Gpu, ...], str]:
-    """GPUs that CUDA would show, in its order, or the reason why there are none."""
+    """Return the GPUs that CUDA would show, in its order, or the reason why there are none."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return (), "no NVIDIA driver on this machine (nvidia-smi not found)"
@@ -159,16 +160,19 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
     except (OSError, subprocess.SubprocessError) as error:
         return (), f"nvidia-smi does not answer ({type(error).__name__})"
     capabilities = _capabilities(smi)
-    found = []
+    gpus = []
     for line in csv.reader(answer.splitlines(), skipinitialspace=True):
         index, uuid, *names, total, used = line
-        name = ", ".join(names)  # nvidia-smi quotes nothing, and a name may hold a comma
-        found.append(Gpu(int(index), uuid, name, _mebibytes(total), _mebibytes(used), capabilities.get(uuid)))
-    return visible(tuple(found), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        name = ", ".join(names)  # nvidia-smi quotes nothing, and a name may contain a comma
+        gpus.append(Gpu(int(index), uuid, name, _mebibytes(total), _mebibytes(used), capabilities.get(uuid)))
+    return visible(tuple(gpus), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def _capabilities(smi: str) -> dict[str, tuple[int, int]]:
-    """By UUID. A question of its own: drivers before 2021 do not know it, and would answer nothing at all."""
+    """Return the compute capabilities by UUID.
+
+    This is a separate query, because drivers before 2021 do not know the field and would reject the whole query.
+    """
     command = [smi, "--query-gpu=uuid,compute_cap", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=SMI_TIMEOUT_S, check=True).stdout
@@ -179,37 +183,38 @@ def _capabilities(smi: str) -> dict[str, tuple[int, int]]:
 
 
 def _torch_cuda() -> str:
-    """Read from torch's own version file: importing it takes seconds."""
+    """Return the CUDA version from torch's own version file, because importing torch takes seconds."""
     spec = find_spec("torch")
     try:
         text = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
     except OSError:
         return ""
-    found = re.search(r"^cuda\b[^=]*= *['\"]([\d.]+)['\"]", text, re.M)
-    return found[1] if found else ""
+    match = re.search(r"^cuda\b[^=]*= *['\"]([\d.]+)['\"]", text, re.M)
+    return match[1] if match else ""
 
 
 def _mebibytes(text: str) -> int:
-    """nvidia-smi's number; it prints [N/A] for memory on some integrated and MIG devices."""
+    """Return nvidia-smi's number of MiB in bytes, or 0 for [N/A] (memory of some integrated and MIG devices)."""
     try:
         return int(text) * 2**20
     except ValueError:
         return 0
 
 
-def visible(gpus: tuple[Gpu, ...], wanted: str | None) -> tuple[tuple[Gpu, ...], str]:
-    """Apply CUDA_VISIBLE_DEVICES as CUDA does.
+def visible(gpus: tuple[Gpu, ...], requested: str | None) -> tuple[tuple[Gpu, ...], str]:
+    """Apply CUDA_VISIBLE_DEVICES as CUDA does; return the visible GPUs and why there are none.
 
-    A list of indices or unambiguous UUID prefixes, cut at the first invalid entry; an entry that comes twice hides all.
+    The variable is a list of indices or unambiguous UUID prefixes that ends at the first invalid entry; a repeated
+    entry hides all GPUs.
     """
     if not gpus:
         return (), "the NVIDIA driver reports no GPU"
-    if wanted is None:
+    if requested is None:
         return gpus, ""
     chosen: list[Gpu] = []
-    for entry in wanted.split(","):
+    for entry in requested.split(","):
         entry = entry.strip()
-        if entry.startswith("MIG-"):  # a slice of a GPU; nvidia-smi tells its memory for the whole GPU only
+        if entry.startswith("MIG-"):  # a slice of a GPU; nvidia-smi reports memory for the whole GPU only
             match = [Gpu(len(chosen), entry, "MIG device", 0, 0)]
         else:
             match = [gpu for gpu in gpus if entry and (entry == str(gpu.index) or gpu.uuid.startswith(entry))]
@@ -219,4 +224,4 @@ def visible(gpus: tuple[Gpu, ...], wanted: str | None) -> tuple[tuple[Gpu, ...],
             chosen = []
             break
         chosen.append(match[0])
-    return tuple(chosen), "" if chosen else f"CUDA_VISIBLE_DEVICES={wanted!r} hides every GPU"
+    return tuple(chosen), "" if chosen else f"CUDA_VISIBLE_DEVICES={requested!r} hides every GPU"

@@ -1,7 +1,7 @@
-"""How many bytes of model state a rank should hold: the formulas of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
+"""Expected bytes of model state per rank: the formulas of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
 
-For Ψ parameters that the rank's part of the model has (after tp, ep and pp have cut it), b bytes each, an optimizer
-with k numbers of memory per parameter (Adam 2, SGD with momentum 1) and N = dp_shard:
+For Ψ parameters in the rank's part of the model (after sharding by tp, ep and pp), b bytes each, an optimizer with k
+values of state per parameter (Adam 2, SGD with momentum 1) and N = dp_shard:
 
 | stage         | parameters | gradients | optimizer |
 |---------------|------------|-----------|-----------|
@@ -10,12 +10,13 @@ with k numbers of memory per parameter (Adam 2, SGD with momentum 1) and N = dp_
 | 2             | bΨ         | bΨ / N    | k·bΨ / N  |
 | 3             | bΨ / N     | bΨ / N    | k·bΨ / N  |
 
-An asynchronous pipeline stashes versions of its trained parameters: one for each minibatch under way but the next one
-(PipeDream, Narayanan et al. 2019), and one more where weights are predicted. Activations have no formula here: they
+An asynchronous pipeline stashes versions of its trained parameters: one for each minibatch in flight except the next
+(PipeDream, Narayanan et al. 2019), and one more if weights are predicted. Activations have no formula here: they
 depend on the batch, not on the number of parameters.
 
-Moments are as wide as the weights, but float32 beside bfloat16 weights; of 8 bits (optimizer.state_bits) they take a
-byte each and 4 bytes for every 256 (tensors of fewer than 4096 numbers keep 32 bits, which the formula leaves out).
+Moments are as wide as the weights, except that they are float32 with bfloat16 weights; with 8 bits
+(optimizer.state_bits) they take a byte each plus 4 bytes for every 256 (tensors of fewer than 4096 elements keep 32
+bits, which the formula ignores).
 """
 
 from __future__ import annotations
@@ -23,50 +24,50 @@ from __future__ import annotations
 from labkit.experiment.schema import Experiment
 
 STATES = ("parameters", "gradients", "optimizer")
-"""What makes up the model state, in the order in which pictures stack it."""
+"""Components of the model state, in the order in which plots stack them."""
 KINDS = (*STATES, "stash", "activations")
-"""All that is measured; `stash` where weights are stashed."""
+"""Everything that is measured; `stash` only where weights are stashed."""
 
 
-def moments(experiment: Experiment) -> int:
-    """Numbers that the optimizer remembers of every parameter."""
+def moments_per_parameter(experiment: Experiment) -> int:
+    """Return how many values per parameter the optimizer stores."""
     optimizer = experiment.optimizer
     return 2 if optimizer.name == "adamw" else int(optimizer.momentum > 0)
 
 
 def zero_stage(experiment: Experiment) -> int:
-    """The stage of ZeRO in force; 0 where nothing is sharded."""
+    """Return the ZeRO stage in use; 0 if nothing is sharded."""
     return experiment.layout.zero_stage if experiment.layout.dp_shard > 1 else 0
 
 
-def model_state(experiment: Experiment, held: int, trained: int) -> dict[str, float]:
-    """Bytes of parameters, gradients and optimizer state on a rank.
+def model_state_bytes(experiment: Experiment, parameter_bytes: int, trainable_bytes: int) -> dict[str, float]:
+    """Return the expected bytes of parameters, gradients and optimizer state on a rank.
 
-    `held`: bytes of all parameters in the rank's part of the model, unsharded (bΨ above); `trained`: bytes of those
-    among them that are not frozen, the only ones with gradients and optimizer state.
+    `parameter_bytes` counts all parameters in the rank's part of the model, unsharded (bΨ above); `trainable_bytes`
+    counts those that are not frozen, the only ones with gradients and optimizer state.
     """
     stage, ranks = zero_stage(experiment), experiment.layout.dp_shard
-    whole = {
-        "parameters": float(held),
-        "gradients": float(trained),
-        "optimizer": moments(experiment) * trained * _moment_bytes(experiment),
+    unsharded = {
+        "parameters": float(parameter_bytes),
+        "gradients": float(trainable_bytes),
+        "optimizer": moments_per_parameter(experiment) * trainable_bytes * _moment_bytes(experiment),
     }
     sharded = {"parameters": stage >= 3, "gradients": stage >= 2, "optimizer": stage >= 1}
-    return {name: size / ranks if sharded[name] else size for name, size in whole.items()}
+    return {name: size / ranks if sharded[name] else size for name, size in unsharded.items()}
 
 
 def _moment_bytes(experiment: Experiment) -> float:
-    """Bytes of a moment beside those of a weight."""
-    wide = 2.0 if experiment.quantization.training == "pure_bf16" else 1.0
-    return wide if experiment.optimizer.state_bits == 32 else wide * (1 + 4 / 256) / 4
+    """Return the bytes of a moment as a multiple of those of a weight."""
+    weight_ratio = 2.0 if experiment.quantization.training == "pure_bf16" else 1.0
+    return weight_ratio if experiment.optimizer.state_bits == 32 else weight_ratio * (1 + 4 / 256) / 4
 
 
-def stash(experiment: Experiment, ahead: int, trained: int) -> float:
-    """Bytes of the stashed weights of a stage whose forward passes are `ahead` of its backward passes by so many.
+def stash_bytes(experiment: Experiment, ahead: int, trainable_bytes: int) -> float:
+    """Return the bytes of stashed weights of a stage that runs `ahead` forward passes ahead of its backward passes.
 
-    `trained` as above.
+    `trainable_bytes` is as in `model_state_bytes`.
     """
     options = experiment.gradients.update.options
     if not options.get("stash") or not ahead:
         return 0.0
-    return float((ahead + (options["predict"] > 0)) * trained)
+    return float((ahead + (options["predict"] > 0)) * trainable_bytes)

@@ -1,4 +1,4 @@
-"""The same training by one process: what speed-ups and parity refer to."""
+"""The same training in a single process: the reference of speed-ups and parity checks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MAX_NAME = 200
 
 
 def one_process(experiment: Experiment, name: str = "") -> Experiment:
-    """`experiment` on one rank and in one pass, with plain gradients, under another name."""
+    """Return `experiment` on one rank and in one pass per step, with plain gradients and another name."""
     return experiment.set(
         {
             "layout": Layout(),
@@ -23,6 +23,9 @@ def one_process(experiment: Experiment, name: str = "") -> Experiment:
 
 
 def is_one_process(experiment: Experiment) -> bool:
-    """Does one process compute the whole batch in one pass, at its own speed? Any other baseline would flatter."""
+    """Return True if one process computes the whole batch in one pass at its own speed.
+
+    Any other baseline would flatter the run that is compared with it.
+    """
     alone = experiment.layout.world_size == 1 and experiment.gradients.accumulation == 1
     return alone and not experiment.launch.slowdown

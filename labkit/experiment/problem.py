@@ -1,4 +1,4 @@
-"""What is wrong with a request, said in one sentence."""
+"""Problems of a request, each described in one sentence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Problem:
     """One reason why an experiment cannot run.
 
     `field` is the dotted name of the setting, `reason` a clause without a full stop, `nearest` the closest legal value
-    (None when there is none to offer).
+    (None if there is none to offer).
     """
 
     field: str
@@ -30,7 +30,7 @@ class Problem:
 
 
 class ExperimentError(ValueError):
-    """The request is wrong. `problems` lists every reason; the message is one sentence a line."""
+    """Raised for an invalid experiment. `problems` lists every reason; the message has one sentence per line."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = list(problems)
@@ -45,18 +45,18 @@ class OptionError(ValueError):
         super().__init__(f"{field}: {reason}" if field else reason)
 
 
-def closest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that `word` was probably meant to be, or None."""
-    found = get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return found[0] if found else None
+def closest(word: str, candidates: Iterable[str]) -> str | None:
+    """Return the candidate that `word` was probably meant to be, or None."""
+    matches = get_close_matches(word, list(candidates), n=1, cutoff=0.5)
+    return matches[0] if matches else None
 
 
-def unknown(field: str, word: str, known: Iterable[str], what: str = "field") -> Problem:
-    """A problem for a word that is not in the list of known ones."""
-    known = list(known)
-    if not known:
+def unknown(field: str, word: str, candidates: Iterable[str], what: str = "field") -> Problem:
+    """Return a problem that says that `word` is not one of the candidates."""
+    candidates = list(candidates)
+    if not candidates:
         return Problem(field, f"there is no {what} {word!r} here")
-    return Problem(field, f"unknown {what} {word!r}; known: {', '.join(known)}", closest(word, known))
+    return Problem(field, f"unknown {what} {word!r}; known: {', '.join(candidates)}", closest(word, candidates))
 
 
 _NOT_OF_TYPE = ("_type", "_parsing", "_parsing_size", "_from_float", "_unicode")
@@ -78,15 +78,15 @@ _COMPARISONS = {
 
 
 def explain(error: ValidationError, model: type | None = None, prefix: str = "") -> list[Problem]:
-    """Turn pydantic's error into problems: `training.steps: must be at least 1, got 0`."""
+    """Turn pydantic's error into problems, such as `training.steps: must be at least 1, got 0`."""
     problems = []
     for item in error.errors(include_url=False):
         path = [str(part) for part in item["loc"] if part != "[key]"]
         field = ".".join(([prefix] if prefix else []) + path)
         kind, given, context = item["type"], item.get("input"), item.get("ctx", {})
         if kind == "extra_forbidden":
-            known = _fields_at(model, path[:-1])
-            problems.append(unknown(field, path[-1], known))
+            candidates = _fields_at(model, path[:-1])
+            problems.append(unknown(field, path[-1], candidates))
         elif kind in _COMPARISONS:
             words, key = _COMPARISONS[kind]
             bound = context[key]
@@ -96,8 +96,8 @@ def explain(error: ValidationError, model: type | None = None, prefix: str = "")
             problems.append(Problem(field, f"must be a finite number, got {_short(given)}"))
         elif kind == "literal_error":
             offered = re.findall(r"'([^']*)'", context["expected"])
-            said = f"must be one of {context['expected']}, got {_short(given)}"
-            problems.append(Problem(field, said, closest(str(given), offered)))
+            message = f"must be one of {context['expected']}, got {_short(given)}"
+            problems.append(Problem(field, message, closest(str(given), offered)))
         elif kind == "string_too_long":
             most = context["max_length"]
             problems.append(Problem(field, f"must have at most {most} characters, got {len(str(given))}"))
@@ -112,14 +112,14 @@ def explain(error: ValidationError, model: type | None = None, prefix: str = "")
             dotted = ".".join(part for part in (field, inner.field) if part)
             problems.append(Problem(dotted, inner.reason, inner.nearest))
         else:
-            said = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
             got = "" if "error" in context else f", got {_short(given)}"
-            problems.append(Problem(field, (said[:1].lower() + said[1:]).rstrip(".") + got))
+            problems.append(Problem(field, (message[:1].lower() + message[1:]).rstrip(".") + got))
     return problems
 
 
 def _fields_at(model: type | None, path: list[str]) -> list[str]:
-    """Names of the fields of the section at `path` below `model`."""
+    """Return the names of the fields of the section at `path` below `model`."""
     for part in path:
         annotation = getattr(model, "model_fields", {})[part].annotation if model else None
         kinds = (annotation, *get_args(annotation))  # a section that may be null is a union
@@ -128,6 +128,7 @@ def _fields_at(model: type | None, path: list[str]) -> list[str]:
 
 
 def _short(value: Any, limit: int = 60) -> str:
+    """Return the repr of a value, cut to `limit` characters."""
     try:
         text = "null" if value is None else repr(value)
     except RecursionError:

@@ -10,7 +10,7 @@ from labkit.experiment.schema import Experiment, Optimizer, Training, Workload
 
 
 def vision_ddp() -> Experiment:
-    """Handwritten digits with a residual network, data parallel."""
+    """Return a residual network on handwritten digits, data parallel."""
     return Experiment(
         workload=Workload(name="vision"),
         layout=Layout(dp_replicate=2),
@@ -20,12 +20,12 @@ def vision_ddp() -> Experiment:
 
 
 def vision_transformer_ddp() -> Experiment:
-    """Handwritten digits with a small vision transformer, data parallel."""
+    """Return a small vision transformer on handwritten digits, data parallel."""
     return vision_ddp().replace("workload.model=vit", "optimizer.lr=3e-3", "training.steps=400")
 
 
 def language_ddp() -> Experiment:
-    """Python's own documentation with a small GPT, data parallel."""
+    """Return a small GPT on Python's own documentation, data parallel."""
     return Experiment(
         workload=Workload(name="language"),
         layout=Layout(dp_replicate=2),
@@ -35,7 +35,7 @@ def language_ddp() -> Experiment:
 
 
 def driving_ddp() -> Experiment:
-    """Self-driving by behaviour cloning, data parallel."""
+    """Return self-driving by behaviour cloning, data parallel."""
     return Experiment(
         workload=Workload(name="driving"),
         layout=Layout(dp_replicate=2),
@@ -53,7 +53,7 @@ RECIPES: dict[str, Callable[[], Experiment]] = {
 
 
 def recipe(name: str) -> Experiment:
-    """The recipe called `name`; ExperimentError with the known names if there is none."""
+    """Return the recipe called `name`; raises ExperimentError with the known names if there is none."""
     if name not in RECIPES:
         raise ExperimentError([unknown("", name, RECIPES, "recipe")])
     return RECIPES[name]()

@@ -1,7 +1,7 @@
-"""Going on from a checkpoint: which of what single ranks kept can be used, what is not exact then, and what changed.
+"""Resuming from a checkpoint: which local state can be reused, what makes the resume inexact, and what changed.
 
-Whatever a layout, a run that goes on from a checkpoint repeats the run that was never interrupted, number by number,
-unless `notes` says why not. It stands in the warnings of the run and in the notes of its summary.
+With any layout, a run that resumes from a checkpoint repeats the uninterrupted run bit for bit unless `notes` says why
+not. The notes appear in the warnings of the run and in its summary.
 """
 
 from __future__ import annotations
@@ -9,53 +9,55 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from labkit.experiment.checkpoint_files import Contents
+from labkit.experiment.checkpoint_files import Manifest
 from labkit.experiment.registry import registry
 from labkit.experiment.schema import Experiment
 
-MOST_VALUE = 60
-"""Characters of a changed value that are shown."""
-MOST_CHANGES = 20
+MAX_VALUE_LENGTH = 60
+"""Maximum number of characters of a changed value that are shown."""
+MAX_CHANGES = 20
 
 
 def same_ranks(before: Experiment, now: Experiment) -> bool:
-    """Can each rank go on with what it kept for itself: same layout, same hosts, same ways to combine gradients?"""
-    hosts = [getattr(one.launch.network, "hosts", 1) for one in (before, now)]
+    """Return True if each rank can reuse its local state: the same layout, hosts and ways to combine gradients."""
+    hosts = [getattr(experiment.launch.network, "hosts", 1) for experiment in (before, now)]
     return before.layout == now.layout and before.gradients == now.gradients and hosts[0] == hosts[1]
 
 
-def notes(before: Experiment, now: Experiment, contents: Contents) -> list[str]:
-    """Sentences about a run `now` that goes on from a checkpoint of `before`; none if nothing is to be said."""
+def notes(before: Experiment, now: Experiment, contents: Manifest) -> list[str]:
+    """Return sentences about the run `now`, which resumes from a checkpoint of `before`; empty if there are none."""
     return [*_settings(before, now), *_code(before, now, contents), *_inexact(before, now, contents)]
 
 
 def task_code(experiment: Experiment) -> str:
-    """SHA-256 of the file in which a user's own task stands; empty if there is no such file."""
+    """Return the SHA-256 of the file that defines a user's own task; empty if there is no such file."""
     workload = registry("workload")[experiment.workload.name].load()
     code_of = getattr(workload, "code_of", None)
     return "" if code_of is None else str(code_of(workload.Options(**experiment.workload.options)))
 
 
 def carried_code(experiment: Experiment) -> str:
-    """Which code that is not labkit's a run of this experiment executes, in words; empty if none."""
+    """Describe the code outside labkit that a run of this experiment executes; empty if there is none."""
     workload = registry("workload")[experiment.workload.name].load()
     carries = getattr(workload, "carries", None)
     return "" if carries is None else str(carries(workload.Options(**experiment.workload.options)))
 
 
 def _settings(before: Experiment, now: Experiment) -> Iterator[str]:
+    """Note the settings that differ from those of the checkpoint."""
     old, new = dict(_flat(before.to_dict())), dict(_flat(now.to_dict()))
     changed = [
         f"{field} {_shown(new.get(field))} (was {_shown(old.get(field))})"
         for field in sorted(old.keys() | new.keys())
         if old.get(field) != new.get(field) and field not in ("name", "schema_version")
     ]
-    more = f" and {len(changed) - MOST_CHANGES} more" if len(changed) > MOST_CHANGES else ""
+    more = f" and {len(changed) - MAX_CHANGES} more" if len(changed) > MAX_CHANGES else ""
     if changed:
-        yield f"it was resumed with other settings: {', '.join(changed[:MOST_CHANGES])}{more}"
+        yield f"it was resumed with other settings: {', '.join(changed[:MAX_CHANGES])}{more}"
 
 
 def _flat(section: dict[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and the value of every setting below `section`."""
     for name, value in section.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{start}{name}.")
@@ -64,17 +66,20 @@ def _flat(section: dict[str, Any], start: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _shown(value: Any) -> str:
+    """Return a value as text, cut to MOST_VALUE characters."""
     text = "empty" if value is None else str(value)
-    return text if len(text) <= MOST_VALUE else f"{text[: MOST_VALUE - 1]}…"
+    return text if len(text) <= MAX_VALUE_LENGTH else f"{text[: MAX_VALUE_LENGTH - 1]}…"
 
 
-def _code(before: Experiment, now: Experiment, contents: Contents) -> Iterator[str]:
+def _code(before: Experiment, now: Experiment, contents: Manifest) -> Iterator[str]:
+    """Note that the user's task has changed since the checkpoint."""
     if contents.code and before.workload == now.workload and task_code(now) != contents.code:
         where = now.workload.options.get("path") or "the task"
         yield f"the code of {where} has changed since the checkpoint it was resumed from"
 
 
-def _inexact(before: Experiment, now: Experiment, contents: Contents) -> Iterator[str]:
+def _inexact(before: Experiment, now: Experiment, contents: Manifest) -> Iterator[str]:
+    """Note each reason why the resumed run is not exact."""
     kept = contents.ranks == now.layout.world_size and same_ranks(before, now)
     compression = now.gradients.compression
     compressor = registry("gradients.compression")[compression.method].load()

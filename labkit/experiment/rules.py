@@ -1,7 +1,7 @@
-"""What goes together, and what this machine can run. One function per rule; each yields problems.
+"""Rules for what can be combined, and for what this machine can run. One function per rule; each yields problems.
 
-A rule says the field, the reason and the nearest legal value. Rules that belong to one method stand in that method's
-file (`problems(experiment, machine)` of its class) and are called from here.
+A rule names the field, the reason and the nearest legal value. Rules that belong to one method are defined in that
+method's file (`problems(experiment, machine)` of its class) and are called from here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from labkit.experiment.schema import Experiment
 
 Rule = Callable[[Experiment, Machine], Iterable[Problem]]
 
-# Knob in the registry, and the field of the experiment that chooses from it.
+# Registry of each choice, and the field of the experiment that selects from it.
 CHOICES = {
     "workload": "workload.name",
     "gradients.compression": "gradients.compression.method",
@@ -31,7 +31,7 @@ MAX_RANKS_PER_SLOT = 16
 
 
 def problems(experiment: Experiment, machine: Machine | None = None) -> list[Problem]:
-    """Every reason why `experiment` cannot run on `machine`, in the order of the form."""
+    """Return every reason why `experiment` cannot run on `machine`, in the order of the form."""
     machine = machine or Machine.here()
     try:
         resolved = experiment.resolve(machine)
@@ -41,7 +41,7 @@ def problems(experiment: Experiment, machine: Machine | None = None) -> list[Pro
 
 
 def warnings(experiment: Experiment, machine: Machine | None = None) -> list[Problem]:
-    """What will run, but not mean what one might think."""
+    """Return what will run, but may not mean what the user expects."""
     machine = machine or Machine.here()
     try:
         resolved = experiment.resolve(machine)
@@ -51,7 +51,7 @@ def warnings(experiment: Experiment, machine: Machine | None = None) -> list[Pro
 
 
 def planned_methods(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-    """A method whose name is known but whose code is not here yet."""
+    """Refuse methods whose names are registered but whose code is not in this version."""
     for knob, field in CHOICES.items():
         methods = registry(knob)
         key = experiment.get(field)
@@ -69,7 +69,7 @@ def planned_methods(experiment: Experiment, machine: Machine) -> Iterator[Proble
 
 
 def method_rules(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-    """The rules that stand in the files of the chosen methods."""
+    """Yield the problems that the chosen methods report themselves."""
     for knob, field in CHOICES.items():
         method = registry(knob)[experiment.get(field)]
         if method.available:
@@ -77,19 +77,19 @@ def method_rules(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
 
 
 def emulated_network(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-    """Why `launch.network` cannot be had in this experiment or on this machine."""
+    """Yield the reasons why `launch.network` cannot be emulated for this experiment or on this machine."""
     if experiment.launch.network is not None:
         yield from network_rules().problems(experiment, machine)
 
 
-def about_the_network(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-    """What the emulated network is, so that nobody takes it for a real one."""
+def network_warnings(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Say what the emulated network is, so that nobody takes it for a real one."""
     if experiment.launch.network is not None:
         yield from network_rules().warnings(experiment, machine)
 
 
 def axis_rules(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-    """The rules of the axes along which there is more than one rank."""
+    """Yield the problems of the axes along which there is more than one rank."""
     axes = registry("layout.axes")
     for axis in AXES:
         if getattr(experiment.layout, axis) > 1 and axes[axis].available:
@@ -97,24 +97,26 @@ def axis_rules(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
 
 
 def batch_covers_ranks(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-    """Every rank needs at least one sample in every pass."""
+    """Require at least one sample for every rank in every pass."""
     ranks, passes = experiment.layout.data_parallel, experiment.gradients.accumulation
-    least = ranks * passes
-    if experiment.training.global_batch < least:
+    minimum = ranks * passes
+    if experiment.training.global_batch < minimum:
         yield Problem(
             "training.global_batch",
-            f"{ranks} data-parallel ranks × {passes} passes need at least {least} samples per update, "
+            f"{ranks} data-parallel ranks × {passes} passes need at least {minimum} samples per update, "
             f"got {experiment.training.global_batch}",
-            least,
+            minimum,
         )
 
 
 def device_exists(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Refuse `cuda` on a machine without a usable GPU."""
     if experiment.launch.device == "cuda" and not machine.gpus:
         yield Problem("launch.device", f"no GPU can be used: {machine.gpu_reason}", "cpu")
 
 
 def point_to_point_on_shared_gpus(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Refuse layouts that send tensors between two ranks if ranks share a GPU."""
     ranks, gpus = experiment.layout.world_size, len(machine.gpus)
     if experiment.launch.device != "cuda" or not 0 < gpus < ranks:
         return
@@ -131,6 +133,7 @@ def point_to_point_on_shared_gpus(experiment: Experiment, machine: Machine) -> I
 
 
 def compiled_blocks_are_whole(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Refuse to compile blocks inside which ranks exchange activations."""
     layout = experiment.layout
     if experiment.launch.compile == "blocks" and layout.world_size > layout.dp_replicate * layout.dp_shard:
         reason = (
@@ -139,18 +142,20 @@ def compiled_blocks_are_whole(experiment: Experiment, machine: Machine) -> Itera
         yield Problem("launch.compile", reason, "off")
 
 
-def memory_is_shared(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+def shared_memory_is_for_the_cpu(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Refuse the shared-memory transport for gradients on GPUs."""
     if experiment.launch.transport == "shared_memory" and experiment.launch.device == "cuda":
-        yield Problem("launch.transport", "gradients on GPUs do not travel through the host's memory", "auto")
+        yield Problem("launch.transport", "gradients on GPUs are not exchanged through the host's memory", "auto")
 
 
-def hosts_to_add_up_in(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+def hierarchical_sums(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Yield the reasons why gradients cannot be summed in two levels."""
     layout = experiment.layout
     if not experiment.gradients.hierarchical:
         return
     field, hosts = "gradients.hierarchical", _hosts(experiment)
     if layout.world_size != layout.dp_replicate:
-        yield Problem(field, "sums in two storeys are defined for plain data parallelism only", "false")
+        yield Problem(field, "hierarchical sums are defined for plain data parallelism only", "false")
     elif not _exchanges_gradients(experiment):
         yield Problem(field, f"{experiment.gradients.update.method} exchanges no gradients", "false")
     elif hosts < 2:
@@ -162,66 +167,72 @@ def hosts_to_add_up_in(experiment: Experiment, machine: Machine) -> Iterator[Pro
 
 
 def _exchanges_gradients(experiment: Experiment) -> bool:
-    """Do gradients travel, or does the update rule combine what ranks learned in another way?"""
+    """Return True if gradients are exchanged, False if the update rule combines the replicas in another way."""
     rule = registry("gradients.update")[experiment.gradients.update.method]
     return rule.available and bool(rule.load().uses_ddp)
 
 
 def _hosts(experiment: Experiment) -> int:
+    """Return the number of emulated hosts."""
     return getattr(experiment.launch.network, "hosts", 1)
 
 
 def shares_follow_speed(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Yield the reasons why shares of the batch cannot follow the speed of the ranks."""
     if experiment.training.shares != "speed":
         return
     layout, field = experiment.layout, "training.shares"
     if layout.world_size != layout.dp_replicate:
         yield Problem(field, "only whole replicas can take shares of different sizes", "equal")
     if experiment.gradients.update.method != "synchronous":
-        said = "samples count alike only where every update is synchronous"
-        yield Problem(field, said, "equal")
+        reason = "samples have equal weight only if every update is synchronous"
+        yield Problem(field, reason, "equal")
     if experiment.training.loader_workers:
         yield Problem("training.loader_workers", "loader processes prepare batches before their shares are known", 0)
 
 
 def ranks_fit(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-    """A bound on oversubscription, so that a slip of the finger does not take the machine down."""
+    """Limit oversubscription, so that a typing error does not take the machine down."""
     slots = max(1, machine.slots(experiment.launch.device))
-    most = slots * MAX_RANKS_PER_SLOT
+    maximum = slots * MAX_RANKS_PER_SLOT
     ranks = experiment.layout.world_size
-    if ranks > most:
+    if ranks > maximum:
         what = "GPUs" if experiment.launch.device == "cuda" else "cores"
         yield Problem(
-            "layout", f"{ranks} ranks are more than {MAX_RANKS_PER_SLOT} times the {slots} {what} of this machine", most
+            "layout",
+            f"{ranks} ranks are more than {MAX_RANKS_PER_SLOT} times the {slots} {what} of this machine",
+            maximum,
         )
 
 
-def isolated_makes_no_update(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+def isolated_is_data_parallel(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Refuse independent copies for anything but plain data parallelism."""
     if experiment.launch.isolated and experiment.layout.world_size != experiment.layout.dp_replicate:
         yield Problem("launch.isolated", "independent copies are defined for plain data parallelism only", "false")
 
 
 def slowed_ranks_exist(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Refuse slowdowns of ranks that do not exist."""
     ranks = experiment.layout.world_size
     for rank in sorted(rank for rank in experiment.launch.slowdown if rank >= ranks):
         yield Problem("launch.slowdown", f"there is no rank {rank}: the {ranks} ranks are numbered from 0 on")
 
 
-def narrow_state(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-    """Moments of 8 bits are packed: nobody else can read them."""
+def eight_bit_state(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Yield the reasons why the optimizer state cannot have 8 bits: other parts cannot read its packed moments."""
     if experiment.optimizer.state_bits == 32:
         return
     field, update, layout = "optimizer.state_bits", experiment.gradients.update.method, experiment.layout
     if experiment.optimizer.name != "adamw":
-        yield Problem("optimizer.name", "only AdamW has a state of 8 bits", "adamw")
+        yield Problem("optimizer.name", "only AdamW has an 8-bit state", "adamw")
     if experiment.quantization.training == "fp64":
-        yield Problem(field, "a proof in float64 does not keep moments of 8 bits", 32)
+        yield Problem(field, "a proof in float64 does not use 8-bit moments", 32)
     if experiment.quantization.training == "fp16":
-        yield Problem(field, "updates that overflow are left out by the fused AdamW only, which keeps 32 bits", 32)
+        yield Problem(field, "only the fused AdamW, which keeps 32 bits, skips steps that overflow", 32)
     if update != "synchronous":
         yield Problem(field, f"{update} averages or moves the optimizer's moments, which 8 bits would not survive", 32)
     if experiment.sparsity.method != "none":
-        yield Problem(field, "removing weights clears their moments, which lie packed in blocks of 256", 32)
+        yield Problem(field, "pruning weights clears their moments, which are packed in blocks of 256", 32)
     compressor = registry("gradients.compression")[experiment.gradients.compression.method]
     options = compressor.load().Options(**experiment.gradients.compression.options) if compressor.available else None
     if getattr(options, "freeze", False):
@@ -233,24 +244,25 @@ def narrow_state(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
 
 RULES: list[Rule] = [
     planned_methods,
-    narrow_state,
+    eight_bit_state,
     method_rules,
     axis_rules,
     device_exists,
     point_to_point_on_shared_gpus,
     compiled_blocks_are_whole,
-    memory_is_shared,
-    hosts_to_add_up_in,
+    shared_memory_is_for_the_cpu,
+    hierarchical_sums,
     ranks_fit,
     batch_covers_ranks,
     shares_follow_speed,
-    isolated_makes_no_update,
+    isolated_is_data_parallel,
     emulated_network,
     slowed_ranks_exist,
 ]
 
 
 def oversubscribed(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Warn if there are more ranks than GPUs or more threads than cores."""
     device, ranks = experiment.launch.device, experiment.layout.world_size
     if device == "cuda" and 0 < len(machine.gpus) < ranks:
         yield Problem(
@@ -263,7 +275,7 @@ def oversubscribed(experiment: Experiment, machine: Machine) -> Iterator[Problem
 
 
 def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-    """An option that does nothing here says so."""
+    """Warn about every option that does nothing in this experiment."""
     layout = experiment.layout
     if layout.pp == 1:
         for name in ("microbatches", "stages_per_rank", "balance", "stage_blocks"):
@@ -279,7 +291,7 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
         yield Problem("gradients.hierarchical", "has no effect: every host has one rank")
     if layout.cpu_offload and (experiment.launch.device == "cpu" or layout.dp_shard == 1):
         on_cpu = experiment.launch.device == "cpu"
-        why = "everything lies in the host's memory already" if on_cpu else "nothing is sharded (layout.dp_shard is 1)"
+        why = "everything is in the host's memory already" if on_cpu else "nothing is sharded (layout.dp_shard is 1)"
         yield Problem("layout.cpu_offload", f"has no effect: {why}")
     if layout.sequence_parallel and layout.tp == 1:
         yield Problem("layout.sequence_parallel", "has no effect without tensor parallelism (layout.tp is 1)")
@@ -308,23 +320,23 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
 
 
 def _never_overlaps(experiment: Experiment) -> str | None:
-    """Why no gradient travels beside computation anyway; None if one may."""
+    """Return why no gradient is exchanged during computation anyway; None if one may be."""
     layout, launch = experiment.layout, experiment.launch
     if layout.world_size == 1 or launch.isolated or not _exchanges_gradients(experiment):
-        return "no gradient travels"
+        return "no gradients are exchanged"
     if layout.pp > 1:
-        return "a pipeline exchanges gradients when its schedule is over"
+        return "a pipeline exchanges gradients after its schedule has finished"
     if layout.dp_shard > 1 and layout.zero_stage == 3:
         return "torch's fully_shard decides when it exchanges gradients"
     compressed = experiment.gradients.compression.key != "none" or experiment.gradients.hierarchical
     by_network = launch.transport == "network" or launch.network is not None or launch.device == "cuda" or compressed
     if layout.world_size == layout.dp_replicate and not by_network:
-        return "through shared memory gradients never travel beside computation (launch.transport)"
+        return "shared memory never exchanges gradients during computation (launch.transport)"
     return None
 
 
 def method_warnings(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-    """The warnings that stand in the files of the chosen methods."""
+    """Yield the warnings that the chosen methods report themselves."""
     for knob, field in CHOICES.items():
         method = registry(knob)[experiment.get(field)]
         if method.available:
@@ -332,20 +344,22 @@ def method_warnings(experiment: Experiment, machine: Machine) -> Iterator[Proble
 
 
 def _none(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Report nothing: for methods without rules of their own."""
     return iter(())
 
 
 def slow_on_purpose(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Warn about ranks that are slowed down on purpose."""
     for rank, factor in sorted(experiment.launch.slowdown.items()):
         if factor > 1:
             yield Problem("launch.slowdown", f"rank {rank} computes {factor:g} times slower, on purpose")
 
 
-WARNINGS: list[Rule] = [oversubscribed, options_without_effect, about_the_network, slow_on_purpose, method_warnings]
+WARNINGS: list[Rule] = [oversubscribed, options_without_effect, network_warnings, slow_on_purpose, method_warnings]
 
 UNAVAILABLE: dict[str, Callable[[], str]] = {
     "launch.network": lambda: network_rules().possible().bucket,
     "launch.network.delay_ms": lambda: network_rules().possible().delay,
     "launch.network.hosts": lambda: network_rules().possible().hosts,
 }
-"""Fields that some machines cannot offer, and what tells why this one cannot ("" where it can)."""
+"""Fields that some machines cannot offer, with functions that return why this one cannot ("" if it can)."""

@@ -6,7 +6,7 @@
         status.json                  replaced by rename; exactly one terminal state
         progress.json                where every rank is now, replaced about twice a second
         stop.json                    somebody asked the run to stop
-        rank-N.jsonl                 one event a line, append-only, one writer each (kinds: see EVENTS)
+        rank-N.jsonl                 one event per line, append-only, one writer each (kinds: see EVENTS)
         rank-N.log                   what the rank printed, size-capped
         supervisor.log
         .alive                       locked by the supervisor for its life (labkit.runs.liveness); gone after the end
@@ -46,13 +46,13 @@ EVENTS = {
     "samples), samples (of this rank), seconds, data, forward, backward, optimizer (s), grad_norm, lr",
     "evaluation": "held-out metrics after `step` updates (rank 0): metrics, seconds",
     "checkpoint": "a checkpoint was written: step, path, seconds",
-    "numbers": "what layers with a product multiplied in the last evaluation (first rank of each stage): samples, "
+    "numbers": "operands of layers with a matrix product in the last evaluation (first rank of each stage): samples, "
     "layers (name, shape, types, histograms of inputs and weights), of_layers, multiplied (words to number of layers)",
-    "kernels": "kinds of layers of a sparse or narrow run beside dense float32 ones (rank 0): kinds (shape, rows, "
+    "kernels": "kinds of layers of a sparse or low-precision run and of dense float32 (rank 0): kinds (shape, rows, "
     "weights, bytes, seconds, dense_seconds), left_out, samples",
-    "exported": "the trained sparse network in other forms beside the dense one (rank 0): samples, by form metrics, "
+    "exported": "the trained sparse network in several forms and the dense one (rank 0): samples, by form metrics, "
     "bytes and layers; by batch size csr_layers, latency_seconds (by form) and fastest; saved (the form in the file)",
-    "trace": "what one traced update (`step`, counted from 1) looked like on this rank: memory and formula (bytes of "
+    "trace": "a trace of one optimizer step (`step`, counted from 1) on this rank: memory and formula (bytes of "
     "parameters, gradients, optimizer, activations), traffic (per axis: calls, bytes, wire_bytes, exposed_seconds), "
     "timeline (rows of kind F | B | I | W, stage, microbatch, begin and end in seconds of the machine's monotonic "
     "clock), experts (per block, how many choices fell on each expert)",
@@ -64,13 +64,13 @@ EVENTS = {
 }
 
 PHASES = ("setup", "data", "forward", "backward", "optimizer", "evaluation", "checkpoint", "done")
-"""Where a rank can be, in the order in which it gets there."""
+"""Phases of a rank, in the order in which it reaches them."""
 
 SLOW_PHASES = ("setup", "checkpoint")
 """Phases in which a rank may be silent for SLOW_FACTOR times launch.timeout_s.
 
-The set-up reads data and may compile, and a checkpoint writes many gigabytes of weights and moments between two signs
-of progress.
+The setup reads data and may compile, and a checkpoint writes many gigabytes of weights and moments between two
+heartbeats.
 """
 SLOW_FACTOR = 10
 
@@ -82,10 +82,10 @@ _CHECKPOINT = re.compile(r"step-([0-9]{1,12})", re.ASCII)
 
 
 def home() -> Path:
-    """The directory that holds all runs, from LABKIT_HOME or ~/.labkit (not created here).
+    """Return the directory that contains all runs, from LABKIT_HOME or ~/.labkit (not created here).
 
-    A relative LABKIT_HOME means the folder it names from where labkit is first used, whatever the current folder is
-    later: the variable is made absolute then, so that processes started later find the same runs.
+    A relative LABKIT_HOME is resolved against the current folder when labkit is first used: the variable is made
+    absolute then, so that later changes of folder do not matter and processes started later find the same runs.
     """
     given = os.environ.get("LABKIT_HOME")
     if not given:
@@ -98,21 +98,21 @@ def home() -> Path:
 
 
 def standby_log(root: Path) -> Path:
-    """What the waiting launchers of this home complain about."""
+    """Return the path of the log of the standby launchers of this home."""
     return root / "standby.log"
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The one class that owns every file name of a run."""
+    """Paths of all files of a run; the only class that defines their names."""
 
     path: Path
 
     @classmethod
     def create(cls, slug: str, root: Path | None = None) -> RunDirectory:
-        """Make a fresh directory with a readable id such as `20261123-0412-vision-dp2`; OSError if it cannot be."""
+        """Make a new directory with a readable id such as `20261123-0412-vision-dp2`; OSError if that is impossible."""
         runs = (root or home()) / "runs"
-        for folder in (runs.parent, runs):  # `mode` holds for the last folder only
+        for folder in (runs.parent, runs):  # `mode` applies to the last folder only
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         slug = re.sub(r"[^a-z0-9]+", "-", slug.lower()).strip("-")[:60] or "run"
         base = time.strftime("%Y%m%d-%H%M-") + slug
@@ -125,45 +125,45 @@ class RunDirectory:
 
     @classmethod
     def find(cls, reference: str | os.PathLike[str], root: Path | None = None) -> RunDirectory:
-        """The directory of a run id, of `last`, or at a path; FileNotFoundError (one sentence) if there is none."""
+        """Return the directory of a run id, of `last`, or at a path; FileNotFoundError (one sentence) if missing."""
         text = os.fspath(reference)
         runs = (root or home()) / "runs"
         if text == "last":
-            known = list(cls.all(root))
-            if known:
-                return known[-1]
+            existing = list(cls.all(root))
+            if existing:
+                return existing[-1]
             raise FileNotFoundError(f"there is no run in {runs} yet")
         if os.sep in text:
-            found = cls(Path(text).expanduser().absolute())
+            directory = cls(Path(text).expanduser().absolute())
         elif _ID.fullmatch(text):
-            found = cls(runs / text)
+            directory = cls(runs / text)
         else:
             raise FileNotFoundError(f"{text!r} is not a run id")
-        if not safe_files.is_regular(found.experiment):
-            where = f"at {found.path}" if os.sep in text else f"{text!r} in {runs}"
+        if not safe_files.is_regular(directory.experiment):
+            where = f"at {directory.path}" if os.sep in text else f"{text!r} in {runs}"
             raise FileNotFoundError(f"there is no run {where}")
-        return found
+        return directory
 
     @classmethod
     def all(cls, root: Path | None = None) -> Iterator[RunDirectory]:
-        """All runs, oldest first."""
+        """Yield all runs, oldest first."""
         runs = (root or home()) / "runs"
         try:
             paths = [runs / name for name in os.listdir(runs)]
         except (FileNotFoundError, NotADirectoryError):
             return
         visible = [path for path in paths if safe_files.is_regular(path / "experiment.json")]
-        yield from (cls(path) for path in sorted(visible, key=lambda path: (_made(path), path.name)))
+        yield from (cls(path) for path in sorted(visible, key=lambda path: (_written_at(path), path.name)))
 
-    def come_last(self) -> None:
-        """Make this the latest run of its home, also where the clock was put back since an earlier one.
+    def make_latest(self) -> None:
+        """Make this the latest run of its home, even if the clock was set back since an earlier one.
 
-        Runs are ordered by the time stamp of their experiment.json; that of this run, once it is written, is moved
-        behind all others if it is not there by itself.
+        Runs are ordered by the modification time of their experiment.json; that of this run, once written, is moved
+        after all others if it is not the latest already.
         """
-        others = (_made(other.path) for other in self.all(self.path.parent.parent) if other.path != self.path)
-        latest = max(others, default=0)
-        if _made(self.path) <= latest:
+        other_times = (_written_at(run.path) for run in self.all(self.path.parent.parent) if run.path != self.path)
+        latest = max(other_times, default=0)
+        if _written_at(self.path) <= latest:
             with contextlib.suppress(OSError):
                 os.utime(self.experiment, ns=(latest + 1000, latest + 1000), follow_symlinks=False)
 
@@ -201,7 +201,7 @@ class RunDirectory:
 
     @property
     def exported(self) -> Path:
-        """The trained network in its fastest form: labkit.sparsity.export reads it."""
+        """File with the trained network in its fastest form, read by labkit.sparsity.export."""
         return self.path / "exported.safetensors"
 
     @property
@@ -214,12 +214,12 @@ class RunDirectory:
 
     @property
     def alive(self) -> Path:
-        """The file that the supervisor locks for its life (labkit.runs.liveness)."""
+        """File that the supervisor locks for as long as it lives (labkit.runs.liveness)."""
         return self.path / ".alive"
 
     @property
     def reserve(self) -> Path:
-        """Blocks set aside so that the last status can be written on a full disk."""
+        """File with blocks set aside so that the last status can be written on a full disk."""
         return self.path / ".reserve"
 
     def events(self, rank: int) -> Path:
@@ -232,7 +232,7 @@ class RunDirectory:
         return self.checkpoints / f"step-{step:08d}"
 
     def checkpoint_steps(self) -> list[int]:
-        """Updates after which there is a complete checkpoint, rising; other names and links are passed over."""
+        """Return the steps after which there is a complete checkpoint, ascending; other names and links are ignored."""
         try:
             names = os.listdir(self.checkpoints) if safe_files.is_folder(self.checkpoints) else []
         except OSError:
@@ -242,15 +242,16 @@ class RunDirectory:
         return sorted(step for step in folders if safe_files.is_regular(self.checkpoint(step) / "checkpoint.json"))
 
     def remove_partial_checkpoints(self) -> None:
-        """Remove what was being written when its rank ended; called when no rank is left."""
+        """Remove checkpoints that were being written when their rank ended; called when no rank is left."""
         if safe_files.is_folder(self.checkpoints):
             for path in self.checkpoints.glob(".step-*.partial"):
                 safe_files.remove_folder(path)
 
 
-def _made(path: Path) -> int:
-    return safe_files.changed(path / "experiment.json")
+def _written_at(path: Path) -> int:
+    """Return when the run's experiment.json was written (ns)."""
+    return safe_files.modified_ns(path / "experiment.json")
 
 
-with contextlib.suppress(OSError, RuntimeError):  # the current folder may be gone; whoever needs it says so
-    home()  # before anybody can change the current folder: see there
+with contextlib.suppress(OSError, RuntimeError):  # the current folder may be gone; code that needs it raises then
+    home()  # before the current folder can change: see its docstring

@@ -1,12 +1,12 @@
-"""The one door through which labkit reads and writes files that somebody else may have made.
+"""Safe reading and writing of files that somebody else may have made; all of labkit goes through this module.
 
 A run directory is shared, copied, unpacked from archives: any file in it may be a link, a pipe that never ends, a
-device, a terabyte of zeros, or not what it says. So nothing is opened but a regular file, without following a link in
-its last part and without waiting, and nothing is read beyond a bound. What is written goes to a new file beside its
-target, which then takes its place; a link that stands there is replaced, not followed.
+device, a terabyte of zeros, or not what its name says. So only regular files are opened, without following a link in
+the last part of the path and without blocking, and nothing is read beyond a limit. Output goes to a new file next to
+its target, which then replaces it; a link at the target is replaced, not followed.
 
-JSON is written in ASCII, so that no name, message or half of a character pair can stop a writer, a reader or a
-terminal. What is read has a bounded depth, numbers of bounded length, and no lone surrogates in its texts.
+JSON is written in ASCII, so that no name, message or lone surrogate can break a writer, a reader or a terminal. JSON
+that is read has bounded depth, numbers of bounded length, and no lone surrogates in its strings.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from typing import Any
 
 MAX_JSON_BYTES = 8 * 2**20
 MAX_DEPTH = 64
-"""Lists and objects within each other; nothing that labkit writes is nested so deep."""
+"""Maximum nesting of lists and objects; nothing that labkit writes is nested this deeply."""
 MAX_DIGITS = 30
-"""Digits of a whole number in JSON; anything longer is no number of ours, and slow to work with."""
+"""Maximum digits of an integer in JSON; labkit writes nothing longer, and longer ones are slow to work with."""
 _CHUNK_BYTES = 2**20
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class NotRegularError(OSError):
-    """The path is there, but a link, a folder, a pipe or a device stands at it."""
+    """Raised if the path exists, but is a link, a folder, a pipe or a device."""
 
 
 class TooLargeError(OSError):
-    """The file is larger than anything that labkit writes under that name."""
+    """Raised if the file is larger than anything that labkit writes under that name."""
 
 
-def _insist_on_name(path: Path) -> None:
-    """Raise OSError for a name that no file can have, where Python raises one of two kinds of ValueError."""
+def _require_possible_name(path: Path) -> None:
+    """Raise OSError for a name that no file can have; Python itself raises one of two kinds of ValueError."""
     try:
         possible = b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:
@@ -53,13 +53,13 @@ def _insist_on_name(path: Path) -> None:
 
 
 def _about(path: Path) -> os.stat_result:
-    """What stands at `path` itself; OSError if there is nothing."""
-    _insist_on_name(path)
+    """Return the status of `path` itself, without following a link; OSError if nothing is there."""
+    _require_possible_name(path)
     return os.lstat(path)
 
 
 def is_regular(path: Path) -> bool:
-    """Does a regular file stand at `path` itself (a link to one does not count)?"""
+    """Return True if `path` itself is a regular file (a link to one does not count)."""
     try:
         return stat.S_ISREG(_about(path).st_mode)
     except OSError:
@@ -67,7 +67,7 @@ def is_regular(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Does a folder stand at `path` itself (a link to one does not count)?"""
+    """Return True if `path` itself is a folder (a link to one does not count)."""
     try:
         return stat.S_ISDIR(_about(path).st_mode)
     except OSError:
@@ -75,16 +75,17 @@ def is_folder(path: Path) -> bool:
 
 
 def _checked_regular(descriptor: int, path: Path) -> int:
-    """Return the descriptor if it is that of a regular file; else close it and raise OSError."""
+    """Return the descriptor if it belongs to a regular file; otherwise close it and raise OSError."""
     try:
-        _insist_on_regular(os.fstat(descriptor).st_mode, path)
+        _require_regular(os.fstat(descriptor).st_mode, path)
     except OSError:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def _insist_on_regular(mode: int, path: Path) -> None:
+def _require_regular(mode: int, path: Path) -> None:
+    """Raise NotRegularError unless `mode` is that of a regular file."""
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
         kind = kinds.get(stat.S_IFMT(mode), "a device")
@@ -92,11 +93,11 @@ def _insist_on_regular(mode: int, path: Path) -> None:
 
 
 def open_to_read(path: Path) -> int:
-    """A descriptor of the regular file at `path`; OSError (one sentence) if it is missing or anything else.
+    """Return a descriptor of the regular file at `path`; OSError (one sentence) if it is missing or anything else.
 
-    Opening never waits (a pipe without a writer) and never follows a link at `path` itself.
+    Opening never blocks (a pipe without a writer) and never follows a link at `path` itself.
     """
-    _insist_on_regular(_about(path).st_mode, path)  # opening a device may already do something
+    _require_regular(_about(path).st_mode, path)  # merely opening a device may have an effect
     try:
         descriptor = os.open(path, _READ)
     except OSError as error:
@@ -108,7 +109,7 @@ def open_to_read(path: Path) -> int:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[int]:
-    """The descriptor of `open_to_read`, closed at the end."""
+    """Yield the descriptor of `open_to_read` and close it at the end."""
     descriptor = open_to_read(path)
     try:
         yield descriptor
@@ -117,7 +118,7 @@ def reading(path: Path) -> Iterator[int]:
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """The whole file; TooLargeError if it holds more than `limit` bytes, OSError as in `open_to_read`."""
+    """Return the whole file; TooLargeError if it contains more than `limit` bytes, OSError as in `open_to_read`."""
     with reading(path) as descriptor:
         if os.fstat(descriptor).st_size > limit:
             raise _too_large(path, limit)
@@ -131,31 +132,31 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def _too_large(path: Path, limit: int) -> TooLargeError:
-    said = f"this is larger than {limit / 2**20:g} MiB" if limit >= 2**20 else f"this is larger than {limit} bytes"
-    return TooLargeError(errno.EFBIG, said, str(path))
+    reason = f"this is larger than {limit / 2**20:g} MiB" if limit >= 2**20 else f"this is larger than {limit} bytes"
+    return TooLargeError(errno.EFBIG, reason, str(path))
 
 
 def read_piece(path: Path, offset: int, length: int) -> bytes:
-    """At most `length` bytes from `offset` on; fewer at the end of the file, none beyond it."""
+    """Return at most `length` bytes from `offset`; fewer at the end of the file, none beyond it."""
     with reading(path) as descriptor:
         return os.pread(descriptor, length, offset)
 
 
 def read_tail(path: Path, length: int) -> bytes:
-    """The last `length` bytes, or all of a shorter file."""
+    """Return the last `length` bytes, or all of a shorter file."""
     with reading(path) as descriptor:
         return os.pread(descriptor, length, max(0, os.fstat(descriptor).st_size - length))
 
 
 def size(path: Path) -> int:
-    """Bytes of the regular file at `path`; OSError if there is none."""
+    """Return the size in bytes of the regular file at `path`; OSError if there is none."""
     about = _about(path)
-    _insist_on_regular(about.st_mode, path)
+    _require_regular(about.st_mode, path)
     return about.st_size
 
 
-def changed(path: Path) -> int:
-    """When the file itself was last changed (ns); 0 if there is none."""
+def modified_ns(path: Path) -> int:
+    """Return when the file itself was last modified (ns); 0 if it does not exist."""
     try:
         return _about(path).st_mtime_ns
     except OSError:
@@ -166,19 +167,19 @@ def changed(path: Path) -> int:
 
 
 def open_to_append(path: Path) -> int:
-    """A descriptor that appends to the regular file at `path`, made if it is missing (mode 0600).
+    """Return a descriptor that appends to the regular file at `path`, created if it is missing (mode 0600).
 
-    OSError if a link, a pipe or a device stands there.
+    Raises OSError for a link, a pipe or a device.
     """
     with contextlib.suppress(FileNotFoundError):
-        _insist_on_regular(_about(path).st_mode, path)
+        _require_regular(_about(path).st_mode, path)
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(path, flags, 0o600)
     return _checked_regular(descriptor, path)
 
 
-def keep_end(path: Path, length: int, head: bytes = b"") -> None:
-    """Cut the regular file at `path` to `head` and its last `length` bytes; who appends to it goes on behind them."""
+def truncate_to_tail(path: Path, length: int, head: bytes = b"") -> None:
+    """Cut the file at `path` to `head` and its last `length` bytes; a process that appends continues after them."""
     end = read_tail(path, length)
     descriptor = open_to_append(path)
     try:
@@ -189,9 +190,9 @@ def keep_end(path: Path, length: int, head: bytes = b"") -> None:
 
 
 def open_to_lock(path: Path) -> int:
-    """A descriptor of an (empty) file to hold a lock on, made if it is missing; OSError if something else is there.
+    """Return a descriptor of an (empty) file to lock, created if it is missing; OSError if it is not a regular file.
 
-    Opened for reading: that needs no free block, so a lock can be had on a full disk.
+    The file is opened for reading: that needs no free block, so a lock can be taken on a full disk.
     """
     with contextlib.suppress(FileNotFoundError):
         return open_to_read(path)
@@ -201,16 +202,16 @@ def open_to_lock(path: Path) -> int:
 
 
 def replace(path: Path, data: bytes, durable: bool = False, mode: int = 0o600) -> None:
-    """Write `data` to a new file beside `path` and let it take that place.
+    """Write `data` to a new file next to `path` and move it to `path`.
 
-    A reader sees the old content or the new one, never half of it; a link at `path` is replaced, not followed, and
-    anything else than a file is refused (NotRegularError). `durable`: it is on the disk when this returns; who renames
-    or lists it later still has to sync the folder.
+    A reader sees the old content or the new, never a mixture; a link at `path` is replaced, not followed, and anything
+    other than a file is refused (NotRegularError). With `durable`, the data is on the disk when this returns; a caller
+    that renames or lists the file later still has to sync the folder.
     """
     with contextlib.suppress(FileNotFoundError):
         present = _about(path).st_mode
         if not stat.S_ISLNK(present):
-            _insist_on_regular(present, path)
+            _require_regular(present, path)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -228,7 +229,7 @@ def replace(path: Path, data: bytes, durable: bool = False, mode: int = 0o600) -
 
 
 def sync_folder(path: Path) -> None:
-    """Make names and renames in a folder outlast a power cut; file systems that cannot are left alone."""
+    """Make names and renames in a folder durable after a power failure, if the file system can sync folders."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         with contextlib.suppress(OSError):
@@ -238,14 +239,17 @@ def sync_folder(path: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Let the regular file `source` also be at `target`, which must not exist: by a hard link, else by a copy."""
-    _insist_on_regular(_about(source).st_mode, source)
-    _insist_on_name(target)
+    """Make the regular file `source` available at `target` too, by a hard link or else a copy.
+
+    Raises FileExistsError if `target` exists.
+    """
+    _require_regular(_about(source).st_mode, source)
+    _require_possible_name(target)
     try:
         os.link(source, target, follow_symlinks=False)
     except FileNotFoundError:
         raise
-    except OSError:  # another disk, or a file system or an owner that does not permit it
+    except OSError:  # another disk, or the file system or the owner does not permit links
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with reading(source) as come_from, os.fdopen(os.open(target, flags, 0o600), "wb") as file:
             while piece := os.read(come_from, _CHUNK_BYTES):
@@ -253,10 +257,10 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and what is in it, as far as possible; a link at `path` is left alone.
+    """Remove a folder with its contents, as far as possible; a link at `path` is left alone.
 
     Raises ValueError, and removes nothing, if the home directory, the current folder or the folder of temporary files
-    is at `path` or below it: no run directory holds any of these, so that the path was put together wrongly.
+    is at `path` or below it: no run directory contains any of these, so the path must be wrong.
     """
     if not is_folder(path):
         return
@@ -271,7 +275,7 @@ def remove_folder(path: Path) -> None:
 
 
 def to_json(data: Any, indent: int | None = None) -> str:
-    """JSON in ASCII: control, direction-changing and lone surrogate characters are escaped in it.
+    """Return JSON in ASCII, with control, direction-changing and lone surrogate characters escaped.
 
     JSON has no NaN and no infinity; they become null.
     """
@@ -282,7 +286,7 @@ def to_json(data: Any, indent: int | None = None) -> str:
 
 
 def finite(value: Any) -> Any:
-    """The same with null in place of NaN and infinity, at any depth."""
+    """Return a copy with NaN and infinity replaced by null, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -293,29 +297,31 @@ def finite(value: Any) -> Any:
 
 
 def from_json(data: bytes, bounded_numbers: bool = True) -> Any:
-    """What stands in `data`; ValueError if that is no JSON, is nested too deep, or has endless numbers.
+    """Parse JSON; ValueError if it is invalid, nested too deeply, or contains a number that is too long.
 
-    Lone surrogates in texts, which no file and no terminal takes, become their escapes, in six characters. Without
-    `bounded_numbers` only Python's own bound on whole numbers holds (4300 digits), which is faster.
+    Lone surrogates in strings, which no file and no terminal accepts, become their six-character escapes. Without
+    `bounded_numbers` only Python's own limit on integers applies (4300 digits), which is faster.
     """
     try:
-        found = json.loads(data.decode("utf-8"), parse_int=_whole_number if bounded_numbers else None)
+        parsed = json.loads(data.decode("utf-8"), parse_int=_whole_number if bounded_numbers else None)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    # A cheap bound first: most files have fewer brackets than the depth that is permitted.
+    # A cheap check first: most files have fewer brackets than the maximum depth.
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH:
-        _insist_on_depth(found)
-    return _without_surrogates(found) if b"\\u" in data else found
+        _require_depth(parsed)
+    return _without_surrogates(parsed) if b"\\u" in data else parsed
 
 
 def _whole_number(text: str) -> int:
+    """Parse an integer of at most MAX_DIGITS digits."""
     if len(text) > MAX_DIGITS:
         raise ValueError(f"a number of {len(text)} digits")
     return int(text)
 
 
-def _insist_on_depth(found: Any) -> None:
-    level, depth = [found], 0
+def _require_depth(parsed: Any) -> None:
+    """Raise ValueError if lists and objects are nested deeper than MAX_DEPTH."""
+    level, depth = [parsed], 0
     while level:
         depth += 1
         if depth > MAX_DEPTH:
@@ -329,23 +335,24 @@ def _insist_on_depth(found: Any) -> None:
         level = below
 
 
-def _without_surrogates(found: Any) -> Any:
-    if isinstance(found, str):
-        return _SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", found)
-    if isinstance(found, list):
-        return [_without_surrogates(item) for item in found]
-    if isinstance(found, dict):
-        return {_without_surrogates(key): _without_surrogates(value) for key, value in found.items()}
-    return found
+def _without_surrogates(parsed: Any) -> Any:
+    """Return a copy with lone surrogates in strings replaced by their escapes."""
+    if isinstance(parsed, str):
+        return _SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", parsed)
+    if isinstance(parsed, list):
+        return [_without_surrogates(item) for item in parsed]
+    if isinstance(parsed, dict):
+        return {_without_surrogates(key): _without_surrogates(value) for key, value in parsed.items()}
+    return parsed
 
 
 def write_json(path: Path, data: Any, durable: bool = False) -> None:
-    """Replace `path` by this JSON, as `replace` does."""
+    """Write `data` as JSON to `path`, as `replace` does."""
     replace(path, (to_json(data, indent=1) + "\n").encode("ascii"), durable)
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
-    """The JSON in a file; None if it is missing, no regular file, larger than `limit` bytes, or no JSON of ours."""
+    """Return the JSON in a file; None if it is missing, not a regular file, larger than `limit` bytes, or invalid."""
     try:
         return from_json(read_bytes(path, limit))
     except (OSError, ValueError):
@@ -356,9 +363,10 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
 
 
 def printable(text: Any) -> str:
-    """Text that came from a file, a name or an argument, with what would steer a terminal or break the line escaped."""
+    """Return text from a file, a name or an argument with control characters and line breaks escaped."""
     return "".join(sign if sign.isprintable() else _escape(sign) for sign in str(text))
 
 
 def _escape(sign: str) -> str:
+    """Return the backslash escape of a character."""
     return sign.encode("unicode_escape").decode("ascii")

@@ -1,7 +1,7 @@
 """What to run, as data: the `Experiment` and its sections.
 
-Every field's docstring is the tooltip of the form, the line in `labkit show --fields` and the table in the docs.
-Sizes and ranges are checked here; what goes together is checked by `rules.py`.
+Every field's docstring is the tooltip of the form and the description that `labkit fields` prints. Sizes and ranges are
+checked here; combinations are checked by `rules.py`.
 
 A section that names a method has a default factory, never a default: to make one is to load the method's module, and
 importing the schema must load none (a method's own module imports the schema's neighbours).
@@ -37,7 +37,7 @@ class Section(BaseModel):
 
 
 class Workload(Choice):
-    """What is trained, with the workload's own options beside its name."""
+    """What is trained: the workload's name and its own options."""
 
     KNOB: ClassVar[str] = "workload"
     SELECTOR: ClassVar[str] = "name"
@@ -47,16 +47,16 @@ class Workload(Choice):
 
 
 class Compression(Choice):
-    """How gradients are made smaller before they travel."""
+    """How gradients are compressed before they are exchanged."""
 
     KNOB: ClassVar[str] = "gradients.compression"
 
     method: str = "none"
-    """The compressor."""
+    """The gradient compressor."""
 
 
 class Update(Choice):
-    """When ranks combine what they learned."""
+    """How and when ranks combine their gradients or weights."""
 
     KNOB: ClassVar[str] = "gradients.update"
 
@@ -68,49 +68,49 @@ class Gradients(Section):
     """How gradients are combined."""
 
     accumulation: int = Field(default=1, ge=1, le=4096)
-    """Passes forward and backward per update; each takes an equal part of the rank's share of the batch."""
+    """Forward and backward passes per optimizer step; each takes an equal part of the rank's share of the batch."""
     bucket_mb: float = Field(default=25.0, gt=0, le=10_000)
-    """Size of the buckets in which gradients travel (MB)."""
+    """Size of the buckets in which gradients are exchanged (MB)."""
     overlap: bool = True
-    """Buckets are sent while the backward pass goes on; otherwise when it is over."""
+    """Send buckets while the backward pass is still running; otherwise after it."""
     hierarchical: bool = False
-    """Gradients are added up within each host of launch.network first, then between hosts, where compression stands."""
+    """Reduce gradients within each host first, then between hosts; compression applies to the second step only."""
     compression: Compression = Field(default_factory=Compression)
     update: Update = Field(default_factory=Update)
 
 
 class Sparsity(Choice):
-    """How connections are removed."""
+    """How weights are pruned."""
 
     KNOB: ClassVar[str] = "sparsity"
 
     method: str = "none"
-    """The way in which weights are chosen to be zero."""
+    """How the weights to be set to zero are chosen."""
     target: float = Field(default=0.0, ge=0, lt=1)
-    """Fraction of the weights that end as zero."""
+    """Fraction of the weights that are zero at the end."""
     export: bool = False
-    """After the training, put the network in its fastest form and measure it beside the dense one."""
+    """After training, convert the network to its fastest form and compare it with the dense one."""
 
 
 class Quantization(Section):
-    """How numbers are narrowed."""
+    """The precision of weights, activations and gradients."""
 
     training: str = "fp32"
-    """Number format of the forward and backward pass."""
+    """Number format of the forward and backward passes."""
     qat: str = "none"
-    """Quantization-aware training: rounding is felt while training."""
+    """Simulate the later rounding during training (quantization-aware training with fake quantization)."""
     after_training: str = "none"
     """Quantization of the trained network."""
     head: bool = False
-    """The last linear layer, which makes the scores, is narrowed too."""
+    """Quantize the last linear layer, which computes the logits, too."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
-    """How gradients are rounded in int8 training; to the nearest, what is small is lost again and again."""
+    """How gradients are rounded in int8 training; rounding to nearest loses small values every time."""
     weight_gradient: bool = True
-    """Int8 training makes the gradients of weights by int8 products too, otherwise in float32."""
+    """In int8 training, compute the gradients of weights with int8 products too, otherwise in float32."""
     qat_start: float = Field(default=0.0, ge=0, lt=1)
-    """Part of the training after which quantization-aware training begins; late, it loses least (as fine-tuning)."""
+    """Fraction of the training before quantization-aware training starts; a late start (fine-tuning) loses least."""
     calibration: float = Field(default=0.9999, gt=0.5, le=1)
-    """Part of a layer's inputs that int8_static does not clip, as calibration finds it on training samples."""
+    """Fraction of a layer's inputs that int8_static does not clip, measured by calibration on training samples."""
 
     @model_validator(mode="after")
     def _known(self) -> Quantization:
@@ -131,51 +131,51 @@ class Quantization(Section):
 
 
 class Optimizer(Section):
-    """How weights are changed."""
+    """How weights are updated."""
 
     name: Literal["adamw", "sgd"] = "adamw"
     """The optimizer."""
     lr: float = Field(default=1e-3, gt=0, le=1e3)
-    """Learning rate at its highest point."""
+    """Peak learning rate."""
     weight_decay: float = Field(default=0.01, ge=0, le=10)
-    """Pull of the weights towards zero (decoupled for AdamW)."""
+    """Strength of the weight decay (decoupled for AdamW)."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of SGD, or the first beta of AdamW."""
     eps: float = Field(default=1e-8, gt=0, le=1)
-    """Floor under AdamW's denominator; gradients far below it hardly move a weight."""
+    """Constant added to AdamW's denominator; gradients far below it hardly move a weight."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    """How the learning rate decays after the warm-up."""
     warmup_steps: int = Field(default=0, ge=0, le=10_000_000)
     """Steps over which the learning rate rises from zero."""
     clip_norm: float | None = Field(default=None, gt=0)
-    """Upper bound of the global gradient norm; empty for none."""
+    """Maximum global gradient norm; empty for no clipping."""
     state_bits: Literal[32, 8] = 32
-    """Bits per number of the optimizer's state."""
+    """Bits per value of the optimizer state."""
 
 
 class Training(Section):
-    """How long, with which batch, and what is written down."""
+    """The length of the training, its batch, and what is recorded."""
 
     steps: int | None = Field(default=None, ge=1, le=10_000_000)
-    """Number of updates (give this or epochs)."""
+    """Number of optimizer steps (give this or epochs)."""
     epochs: float | None = Field(default=None, gt=0, le=100_000)
     """Passes over the training data (give this or steps)."""
     global_batch: int = Field(default=64, ge=1, le=10_000_000)
-    """Samples per update over all ranks; it does not change with the layout, so that runs compare."""
+    """Samples per optimizer step over all ranks; independent of the layout, so that runs can be compared."""
     evaluate_every: int | None = Field(default=None, ge=0, le=10_000_000)
-    """Steps between two evaluations on held-out data; empty for about ten evaluations a run, 0 for none at all."""
+    """Steps between two evaluations on held-out data; empty for about ten evaluations per run, 0 for none."""
     checkpoint_every: int | None = Field(default=None, ge=0, le=10_000_000)
-    """Steps between two checkpoints; empty for one at the end only, 0 for none at all."""
+    """Steps between two checkpoints; empty for one at the end only, 0 for none."""
     keep_checkpoints: int = Field(default=2, ge=1, le=1000)
-    """How many of the latest checkpoints are kept."""
+    """Number of latest checkpoints that are kept."""
     gradient_norm: bool = False
-    """Write down the global gradient norm of every update."""
+    """Record the global gradient norm of every optimizer step."""
     trace_step: int = Field(default=4, ge=0, le=10_000_000)
-    """The update, counted from 1, in which each rank writes down its memory, traffic and pipeline; 0 for none."""
+    """The step, counted from 1, in which each rank records its memory, traffic and pipeline timeline; 0 for none."""
     shares: Literal["equal", "speed"] = "equal"
-    """How a batch is dealt out to replicas: evenly, or in proportion to how fast each rank computes."""
+    """How a batch is divided among replicas: evenly, or in proportion to the speed of each rank."""
     loader_workers: int = Field(default=0, ge=0, le=256)
-    """Processes per rank that prepare batches ahead; 0 prepares them in the rank itself."""
+    """Processes per rank that prepare batches ahead; with 0 the rank prepares them itself."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the weights, of the order of the samples and of everything else that is random."""
 
@@ -187,22 +187,22 @@ class Training(Section):
 
 
 class Network(Section):
-    """A link slower than the machine's own, made of a private network namespace and a token bucket."""
+    """A link slower than the machine's own, emulated with a private network namespace and a token bucket."""
 
     rate_mbit: float = Field(gt=0, le=1_000_000)
     """Rate of the link (Mbit/s)."""
     delay_ms: float = Field(default=0.0, ge=0, le=10_000)
     """Delay of the link (ms)."""
     hosts: int = Field(default=1, ge=1, le=1_000_000)
-    """Emulated machines: 1 puts the slow link between all ranks; with more, it is slow between hosts, fast inside."""
+    """Emulated machines: 1 puts the slow link between all ranks; with more, only links between machines are slow."""
 
     @property
     def interface(self) -> str:
-        """The interface behind which the slow link lies, as a rank sees it."""
+        """The network interface of a rank that leads to the slow link."""
         return "lo" if self.hosts == 1 else "eth0"
 
     def host(self, rank: int, ranks: int) -> int:
-        """On which host `rank` of `ranks` lives: they are dealt out in order."""
+        """Return the host of `rank` out of `ranks`; hosts are filled in order."""
         return rank * self.hosts // ranks
 
 
@@ -210,23 +210,23 @@ class Launch(Section):
     """Where and how the ranks run."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Kind of device: auto takes the GPUs where there are any."""
+    """Kind of device: auto uses the GPUs if there are any."""
     threads_per_rank: int = Field(default=1, ge=1, le=1024)
-    """CPU threads of each rank; the baseline uses the same."""
+    """CPU threads of each rank; the baseline uses the same number."""
     compile: Literal["auto", "off", "blocks"] = "auto"
     """Compile the model's blocks with torch.compile: auto does so for large models on GPUs, where it pays."""
     transport: Literal["auto", "shared_memory", "network"] = "auto"
-    """How replicas on the CPUs of one machine exchange gradients: auto takes memory that they share."""
+    """How replicas on the CPUs of one machine exchange gradients: auto uses shared memory."""
     network: Network | None = None
     """A slower link between the ranks; empty for the machine's own."""
     slowdown: dict[int, float] = {}
-    """Ranks made slow on purpose: {"3": 4} lets rank 3 compute four times slower."""
+    """Ranks slowed down on purpose: {"3": 4} makes rank 3 compute four times slower."""
     isolated: bool = False
-    """Ranks work side by side and never talk: the machine's ceiling, not a training run."""
+    """Ranks train side by side without communication: measures the machine's ceiling, not a training run."""
     max_duration_s: float = Field(default=3600.0, gt=0, le=30 * 86400)
-    """Longest time that the run may take (s); it is stopped then."""
+    """Maximum duration of the run (s); it is stopped then."""
     timeout_s: float = Field(default=60.0, ge=1, le=86400)
-    """Longest silence of a rank before the run is ended and the rank named (s)."""
+    """Maximum time without a heartbeat from a rank before the run is ended and the rank named (s)."""
     grace_s: float = Field(default=10.0, ge=0, le=600)
     """Time a rank gets to finish its step and write a checkpoint after Stop (s)."""
 
@@ -268,7 +268,7 @@ class Experiment(Section):
 
     @classmethod
     def from_dict(cls, data: Any) -> Experiment:
-        """Build from nested dicts; raises ExperimentError with one sentence per fault."""
+        """Build an experiment from nested dicts; raises ExperimentError with one sentence per problem."""
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -276,7 +276,7 @@ class Experiment(Section):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Experiment:
-        """Read JSON text; raises ExperimentError."""
+        """Read an experiment from JSON text; raises ExperimentError."""
         try:
             data = safe_files.from_json(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
         except ValueError as error:
@@ -285,7 +285,7 @@ class Experiment(Section):
 
     @classmethod
     def load(cls, path: str | Path) -> Experiment:
-        """Read a JSON file that the user names (a link or a pipe will do), at most 8 MiB; raises ExperimentError."""
+        """Read a JSON file that the user names (a link or a pipe is allowed), at most 8 MiB; raises ExperimentError."""
         most = safe_files.MAX_JSON_BYTES
         try:
             with open(path, "rb") as file:
@@ -300,7 +300,7 @@ class Experiment(Section):
 
     @classmethod
     def of_run(cls, directory: RunDirectory) -> Experiment:
-        """What a run directory says was run; raises ExperimentError, which names the run.
+        """Return the experiment stored in a run directory; raises ExperimentError, which names the run.
 
         The directory may come from anywhere: see labkit.experiment.safe_files.
         """
@@ -324,10 +324,10 @@ class Experiment(Section):
     # -- changed copies ---------------------------------------------------------------------------------------------
 
     def replace(self, *assignments: str, **values: Any) -> Experiment:
-        """A changed copy: `replace("layout.dp_replicate=2", "training.steps=50")`.
+        """Return a changed copy: `replace("layout.dp_replicate=2", "training.steps=50")`.
 
-        An assignment is `section.field=value` with the value in JSON (a bare word is a string), as after `--set` on
-        the command line. Keyword arguments name top-level fields. Raises ExperimentError, and leaves `self` as it is.
+        An assignment is `section.field=value` with the value in JSON (a bare word is a string), as after `--set` on the
+        command line. Keyword arguments name top-level fields. Raises ExperimentError and leaves `self` unchanged.
         """
         data = self.to_dict()
         for key, value in values.items():
@@ -340,7 +340,7 @@ class Experiment(Section):
         return type(self).from_dict(data)
 
     def set(self, changes: Mapping[str, Any]) -> Experiment:
-        """A changed copy from `{"layout.dp_replicate": 2}`: like `replace`, with values as Python objects."""
+        """Return a changed copy from `{"layout.dp_replicate": 2}`: like `replace`, with values as Python objects."""
         data = self.to_dict()
         for field, value in changes.items():
             # A copy: a later change may go into what an earlier one has brought, and that belongs to the caller.
@@ -348,7 +348,7 @@ class Experiment(Section):
         return type(self).from_dict(data)
 
     def get(self, field: str) -> Any:
-        """The value at a dotted name."""
+        """Return the value at a dotted name."""
         found: Any = self
         for part in field.split("."):
             if not hasattr(found, part):
@@ -357,9 +357,9 @@ class Experiment(Section):
         return found
 
     def resolve(self, machine: Machine | None = None, world_size: int | None = None) -> Experiment:
-        """A copy in which nothing is left open: the device is named and the axis that is -1 has its size.
+        """Return a copy with nothing left open: the device is chosen and the axis that is -1 has its size.
 
-        Raises ExperimentError where the sizes do not make the number of ranks.
+        Raises ExperimentError if the sizes do not make the number of ranks.
         """
         from labkit.experiment.machine import Machine
 
@@ -378,19 +378,19 @@ class Experiment(Section):
     # -- judgement --------------------------------------------------------------------------------------------------
 
     def problems(self, machine: Machine | None = None) -> list[Problem]:
-        """Every reason why this experiment cannot run on `machine` (here, if None); empty when it can."""
+        """Return every reason why this experiment cannot run on `machine` (this one, if None); empty if it can."""
         from labkit.experiment.rules import problems
 
         return problems(self, machine)
 
     def warnings(self, machine: Machine | None = None) -> list[Problem]:
-        """What will run but not mean what one might think, e.g. more ranks than cores."""
+        """Return what will run but may not mean what the user expects, e.g. more ranks than cores."""
         from labkit.experiment.rules import warnings
 
         return warnings(self, machine)
 
     def check(self, machine: Machine | None = None) -> Experiment:
-        """Resolve and raise ExperimentError if there is any problem; returns the resolved experiment."""
+        """Return the resolved experiment, or raise ExperimentError if it has any problem."""
         found = self.problems(machine)
         if found:
             raise ExperimentError(found)
@@ -398,7 +398,7 @@ class Experiment(Section):
 
     @property
     def title(self) -> str:
-        """The name for people, or the workload and the layout."""
+        """The user's name for the run, or the workload and the layout."""
         return self.name or f"{self.workload.name} {self.layout}"
 
     def __str__(self) -> str:
@@ -407,7 +407,7 @@ class Experiment(Section):
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """Split `section.field=value`; the value is JSON, or a bare string where it is not."""
+    """Split `section.field=value` into the field and its value, parsed as JSON or else kept as a string."""
     field, equals, value = text.partition("=")
     if not equals or not field.strip():
         raise ExperimentError([Problem("", f"cannot read {text!r}; write section.field=value")])
@@ -418,7 +418,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def _assign(data: dict[str, Any], field: str, value: Any) -> None:
-    """Put `value` at the dotted `field`. Choosing another method drops the options of the old one."""
+    """Store `value` at the dotted `field`. Choosing another method drops the options of the old one."""
     parts = field.split(".")
     place: Any = data
     model: Any = Experiment
@@ -452,7 +452,7 @@ def _assign(data: dict[str, Any], field: str, value: Any) -> None:
 
 
 def _section(model: Any, part: str) -> Any:
-    """The model class of the section `part` of `model`, or None if there is none."""
+    """Return the model class of the section `part` of `model`, or None if there is none."""
     known = getattr(model, "model_fields", {}).get(part)
     if known is None:
         return None
@@ -463,10 +463,12 @@ def _section(model: Any, part: str) -> Any:
 
 
 def _known_at(model: Any, parts: list[str]) -> list[str]:
+    """Return the names of the sections at the path `parts` below `model`."""
     for part in parts:
         model = _section(model, part)
     return [name for name in getattr(model, "model_fields", {}) if _section(model, name)]
 
 
 def _no_json(error: Exception) -> str:
+    """Return in a clause why a text is not JSON."""
     return "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"this is not JSON ({error})"

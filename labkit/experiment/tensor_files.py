@@ -1,6 +1,6 @@
-"""Tensors to and from safetensors files: the one place where either happens.
+"""Tensors to and from safetensors files: the only module that reads or writes them.
 
-Imports torch when it is used only: this room is read by forms too.
+It imports torch only when it is used, because forms import this package too.
 """
 
 from __future__ import annotations
@@ -16,35 +16,38 @@ if TYPE_CHECKING:
 
 
 def save_file(tensors: Mapping[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:
-    """Write named tensors of any device and layout in memory to a new file. A file or link at `path` is replaced."""
+    """Write named tensors of any device and memory layout to a new file, replacing a file or link at `path`.
+
+    `about` is stored as the metadata of the file.
+    """
     from safetensors.torch import save_file as write
 
     path.unlink(missing_ok=True)
-    own: dict[str, Tensor] = {}
+    prepared: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
-        own[name] = _by_itself(tensor, storages)
-    write(own, path, about)
+        prepared[name] = _with_own_storage(tensor, storages)
+    write(prepared, path, about)
 
 
-def _by_itself(tensor: Tensor, storages: set[int]) -> Tensor:
-    """The tensor on the host, contiguous, and sharing its memory with no other one, as the format asks for.
+def _with_own_storage(tensor: Tensor, storages: set[int]) -> Tensor:
+    """Return the tensor on the CPU, contiguous and sharing its storage with no other tensor, as the format requires.
 
-    `storages`: where those before it lie; it is added.
+    `storages` holds the storage addresses of the tensors before it; that of the result is added.
     """
     import torch
 
     tensor = tensor.detach().cpu()
     storage = tensor.untyped_storage()
-    alone = storage.nbytes() == tensor.numel() * tensor.element_size() and storage.data_ptr() not in storages
-    if not (alone and tensor.is_contiguous()):
+    owns_storage = storage.nbytes() == tensor.numel() * tensor.element_size() and storage.data_ptr() not in storages
+    if not (owns_storage and tensor.is_contiguous()):
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     storages.add(tensor.untyped_storage().data_ptr())
     return tensor
 
 
 def load_arrays(path: Path) -> dict[str, Any]:
-    """The same as numpy's arrays, without torch."""
+    """Return the tensors of a file as numpy arrays, without importing torch."""
     from safetensors.numpy import load_file as read
 
     safe_files.size(path)
@@ -53,9 +56,9 @@ def load_arrays(path: Path) -> dict[str, Any]:
 
 
 def load_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a regular file, on the host; OSError for a link, SafetensorError where it is damaged."""
+    """Return the tensors of a regular file on the CPU; raises OSError for a link, SafetensorError if it is damaged."""
     from safetensors.torch import load_file as read
 
     safe_files.size(path)
-    found: dict[str, Tensor] = read(path)
-    return found
+    tensors: dict[str, Tensor] = read(path)
+    return tensors

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from labkit.experiment import Experiment, safe_files
-from labkit.experiment.failures import message_of, own_words
+from labkit.experiment.failures import message_of, original_message
 from labkit.experiment.fault import TaskFault
 from labkit.experiment.run_directory import EXIT_STOPPED, RunDirectory
 from labkit.netem.hosts import Hosts
@@ -201,7 +201,7 @@ def _exception_message(error: BaseException) -> str:
     """Return the message of an exception; for a SystemExit without a code, the code that it stands for."""
     if isinstance(error, SystemExit) and error.code is None:
         return "0"
-    return own_words(error)
+    return original_message(error)
 
 
 def _lost_peer(error: BaseException) -> bool:

@@ -294,7 +294,7 @@ def _create_directory(experiment: Experiment, resume_point: resuming.ResumePoint
         if resume_point is not None:
             resume_point.link_into(directory)
         write_json(directory.experiment, experiment.to_dict())
-        directory.come_last()
+        directory.make_latest()
     except (OSError, resuming.VanishedError) as error:
         if directory is not None:
             safe_files.remove_folder(directory.path)

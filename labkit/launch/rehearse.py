@@ -27,7 +27,7 @@ _PHASE_DESCRIPTIONS = {
     "setup": "building the task (the function that makes it, or the data behind it)",
     "data": "fetching samples of the data set",
     "forward": "the model's forward pass",
-    "backward": "the pass backward from the loss",
+    "backward": "the backward pass from the loss",
     "evaluation": "the held-out metric",
 }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labkit.experiment import Experiment, ExperimentError, Problem, checkpoint_files, safe_files
-from labkit.experiment.checkpoint_files import Contents, DamagedError
+from labkit.experiment.checkpoint_files import DamagedError, Manifest
 from labkit.experiment.resume import notes
 from labkit.experiment.run_directory import RunDirectory
 from labkit.runs.run import Run
@@ -29,7 +29,7 @@ class ResumePoint:
     """The checkpoint that a run starts from."""
 
     folder: Path
-    contents: Contents
+    contents: Manifest
     notes: list[str]
     """Sentences for the user: changed settings, and what is not resumed exactly."""
 
@@ -37,7 +37,7 @@ class ResumePoint:
         """Make it a checkpoint of the new run and return its folder there. OSError or VanishedError if it cannot be."""
         target = directory.checkpoint(self.contents.step)
         try:
-            checkpoint_files.take_along(self.folder, self.contents, target)
+            checkpoint_files.link_checkpoint(self.folder, self.contents, target)
         except FileNotFoundError:
             raise VanishedError from None
         return target
@@ -58,7 +58,7 @@ def find_resume_point(run: Run | str, experiment: Experiment) -> ResumePoint:
         raise ExperimentError([Problem("resume", f"run {run.id} has no checkpoint (set training.checkpoint_every)")])
     folder = run.directory.checkpoint(steps[-1])
     try:
-        contents = checkpoint_files.read_list(folder)
+        contents = checkpoint_files.read_manifest(folder)
         if sum(file.size for file in contents.files.values()) <= MAX_VERIFIED_BYTES:
             checkpoint_files.verify(folder, contents, contents.files)
         previous = Experiment.from_dict(contents.experiment)
@@ -67,7 +67,7 @@ def find_resume_point(run: Run | str, experiment: Experiment) -> ResumePoint:
         reason = f"the experiment in the checkpoint {folder.name} cannot be read: {reasons}"
         raise ExperimentError([Problem("resume", reason)]) from None
     except (DamagedError, OSError) as error:
-        if not safe_files.is_regular(folder / checkpoint_files.LIST):
+        if not safe_files.is_regular(folder / checkpoint_files.MANIFEST):
             raise VanishedError from None
         raise ExperimentError([Problem("resume", str(error))]) from None
     _refuse_other_training(previous, experiment, contents.step)

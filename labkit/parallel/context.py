@@ -202,12 +202,12 @@ def apply(module: nn.Module, mesh: Mesh) -> None:
         if isinstance(part, Attention):
             part.mix = Ring(group)
         elif isinstance(part, TokenEmbedding | DecoderEmbedding):
-            part.cut_sequence = own
+            part.shard_sequence = own
         elif isinstance(part, DecoderLayer):
             part.positions = lambda x: own(torch.arange(x.shape[1] * ranks, device=x.device), 0)
             _in_transformers(part.layer.self_attn, Ring(group))
         elif isinstance(part, MixtureOfExperts):
-            part.over_parts = lambda counts: collectives.all_reduce_no_grad(counts, group)
+            part.sum_over_sequence_ranks = lambda counts: collectives.all_reduce_no_grad(counts, group)
         elif isinstance(part, PatchEmbedding):
             part.register_forward_hook(lambda m, i, out: own(out, SEQUENCE))
         elif isinstance(part, MeanHead):  # its mean over the patches needs all of them, in any order

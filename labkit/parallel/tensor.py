@@ -134,7 +134,7 @@ def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
             part.token = VocabParallelEmbedding(part.token, mesh, sequence)  # type: ignore[assignment]
             if sequence:
                 add_partial(part.position.weight, "tp")
-                part.cut_positions = lambda x, dim: x.chunk(mesh.size("tp"), dim)[mesh.index("tp")]
+                part.shard_positions = lambda x, dim: x.chunk(mesh.size("tp"), dim)[mesh.index("tp")]
         elif isinstance(part, TokenHead):
             column_parallel(part.score, mesh)
             enter_region_at_input(part.score, mesh, sequence)  # the logits stay sharded: labkit.parallel.loss
@@ -157,7 +157,7 @@ def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
         elif isinstance(part, DecoderEmbedding):
             part.token = VocabParallelEmbedding(part.token, mesh, False)  # type: ignore[assignment]
         elif isinstance(part, DecoderLayer):
-            _by_plan(part.layer, part.plan, mesh)
+            _by_plan(part.layer, part.tp_plan, mesh)
         elif isinstance(part, DecoderHead):
             column_parallel(part.score, mesh)
             enter_region_at_input(part.score, mesh, False)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from labkit.experiment.after_training import on_the_first_rank
+from labkit.experiment.after_training import first_rank_problems
 from labkit.quantization import rules
 from labkit.quantization.full import Single
 
@@ -36,7 +36,7 @@ class Converted(Single):
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         """Yield the reasons why the first rank cannot convert the full model."""
         yield from rules.needs_linear_layers(experiment, FIELD, "none")
-        yield from on_the_first_rank(experiment, FIELD, "none", "converts", "converted")
+        yield from first_rank_problems(experiment, FIELD, "none", "converts", "converted")
 
 
 class Int8Dynamic(Converted):

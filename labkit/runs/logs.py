@@ -25,4 +25,4 @@ def cap(path: Path, limit: int = LOG_CAP_BYTES) -> None:
     except OSError:
         return  # there is no log, or something else has its path
     # The amount read is bounded: a reader could never catch up with a faster writer.
-    safe_files.keep_end(path, limit // 4, b"[labkit: this log grew too long; only its end is kept]\n")
+    safe_files.truncate_to_tail(path, limit // 4, b"[labkit: this log grew too long; only its end is kept]\n")

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from labkit.experiment.after_training import on_the_first_rank
+from labkit.experiment.after_training import first_rank_problems
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options as BaseOptions
 
@@ -180,7 +180,7 @@ def target_problems(experiment: Experiment) -> Iterator[Problem]:
 def export_problems(experiment: Experiment) -> Iterator[Problem]:
     """Yield the reasons why the trained network cannot be exported in its fastest form."""
     if experiment.sparsity.export:
-        yield from on_the_first_rank(experiment, "sparsity.export", "false", "exports", "exported")
+        yield from first_rank_problems(experiment, "sparsity.export", "false", "exports", "exported")
         if experiment.quantization.qat != "none":
             reason = (
                 "a network trained for rounding would be exported without it: convert it (quantization.after_training)"

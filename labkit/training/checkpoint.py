@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from labkit.experiment import Experiment, checkpoint_files, safe_files
-from labkit.experiment.checkpoint_files import Contents, Sum
+from labkit.experiment.checkpoint_files import FileChecksum, Manifest
 from labkit.experiment.run_directory import RunDirectory, write_json
 from labkit.experiment.tensor_files import load_file, save_file
 from labkit.parallel.state import State
@@ -68,26 +68,26 @@ def save(
         suffix = f"-{saved.part}" if saved.part else ""
         files |= {f"model{suffix}.safetensors": saved.weights, f"optimizer{suffix}.safetensors": saved.moments}
     if saved.own is not None:
-        files[checkpoint_files.of_rank(rank)] = saved.own
+        files[checkpoint_files.rank_file(rank)] = saved.own
     if is_first and saved.shared:
         files["update.safetensors"] = saved.shared
     if files:
-        checkpoint_files.note_sums(partial, rank, _write(partial, files))
+        checkpoint_files.write_checksums(partial, rank, _write(partial, files))
     barrier()
     if is_first:
-        sums = checkpoint_files.collect_sums(partial)
-        content = checkpoint_files.listed(step, experiment.to_dict(), sums, unscheduled, code)
-        write_json(partial / checkpoint_files.LIST, content, durable=True)
+        sums = checkpoint_files.collect_checksums(partial)
+        content = checkpoint_files.manifest_content(step, experiment.to_dict(), sums, unscheduled, code)
+        write_json(partial / checkpoint_files.MANIFEST, content, durable=True)
         checkpoint_files.publish(partial, final)
         _remove_old(directory, experiment.training.keep_checkpoints)
     return final
 
 
-def _write(folder: Path, files: dict[str, State]) -> dict[str, Sum]:
+def _write(folder: Path, files: dict[str, State]) -> dict[str, FileChecksum]:
     sums = {}
     for name, tensors in files.items():
         save_file(tensors, folder / name)
-        sums[name] = checkpoint_files.seal(folder / name)
+        sums[name] = checkpoint_files.sync_and_hash(folder / name)
     return sums
 
 
@@ -95,7 +95,7 @@ def _write(folder: Path, files: dict[str, State]) -> dict[str, Sum]:
 class Stored:
     """Full contents of a checkpoint, whatever layout wrote it."""
 
-    contents: Contents
+    contents: Manifest
     weights: State
     moments: State
     shared: State
@@ -114,18 +114,18 @@ def read(folder: Path, rank: int = 0) -> Stored:
 
     Raises ValueError (one sentence) if the folder is not a labkit checkpoint or is damaged.
     """
-    contents = checkpoint_files.read_list(folder)
+    contents = checkpoint_files.read_manifest(folder)
     required = [*contents.parts("model"), *contents.parts("optimizer")]
-    optional = [name for name in ("update.safetensors", checkpoint_files.of_rank(rank)) if name in contents.files]
+    optional = [name for name in ("update.safetensors", checkpoint_files.rank_file(rank)) if name in contents.files]
     checkpoint_files.verify(folder, contents, [*required, *optional])
     with as_checkpoint_error(folder):
         extra = {name: load_file(folder / name) for name in optional}
         weights, moments = (_parts(folder, contents, kind) for kind in ("model", "optimizer"))
-    own = extra.get(checkpoint_files.of_rank(rank))
+    own = extra.get(checkpoint_files.rank_file(rank))
     return Stored(contents, weights, moments, extra.get("update.safetensors", {}), own)
 
 
-def _parts(folder: Path, contents: Contents, kind: str) -> State:
+def _parts(folder: Path, contents: Manifest, kind: str) -> State:
     """Return the parts of all pipeline ranks as one state; `kind` is `model` or `optimizer`."""
     state = State()
     for name in contents.parts(kind):

@@ -19,7 +19,7 @@ import torch
 import labkit
 from labkit.experiment import Experiment
 from labkit.experiment.failures import message_of
-from labkit.experiment.fault import TaskFault, named
+from labkit.experiment.fault import TaskFault, describe_error
 from labkit.experiment.registry import registry
 from labkit.experiment.run_directory import EXIT_STOPPED, RunDirectory
 from labkit.training.events import EventWriter
@@ -122,9 +122,9 @@ def _why_not_built(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     places = [frame for frame in frames if not frame.filename.startswith((*_LIBRARIES, "<frozen"))]
     if not places:
-        return str(error) if isinstance(error, ValueError) else f"the workload cannot be built: {named(error)}"
+        return str(error) if isinstance(error, ValueError) else f"the workload cannot be built: {describe_error(error)}"
     own = places[-1]
-    return f"{own.name} raised {named(error)} ({os.path.basename(own.filename)}, line {own.lineno})"
+    return f"{own.name} raised {describe_error(error)} ({os.path.basename(own.filename)}, line {own.lineno})"
 
 
 def _write_error(events: EventWriter, error: BaseException) -> None:

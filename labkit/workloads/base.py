@@ -1,9 +1,9 @@
-"""What every workload gives to the ranks. Imports torch: only ranks (and tests) import this file.
+"""The interface between workloads and ranks. It imports torch: only ranks (and tests) import this file.
 
-A workload's own file (`vision.py`, …) is read by the form too, so it imports torch inside `build()` only:
+A workload's own file (`vision.py`, …) is imported by the form too, so it imports torch inside `build()` only:
 
     class Vision(WorkloadBase):
-        class Options(...): ...                       # the fields beside workload.name
+        class Options(...): ...                       # the fields next to workload.name
         @classmethod
         def problems(cls, experiment, machine): ...   # its rules
         @classmethod
@@ -24,22 +24,22 @@ Batch = dict[str, Tensor]
 
 
 class Data(Protocol):
-    """Samples by index, fetched many at a time."""
+    """Samples by index, fetched several at a time."""
 
     def __len__(self) -> int: ...
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """The samples at `indices`, collated: every tensor has shape [len(indices), …]."""
+        """Return the samples at `indices`, collated: every tensor has shape [len(indices), …]."""
         ...
 
 
 class TensorData:
-    """Samples that lie in memory: tensors with the same first dimension, by name."""
+    """Samples in memory: named tensors with the same first dimension."""
 
     def __init__(self, **tensors: Tensor) -> None:
         lengths = {len(tensor) for tensor in tensors.values()}
         if len(lengths) != 1:
-            raise ValueError(f"tensors of one data set need one length, got {sorted(lengths)}")
+            raise ValueError(f"the tensors of a data set must have the same length, got {sorted(lengths)}")
         self.tensors = tensors
         self.length = lengths.pop()
 
@@ -52,9 +52,10 @@ class TensorData:
 
 
 class Blocks(nn.Module):
-    """A model as a chain of named blocks: the forward pass runs them in order, so that the chain can be cut anywhere.
+    """A model as a chain of named blocks that the forward pass runs in order, so that it can be split between any two.
 
-    Pipeline stages, per-block cost and sharding all cut between blocks, so no block may look past its neighbour.
+    Pipeline stages, per-block costs and sharding all split between blocks, so a block may use the output of its
+    predecessor only.
     """
 
     def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
@@ -69,15 +70,15 @@ class Blocks(nn.Module):
 
 @dataclass(frozen=True)
 class Metric:
-    """The number by which people judge the workload."""
+    """The number by which a workload is judged."""
 
     key: str
-    """Its name in the metrics, e.g. `accuracy`."""
+    """Name in the metrics, e.g. `accuracy`."""
     title: str
-    """For the axis, e.g. `Held-out accuracy`."""
+    """Title of the axis, e.g. `Held-out accuracy`."""
     higher_is_better: bool
     unit: str = ""
-    """`%` shows a fraction as per cent."""
+    """Unit; `%` shows a fraction as a percentage."""
 
 
 class Task(Protocol):
@@ -88,51 +89,53 @@ class Task(Protocol):
     """
 
     model: nn.Module
-    """Takes batch["x"]; the built-in ones are `Blocks`."""
+    """The model; it takes batch["x"]. The built-in ones are `Blocks`."""
     train: Data
     test: Data
     metric: Metric
 
     loss_module: nn.Module | None
-    """The loss as a module, if it is one: it holds tensors (class weights) that move and are cast with the run."""
+    """The loss as a module, if it is one: its tensors (class weights) are moved and cast with the run."""
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """Mean loss of the batch (a scalar). The loop weighs it by `batch_weight`, so that parts make up the whole.
+        """Return the mean loss of the batch (a scalar).
 
-        Zero, and no NaN, for a batch whose weight is zero.
+        The training loop weights it by `batch_weight`, so that the parts of a batch add up to the whole. It must be
+        zero, and not NaN, for a batch whose weight is zero.
         """
         ...
 
     def batch_weight(self, batch: Batch) -> Tensor | float:
-        """What the batch's mean loss is a mean over: the number of samples, or of valid targets, or a sum of weights.
+        """Return the divisor of the batch's mean loss: the number of samples or of valid targets, or a sum of weights.
 
-        Proportional to the divisor of `loss`; it depends on the batch alone. Zero for a batch that counts nothing.
+        It is proportional to the divisor of `loss`, depends on the batch alone, and is zero for a batch without any
+        target that counts.
         """
         ...
 
     def evaluate(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Sums over the samples of a held-out batch (scalars), always with `count`; ranks' sums are added up."""
+        """Return sums over the samples of a held-out batch (scalars), always with `count`; ranks' sums are added."""
         ...
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """The metrics from the added-up sums: always `loss`, and the key of `metric`."""
+        """Return the metrics from the total sums: always `loss`, and the key of `metric`."""
         ...
 
     def closed_loop(self, model: nn.Module, rank: int, world_size: int, seed: int) -> dict[str, float]:
-        """Sums of a test beyond the held-out data (e.g. driving for real), this rank's part of it; {} for none.
+        """Return this rank's sums of a test beyond the held-out data, such as driving in the simulator; {} for none.
 
-        Called once at the end of training; the added-up sums of all ranks go through `metrics` with the last
-        evaluation's sums.
+        Called once at the end of training; the sums over all ranks are passed to `metrics` with those of the last
+        evaluation.
         """
         ...
 
     def facts(self) -> dict[str, Any]:
-        """What is worth knowing beside the metrics, as JSON: classes, majority share, unigram entropy, …"""
+        """Return facts next to the metrics, as JSON, such as classes, majority share or unigram entropy."""
         ...
 
 
 class ClassificationTask:
-    """Cross-entropy over classes; the metric is the fraction of right answers."""
+    """Cross-entropy over classes; the metric is the fraction of correct predictions."""
 
     def __init__(self, model: nn.Module, train: Data, test: Data, **facts: Any) -> None:
         self.model, self.train, self.test = model, train, test

@@ -1,8 +1,8 @@
-"""Does a language model see the tokens that it has to predict? Found out by trying, whatever its library says.
+"""A test of whether a language model sees the tokens that it has to predict, independent of what its library claims.
 
-A token is changed, and the scores of the positions before it must stay what they were. The source of the leak does not
-matter: an encoder taken for a decoder, an attention that was given no mask, a normalisation over the sequence.
-(Issue 11, A1: an encoder reported 0.13 bits per character.)
+A token is changed, and the logits at earlier positions must not change. The source of the leak does not matter: an
+encoder used as a decoder, attention without a mask, a normalisation over the sequence. (Issue 11, A1: an encoder
+reported 0.13 bits per character.)
 """
 
 from __future__ import annotations
@@ -15,40 +15,39 @@ from torch import Tensor, nn
 
 from labkit.workloads.restore import undisturbed
 
-LONGEST = 512
-"""Tokens of the sample at most; the proof costs three forward passes over it."""
+MAX_TOKENS = 512
+"""Maximum length of the sample in tokens; the test takes three forward passes over it."""
 ROUNDING = 1e-5
-"""Of the largest score: what a change of the order of sums moves, and a leak far exceeds."""
-_FAINT = 1e-2
+"""Tolerance as a fraction of the largest logit: the effect of another order of summation, far below that of a leak."""
+_NEAR_ZERO = 1e-2
 _NOISE = 0.02
 
 
-def first_leak(model: nn.Module, vocabulary: int, context: int, longest: int = LONGEST) -> tuple[int, int] | None:
-    """(position that moved, later position whose token was changed), or None for a causal model.
+def first_leak(model: nn.Module, vocabulary: int, context: int, longest: int = MAX_TOKENS) -> tuple[int, int] | None:
+    """Return (position that moved, later position whose token was changed), or None for a causal model.
 
-    `model` takes tokens [N, T] int64 and gives scores whose first two axes are [N, T]. It is tried in eval mode on a
-    sample of min(context, longest) random tokens. Weights that are (nearly) zero get noise meanwhile: a layer that
-    starts at zero would hide its leak until it is trained. Modes, weights, buffers and random numbers are as before
-    afterwards.
+    `model` takes tokens [N, T] int64 and returns logits whose first two axes are [N, T]. It is tested in eval mode on
+    min(context, longest) random tokens. Weights that are (nearly) zero get noise meanwhile, because a layer that starts
+    at zero would hide its leak until it is trained. Modes, weights, buffers and random states are restored afterwards.
     """
     length = min(context, longest)
     if length < 2:
         return None
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    draw = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocabulary, (1, length), generator=draw)
-    with untouched(model), torch.no_grad():
-        _stir(model)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (1, length), generator=generator)
+    with restored_afterwards(model), torch.no_grad():
+        _add_noise(model)
         model.eval()
-        scores = _scores(model, tokens.to(device))
-        limit = ROUNDING * float(scores.abs().max())
+        logits = _logits(model, tokens.to(device))
+        limit = ROUNDING * float(logits.abs().max())
         for changed in sorted({length - 1, length // 2}, reverse=True):
-            other = tokens.clone()
-            other[0, changed:] = (other[0, changed:] + 1 + torch.arange(length - changed) % max(1, vocabulary - 1)) % (
-                vocabulary
-            )
-            difference = (_scores(model, other.to(device)) - scores)[:, :changed].abs().flatten(2).amax((0, 2))
-            # What is no number cannot prove anything, but it is no leak either.
+            perturbed = tokens.clone()
+            perturbed[0, changed:] = (
+                perturbed[0, changed:] + 1 + torch.arange(length - changed) % max(1, vocabulary - 1)
+            ) % (vocabulary)
+            difference = (_logits(model, perturbed.to(device)) - logits)[:, :changed].abs().flatten(2).amax((0, 2))
+            # NaN proves nothing, but it is not a leak either.
             moved = torch.nonzero(difference > limit)
             if len(moved):
                 return int(moved[0]), changed
@@ -56,49 +55,51 @@ def first_leak(model: nn.Module, vocabulary: int, context: int, longest: int = L
 
 
 def refuse_leak(
-    model: nn.Module, vocabulary: int, context: int, name: str, advice: str = "", longest: int = LONGEST
+    model: nn.Module, vocabulary: int, context: int, name: str, advice: str = "", longest: int = MAX_TOKENS
 ) -> None:
-    """Raise ValueError in one sentence where `model` (called `name`) sees later tokens; `advice` says what to do."""
+    """Raise ValueError in one sentence if `model` (called `name`) sees later tokens; `advice` says what to do."""
     leak = first_leak(model, vocabulary, context, longest)
     if leak is not None:
         raise ValueError(
-            f"{name} is no causal model: changing token {leak[1]} moves its scores at position {leak[0]}, so it sees "
-            f"the tokens that it has to predict{advice and '; '}{advice}"
+            f"{name} is not a causal model: changing token {leak[1]} moves its scores at position {leak[0]}, so it "
+            f"sees the tokens that it has to predict{advice and '; '}{advice}"
         )
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Whatever happens to the model inside: its weights, buffers and modes and torch's random numbers are restored.
+def restored_afterwards(model: nn.Module) -> Iterator[None]:
+    """Restore the weights, buffers and modes of the model and torch's random state at the end.
 
-    Only weights that `_stir` may change are copied.
+    Only weights that `_add_noise` may change are copied.
     """
-    faint = [(tensor, tensor.detach().clone()) for tensor in _faint(model)]
+    near_zero = [(tensor, tensor.detach().clone()) for tensor in _near_zero(model)]
     with undisturbed(model, weights=False):
         try:
             yield
         finally:
             with torch.no_grad():
-                for tensor, before in faint:
+                for tensor, before in near_zero:
                     tensor.copy_(before)
 
 
-def _faint(model: nn.Module) -> list[Tensor]:
-    """Weights so small that what flows through them cannot be told from rounding."""
+def _near_zero(model: nn.Module) -> list[Tensor]:
+    """Return the weights so small that a signal through them cannot be distinguished from rounding."""
     return [
         parameter
         for parameter in model.parameters()
-        if parameter.is_floating_point() and parameter.numel() and float(parameter.detach().abs().max()) < _FAINT
+        if parameter.is_floating_point() and parameter.numel() and float(parameter.detach().abs().max()) < _NEAR_ZERO
     ]
 
 
-def _stir(model: nn.Module) -> None:
-    draw = torch.Generator().manual_seed(1)
-    for parameter in _faint(model):
-        noise = torch.randn(parameter.shape, generator=draw) * _NOISE
+def _add_noise(model: nn.Module) -> None:
+    """Add fixed noise to the weights that are nearly zero."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in _near_zero(model):
+        noise = torch.randn(parameter.shape, generator=generator) * _NOISE
         parameter.add_(noise.to(parameter.device, parameter.dtype))
 
 
-def _scores(model: nn.Module, tokens: Tensor) -> Tensor:
-    scores: Tensor = model(tokens)
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the model's logits in at least float32."""
+    logits: Tensor = model(tokens)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -29,18 +29,18 @@ from pydantic import Field
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options
-from labkit.workloads.travel import CannotTravel, check, travels
+from labkit.workloads.travel import NotSelfContainedError, check, self_contained_source
 
 if TYPE_CHECKING:
     from labkit.experiment.machine import Machine
     from labkit.experiment.schema import Experiment
     from labkit.workloads.base import Task
 
-__all__ = ["CannotTravel", "Custom", "CustomOptions", "from_notebook", "travels"]
+__all__ = ["Custom", "CustomOptions", "NotSelfContainedError", "from_notebook", "self_contained_source"]
 
 
 class CustomOptions(Options):
-    """Where the function that makes the task stands."""
+    """Where the function that makes the task is defined."""
 
     path: str = Field(default="", max_length=1000)
     """The function as module:function or file.py:function."""
@@ -51,7 +51,7 @@ class CustomOptions(Options):
 
 
 class Custom:
-    """Your own workload; the metric is accuracy for classes, else the loss, or what your Task says."""
+    """Your own workload; the metric is accuracy for classes, else the loss, or what your Task defines."""
 
     Options = CustomOptions
 
@@ -73,12 +73,12 @@ class Custom:
         else:
             try:
                 check(options.source, options.factory)
-            except CannotTravel as error:
+            except NotSelfContainedError as error:
                 yield Problem("workload.source", str(error))
 
     @staticmethod
     def carries(options: CustomOptions) -> str:
-        """Whose code runs on the ranks, in words: that of a source text in the experiment, or of a file or module."""
+        """Describe whose code runs on the ranks: that of a source text in the experiment, or of a file or module."""
         if options.source:
             lines = len(options.source.splitlines())
             return f"the function {options.factory} in {lines} lines of source text that its experiment carries"
@@ -86,7 +86,7 @@ class Custom:
 
     @staticmethod
     def code_of(options: CustomOptions) -> str:
-        """SHA-256 of the file in which the function stands; empty if there is none, or it cannot be read."""
+        """Return the SHA-256 of the file that defines the function; empty if there is none, or it cannot be read."""
         from hashlib import sha256
 
         from labkit.workloads.locate import file_of
@@ -99,20 +99,22 @@ class Custom:
 
     @classmethod
     def build(cls, options: Any, seed: int) -> Task:
-        """Run the function and take what it returns. `options`: a CustomOptions, a dict of its fields, or a section."""
+        """Call the function and return its task. `options` is a CustomOptions, a dict of its fields, or a section."""
         from labkit.workloads.custom_task import as_task, call
         from labkit.workloads.locate import load
         from labkit.workloads.options import read
-        from labkit.workloads.travel import arrive
+        from labkit.workloads.travel import load_source
 
         options = read(CustomOptions, options)
-        factory = load(options.path) if options.path else arrive(options.source, options.factory)
+        factory = load(options.path) if options.path else load_source(options.source, options.factory)
         return as_task(call(factory, seed), factory.__name__)
 
 
 def from_notebook(factory: Callable[..., Any]) -> dict[str, str]:
-    """The workload section for a function of a notebook cell; raises CannotTravel (a ValueError) with the reason.
+    """Return the workload section for a function of a notebook cell.
+
+    Raises NotSelfContainedError (a ValueError) with the reason if the function cannot be sent to the ranks.
 
     >>> experiment.replace(workload=from_notebook(make_task))    # doctest: +SKIP
     """
-    return {"name": "custom", "source": travels(factory), "factory": factory.__name__}
+    return {"name": "custom", "source": self_contained_source(factory), "factory": factory.__name__}

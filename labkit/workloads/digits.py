@@ -24,7 +24,7 @@ TEST_SHARE = 0.2
 
 @lru_cache(maxsize=1)
 def raw() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Images [1797, 8, 8] with values in 0 … 1, and labels [1797]; read once per process."""
+    """Return images [1797, 8, 8] with values in 0 … 1, and labels [1797]; read once per process."""
     spec = find_spec("sklearn")
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError("the digits come with scikit-learn, which is not installed: pip install scikit-learn")
@@ -40,9 +40,9 @@ def raw() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 
 def stratified_split(labels: NDArray[Any], share: float = TEST_SHARE) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices of the training and of the held-out part; every class gives `share` of its samples to the latter.
+    """Return the indices of the training and of the held-out part, with `share` of every class held out.
 
-    Always the same split: it depends on the labels only, so that runs with different seeds compare.
+    The split is always the same: it depends on the labels only, so that runs with different seeds can be compared.
     """
     order = np.random.default_rng(0)
     held_out = []
@@ -55,5 +55,5 @@ def stratified_split(labels: NDArray[Any], share: float = TEST_SHARE) -> tuple[N
 
 @lru_cache(maxsize=1)
 def split() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The digits' own training and held-out indices."""
+    """Return the training and held-out indices of the digits."""
     return stratified_split(raw()[1])

@@ -1,6 +1,6 @@
 """Behaviour cloning for self-driving: the network learns an expert's action from what the car sees.
 
-Read by the form and the command line too: torch and highway-env are imported inside functions.
+The form and the command line import this file too: torch and highway-env are imported inside functions.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 
 class DrivingOptions(Options):
-    """The network, and how far it is driven at the end."""
+    """The network, and how long it drives after the training."""
 
     width: int = Field(default=256, ge=4, le=8192)
     """Units of each layer."""
     depth: int = Field(default=2, ge=1, le=64)
-    """Layers after the one that looks at the vehicles."""
+    """Layers after the one that processes the vehicles."""
     episodes: int = Field(default=20, ge=0, le=10_000)
-    """Episodes that the trained network drives on the simulated road, shared by the ranks; 0 for none."""
+    """Episodes that the trained network drives in the simulator, shared by the ranks; 0 for none."""
 
 
 class Driving:
-    """Behaviour cloning; the metric is held-out accuracy, and on the road distance and crashes."""
+    """Behaviour cloning; the metric is held-out accuracy, and in the simulator distance and crashes."""
 
     Options = DrivingOptions
 
@@ -53,7 +53,7 @@ class Driving:
 
     @classmethod
     def build(cls, options: Any, seed: int) -> Task:
-        """Read the recorded drives, make the network. `options`: a DrivingOptions, its fields or a section."""
+        """Read the recorded drives and build the network from a DrivingOptions, its fields or a section."""
         from labkit.workloads.driving_task import DrivingTask
         from labkit.workloads.options import read
 

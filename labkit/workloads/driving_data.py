@@ -1,4 +1,4 @@
-"""The recorded drives on disk: arrays in `driving.npz`, how they were made in `driving.json`. Needs numpy only."""
+"""The recorded drives on disk: arrays in `driving.npz`, and a description in `driving.json`. Needs numpy only."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ FOLDER = Path(__file__).parent / "data"
 NAME = "driving"
 
 SCALE = np.array([1.0, 25.0, 4.0, 8.0, 2.0], dtype=np.float32)
-"""Metres and metres per second that the network sees as 1, for presence, x, y, vx, vy: a lane is 1 wide, and the
-distances at which the driver has to decide are about 1."""
+"""Scale of presence, x, y, vx, vy (m, m/s): a lane becomes 1 wide, and decisive distances become about 1."""
 
 Arrays = dict[str, NDArray[Any]]
 
 
 def write(folder: Path, arrays: Arrays, about: dict[str, Any]) -> None:
-    """Write both files; the same arrays give the same bytes (`np.savez` would put the time of day into the archive)."""
+    """Write both files; the same arrays give the same bytes (`np.savez` would store the time of day in the archive)."""
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(folder / f"{NAME}.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, array in arrays.items():
@@ -36,7 +35,7 @@ def write(folder: Path, arrays: Arrays, about: dict[str, Any]) -> None:
 
 @lru_cache(maxsize=1)
 def load() -> tuple[Arrays, dict[str, Any]]:
-    """The arrays and the description; read once per process."""
+    """Return the arrays and the description; read once per process."""
     with np.load(FOLDER / f"{NAME}.npz", allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
     return arrays, about()
@@ -44,12 +43,12 @@ def load() -> tuple[Arrays, dict[str, Any]]:
 
 @lru_cache(maxsize=1)
 def about() -> dict[str, Any]:
-    """How the data was made and what is known of it."""
-    found: dict[str, Any] = json.loads((FOLDER / f"{NAME}.json").read_text(encoding="utf-8"))
-    return found
+    """Return how the data was made and facts about it."""
+    description: dict[str, Any] = json.loads((FOLDER / f"{NAME}.json").read_text(encoding="utf-8"))
+    return description
 
 
-def normalise(seen: NDArray[Any]) -> NDArray[np.float32]:
-    """Observations [..., vehicles, 5] in metres to network input [..., vehicles · 5], about 1 in size."""
-    scaled: NDArray[np.float32] = seen.astype(np.float32) / SCALE
-    return scaled.reshape(*seen.shape[:-2], -1)
+def normalise(observation: NDArray[Any]) -> NDArray[np.float32]:
+    """Scale observations [..., vehicles, 5] in metres to network input [..., vehicles · 5] of about unit size."""
+    scaled: NDArray[np.float32] = observation.astype(np.float32) / SCALE
+    return scaled.reshape(*observation.shape[:-2], -1)

@@ -1,4 +1,4 @@
-"""The driving task: recorded drives to learn from, and the road to prove it on."""
+"""The driving task: recorded drives to learn from, and a simulated road to test on."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from labkit.workloads.models.driver import driver
 from labkit.workloads.seed import seeded
 
 ROAD_SEED = 2_000_000
-"""Closed-loop episodes have seeds from here on: neither recorded nor measured for the facts."""
+"""First seed of the closed-loop episodes, which are neither recorded nor measured for the facts."""
 
 
 class DrivingTask(ClassificationTask):
-    """Observation [N, 40] to the scores of five actions [N, 5]; other episodes are held out."""
+    """Observation [N, 40] to the logits of five actions [N, 5]; separate episodes are held out."""
 
     def __init__(self, width: int, depth: int, episodes: int, seed: int) -> None:
         arrays, about = driving_data.load()
@@ -43,16 +43,16 @@ class DrivingTask(ClassificationTask):
         self.episodes = episodes
 
     def closed_loop(self, model: nn.Module, rank: int, world_size: int, seed: int) -> dict[str, float]:
-        """Drive this rank's episodes (every `world_size`-th); sums of distance (m), crashes and episodes."""
-        mine = range(rank, self.episodes, world_size)
-        if not mine:
+        """Drive this rank's episodes (every `world_size`-th); return sums of distance (m), crashes and episodes."""
+        episode_numbers = range(rank, self.episodes, world_size)
+        if not episode_numbers:
             return {"episodes": 0.0, "distance_m": 0.0, "crashes": 0.0} if self.episodes else {}
         from labkit.workloads.highway import Highway, drive
 
         parameter = next(model.parameters())
 
-        def act(seen: Any) -> int:
-            x = torch.from_numpy(driving_data.normalise(seen)).to(parameter.device, parameter.dtype)
+        def act(observation: Any) -> int:
+            x = torch.from_numpy(driving_data.normalise(observation)).to(parameter.device, parameter.dtype)
             return int(model(x.unsqueeze(0)).argmax())
 
         was_training = model.training
@@ -60,7 +60,7 @@ class DrivingTask(ClassificationTask):
         try:
             with torch.inference_mode():
                 env = Highway()
-                drives = [drive(env, ROAD_SEED + 10_000 * seed + number, act) for number in mine]
+                drives = [drive(env, ROAD_SEED + 10_000 * seed + number, act) for number in episode_numbers]
         finally:
             model.train(was_training)
         return {

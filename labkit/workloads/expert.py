@@ -1,8 +1,8 @@
-"""The driver that the network learns from: looks one action ahead, at what it can see.
+"""The driver that the network imitates: it looks one action ahead, at what it can see.
 
-It tries each of the five actions in its head: every vehicle keeps its speed, its own speed becomes the new one at once,
-and during a lane change it stands in both lanes. It takes the action with the best mark for progress and safety. It
-decides from the same numbers that the network gets, so that everything it does can be learned.
+It simulates each of the five actions: every vehicle keeps its speed, its own speed changes at once, and during a lane
+change it occupies both lanes. It takes the action with the best score for progress and safety. It decides from the same
+numbers that the network gets, so that everything it does can be learned.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ LEFT, IDLE, RIGHT, FASTER, SLOWER = range(5)
 
 LANES = 3
 LANE_WIDTH = 4.0
-"""Metres."""
+"""Width of a lane (m)."""
 LENGTH = 5.0
-"""Of a vehicle (m)."""
+"""Length of a vehicle (m)."""
 SPEEDS = (15.0, 20.0, 25.0, 30.0)
-"""What the driver can ask for (m/s)."""
+"""Speeds that the driver can ask for (m/s)."""
 
 _TIMES = np.arange(0.0, 3.01, 0.25)
 _FRONT_MARGIN_S = 0.5
 _REAR_MARGIN_M = 4.0
 
 
-def expert_action(seen: NDArray[np.float32]) -> int:
-    """The action for an observation [vehicles, 5] of presence, x, y, vx, vy (m, m/s).
+def expert_action(observation: NDArray[np.float32]) -> int:
+    """Return the action for an observation [vehicles, 5] of presence, x, y, vx, vy (m, m/s).
 
-    Row 0 is the driver itself with its y and speed, the others are relative to it; absent rows are zero.
+    Row 0 is the driver itself with its y and speed; the others are relative to it. Absent rows are zero.
     """
-    lane = int(np.clip(round(float(seen[0, 2]) / LANE_WIDTH), 0, LANES - 1))
-    level = int(np.abs(np.array(SPEEDS) - seen[0, 3]).argmin())
+    lane = int(np.clip(round(float(observation[0, 2]) / LANE_WIDTH), 0, LANES - 1))
+    level = int(np.abs(np.array(SPEEDS) - observation[0, 3]).argmin())
     options = {IDLE: (lane, level)}
     if lane > 0:
         options[LEFT] = (lane - 1, level)
@@ -42,25 +42,27 @@ def expert_action(seen: NDArray[np.float32]) -> int:
         options[FASTER] = (lane, level + 1)
     if level > 0:
         options[SLOWER] = (lane, level - 1)
-    marks = {action: _mark(seen, lane, *target) - 0.05 * (action != IDLE) for action, target in options.items()}
-    return max(marks, key=lambda action: marks[action])
+    scores = {
+        action: _score(observation, lane, *target) - 0.05 * (action != IDLE) for action, target in options.items()
+    }
+    return max(scores, key=lambda action: scores[action])
 
 
-def _mark(seen: NDArray[np.float32], lane: int, new_lane: int, level: int) -> float:
-    """Progress in units of 10 m/s, minus a heavy charge for coming too close."""
+def _score(observation: NDArray[np.float32], lane: int, new_lane: int, level: int) -> float:
+    """Return progress in units of 10 m/s, minus a large penalty for coming too close."""
     speed = SPEEDS[level]
-    others = seen[1:][seen[1:, 0] > 0.5]
-    x, speeds = others[:, 1], others[:, 3] + seen[0, 3]
-    lateral = others[:, 2] + seen[0, 2]
-    drift = others[:, 4] + (seen[0, 4] if len(others) else 0.0)
+    others = observation[1:][observation[1:, 0] > 0.5]
+    x, speeds = others[:, 1], others[:, 3] + observation[0, 3]
+    lateral = others[:, 2] + observation[0, 2]
+    drift = others[:, 4] + (observation[0, 4] if len(others) else 0.0)
 
     def inside(number: int) -> NDArray[np.bool_]:
-        """In this lane now or, at the present drift, in a second."""
+        """Return which vehicles are in this lane now or, at their present drift, in a second."""
         centre, reach = number * LANE_WIDTH, 0.65 * LANE_WIDTH
         within: NDArray[np.bool_] = (np.abs(lateral - centre) < reach) | (np.abs(lateral + drift - centre) < reach)
         return within
 
-    # Gaps over time, [vehicles, times]; a vehicle beside or behind matters when the driver comes into its lane.
+    # Gaps over time, [vehicles, times]; vehicles next to or behind the driver matter when it enters their lane.
     ahead = x[:, None] + (speeds - speed)[:, None] * _TIMES
     concerned = inside(new_lane)
     if new_lane != lane:
@@ -81,7 +83,7 @@ def _mark(seen: NDArray[np.float32], lane: int, new_lane: int, level: int) -> fl
 
 
 def _shortfall(ahead: NDArray[np.float32], x: NDArray[np.float32], speed: float) -> float:
-    """How much of the wanted distance is missing at the worst moment: 0 for none, 1 for a touch, more for less."""
+    """Return the missing fraction of the safe distance at the worst moment: 0 for none, 1 for contact, up to 2."""
     if not len(x):
         return 0.0
     front_margin = _FRONT_MARGIN_S * speed

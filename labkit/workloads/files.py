@@ -1,7 +1,7 @@
-"""Files of a user's data: which there are, what each really holds, and rows of text from them.
+"""Files of a user's data: which exist, what each contains, and rows of text from them.
 
-A file's kind is what its content says; an ending decides only between kinds of plain text (`.csv` or a text with
-commas). Every fault names the file, and the line where there is one.
+A file's kind is determined by its content; the suffix decides only between kinds of plain text (`.csv` or a text with
+commas). Every error names the file, and the line if there is one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ csv.field_size_limit(2**31 - 1)
 
 
 def kind(path: Path) -> Kind:
-    """What the file holds, by its first bytes. Raises ValueError where it cannot be read."""
+    """Return what the file contains, by its first bytes. Raises ValueError if it cannot be read."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
@@ -37,7 +37,7 @@ def kind(path: Path) -> Kind:
     if head.startswith(b"PAR1"):
         return "parquet"
     if suffix in _BINARY:
-        raise ValueError(f"cannot read {path}: it is no {_BINARY[suffix]} file, its first bytes are {head[:8]!r}")
+        raise ValueError(f"cannot read {path}: it is not a {_BINARY[suffix]} file: its first bytes are {head[:8]!r}")
     if head.startswith(_IMAGES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or suffix in _IMAGE_ENDINGS:
         return "image"
     if head.startswith((b"ARROW1", b"PK\x03\x04", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ", b"%PDF")):
@@ -50,8 +50,9 @@ def kind(path: Path) -> Kind:
 
 
 def _is_text(head: bytes, suffix: str) -> bool:
+    """Return True if the first bytes of a file are text."""
     if suffix in (".txt", ".md", ".rst", ""):
-        return True  # a text that is not UTF-8 is refused by name rather than skipped
+        return True  # a text file that is not UTF-8 is refused by name rather than skipped
     try:
         head.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -61,23 +62,23 @@ def _is_text(head: bytes, suffix: str) -> bool:
 
 @dataclass
 class Folder:
-    """The files of a folder and of its sub-folders, by split; those that are not taken are counted by reason."""
+    """The files of a folder and of its subfolders, by split; files that are not used are counted by reason."""
 
     train: list[Path] = field(default_factory=list)
     held_out: list[Path] = field(default_factory=list)
     split: str = ""
-    """Name of the held-out split; empty where there is none."""
+    """Name of the held-out split; empty if there is none."""
     kind: Kind = "text"
     skipped: dict[str, int] = field(default_factory=dict)
 
     def skip(self, reason: str, count: int = 1) -> None:
-        """Count files that are not taken."""
+        """Count files that are not used."""
         if count:
             self.skipped[reason] = self.skipped.get(reason, 0) + count
 
 
 def walk(root: Path) -> tuple[list[Path], int]:
-    """All regular files below `root`, sorted by path, and how many hidden ones were left out."""
+    """Return all regular files below `root`, sorted by path, and the number of hidden ones."""
     files, hidden = [], 0
     for path in sorted(root.rglob("*")):
         parts = path.relative_to(root).parts
@@ -91,15 +92,15 @@ def walk(root: Path) -> tuple[list[Path], int]:
 
 
 def split_of_file(path: Path, root: Path) -> Split | None:
-    """The split that a file's folders or its own name say; held out, if they say both."""
+    """Return the split that a file's folders or its own name state; held out, if they state both."""
     parts = path.relative_to(root).parts
-    found = {split_of(part) for part in parts[:-1]} | {split_of(Path(parts[-1]).name)}
+    splits = {split_of(part) for part in parts[:-1]} | {split_of(Path(parts[-1]).name)}
     choices: tuple[Split, ...] = (*HELD_OUT, "train")
-    return next((split for split in choices if split in found), None)
+    return next((split for split in choices if split in splits), None)
 
 
-def texts_of(root: Path) -> Folder:
-    """The files of text or rows below `root`: parquet, JSON, CSV or plain text, whichever there is (in this order)."""
+def find_text_files(root: Path) -> Folder:
+    """Return the files of text or rows below `root`, all of one kind: parquet, JSON, CSV or plain text."""
     folder = Folder()
     files, hidden = walk(root)
     folder.skip("hidden", hidden)
@@ -108,40 +109,41 @@ def texts_of(root: Path) -> Folder:
     described = [path for path in files if path.stem.lower() in _SKIPPED_NAMES and named[path] is None]
     usable = [path for path in files if path not in described or len(described) == len(files)]
     order: tuple[Kind, ...] = ("parquet", "json", "csv", "text")
-    present = [each for each in order if any(kinds[path] == each for path in usable)]
+    present = [name for name in order if any(kinds[path] == name for path in usable)]
     if not present:
-        raise ValueError(f"{root} holds no file of text: {_listing(files, root) or 'it is empty'}")
+        raise ValueError(f"{root} contains no text file: {_listing(files, root) or 'it is empty'}")
     if len(present) > 1:
         examples = ", ".join(
-            f"{each} ({next(p for p in usable if kinds[p] == each).relative_to(root)})" for each in present
+            f"{name} ({next(p for p in usable if kinds[p] == name).relative_to(root)})" for name in present
         )
-        raise ValueError(f"{root} holds files of several kinds, {examples}: give one of the files, or part them")
+        raise ValueError(f"{root} contains files of several kinds, {examples}: give one of the files, or separate them")
     folder.kind = present[0]
-    taken = [path for path in usable if kinds[path] == folder.kind]
-    folder.skip("another kind of file", len(files) - len(taken))
+    chosen = [path for path in usable if kinds[path] == folder.kind]
+    folder.skip("another kind of file", len(files) - len(chosen))
     by_split: dict[Split | None, list[Path]] = {"train": [], "test": [], "validation": [], None: []}
-    for path in taken:
+    for path in chosen:
         by_split[named[path]].append(path)
     folder.train = by_split["train"] or by_split[None]
     if not folder.train:
-        raise ValueError(f"{root} holds held-out files only: {_listing(taken, root)}")
-    folder.skip("names no split, beside files named train", len(by_split[None]) if by_split["train"] else 0)
+        raise ValueError(f"{root} contains held-out files only: {_listing(chosen, root)}")
+    folder.skip("names no split, next to files named train", len(by_split[None]) if by_split["train"] else 0)
     for split in HELD_OUT:
         if by_split[split]:
             if folder.split:
-                folder.skip(f"{split} split, beside a {folder.split} split", len(by_split[split]))
+                folder.skip(f"{split} split, next to a {folder.split} split", len(by_split[split]))
             else:
                 folder.held_out, folder.split = by_split[split], split
     return folder
 
 
 def _listing(files: list[Path], root: Path) -> str:
+    """Return the first five files, as text."""
     names = [str(path.relative_to(root)) for path in files[:5]]
     return ", ".join(names) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
 
 
 def read_text(path: Path) -> str:
-    """The whole of a UTF-8 file, without a byte order mark."""
+    """Return the content of a UTF-8 file, without a byte order mark."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -151,7 +153,7 @@ def read_text(path: Path) -> str:
 
 
 def rows(path: Path, what: Kind) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place in words, row by column) of a table in a file; ValueError names the file and the place of a fault."""
+    """Yield (place in words, row by column) of a table in a file; ValueError names file and place of an error."""
     if what == "parquet":
         yield from _parquet_rows(path)
     elif what == "csv":
@@ -169,7 +171,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 for row in batch.to_pylist():
                     yield f"{path}, row {number}", row
                     number += 1
-    except (OSError, ValueError) as error:  # pyarrow's own errors are kinds of these
+    except (OSError, ValueError) as error:  # pyarrow's own errors are subclasses of these
         raise ValueError(f"cannot read {path} (row {number} or later): {error}".splitlines()[0]) from error
 
 
@@ -188,14 +190,15 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not row:
                 continue
             if len(row) != len(names):
-                raise ValueError(f"{path}, line {reader.line_num}: {len(row)} fields, the first line has {len(names)}")
+                place = f"{path}, line {reader.line_num}"
+                raise ValueError(f"{place}: {len(row)} fields, but the first line has {len(names)}")
             yield f"{path}, line {reader.line_num}", dict(zip(names, row, strict=True))
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Objects, one a line or in one list (also under the only key of an object)."""
+    """Yield objects, one per line or in one list (also under the only key of an object)."""
     text = read_text(path)
     whole: Any = None
     if text.lstrip().startswith("["):
@@ -207,7 +210,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             whole = json.loads(text)
         except json.JSONDecodeError:
-            whole = None  # one object a line
+            whole = None  # one object per line
         if isinstance(whole, dict):
             lists = [value for value in whole.values() if isinstance(value, list)]
             whole = lists[0] if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]) else [whole]
@@ -225,6 +228,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _object(row: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the row if it is an object; otherwise raise ValueError."""
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: a row must be an object of columns, it is {type(row).__name__}")
+        raise ValueError(f"{place}: a row must be an object of columns, but it is {type(row).__name__}")
     yield place, row

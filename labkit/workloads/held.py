@@ -1,7 +1,7 @@
-"""The tensors that a person's function, loss or object holds, wherever it keeps them, with words for the place.
+"""The tensors that a user's function, loss or object refers to, with a description of the place of each.
 
-Bounded: closures, partials, bound methods, default values, module-level names that a function uses, attributes, lists
-and dicts, so many objects deep and in number.
+The search is bounded in depth and number of objects. It covers closures, partials, bound methods, default values,
+module-level names that a function uses, attributes, lists and dicts.
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
-MOST_OBJECTS, MOST_ITEMS, DEEPEST = 5_000, 1_000, 6
+MAX_OBJECTS, MAX_ITEMS, MAX_DEPTH = 5_000, 1_000, 6
 _ATOMS = (int, float, complex, bool, str, bytes, type(None), type, BuiltinFunctionType, ModuleType)
 
 
 def tensors_held(value: Any, owner: str) -> Iterator[tuple[str, Tensor]]:
-    """(words for the place, tensor) of what `value`, called `owner`, holds; each tensor once, the nearest first."""
+    """Yield (place in words, tensor) for each tensor that `value`, called `owner`, refers to, the nearest first."""
     seen: dict[int, Any] = {}
     waiting = deque([("", value, 0)])
-    while waiting and len(seen) < MOST_OBJECTS:
+    while waiting and len(seen) < MAX_OBJECTS:
         place, part, depth = waiting.popleft()
         if isinstance(part, _ATOMS) or id(part) in seen:
             continue
         seen[id(part)] = part
         if isinstance(part, Tensor):
             yield (f"{place.lstrip('.')} of {owner}" if place else owner), part
-        elif depth < DEEPEST or isinstance(part, nn.Module):
+        elif depth < MAX_DEPTH or isinstance(part, nn.Module):
             waiting.extend((inner, held, depth + 1) for inner, held in _parts(part, place))
 
 
 def _parts(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Yield the objects that `value` refers to directly, with their places."""
     if isinstance(value, FunctionType):
         yield from _parts_of_function(value)
     elif isinstance(value, partial):
@@ -44,9 +45,9 @@ def _parts(value: Any, place: str) -> Iterator[tuple[str, Any]]:
         yield place, value.__self__
         yield place, value.__func__
     elif isinstance(value, Mapping):
-        yield from ((f"{place}[{key!r}]", part) for key, part in list(value.items())[:MOST_ITEMS])
+        yield from ((f"{place}[{key!r}]", part) for key, part in list(value.items())[:MAX_ITEMS])
     elif isinstance(value, list | tuple | set | deque):
-        yield from ((f"{place}[{number}]", part) for number, part in enumerate(list(value)[:MOST_ITEMS]))
+        yield from ((f"{place}[{number}]", part) for number, part in enumerate(list(value)[:MAX_ITEMS]))
     elif isinstance(value, nn.Module):
         own = {name: part for name, part in vars(value).items() if name not in _TABLES}
         tables = (value._parameters, value._buffers, value._modules, own)
@@ -59,6 +60,7 @@ _TABLES = frozenset(vars(nn.Module()))
 
 
 def _parts_of_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield the variables of a function's closure, its default values and the globals that it uses."""
     code = function.__code__
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         try:

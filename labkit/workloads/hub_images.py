@@ -1,4 +1,4 @@
-"""Labelled images from a folder, a parquet file or the hub, decoded when they are needed."""
+"""Labelled images from a folder, a parquet file or the hub, decoded on access."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from labkit.workloads.pixels import GROUND, rgb
 from labkit.workloads.rules import is_path
 
 Source = Callable[[int], tuple[Path | bytes, str]]
-"""An index to (a path or the bytes of a file, its name for people)."""
+"""Function from an index to (the path or the bytes of a file, its name in messages)."""
 Part = tuple[Source, NDArray[np.int64]]
 TRIED_S = 1.0
-"""How long the images of a part are tried before training."""
+"""Seconds for which the images of a part are tried before training."""
 
 MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
 DEVIATION = np.array([0.229, 0.224, 0.225], dtype=np.float32)
-"""Of ImageNet's pixels: near enough for photographs, and no pass over the data is needed to find them."""
+"""Standard deviation of ImageNet's pixels, as MEAN: close enough for photographs, without a pass over the data."""
 
 _LABEL_NAMES = ("label", "labels", "class", "target", "fine_label", "coarse_label")
 
@@ -36,7 +36,7 @@ _LABEL_NAMES = ("label", "labels", "class", "target", "fine_label", "coarse_labe
 class StoredImages:
     """Encoded images: `x` [N, 3, side, side] float32 (RGB, normalised), `y` [N] int64.
 
-    `source` gives what an index holds, a path or the bytes of a file, and its name for people.
+    `source` returns the path or the bytes of the file at an index, and its name in messages.
     """
 
     def __init__(self, source: Source, labels: NDArray[np.int64], side: int) -> None:
@@ -52,22 +52,22 @@ class StoredImages:
         return {"x": x, "y": torch.from_numpy(self.labels[chosen])}
 
     def pixels(self, index: int) -> NDArray[np.float32]:
-        """The image as [side, side, 3]; ValueError names one that cannot be read."""
+        """Return the image as [side, side, 3]; ValueError names an image that cannot be read."""
         from PIL import Image, UnidentifiedImageError
 
-        held, name = self.source(index)
+        stored, name = self.source(index)
         try:
-            with Image.open(held if isinstance(held, Path) else io.BytesIO(held)) as image:
+            with Image.open(stored if isinstance(stored, Path) else io.BytesIO(stored)) as image:
                 return rgb(image, self.side)
         except UnidentifiedImageError:
-            raise ValueError(f"the image {name} cannot be read: it is no image of a kind that is known here") from None
+            raise ValueError(f"the image {name} cannot be read: it is not an image of a known format") from None
         except ValueError as error:
             raise ValueError(f"the image {name} {error}") from None
         except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, struct.error, …
             raise ValueError(f"the image {name} cannot be read: {hub.first_line(error)}") from error
 
     def try_all(self, seconds: float = TRIED_S) -> None:
-        """Decode every image, as far as there is time: a bad one is better known before training."""
+        """Decode every image, as far as time permits, to find bad ones before training."""
         until = time.monotonic() + seconds
         for index in range(len(self)):
             if time.monotonic() > until:
@@ -76,9 +76,9 @@ class StoredImages:
 
 
 def hub_images(data: str, side: int, image_column: str = "", label_column: str = "") -> Images:
-    """Labelled images of a folder, a file or the hub; a stratified fifth is held out if there is no held-out part."""
+    """Return labelled images of a folder, a file or the hub; without a held-out part a stratified fifth is held out."""
     path = Path(data).expanduser()
-    folder = read_folder(path) if is_path(data) and path.is_dir() and not _described(path) else None
+    folder = read_folder(path) if is_path(data) and path.is_dir() and not _has_metadata(path) else None
     if folder is not None:
         for option, column in (("image_column", image_column), ("label_column", label_column)):
             if column:
@@ -100,11 +100,11 @@ def hub_images(data: str, side: int, image_column: str = "", label_column: str =
     if not len(train_labels) or not len(test_labels):
         raise ValueError(f"{data} has too few images to hold some out")
     if len(names) < 2:
-        raise ValueError(f"{data} has one class only ({names[0]}): there is nothing to tell apart")
+        raise ValueError(f"{data} has one class only ({names[0]}): there is nothing to classify")
     absent = [name for number, name in enumerate(names) if number not in set(test_labels.tolist())]
     if absent:
         about["classes_not_held_out"] = absent
-        about["notes"] = [f"the held-out part has no image of {', '.join(absent[:5])}: they count nothing in accuracy"]
+        about["notes"] = [f"the held-out part has no image of {', '.join(absent[:5])}: accuracy ignores them"]
     stored = StoredImages(train_source, train_labels, side), StoredImages(test_source, test_labels, side)
     for part in stored:
         part.try_all()
@@ -118,12 +118,13 @@ def hub_images(data: str, side: int, image_column: str = "", label_column: str =
     )
 
 
-def _described(path: Path) -> bool:
-    """Whether a file beside the images says what they are, as `datasets` reads it."""
+def _has_metadata(path: Path) -> bool:
+    """Return True if a metadata file describes the images in the format of `datasets`."""
     return any(path.rglob("metadata.csv")) or any(path.rglob("metadata.jsonl"))
 
 
 def _of_folder(folder: ImageFolder, root: Path) -> tuple[Part, Part | None]:
+    """Return the training and the held-out part (None for none) of a folder with one subfolder per class."""
     names = sorted({name for _, name in folder.train})
     unknown = sorted({name for _, name in folder.held_out} - set(names))
     if unknown:
@@ -141,6 +142,7 @@ def _of_folder(folder: ImageFolder, root: Path) -> tuple[Part, Part | None]:
 def _of_table(
     data: str, image_column: str, label_column: str
 ) -> tuple[list[str], tuple[Part, Part | None], dict[str, Any]]:
+    """Return class names, the training and the held-out part (None for none), and facts of a data set with columns."""
     train, test, about = hub.load(data)
     image = hub.column(train, image_column, "images", _image_columns(train), "workload.image_column")
     label = hub.column(train, label_column, "labels", _label_columns(train), "workload.label_column")
@@ -157,6 +159,8 @@ def _of_table(
 
 
 def _source(rows: Any, column: str, part: str) -> Source:
+    """Return a function that reads the image at an index of `rows`."""
+
     def read(index: int) -> tuple[Path | bytes, str]:
         stored = rows[index][column]
         name = f"in row {index} of the {part} part"
@@ -170,11 +174,12 @@ def _source(rows: Any, column: str, part: str) -> Source:
 
 
 def _selected(source: Source, rows: NDArray[np.int64]) -> Source:
+    """Return the source of a subset of rows."""
     return lambda index: source(int(rows[index]))
 
 
 def _image_columns(rows: Any) -> list[str]:
-    """Columns of the type Image; else those named so, whose content can be read as an image."""
+    """Return the columns of the type Image, or else those with a usual name."""
     import datasets
 
     typed = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
@@ -182,6 +187,7 @@ def _image_columns(rows: Any) -> list[str]:
 
 
 def _label_columns(rows: Any) -> list[str]:
+    """Return the columns of the type ClassLabel, or else those with a usual name."""
     import datasets
 
     typed = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -189,36 +195,38 @@ def _label_columns(rows: Any) -> list[str]:
 
 
 def _encoded(rows: Any, image_column: str) -> Any:
-    """Rows whose images come as bytes or paths, whatever the file said about the column's type."""
+    """Return the rows with images as bytes or paths, whatever type the file declares for the column."""
     import datasets
 
     feature = rows.features[image_column]
     if isinstance(feature, datasets.Image):
         return rows.cast_column(image_column, datasets.Image(decode=False))
     if getattr(feature, "dtype", "") in ("string", "large_string"):
-        # Would be taken as paths or addresses: a foreign data set could have files of this machine opened.
-        raise ValueError(f"column {image_column!r} does not hold images, it holds text")
+        # These would be used as paths or addresses: a foreign data set could make this machine open its files.
+        raise ValueError(f"column {image_column!r} contains text, not images")
     try:
         return rows.cast_column(image_column, datasets.Image(decode=False))
-    except Exception as error:  # pyarrow and datasets raise many kinds here
-        raise ValueError(f"column {image_column!r} does not hold images") from error
+    except Exception as error:  # pyarrow and datasets raise many types here
+        raise ValueError(f"column {image_column!r} does not contain images") from error
 
 
 def _labels(rows: Any, label_column: str, names: list[str] | None = None) -> tuple[list[str], NDArray[np.int64]]:
-    """Names of the classes, and each row's class number. Classes without names are sorted by their value."""
+    """Return the names of the classes and each row's class number. Classes without names are sorted by their value."""
     import datasets
 
     feature = rows.features.get(label_column)
     values = list(rows[label_column]) if label_column in rows.column_names else []
     if isinstance(feature, datasets.ClassLabel):
         texts = [feature.int2str(value) if value is not None and value >= 0 else None for value in values]
-        known = list(feature.names) if names is None else names
+        class_names = list(feature.names) if names is None else names
     else:
         texts = [None if value is None else str(value) for value in values]
         distinct = {value for value in values if value is not None}
-        known = [str(value) for value in sorted(distinct, key=lambda v: (str(type(v)), v))] if names is None else names
-    number = {name: index for index, name in enumerate(known)}
+        class_names = (
+            [str(value) for value in sorted(distinct, key=lambda v: (str(type(v)), v))] if names is None else names
+        )
+    number = {name: index for index, name in enumerate(class_names)}
     missing = next((text for text in texts if text not in number), ...)
     if missing is not ...:
-        raise ValueError(f"column {label_column!r} has rows with the label {missing!r}, which is no class to train on")
-    return known, np.array([number[text] for text in texts if text is not None], dtype=np.int64)
+        raise ValueError(f"column {label_column!r} has rows with the label {missing!r}, which is not a trained class")
+    return class_names, np.array([number[text] for text in texts if text is not None], dtype=np.int64)

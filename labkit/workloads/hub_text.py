@@ -6,24 +6,24 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from labkit.workloads.files import Folder, Kind, kind, read_text, rows, texts_of
+from labkit.workloads.files import Folder, Kind, find_text_files, kind, read_text, rows
 from labkit.workloads.rules import is_path
 
 _NAMES = ("text", "content", "document", "sentence", "story", "article")
 _TEST_SHARE_OF_LIMIT = 10
 """The held-out part is read up to a tenth of the limit: enough to judge by, and evaluation stays short."""
-_LOOKED_AT = 200
-"""Rows by which a column is judged to hold text."""
+_ROWS_EXAMINED = 200
+"""Number of rows by which a column is recognised as text."""
 
 Row = tuple[str, dict[str, Any]]
-"""(its place in words, values by column)."""
+"""(description of its place, values by column)."""
 
 
 def hub_text(data: str, text_column: str, max_characters: int) -> tuple[str, str | None, dict[str, Any]]:
-    """The training text, the held-out text (None: cut from the end of the training text), and what was taken.
+    """Return the training text, the held-out text (None: cut from the end of the training text), and facts about them.
 
-    Files and folders named as splits are splits. Rows are joined by an empty line, in their order, until there are
-    `max_characters`. Raises ValueError in a sentence.
+    Files and folders named after splits are used as these splits. Rows are joined by an empty line, in their order,
+    until there are `max_characters`. Raises ValueError in one sentence.
     """
     limit = max(1000, max_characters // _TEST_SHARE_OF_LIMIT)
     if not is_path(data):
@@ -33,7 +33,7 @@ def hub_text(data: str, text_column: str, max_characters: int) -> tuple[str, str
         parts = [_dataset_rows(train, "training"), None if test is None else _dataset_rows(test, "held-out")]
         return _from_rows(parts[0] or [], parts[1], text_column, max_characters, limit, about)
     path = Path(data).expanduser()
-    folder = texts_of(path) if path.is_dir() else Folder(train=[path], kind=_kind_of_one(path))
+    folder = find_text_files(path) if path.is_dir() else Folder(train=[path], kind=_kind_of_one(path))
     about = {
         "files": len(folder.train),
         "held_out": f"{_files(len(folder.held_out))} named {folder.split}" if folder.split else "the end of the text",
@@ -54,9 +54,10 @@ def _files(count: int) -> str:
 
 
 def _kind_of_one(path: Path) -> Kind:
+    """Return the kind of a single file; ValueError if it contains no text of a known kind."""
     what = kind(path)
     if what in ("image", "other"):
-        raise ValueError(f"cannot read {path}: it holds no text that is known here (parquet, JSON, CSV, plain text)")
+        raise ValueError(f"cannot read {path}: it contains no text in a known format (parquet, JSON, CSV, plain text)")
     return what
 
 
@@ -78,46 +79,48 @@ def _from_rows(
     train: Iterable[Row],
     test: Iterable[Row] | None,
     text_column: str,
-    most: int,
-    most_held_out: int,
+    max_characters: int,
+    max_held_out: int,
     about: dict[str, Any],
 ) -> tuple[str, str | None, dict[str, Any]]:
+    """Return training text, held-out text and facts, cut to `max_characters` and `max_held_out` characters."""
     ahead = []
     iterator = iter(train)
     for row in iterator:
         ahead.append(row)
-        if len(ahead) == _LOOKED_AT:
+        if len(ahead) == _ROWS_EXAMINED:
             break
     if not ahead:
         raise ValueError("the training part has no rows")
     column = _column([row for _, row in ahead], text_column)
     empty = [0]
 
-    def whole() -> Iterator[Row]:
+    def all_rows() -> Iterator[Row]:
         yield from ahead
         yield from iterator
 
-    text = _join(whole(), column, most, empty)
-    held_out = None if test is None else _join(test, column, most_held_out, empty)
+    text = _join(all_rows(), column, max_characters, empty)
+    held_out = None if test is None else _join(test, column, max_held_out, empty)
     return text, held_out, about | {"text_column": column, "empty_rows": empty[0]}
 
 
-def _column(seen: list[dict[str, Any]], text_column: str) -> str:
+def _column(examined: list[dict[str, Any]], text_column: str) -> str:
+    """Return the column that contains the text."""
     from labkit.workloads.hub import choose_column
 
-    names = list(dict.fromkeys(name for row in seen for name in row))
+    names = list(dict.fromkeys(name for row in examined for name in row))
     strings = [
         name
         for name in names
-        if any(isinstance(row.get(name), str) for row in seen)
-        and all(isinstance(row.get(name), str | None) for row in seen)
+        if any(isinstance(row.get(name), str) for row in examined)
+        and all(isinstance(row.get(name), str | None) for row in examined)
     ]
-    known = [name for name in _NAMES if name in strings]
-    return choose_column(names, text_column, "text", known or strings, "workload.text_column")
+    common = [name for name in _NAMES if name in strings]
+    return choose_column(names, text_column, "text", common or strings, "workload.text_column")
 
 
 def _join(table: Iterable[Row], column: str, limit: int, empty: list[int]) -> str:
-    """The column's texts with an empty line between them; rows without any are counted in `empty`."""
+    """Join the texts of the column with an empty line between them; rows without text are counted in `empty`."""
     parts, length = [], 0
     for place, row in table:
         text = row.get(column)
@@ -125,13 +128,13 @@ def _join(table: Iterable[Row], column: str, limit: int, empty: list[int]) -> st
             empty[0] += 1
             continue
         if not isinstance(text, str):
-            raise ValueError(f"{place}: column {column!r} does not hold text, it holds {type(text).__name__}")
+            raise ValueError(f"{place}: column {column!r} contains {type(text).__name__}, not text")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"{place}: column {column!r} holds half a character (the lone surrogate {text[error.start]!a}), "
-                "which is no text"
+                f"{place}: column {column!r} contains half a character (the lone surrogate {text[error.start]!a}), "
+                "which is not text"
             ) from None
         parts.append(text)
         length += len(text) + 2

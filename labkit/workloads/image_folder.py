@@ -1,6 +1,6 @@
 """Images in folders: one folder for each class, and folders (or file names) that name the splits.
 
-`cats/1.png`, `train/cats/1.png` and `cats/train/1.png` are understood, with any folders around and below. (Issue 11,
+`cats/1.png`, `train/cats/1.png` and `cats/train/1.png` are recognised, inside and above any other folders. (Issue 11,
 B18b: train/ and test/ without classes in them became the labels.)
 """
 
@@ -23,12 +23,12 @@ class ImageFolder:
     train: list[tuple[Path, str]]
     held_out: list[tuple[Path, str]]
     split: str
-    """Name of the held-out split; empty where there is none."""
+    """Name of the held-out split; empty if there is none."""
     skipped: dict[str, int]
 
 
 def read_folder(root: Path) -> ImageFolder | None:
-    """The images below `root`; None where it holds none. Raises ValueError where classes cannot be told."""
+    """Return the images below `root`; None if there are none. Raises ValueError if their classes are ambiguous."""
     files, hidden = walk(root)
     images = [path for path in files if kind(path) == "image"]
     if not images:
@@ -47,7 +47,7 @@ def read_folder(root: Path) -> ImageFolder | None:
     if not classes:
         inside = f" (as {_example(parts, root)})" if any(splits.values()) else ""
         raise ValueError(
-            f"{root} has no folders of classes: its {len(images)} images lie side by side{inside}; "
+            f"{root} has no folders of classes: its {len(images)} images are in one place{inside}; "
             "put those of each class into a folder of its own"
         )
     skipped["in no folder of a class"] = len(loose)
@@ -56,9 +56,9 @@ def read_folder(root: Path) -> ImageFolder | None:
         by_split[splits[path]].append((path, name))
     train = by_split["train"] or by_split[None]
     if by_split["train"]:
-        skipped["names no split, beside one named train"] = len(by_split[None])
+        skipped["names no split, next to one named train"] = len(by_split[None])
     if not train:
-        raise ValueError(f"{root} holds held-out images only ({_example(parts, root)})")
+        raise ValueError(f"{root} contains held-out images only ({_example(parts, root)})")
     split = next((name for name in HELD_OUT if by_split[name]), None)
     for name in HELD_OUT:
         if name != split:
@@ -68,17 +68,17 @@ def read_folder(root: Path) -> ImageFolder | None:
 
 
 def _without_common_folder(parts: dict[Path, Parts], root: Path) -> dict[Path, Parts]:
-    """Leave out folders around all images, as long as there are folders below."""
+    """Drop the folders that contain all images, as long as there are folders below."""
     while all(len(rest) > 2 for rest in parts.values()) and len({rest[0] for rest in parts.values()}) == 1:
         around = next(iter(parts.values()))[0]
         if split_of(around) in HELD_OUT:
-            raise ValueError(f"{root} holds held-out images only (in {around}); give that folder itself to use them")
+            raise ValueError(f"{root} contains held-out images only (in {around}); give that folder itself to use them")
         parts = {path: rest[1:] for path, rest in parts.items()}
     return parts
 
 
 def _splits(parts: dict[Path, Parts], root: Path) -> tuple[dict[Path, Split | None], dict[Path, Parts]]:
-    """The split of each image, and its folders without the one that says so."""
+    """Return the split of each image, and its folders without the one that names the split."""
     for level in (0, 1):
         names = {rest[level] for rest in parts.values() if len(rest) > level + 1}
         meant = {name: split_of(name) for name in names}
@@ -90,10 +90,10 @@ def _splits(parts: dict[Path, Parts], root: Path) -> tuple[dict[Path, Split | No
             others = ", ".join(sorted(names - set(held_out))[:3])
             if not others:
                 raise ValueError(
-                    f"{root} holds held-out folders only ({', '.join(held_out)}): there is no train folder"
+                    f"{root} contains held-out folders only ({', '.join(held_out)}): there is no train folder"
                 )
             raise ValueError(
-                f"the folder {held_out[0]} of {root} lies beside {others}: is it a class or held out? Put the classes "
+                f"the folder {held_out[0]} of {root} is next to {others}: is it a class or held out? Put the classes "
                 "to train on into a folder named train, or rename it"
             )
     named = {path: split_of(path.name) for path in parts}
@@ -103,4 +103,5 @@ def _splits(parts: dict[Path, Parts], root: Path) -> tuple[dict[Path, Split | No
 
 
 def _example(parts: dict[Path, Parts], root: Path) -> str:
+    """Return the path of one image relative to `root`."""
     return str(next(iter(parts)).relative_to(root))

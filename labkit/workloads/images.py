@@ -17,34 +17,34 @@ from labkit.workloads.base import Batch, Data, TensorData
 
 @dataclass(frozen=True)
 class Images:
-    """Both parts give batches `x` [N, channels, side, side] float32 and `y` [N] int64."""
+    """Training and held-out images; both give batches `x` [N, channels, side, side] float32 and `y` [N] int64."""
 
     train: Data
     test: Data
     channels: int
     classes: list[str]
     majority_share: float
-    """Share of the most frequent class in the held-out part: what always guessing it would score."""
+    """Fraction of the most frequent class in the held-out part: the accuracy of always predicting it."""
     about: dict[str, Any] = field(default_factory=dict)
-    """What was taken, as facts."""
+    """Facts about the data."""
 
 
 def majority_share(labels: Any) -> float:
-    """Share of the most frequent value."""
+    """Return the fraction of the most frequent value."""
     _, counts = np.unique(np.asarray(labels), return_counts=True)
     return float(counts.max() / counts.sum())
 
 
 def resize(images: Tensor, side: int) -> Tensor:
-    """Bilinear: [N, C, H, W] to [N, C, side, side]."""
+    """Resize images bilinearly: [N, C, H, W] to [N, C, side, side]."""
     return torch.nn.functional.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
 
 
 class Shifted:
-    """Images `x` of `data`, each also moved by up to `shift` pixels each way: (2·shift + 1)² samples from each.
+    """Images `x` of `data`, each also shifted by up to `shift` pixels each way: (2·shift + 1)² samples from each.
 
-    Augmentation as more samples rather than as random numbers: sample i is always the same picture, on every rank and
-    in every layout. Where the picture moved away, its edge is repeated.
+    The augmentation adds samples instead of random numbers: sample i is always the same image, on every rank and in
+    every layout. The edge is repeated where the image was shifted away.
     """
 
     def __init__(self, data: Data, shift: int) -> None:
@@ -61,7 +61,7 @@ class Shifted:
         images = batch["x"]
         height, width = images.shape[-2:]
         padded = torch.nn.functional.pad(images, [self.shift] * 4, mode="replicate")
-        # Every place at once as a view, [N, C, places, places, H, W]; then one place for each image.
+        # All offsets at once as a view, [N, C, places, places, H, W]; then one offset for each image.
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)
         batch["x"] = windows[torch.arange(len(index)), :, place // self.places, place % self.places]
         return batch
@@ -69,7 +69,7 @@ class Shifted:
 
 @lru_cache(maxsize=4)
 def digit_images(side: int) -> Images:
-    """scikit-learn's digits, resized to `side` pixels, shifted and scaled by the training part's mean and deviation."""
+    """Return scikit-learn's digits, resized to `side` pixels and normalised with the training part's statistics."""
     pixels, labels = digits.raw()
     train, test = digits.split()
     x = resize(torch.from_numpy(pixels).unsqueeze(1), side)

@@ -1,6 +1,6 @@
 """Next-token prediction: a GPT or any causal model of `transformers`, on Python's documentation or on any text.
 
-Read by the form and the command line too: torch, datasets and transformers are imported inside `build()`.
+The form and the command line import this file too: torch, datasets and transformers are imported inside `build()`.
 """
 
 from __future__ import annotations
@@ -36,33 +36,33 @@ class LanguageOptions(Options):
     data: str = Field(default=DOCUMENTATION, min_length=1, max_length=500)
     """Text: python-docs (no download), a file or folder of text, JSON, CSV or parquet, or a data set of the hub."""
     context: int = Field(default=64, ge=4, le=65536)
-    """Tokens that a sample holds and that the network looks back on (tokens)."""
+    """Context length: tokens per sample."""
     width: int = Field(default=128, ge=8, le=8192)
     """Embedding size of the GPT."""
     depth: int = Field(default=2, ge=1, le=128)
-    """Layers of the GPT."""
+    """Number of layers of the GPT."""
     heads: int = Field(default=4, ge=1, le=128)
-    """Attention heads of the GPT; they divide the width."""
+    """Number of attention heads of the GPT; must divide the width."""
     experts: int = Field(default=0, ge=0, le=256)
     """Experts in each layer of the GPT; 0 for a plain MLP."""
     experts_per_token: int = Field(default=2, ge=1, le=16)
-    """Experts that process a token, if there are experts."""
+    """Experts that process each token, if there are experts."""
     capacity: float = Field(default=0.0, ge=0, le=64)
-    """Most tokens of a sequence that an expert takes, as a multiple of an even share; 0 for no limit."""
+    """Maximum tokens of a sequence per expert, as a multiple of an even share; 0 for no limit."""
     balance_loss: float = Field(default=0.0, ge=0, le=100)
-    """Weight of the loss that asks for experts to be chosen evenly; felt by the gradient, not in the reported loss."""
+    """Weight of the load-balancing loss of the experts; it affects the gradient, but not the reported loss."""
     mlp_growth: float = Field(default=1.0, ge=1, le=64)
-    """MLP of the last layer as a multiple of the first one's width; above 1 the layers cost unequal time."""
+    """Width of the last layer's MLP as a multiple of the first one's; above 1 the layers cost unequal time."""
     tied: bool = False
-    """The GPT's output layer is its token embedding: one weight in two places."""
+    """Tie the GPT's output layer to its token embedding: both share one weight."""
     transformers_config: dict[str, JsonValue] | None = None
-    """Model of transformers by its configuration, e.g. {"model_type": "llama", "hidden_size": 128, ...}."""
+    """Configuration of a transformers model, e.g. {"model_type": "llama", "hidden_size": 128, ...}."""
     pretrained: str = Field(default="", max_length=500)
-    """Trained model of transformers: a local folder or an id of the hub; it brings its tokenizer."""
+    """Pretrained transformers model: a local folder or an id of the hub; it brings its own tokenizer."""
     text_column: str = Field(default="", max_length=200)
-    """Column with the text; empty to find it."""
+    """Column with the text; empty to detect it."""
     max_characters: int = Field(default=10_000_000, ge=1000, le=10**10)
-    """Most text that is read (characters)."""
+    """Maximum length of the text that is read (characters)."""
 
 
 class Language:
@@ -82,11 +82,11 @@ class Language:
 
     @classmethod
     def warnings(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Options that do nothing with the chosen network."""
+        """Warn about options that do nothing with the chosen network."""
         options = LanguageOptions(**experiment.workload.options)
         if options.model == "transformers":
             names = ("width", "depth", "heads", "experts", *_OF_EXPERTS, "mlp_growth", "tied")
-            yield from without_effect(options, names, "a model of transformers has its own sizes")
+            yield from without_effect(options, names, "a transformers model has its own sizes")
         elif not options.experts:
             yield from without_effect(options, _OF_EXPERTS, "there are no experts")
         else:
@@ -94,7 +94,7 @@ class Language:
 
     @classmethod
     def build(cls, options: Any, seed: int) -> Task:
-        """Read the text and make the network. `options`: a LanguageOptions, a dict of its fields, or a section."""
+        """Read the text and build the network from a LanguageOptions, a dict of its fields, or a workload section."""
         from labkit.workloads.language_task import LanguageTask
         from labkit.workloads.options import read
         from labkit.workloads.text import Corpus, encode_bytes, python_documentation
@@ -137,11 +137,12 @@ class Language:
 
 
 def _refuse_leak(options: LanguageOptions, model: nn.Module, vocabulary: int) -> None:
-    from labkit.workloads.causal import LONGEST, refuse_leak
+    """Raise ValueError if the model is not causal or cannot run with these settings."""
+    from labkit.workloads.causal import MAX_TOKENS, refuse_leak
 
     config = options.transformers_config or {}
-    # What labkit's own network computes does not depend on the length: a short proof costs a tenth of the time.
-    longest = 32 if options.model == "gpt" else LONGEST
+    # labkit's own network computes the same for any length: a short test takes a tenth of the time.
+    longest = 32 if options.model == "gpt" else MAX_TOKENS
     name, advice = options.pretrained or str(config.get("model_type", "gpt")), ""
     if config and not config.get("is_decoder"):
         advice = 'set "is_decoder": true in workload.transformers_config, or choose a decoder such as llama'
@@ -157,15 +158,16 @@ def _refuse_leak(options: LanguageOptions, model: nn.Module, vocabulary: int) ->
 
 
 MASKED_BY_ITSELF = (None, "sdpa", "flash_attention_2", "flash_attention_3")
-"""Kinds of attention that are causal where they are given no mask, as in a chain of blocks."""
+"""Attention implementations that are causal without an explicit mask, as in a chain of blocks."""
 CHAINED = ("llama", "mistral", "qwen2", "qwen3")
-"""Kinds of transformers models that labkit can take apart into blocks."""
+"""Types of transformers models that labkit can split into blocks."""
 
 
 def is_chain(config: Mapping[str, Any], context: int) -> bool:
-    """Can such a model of transformers be cut: a known kind, and no token looks back less far than `context`?
+    """Return True if such a transformers model can be split into blocks.
 
-    Its attention must also be causal by itself, without the mask that the library would make.
+    It must be of a known type, no token may look back less far than `context`, and its attention must be causal by
+    itself, without the mask that the library would make.
     """
     window = config.get("sliding_window")
     kinds = [config.get(name) for name in ("attn_implementation", "_attn_implementation")]
@@ -177,13 +179,14 @@ def is_chain(config: Mapping[str, Any], context: int) -> bool:
 
 
 def _network_problems(options: LanguageOptions) -> Iterator[Problem]:
+    """Yield the problems of the network's options."""
     if options.model == "transformers":
-        yield from extra_missing("workload.model", "transformers", "hub", "a model of transformers")
+        yield from extra_missing("workload.model", "transformers", "hub", "a transformers model")
         config = options.transformers_config
         if bool(options.pretrained) == (config is not None):
             yield Problem(
                 "workload.transformers_config",
-                "a model of transformers needs either its configuration here or a folder or id in workload.pretrained",
+                "a transformers model needs either its configuration here or a folder or id in workload.pretrained",
                 SMALL_LLAMA if config is None else None,
             )
         if config is not None and not isinstance(config.get("model_type"), str):
@@ -205,11 +208,14 @@ def _network_problems(options: LanguageOptions) -> Iterator[Problem]:
         )
     for name in ("transformers_config", "pretrained"):
         if getattr(options, name):
-            yield Problem(f"workload.{name}", "belongs to model=transformers, the model here is gpt")
+            yield Problem(f"workload.{name}", "belongs to model=transformers, but the model here is gpt")
 
 
 def _memory_problems(options: LanguageOptions, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-    """A network that this machine's memory cannot hold while it is trained on the CPU; GPUs are asked when they run."""
+    """Yield a problem if the network does not fit into this machine's memory when it is trained on the CPU.
+
+    The memory of GPUs is not checked before the run.
+    """
     if options.pretrained or machine.device(experiment.launch.device) != "cpu":
         return
     config = options.transformers_config
@@ -225,13 +231,13 @@ def _memory_problems(options: LanguageOptions, experiment: Experiment, machine: 
         yield Problem(
             field,
             f"about {parameters / 1e9:.1f} billion parameters need at least {needed / 2**30:.0f} GiB to be trained in "
-            f"this layout, this machine has {machine.memory_bytes / 2**30:.0f} GiB",
+            f"this layout, but this machine has {machine.memory_bytes / 2**30:.0f} GiB",
             smaller,
         )
 
 
 def _batch_problems(options: LanguageOptions, global_batch: int) -> Iterator[Problem]:
-    """The documentation must hold at least a batch of windows (its bytes are counted, nothing is built)."""
+    """Require at least one batch of windows in the documentation (its bytes are counted, nothing is built)."""
     from pydoc_data.topics import topics
 
     if options.pretrained:  # its tokenizer decides how many tokens there are
@@ -249,6 +255,6 @@ def _batch_problems(options: LanguageOptions, global_batch: int) -> Iterator[Pro
 
 
 def _plain_text(data: str) -> bool:
-    """An existing file of text, JSON or CSV is read without any package."""
+    """Return True for an existing file of text, JSON or CSV, which is read without any package."""
     path = Path(data).expanduser()
     return path.is_file() and path.suffix.lower() not in (".parquet", ".arrow", ".feather")

@@ -13,7 +13,7 @@ from labkit.workloads.base import Batch, Data, Metric
 from labkit.workloads.text import Corpus, Windows, mean_nats
 
 Nats = Callable[[Tensor, Tensor], Tensor]
-"""(output of the model, target [N, T]) to the mean negative log-likelihood (nats), a scalar."""
+"""Function from (output of the model, target [N, T]) to the mean negative log-likelihood (nats), a scalar."""
 
 
 class LanguageTask:
@@ -30,17 +30,17 @@ class LanguageTask:
         self.loss_module: nn.Module | None = None
         self._data, self._about = data, dict(about or {})
         self.nats: Nats = mean_nats
-        """Mean loss over the tokens; layouts that cut sequence or vocabulary put their own there."""
+        """Mean loss over the tokens; layouts that shard the sequence or the vocabulary replace it by their own."""
         for part, name in ((self.train, "training"), (self.test, "held-out")):
             if not len(part):
                 raise ValueError(f"the {name} text is shorter than one window of {context} tokens")
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """Nats per token. Windows have one length, so the mean over tokens is the mean over samples."""
+        """Return nats per token. All windows have the same length, so the mean over tokens is the mean over samples."""
         return self.nats(output, batch["y"])
 
     def batch_weight(self, batch: Batch) -> Tensor | float:
-        """The number of samples: every window has the same number of tokens."""
+        """Return the number of samples, because every window has the same number of tokens."""
         return float(len(batch["y"]))
 
     def evaluate(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ class LanguageTask:
         unigram = self.corpus.unigram_entropy()
         return {
             "data": self._data,
-            "python": f"{sys.version_info.major}.{sys.version_info.minor}",  # the documentation differs with it
+            "python": f"{sys.version_info.major}.{sys.version_info.minor}",  # the documentation depends on it
             "vocabulary": self.corpus.vocabulary,
             "train_samples": len(self.train),
             "test_samples": len(self.test),

@@ -1,4 +1,4 @@
-"""Find a function by `module:function` or `file.py:function`: first without running anything, later for real."""
+"""Find a function by `module:function` or `file.py:function`: first without running anything, later by importing it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def why_not(path: str) -> str:
-    """Why `path` names no function, in a clause; empty when it seems to. Reads files, imports and runs nothing."""
+    """Return in a clause why `path` names no function; empty if it seems to. Reads files, imports and runs nothing."""
     where, _, name = path.rpartition(":")
     if not where or not name.isidentifier():
         return f"{path!r} is not of the form module:function or file.py:function"
@@ -23,11 +23,11 @@ def why_not(path: str) -> str:
             return f"there is no file {where}"
     else:
         if not all(part.isidentifier() for part in where.split(".")):
-            return f"{where!r} is no module name"
-        found, file = _module_file(where)
-        if not found:
+            return f"{where!r} is not a module name"
+        importable, file = _module_file(where)
+        if not importable:
             return f"there is no module {where} that can be imported"
-    if file is None or file.suffix != ".py":  # built in or compiled: cannot be looked into
+    if file is None or file.suffix != ".py":  # built in or compiled: cannot be parsed
         return ""
     try:
         tree = ast.parse(file.read_bytes())
@@ -39,14 +39,14 @@ def why_not(path: str) -> str:
 
 
 def file_of(path: str) -> Path | None:
-    """The file that defines the function at `path`; None if it stands in no Python file. Runs nothing."""
+    """Return the file that defines the function at `path`; None if that is not a Python file. Runs nothing."""
     where = path.rpartition(":")[0]
     file = Path(where).expanduser() if where.endswith(".py") else _module_file(where)[1]
     return file if file is not None and file.suffix == ".py" else None
 
 
 def load(path: str) -> Callable[..., Any]:
-    """Import the module or file and return the function; raises ValueError where it is not there."""
+    """Import the module or file and return the function; raises ValueError if it does not exist."""
     reason = why_not(path)
     if reason:
         raise ValueError(reason)
@@ -61,21 +61,21 @@ def load(path: str) -> Callable[..., Any]:
         sys.path.insert(0, str(file.parent))  # so that the file can import its neighbours, as a script could
         spec.loader.exec_module(module)
     else:
-        # Where `why_not` has looked; only meanwhile, because what libraries import later is not meant to be there.
+        # `why_not` searched here; only for this import, so that later imports of libraries do not search here.
         here = os.getcwd()
         sys.path.insert(0, here)
         try:
             module = importlib.import_module(where)
         finally:
             sys.path.remove(here)
-    found = getattr(module, name, None)
-    if not callable(found):
+    function = getattr(module, name, None)
+    if not callable(function):
         raise ValueError(f"{name} in {where} is not a function")
-    return found
+    return function
 
 
 def _module_file(module: str) -> tuple[bool, Path | None]:
-    """Whether the module can be found, and its file. `importlib.util.find_spec("a.b")` would import and run `a`."""
+    """Return whether the module exists, and its file. `importlib.util.find_spec("a.b")` would import and run `a`."""
     places: list[str] | None = [os.getcwd(), *sys.path]
     origin: str | None = None
     if module in sys.builtin_module_names:
@@ -89,6 +89,7 @@ def _module_file(module: str) -> tuple[bool, Path | None]:
 
 
 def _top_level_names(tree: ast.Module) -> set[str]:
+    """Return the names that a module defines or imports."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):

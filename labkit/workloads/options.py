@@ -1,4 +1,4 @@
-"""The options of a workload, however they come."""
+"""The options of a workload, from any of the forms in which they are given."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Model = TypeVar("Model", bound=Options)
 
 
 def read(model: type[Model], given: Any) -> Model:
-    """`given` as a checked `model`: an instance of it, a dict of its fields, or an experiment's workload section."""
+    """Return `given` as a validated `model`: an instance of it, a dict of its fields, or the workload section."""
     if isinstance(given, model):
         return given
     values = given if isinstance(given, dict) else getattr(given, "options", None)

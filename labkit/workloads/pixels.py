@@ -1,8 +1,8 @@
-"""A decoded image as RGB between 0 and 1, whatever its mode, with its content kept.
+"""A decoded image as RGB between 0 and 1, for any image mode, without loss of content.
 
-Pillow's own conversion to RGB clips every mode to 0 … 255: pictures of 16 bits become white (issue 11, A3). Here each
-mode is scaled by its range; a mode without a range of its own (`I` and `F`, 32 bits) is refused. Transparent pixels
-show a white ground, and cameras' notes about orientation (EXIF) are followed.
+Pillow's own conversion to RGB clips every mode to 0 … 255: 16-bit images become white (issue 11, A3). Here each mode is
+scaled by its range; a mode without a range of its own (`I` and `F`, 32 bits) is refused. Transparent pixels are shown
+on a white background, and the orientation recorded by the camera (EXIF) is applied.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 GROUND = "white"
-"""What shows through transparent pixels."""
+"""Background colour of transparent pixels."""
 _EIGHT_BITS = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 def rgb(image: Any, side: int) -> NDArray[np.float32]:
-    """A Pillow image, resized (bilinear) to [side, side, 3] float32 with values from 0 to 1.
+    """Return a Pillow image, resized (bilinear) to [side, side, 3] float32 with values from 0 to 1.
 
-    Raises ValueError in a clause that goes on after the image's name.
+    Raises ValueError with a clause that continues a sentence after the image's name.
     """
     from PIL import ImageOps
     from PIL.Image import Resampling, fromarray

@@ -1,4 +1,4 @@
-"""What the standby imports ahead, so that the ranks it forks later build their workload at once.
+"""Modules that the standby imports ahead, so that the ranks it forks later build their workload at once.
 
 The standby forks, so it must stay single-threaded: with OMP_NUM_THREADS=1 and OPENBLAS_NUM_THREADS=1 set before numpy
 loads, nothing here starts a thread. scikit-learn, scipy, datasets, transformers and pygame do, and are left out.

@@ -1,8 +1,8 @@
-"""Make the driving data set again: `python -m labkit.workloads.record_driving [--episodes N] [--out FOLDER]`.
+"""Recreate the driving data set: `python -m labkit.workloads.record_driving [--episodes N] [--out FOLDER]`.
 
 The expert drives seeded episodes. In one step of five the car does something random instead, so that the recording also
-shows how to get out of a bad spot; what is written down is always what the expert would have done (Laskey et al. 2017,
-arXiv:1703.09327). The same versions of the packages give the same file, byte for byte.
+shows how to recover from a bad position; the recorded action is always what the expert would have done (Laskey et al.
+2017, arXiv:1703.09327). The same versions of the packages give the same file, byte for byte.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ TEST_SHARE = 0.2
 NOISE = 0.2
 MEASURED_EPISODES = 200
 MEASURE_SEED = 1_000_000
-"""Seeds of the measured drives begin here, far from the recorded ones."""
+"""First seed of the measured drives, far from those of the recorded ones."""
 
 
 def record(episodes: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Arrays `seen` [samples, VEHICLES, 5] float16, `action` [samples] uint8, `episode` [samples] uint16."""
+    """Return arrays `seen` [samples, VEHICLES, 5] float16, `action` [samples] uint8, `episode` [samples] uint16."""
     env = Highway()
     seen, actions, numbers = [], [], []
     for number in range(episodes):
@@ -49,7 +49,7 @@ def record(episodes: int) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def measure(episodes: int) -> dict[str, dict[str, float]]:
-    """Distance (m per episode) and crash rate of the expert and of a random driver on the same roads."""
+    """Return distance (m per episode) and crash rate of the expert and of a random driver on the same roads."""
     env = Highway()
     drivers = {"expert": expert_action, "random": random_driver(0)}
     result = {}
@@ -63,7 +63,7 @@ def measure(episodes: int) -> dict[str, dict[str, float]]:
 
 
 def describe(arrays: dict[str, np.ndarray[Any, Any]], episodes: int, measured: int) -> dict[str, Any]:
-    """What stands in the JSON beside the data."""
+    """Return the content of the JSON file next to the data."""
     first_test = episodes - round(TEST_SHARE * episodes)
     held_out = arrays["action"][arrays["episode"] >= first_test]
     return {

@@ -1,9 +1,9 @@
-"""A rehearsal leaves no trace: what it touches is as it was, to the last bit.
+"""Snapshots of a task's state: a rehearsal leaves no trace, and everything it changes is restored to the last bit.
 
-Copying a task is no way: models with the old weight normalisation cannot be copied, and large ones would not fit
-twice. So the state is noted before and put back afterwards: parameters and buffers from a copy, gradients, the
-attributes of every module, data set and loss, what lies in their lists, dicts and closures, and generators of random
-numbers. Module-level variables of a file are not seen.
+Copying the task is not an option: models with the old weight normalisation cannot be copied, and large ones would not
+fit twice. So the state is recorded before and restored afterwards: parameters and buffers from a copy, gradients, the
+attributes of every module, data set and loss, the contents of their lists, dicts and closures, and random generators.
+Module-level variables of a file are not covered.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from torch.nn.parameter import is_lazy
 
 from labkit.workloads.seed import unchanged_generators
 
-MOST_BYTES = 2**29
-"""Copies of tensors and arrays take so much memory at most (bytes); what lies beyond is put back by reference only."""
-MOST_OBJECTS, MOST_ITEMS, DEEPEST = 20_000, 10_000, 6
-"""Objects that are looked at, entries of a list or dict that is noted, and how far from the task."""
-LARGEST_OUTSIDE = 2**20
-"""Tensors and arrays outside of modules are copied up to this size (bytes): data sets are read, not written."""
+MAX_COPY_BYTES = 2**29
+"""Maximum memory for copies of tensors and arrays (bytes); the rest is restored by reference only."""
+MAX_OBJECTS, MAX_ITEMS, MAX_DEPTH = 20_000, 10_000, 6
+"""Maximum number of objects, of entries of a list or dict, and of steps from the task that are recorded."""
+MAX_OUTSIDE_BYTES = 2**20
+"""Maximum size of tensors and arrays outside of modules that are copied (bytes): data sets are read, not written."""
 _ATOMS = (int, float, complex, bool, str, bytes, type(None), type, BuiltinFunctionType, ModuleType)
 _LIBRARIES = ("datasets", "pyarrow", "transformers", "tokenizers", "PIL", "pandas")
-"""Their objects hold files and tables, and nothing that a step could depend on."""
+"""Libraries whose objects hold files and tables, but nothing that a training step could depend on."""
 _PLAIN = frozenset(
     getattr(nn, name)
     for name in (
@@ -40,61 +40,61 @@ _PLAIN = frozenset(
     )
 )
 _OWN = frozenset(vars(nn.Module())) | {"_reversed_padding_repeated_twice"}
-"""Attributes that torch's layers have beside their settings."""
+"""Attributes that torch's layers have in addition to their settings."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @contextmanager
-def restored(*roots: Any, device: torch.device, weights: bool = True) -> Iterator[Noted]:
-    """Put back afterwards what the `roots` (a task, a module, a data set) hold, and all generators of random numbers.
+def restored(*roots: Any, device: torch.device, weights: bool = True) -> Iterator[Snapshot]:
+    """Restore what the `roots` (a task, a module, a data set) contain, and all random generators, at the end.
 
-    Gives what was noted: whether a plain attribute of a module has changed since, and everything to be put back in
-    between. Without `weights` parameters are not copied: for passes that cannot write them.
+    Yields the snapshot, which says whether a plain attribute of a module has changed and can restore everything
+    earlier. Without `weights`, parameters are not copied: for passes that cannot change them.
     """
-    noted = Noted(weights)
+    snapshot = Snapshot(weights)
     for root in roots:
-        noted.note(root, 0)
+        snapshot.record(root, 0)
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     with unchanged_generators():
         try:
-            yield noted
+            yield snapshot
         finally:
-            noted.undo()
+            snapshot.undo()
             if cuda is not None:
                 torch.cuda.set_rng_state(cuda, device)
 
 
 @contextmanager
-def undisturbed(*parts: Any, weights: bool = True) -> Iterator[Noted]:
-    """The same for `parts` that lie on the device of the first model among them."""
+def undisturbed(*parts: Any, weights: bool = True) -> Iterator[Snapshot]:
+    """Do the same as `restored` for `parts` on the device of the first model among them."""
     tensors = (tensor for part in parts if isinstance(part, nn.Module) for tensor in part.parameters())
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-    with restored(*parts, device=device, weights=weights) as noted:
-        yield noted
+    with restored(*parts, device=device, weights=weights) as snapshot:
+        yield snapshot
 
 
-class Noted:
-    """What the roots held, as functions that put it back."""
+class Snapshot:
+    """The recorded state of the roots, as functions that restore it."""
 
     def __init__(self, weights: bool = True) -> None:
         self._weights = weights
         self._undo: list[Callable[[], Any]] = []
         self._generators: list[Callable[[], Any]] = []
         self._counts: list[tuple[Tensor, Tensor]] = []
-        """Buffers of one number, and copies of them."""
+        """Buffers with a single element, and copies of them."""
         self._seen: dict[int, Any] = {}
         self._bytes = 0
         self._inside = False
-        """Is what is noted part of a module?"""
+        """Whether the object being recorded is part of a module."""
         self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
 
     def undo(self, generators: bool = True) -> None:
-        """Put everything back, as often as one likes; generators of random numbers go on if they are left out."""
+        """Restore everything, any number of times; without `generators` the random generators are left as they are."""
         for action in (*self._undo, *(self._generators if generators else ())):
             action()
 
     def changed(self) -> bool:
-        """Has a number, a text or a reference among the attributes of a module changed?"""
+        """Return True if a number, a text or a reference among the attributes of a module has changed."""
         for module, before in self._attributes:
             now = vars(module)
             if now.keys() != before.keys():
@@ -105,9 +105,9 @@ class Noted:
         return False
 
     def counters(self) -> list[Callable[[int], None]]:
-        """Whole numbers among the attributes and buffers of modules that have changed: functions that set them forward.
+        """Return functions that advance the modules' counters: integer attributes and one-element buffers that changed.
 
-        They count from what was noted.
+        They count from the recorded value.
         """
         advances: list[Callable[[int], None]] = []
         for module, before in self._attributes:
@@ -119,47 +119,47 @@ class Noted:
                 advances.append(partial(_add, buffer))
         return advances
 
-    def note(self, value: Any, depth: int) -> None:
-        """Note one value and what it holds."""
+    def record(self, value: Any, depth: int) -> None:
+        """Record a value and what it contains."""
         if isinstance(value, _ATOMS) or id(value) in self._seen:
             return
-        if len(self._seen) >= MOST_OBJECTS or (depth > DEEPEST and not isinstance(value, nn.Module | Tensor)):
+        if len(self._seen) >= MAX_OBJECTS or (depth > MAX_DEPTH and not isinstance(value, nn.Module | Tensor)):
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
-            self._note_tensor(value)
+            self._record_tensor(value)
         elif isinstance(value, nn.Module):
             if _is_plain(value):
-                return self._note_plain(value)
+                return self._record_plain(value)
             self._attributes.append((value, dict(vars(value))))
             inside, self._inside = self._inside, True
-            self._note_attributes(value, 0)  # however deep it stands in the model
+            self._record_attributes(value, 0)  # however deep it is in the model
             self._inside = inside
         elif isinstance(value, FunctionType):
             for cell in value.__closure__ or ():
-                self._note_cell(cell, depth)
+                self._record_cell(cell, depth)
         elif isinstance(value, partial):
-            self.note([value.func, *value.args, *value.keywords.values()], depth)
+            self.record([value.func, *value.args, *value.keywords.values()], depth)
         elif isinstance(value, np.ndarray):
-            self._note_array(value)
-        elif self._note_generator(value):
+            self._record_array(value)
+        elif self._record_generator(value):
             pass
         elif isinstance(value, list | tuple | deque | dict | set):
-            self._note_items(value, depth)
+            self._record_items(value, depth)
         elif isinstance(value, MethodType):
-            self.note(value.__self__, depth)
+            self.record(value.__self__, depth)
         elif _has_attributes(value):
-            self._note_attributes(value, depth)
+            self._record_attributes(value, depth)
 
-    def _note_attributes(self, value: Any, depth: int) -> None:
+    def _record_attributes(self, value: Any, depth: int) -> None:
         attributes = vars(value)
         before = dict(attributes)
         self._undo.append(lambda: _put_back(attributes, before))
         for inner in before.values():
-            self.note(inner, depth + 1)
+            self.record(inner, depth + 1)
 
-    def _note_plain(self, module: nn.Module) -> None:
-        """A layer of torch's own without hooks, noted in a tenth of the time: only its tensors can change."""
+    def _record_plain(self, module: nn.Module) -> None:
+        """Record a torch layer without hooks in a tenth of the time: only its tensors can change."""
         before = dict(vars(module))
         held = dict(module._parameters), dict(module._buffers)
         self._undo.append(lambda: _put_back_plain(module, before, *held))
@@ -167,19 +167,19 @@ class Noted:
             if value is not None and id(value) not in self._seen:
                 self._seen[id(value)] = value
                 inside, self._inside = self._inside, True
-                self._note_tensor(value)
+                self._record_tensor(value)
                 self._inside = inside
 
-    def _note_cell(self, cell: Any, depth: int) -> None:
+    def _record_cell(self, cell: Any, depth: int) -> None:
         try:
             before = cell.cell_contents
         except ValueError:  # nothing in it yet
             return
         self._undo.append(lambda: setattr(cell, "cell_contents", before))
-        self.note(before, depth + 1)
+        self.record(before, depth + 1)
 
-    def _note_items(self, value: Any, depth: int) -> None:
-        if len(value) > MOST_ITEMS:
+    def _record_items(self, value: Any, depth: int) -> None:
+        if len(value) > MAX_ITEMS:
             return
         if isinstance(value, dict):
             pairs = dict(value)
@@ -191,15 +191,15 @@ class Noted:
             entries = list(value)
             self._undo.append(lambda: _refill(value, entries))
         for inner in list(value.values()) if isinstance(value, dict) else list(value):
-            self.note(inner, depth + 1)
+            self.record(inner, depth + 1)
 
-    def _note_tensor(self, value: Tensor) -> None:
+    def _record_tensor(self, value: Tensor) -> None:
         if value.is_leaf:
             gradient = value.grad
             self._undo.append(lambda: setattr(value, "grad", gradient))
         for hook in _hooks_of(value):
-            self.note(hook, 0)
-        if is_lazy(value):  # no shape and no numbers yet
+            self.record(hook, 0)
+        if is_lazy(value):  # no shape and no values yet
             return
         size = value.numel() * value.element_size()
         plain = type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.layout is torch.strided
@@ -212,21 +212,21 @@ class Noted:
             self._counts.append((value, copy))
 
         def put_back() -> None:
-            # Batch normalisation writes its running statistics past the counter.
+            # Batch normalisation updates its running statistics without increasing the version counter.
             if value._version != version or not isinstance(value, nn.Parameter):
                 with torch.no_grad():
                     value.detach().copy_(copy)
 
         self._undo.append(put_back)
 
-    def _note_array(self, value: np.ndarray[Any, Any]) -> None:
+    def _record_array(self, value: np.ndarray[Any, Any]) -> None:
         if value.dtype.hasobject or not value.flags.writeable or not self._room_for(value.nbytes):
             return
         copy = value.copy()
         self._undo.append(lambda: np.copyto(value, copy))
 
-    def _note_generator(self, value: Any) -> bool:
-        """Is it a generator of random numbers? Then its state is noted."""
+    def _record_generator(self, value: Any) -> bool:
+        """Record the state of a random generator; return False for any other value."""
         if isinstance(value, np.random.Generator):
             value = value.bit_generator
         if isinstance(value, np.random.BitGenerator):
@@ -246,13 +246,15 @@ class Noted:
         return True
 
     def _room_for(self, size: int) -> bool:
-        if self._bytes + size > MOST_BYTES or (size > LARGEST_OUTSIDE and not self._inside):
+        """Reserve `size` bytes for a copy; return False if that would exceed the limits."""
+        if self._bytes + size > MAX_COPY_BYTES or (size > MAX_OUTSIDE_BYTES and not self._inside):
             return False
         self._bytes += size
         return True
 
 
 def _hooks_of(tensor: Tensor) -> list[Any]:
+    """Return the hooks that are registered on a tensor."""
     tables = (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None))
     return [hook for table in tables if table for hook in table.values()]
 
@@ -266,12 +268,12 @@ def _add(counter: Tensor, steps: int) -> None:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Does it store several numbers in one place (expand)? Then nobody can write it in place."""
+    """Return True if several elements share one place in memory (expand), so that in-place writes are impossible."""
     return any(size > 1 and not step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Is it a layer of torch's own, without hooks and without anything that somebody has attached to it?"""
+    """Return True for a layer of torch's own, without hooks and without attributes that somebody has attached to it."""
     attributes = vars(module)
     if type(module) not in _PLAIN or any(attributes[name] for name in _HOOKS):
         return False
@@ -285,30 +287,34 @@ def _put_back_plain(module: nn.Module, before: dict[str, Any], parameters: Any, 
 
 
 def _put_back(target: dict[Any, Any], before: dict[Any, Any]) -> None:
+    """Restore the entries of a dict, unless they are unchanged."""
     if target.keys() != before.keys() or any(target[key] is not value for key, value in before.items()):
         target.clear()
         target.update(before)
 
 
 def _replace(target: set[Any], members: set[Any]) -> None:
+    """Restore the members of a set, unless they are unchanged."""
     if target != members:
         target.clear()
         target.update(members)
 
 
 def _refill(target: Any, entries: list[Any]) -> None:
+    """Restore the entries of a list or deque, unless they are unchanged."""
     if len(target) != len(entries) or any(a is not b for a, b in zip(target, entries, strict=True)):
         target.clear()
         target.extend(entries)
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Are two attributes the same as far as a branch could depend on them?"""
-    if isinstance(one, _ATOMS) and isinstance(other, _ATOMS):
-        return bool(one == other)
-    return type(one) is type(other)
+def _same(first: Any, second: Any) -> bool:
+    """Return True if two attributes are equal as far as a branch could depend on them."""
+    if isinstance(first, _ATOMS) and isinstance(second, _ATOMS):
+        return bool(first == second)
+    return type(first) is type(second)
 
 
 def _has_attributes(value: Any) -> bool:
+    """Return True if the value has attributes to record and does not belong to one of the excluded libraries."""
     library = type(value).__module__.partition(".")[0]
     return isinstance(getattr(value, "__dict__", None), dict) and library not in _LIBRARIES

@@ -1,6 +1,6 @@
-"""Trying modules of which labkit or torch may hold the state, such as stages that a layout has taken over.
+"""Restoring modules whose state may belong to labkit or torch, such as stages that a layout has taken over.
 
-What a person's own task holds beyond buffers is put back by restore.py, which must not touch the state of a layout.
+State of a user's own task beyond buffers is restored by restore.py, which must not touch the state of a layout.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 @contextmanager
 def same_buffers(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside, the modes and buffers of the model and all random numbers are restored."""
+    """Restore the modes and buffers of the model and all random generators at the end."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, name, tensor) for module in model.modules() for name, tensor in module._buffers.items()]
     values = [None if tensor is None else tensor.detach().clone() for _, _, tensor in buffers]

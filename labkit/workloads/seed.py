@@ -1,4 +1,4 @@
-"""Random numbers that depend on the seed alone: the global generators of torch, numpy and Python's `random` alike."""
+"""Random numbers that depend on the seed alone, in the global generators of torch, numpy and Python's `random`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NUMPY_SEEDS = 2**32
 
 
 def seed_generators(seed: int) -> None:
-    """Let torch's CPU generator, numpy's global one and Python's `random` start from `seed` (8 µs).
+    """Seed torch's CPU generator, numpy's global generator and Python's `random` with `seed` (8 µs).
 
     `torch.manual_seed` would also queue a call for every other kind of device.
     """
@@ -24,7 +24,7 @@ def seed_generators(seed: int) -> None:
 
 @contextmanager
 def unchanged_generators() -> Iterator[None]:
-    """Afterwards the three generators go on as if nothing had happened."""
+    """Restore the state of the three generators at the end."""
     torch_state = torch.default_generator.get_state()
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
@@ -37,7 +37,7 @@ def unchanged_generators() -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch, numpy and `random` start from `seed`; afterwards they go on as if nothing had happened."""
+    """Seed torch, numpy and `random` with `seed` inside, and restore their state at the end."""
     with unchanged_generators():
         seed_generators(seed)
         yield

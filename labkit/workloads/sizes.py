@@ -1,4 +1,4 @@
-"""How much memory a model needs, from its configuration alone: before anything is imported or launched."""
+"""The memory that a model needs, estimated from its configuration alone, before anything is imported or launched."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DEFAULTS = {
     "falcon": (4544, 32, 18176, 1),
     "bloom": (64, 2, 256, 1),
 }
-"""Width, layers, inner width and experts where the configuration names none (transformers 5)."""
+"""Width, layers, inner width and experts if the configuration does not name them (transformers 5)."""
 _OTHERWISE = (768, 12, 3072, 1)
 _GATED = ("llama", "mistral", "mixtral", "qwen", "gemma", "phi3", "olmo", "granite", "cohere", "deepseek")
 _NAMES = (
@@ -38,11 +38,11 @@ _NAMES = (
     ("num_local_experts", "num_experts", "n_routed_experts"),
 )
 BYTES_PER_WEIGHT = 16
-"""Weight, gradient and AdamW's two averages in float32."""
+"""Bytes of the weight, its gradient and AdamW's two moments in float32."""
 
 
 def transformers_parameters(config: Mapping[str, Any], vocabulary: int) -> int:
-    """About how many parameters a causal model of this configuration has: attention and MLP of each layer, embeddings.
+    """Estimate the parameters of a causal model of this configuration: attention and MLP of each layer, embeddings.
 
     >>> 6.4e9 < transformers_parameters({"model_type": "llama"}, 32000) < 7.1e9
     True
@@ -64,7 +64,7 @@ def transformers_parameters(config: Mapping[str, Any], vocabulary: int) -> int:
 
 
 def gpt_parameters(width: int, depth: int, experts: int, vocabulary: int, context: int) -> int:
-    """About how many parameters labkit's own GPT has."""
+    """Estimate the parameters of labkit's own GPT."""
     return depth * (4 * width**2 + 8 * width**2 * max(1, experts)) + (2 * vocabulary + context) * width
 
 
@@ -73,5 +73,5 @@ def _is_size(value: Any) -> bool:
 
 
 def needed_bytes(parameters: int, replicas: int, ranks: int) -> int:
-    """Least memory of one machine: a whole model that each rank builds, and training state for each replica."""
+    """Return the minimum memory of one machine: a whole model built by each rank, and training state per replica."""
     return parameters * (4 * ranks + (BYTES_PER_WEIGHT - 4) * replicas)

@@ -1,6 +1,7 @@
-"""Training and held-out parts by their names, the same for every format: `train.txt`, `val/`, `wiki.test.tokens`, …
+"""Training and held-out parts by their names, the same for every format (`train.txt`, `val/`, `x.test.tokens`, …).
 
-What is named as held out is never trained on. (Issue 11, B19a: three files were joined and the test file trained on.)
+A part that is named as held out is never trained on. (Issue 11, B19a: three files were joined and the test file was
+trained on.)
 """
 
 from __future__ import annotations
@@ -16,23 +17,24 @@ _VALIDATION = ("validation", "valid", "val", "dev", "development", "eval", "eval
 _TEST = ("test", "testing", "holdout", "heldout")
 _ENDINGS = ("set", "data", "split", "part", "file", "files", "images", "texts")
 HELD_OUT: tuple[Split, ...] = ("test", "validation")
-"""In the order of preference; a part that is not taken is left out."""
+"""Held-out splits in the order of preference; those that are not used are ignored."""
 
 
 def split_of(name: str) -> Split | None:
-    """The split that `name` (of a file without its folder, of a folder, of a part of a data set) names; else None.
+    """Return the split that a name states (of a file without its folder, a folder, a part of a data set), or None.
 
-    Words are parted by anything but letters and by capitals: `X_train`, `train-00000-of-00002`, `wiki.valid.txt`,
-    `testData`. A name that says both train and held out (`train_test`) counts as held out.
+    Words are separated by anything but letters and by capitals: `X_train`, `train-00000-of-00002`, `wiki.valid.txt`,
+    `testData`. A name that states both train and held out (`train_test`) counts as held out.
     """
-    found = {_split_of_word(word.lower()) for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+    splits = {_split_of_word(word.lower()) for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
     if re.search(r"held[-_ ]?out|hold[-_ ]?out", name.lower()):
-        found.add("test")
+        splits.add("test")
     choices: tuple[Split, ...] = (*HELD_OUT, "train")
-    return next((split for split in choices if split in found), None)
+    return next((split for split in choices if split in splits), None)
 
 
 def _split_of_word(word: str) -> Split | None:
+    """Return the split that a word in lower case stands for, or None."""
     for ending in _ENDINGS:
         if word.endswith(ending) and len(word) > len(ending):
             word = word.removesuffix(ending)
@@ -41,10 +43,10 @@ def _split_of_word(word: str) -> Split | None:
 
 
 def choose(names: Iterable[str], what: str) -> tuple[list[str], list[str], list[str]]:
-    """Names to train on, names to hold out, names to leave out, of parts of a data set.
+    """Return the names to train on, to hold out and to ignore, from the names of the parts of a data set.
 
-    Training parts are those named so; without any, those that name no split. Of the held-out ones, `test` is taken
-    rather than `validation`. `what` begins the ValueError where all parts are held out.
+    Training parts are those named so; without any, those that name no split. Of the held-out ones, `test` is preferred
+    to `validation`. `what` begins the message of the ValueError raised if all parts are held out.
     """
     by_split: dict[Split | None, list[str]] = {"train": [], "test": [], "validation": [], None: []}
     for name in names:

@@ -1,8 +1,8 @@
-"""Text as windows of tokens, and what a model has to beat on it.
+"""Text as windows of tokens, and the baseline that a model has to beat on it.
 
 Tokens are the bytes of UTF-8: 256 of them, any text in any language, nothing to train and nothing to download. One
-character is one byte in English and up to four elsewhere, so results are given in bits per character, which compare
-between tokenizers.
+character is one byte in English and up to four elsewhere, so results are given in bits per character, which can be
+compared between tokenizers.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ Encode = Callable[[str], NDArray[np.integer]]
 
 
 def python_documentation() -> str:
-    """About 465,000 characters of English that ship with every CPython: the texts behind `help("topics")`."""
+    """Return about 465,000 characters of English that ship with every CPython: the texts behind `help("topics")`."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def encode_bytes(text: str) -> NDArray[np.uint8]:
-    """UTF-8 bytes of the text, [length] uint8."""
+    """Return the UTF-8 bytes of the text, [length] uint8."""
     return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
 
 
 class Windows:
-    """A text cut into windows of `context` tokens that do not overlap; sample i is always the same window.
+    """A text split into non-overlapping windows of `context` tokens; sample i is always the same window.
 
-    Batches: `x` [N, context] and `y` [N, context] int64, where y is x one token later. A rest shorter than a window is
-    left out.
+    Batches have `x` [N, context] and `y` [N, context] int64, where y is x shifted by one token. A remainder shorter
+    than a window is dropped.
     """
 
     def __init__(self, tokens: NDArray[np.integer], context: int) -> None:
@@ -52,7 +52,7 @@ class Windows:
         return max(0, (len(self.tokens) - 1) // self.context)
 
     def inputs(self) -> Tensor:
-        """The x of all windows, [number of windows, context]; a view of the tokens, in their own integer type."""
+        """Return a view of the x of all windows, [number of windows, context], in the tokens' own integer type."""
         return self.tokens[: len(self) * self.context].view(-1, self.context)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
@@ -68,12 +68,12 @@ class Corpus:
     train: NDArray[np.integer]
     test: NDArray[np.integer]
     tokens_per_character: float
-    """Of the held-out part; turns nats per token into bits per character."""
+    """Tokens per character of the held-out part; converts nats per token to bits per character."""
     vocabulary: int
 
     @classmethod
     def from_text(cls, train: str, test: str | None, encode: Encode, vocabulary: int) -> Corpus:
-        """Tokenize; without a held-out text, the last tenth of the text is held out."""
+        """Tokenize the texts; without a held-out text, the last tenth of the training text is held out."""
         if test is None:
             cut = round(len(train) * (1 - TEST_SHARE))
             train, test = train[:cut], train[cut:]
@@ -86,14 +86,14 @@ class Corpus:
         return cls(encode(train), held_out, len(held_out) / len(test), vocabulary)
 
     def bits_per_character(self, nats_per_token: float) -> float:
-        """Loss / ln 2 · tokens / characters."""
+        """Return loss / ln 2 · tokens / characters."""
         return nats_per_token / math.log(2) * self.tokens_per_character
 
     def unigram_entropy(self) -> float:
-        """Nats per held-out token of a model that knows how often each token occurs, and nothing else.
+        """Return the nats per held-out token of a model that knows only how often each token occurs.
 
-        Cross-entropy of the held-out text under the training frequencies, each count raised by one for tokens that
-        never occurred: the score of a network that ignores its context.
+        This is the cross-entropy of the held-out text under the training frequencies, each count raised by one for
+        tokens that never occurred: the loss of a network that ignores its context.
         """
         counts = np.bincount(self.train, minlength=self.vocabulary) + 1.0
         log_share = np.log(counts / counts.sum())
@@ -101,5 +101,5 @@ class Corpus:
 
 
 def mean_nats(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy over all positions: logits [N, T, vocabulary], target [N, T] to a scalar."""
+    """Return the cross-entropy over all positions: logits [N, T, vocabulary] and target [N, T] to a scalar."""
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())

@@ -1,7 +1,8 @@
-"""Take a function from a notebook cell to the ranks as source text.
+"""Send a function from a notebook cell to the ranks as source text.
 
 Text can be read, stored in the experiment's JSON and shown again; a pickle could not, and would run code when it is
-loaded. The price: the function must stand on its own. That is checked here, by reading the text, never by running it.
+loaded. The price is that the function must be self-contained. That is checked here by parsing the text, never by
+running it.
 """
 
 from __future__ import annotations
@@ -20,25 +21,27 @@ from typing import Any
 _GIVEN = {*dir(builtins), "__name__", "__file__", "__doc__", "__builtins__", "__class__"}
 
 
-class CannotTravel(ValueError):
-    """The function or text cannot go to the ranks; the message says why and what to do, in one sentence."""
+class NotSelfContainedError(ValueError):
+    """Raised if a function or text cannot be sent to the ranks; the message says in one sentence why and what to do."""
 
 
-def travels(function: Callable[..., Any]) -> str:
-    """The source of `function`, if it stands on its own; raises CannotTravel otherwise."""
+def self_contained_source(function: Callable[..., Any]) -> str:
+    """Return the source of `function`; raises NotSelfContainedError if it depends on anything outside of it."""
     if not isinstance(function, types.FunctionType):
         kind = "a method" if isinstance(function, types.MethodType) else f"a {type(function).__name__}"
-        raise CannotTravel(f"only a plain function can travel, this is {kind}; write def make_task(): …")
+        raise NotSelfContainedError(f"only a plain function can be sent to ranks, not {kind}; write def make_task(): …")
     name = function.__name__
     if name == "<lambda>":
-        raise CannotTravel("a lambda cannot travel, it has no name on the other side; write def make_task(): …")
+        raise NotSelfContainedError(
+            "a lambda cannot be sent to ranks, because it has no name; write def make_task(): …"
+        )
     if function.__closure__:
         outer = ", ".join(function.__code__.co_freevars)
-        raise CannotTravel(f"{name} uses {outer} of the function around it; define it inside {name}")
+        raise NotSelfContainedError(f"{name} uses {outer} of the enclosing function; define it inside {name}")
     try:
         source = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):
-        raise CannotTravel(
+        raise NotSelfContainedError(
             f"the source of {name} cannot be found; define it in a notebook cell or in a file, not through exec"
         ) from None
     check(source, name, function.__globals__)
@@ -46,7 +49,7 @@ def travels(function: Callable[..., Any]) -> str:
 
 
 def check(source: str, factory: str, where: Mapping[str, Any] | None = None) -> None:
-    """Raise CannotTravel unless `source` is Python, defines `factory`, and every name in it is known there.
+    """Raise NotSelfContainedError unless `source` is Python, defines `factory`, and uses no names from elsewhere.
 
     `where`, the notebook's names, only makes the message more helpful.
     """
@@ -55,14 +58,14 @@ def check(source: str, factory: str, where: Mapping[str, Any] | None = None) -> 
         table = symtable.symtable(ast.unparse(_without_annotations(tree)), "<source>", "exec")
     except (SyntaxError, ValueError, RecursionError) as error:
         line = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
-        said = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise CannotTravel(f"the source is not Python: {said}{line}") from None
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise NotSelfContainedError(f"the source is not Python: {reason}{line}") from None
     own = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
-    # A name that a function declares `global` and assigns is the source's own as well.
+    # A name that a function declares `global` and assigns is also defined by the source.
     for scope in _scopes(table):
         own |= {s.get_name() for s in scope.get_symbols() if s.is_declared_global() and s.is_assigned()}
     if factory not in own:
-        raise CannotTravel(f"the source does not define {factory}")
+        raise NotSelfContainedError(f"the source does not define {factory}")
     foreign = sorted(
         {
             symbol.get_name()
@@ -74,16 +77,18 @@ def check(source: str, factory: str, where: Mapping[str, Any] | None = None) -> 
         - _GIVEN
     )
     if foreign:
-        raise CannotTravel("; ".join(_explain(name, factory, where) for name in foreign))
+        raise NotSelfContainedError("; ".join(_explain(name, factory, where) for name in foreign))
 
 
 def _scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    """Yield the symbol table and all tables below it."""
     yield table
     for child in table.get_children():
         yield from _scopes(child)
 
 
 def _explain(name: str, factory: str, where: Mapping[str, Any] | None) -> str:
+    """Return what to do about a name that is not defined in the source."""
     if where is None or name not in where:
         return f"{name} is not defined in the source; define it inside {factory} or import it there"
     value = where[name]
@@ -94,7 +99,7 @@ def _explain(name: str, factory: str, where: Mapping[str, Any] | None) -> str:
 
 
 def _without_annotations(tree: ast.Module) -> ast.Module:
-    """A copy in which annotations are gone: on the other side they are not evaluated."""
+    """Return a copy without annotations, because they are not evaluated on the ranks."""
     tree = ast.parse(ast.unparse(tree))
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -106,8 +111,8 @@ def _without_annotations(tree: ast.Module) -> ast.Module:
     return tree
 
 
-def arrive(source: str, factory: str) -> Callable[..., Any]:
-    """On a rank: run `source` as a module and return its `factory`. Tracebacks show the lines of the cell."""
+def load_source(source: str, factory: str) -> Callable[..., Any]:
+    """Run `source` as a module, on a rank, and return its `factory`. Tracebacks show the lines of the cell."""
     import __future__
 
     check(source, factory)
@@ -115,8 +120,8 @@ def arrive(source: str, factory: str) -> Callable[..., Any]:
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     module = types.ModuleType("labkit_notebook_cell")
     module.__file__ = filename
-    sys.modules[module.__name__] = module  # dataclasses and forward references look their module up
+    sys.modules[module.__name__] = module  # dataclasses and forward references look up their module
     code = compile(source, filename, "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True)
     exec(code, module.__dict__)  # noqa: S102  the user's own code, on the user's own ranks
-    found: Callable[..., Any] = getattr(module, factory)
-    return found
+    loaded: Callable[..., Any] = getattr(module, factory)
+    return loaded

@@ -1,6 +1,6 @@
-"""A user's task is tried on two samples when it is built: formats are fitted, and what cannot work is named.
+"""A trial of a user's task on two samples when it is built: dtypes are fitted, and what cannot work is named.
 
-Whatever fails inside the model itself is left to the rehearsal, which has the device, the layout and both modes.
+Failures inside the model itself are left to the rehearsal, which has the device, the layout and both modes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from labkit.workloads.accuracy import right_and_counted
+from labkit.workloads.accuracy import correct_and_counted
 from labkit.workloads.base import Batch, Data, TensorData
 from labkit.workloads.causal import refuse_leak
 from labkit.workloads.restore import undisturbed
-from labkit.workloads.samples import Cast, kind_of
+from labkit.workloads.samples import Cast, describe_type
 from labkit.workloads.weights import is_of_classes, is_of_numbers
 
 if TYPE_CHECKING:
@@ -26,25 +26,25 @@ _BROADCAST = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 
 
 def try_out(task: SimpleTask, name: str) -> None:
-    """Fit the formats of inputs and targets to model and loss, and raise ValueError in a sentence for what misfits."""
+    """Fit the dtypes of inputs and targets to model and loss; raise ValueError in a sentence for a mismatch."""
     _fit_targets(task)
     if any(is_lazy(tensor) for tensor in (*task.model.parameters(), *task.model.buffers())):
-        return  # a pass would give them a shape for good: the rehearsal refuses them
+        return  # a pass would fix their shapes: the rehearsal refuses them
     with (
         undisturbed(task.model, task.train, task.test, task.loss_fn, weights=False),
         torch.no_grad(),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # they come again in training, where they belong
+        warnings.simplefilter("ignore")  # they are repeated in training, where they belong
         task.model.eval()
         batch, output = _fit_inputs(task)
         if output is None:
             return
         _refuse_parts(output, "eval", name)
         _try_loss(task, output, batch, name)
-        if task.counts_right:
+        if task.measures_accuracy:
             try:
-                right_and_counted(task.loss_fn, output, batch["y"])
+                correct_and_counted(task.loss_fn, output, batch["y"])
             except ValueError as error:
                 raise ValueError(f"metric from {name}: {error}") from None
     _check_classes(task, output, name)
@@ -53,7 +53,7 @@ def try_out(task: SimpleTask, name: str) -> None:
 
 
 def _try_training(task: SimpleTask, name: str) -> None:
-    """Refuse a model that gives more than scores in training mode; weights that such a pass writes are put back."""
+    """Refuse a model that returns more than logits in training mode; weights that such a pass changes are restored."""
     indices = list(range(min(2, len(task.train))))
     with undisturbed(task.model, task.train), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -65,33 +65,34 @@ def _try_training(task: SimpleTask, name: str) -> None:
 
 
 def _refuse_parts(output: Any, mode: str, name: str) -> None:
+    """Raise ValueError unless the output is a single tensor."""
     if not isinstance(output, Tensor):
         raise ValueError(
-            f"the model from {name} must give one tensor in {mode} mode, it gives a {_parts(output)}: "
-            "return the scores alone"
+            f"the model from {name} must give one tensor in {mode} mode, but it gives a {_parts(output)}: "
+            "return the logits alone"
         )
 
 
 def _as_weights(model: nn.Module, x: Tensor) -> Tensor:
-    """Inputs that are no whole numbers, in the format of the model's weights."""
+    """Return floating-point inputs in the dtype of the model's weights, others unchanged."""
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return x.to(own) if x.is_floating_point() else x
 
 
 def _fit_targets(task: SimpleTask) -> None:
-    """Class indices become int64, targets of losses of numbers float32."""
+    """Cast class indices to int64, and targets of losses of real numbers to float32."""
     target = task.train.__getitems__([0])["y"]
     if target.is_floating_point() or target.is_complex():
         return
-    wanted = torch.float32 if is_of_numbers(task.loss_fn) else None if target.dtype == torch.bool else torch.int64
-    if wanted is not None and (wanted != target.dtype or task.test.__getitems__([0])["y"].dtype != wanted):
-        task.train, task.test = Cast(task.train, None, wanted), Cast(task.test, None, wanted)
+    dtype = torch.float32 if is_of_numbers(task.loss_fn) else None if target.dtype == torch.bool else torch.int64
+    if dtype is not None and (dtype != target.dtype or task.test.__getitems__([0])["y"].dtype != dtype):
+        task.train, task.test = Cast(task.train, None, dtype), Cast(task.test, None, dtype)
 
 
 def _fit_inputs(task: SimpleTask) -> tuple[Batch, Any]:
-    """A held-out batch and what the model makes of it; None if it cannot be run here.
+    """Return a held-out batch and the model's output for it; None if the model cannot run here.
 
-    Whole numbers that the model refuses are given to it as float32, unscaled, if it takes those.
+    Integers that the model refuses are given to it as float32, unscaled, if it accepts those.
     """
     indices = list(range(min(2, len(task.test))))
     batch = task.test.__getitems__(indices)
@@ -101,35 +102,37 @@ def _fit_inputs(task: SimpleTask) -> tuple[Batch, Any]:
     if output is None and not (x.is_floating_point() or x.is_complex()):
         output = _run(task.model, x.to(own))
         if output is not None:
-            task.more["inputs"] = f"{str(x.dtype)[6:]}, given to the model as float32 without scaling"
+            task.extra_facts["inputs"] = f"{str(x.dtype)[6:]}, given to the model as float32 without scaling"
             task.train, task.test = (Cast(data, torch.float32, None) for data in (task.train, task.test))
     return batch, output
 
 
 def _run(model: nn.Module, x: Tensor) -> Any:
+    """Return the model's output, or None if it raises."""
     try:
         return model(x)
-    except Exception:  # the user's own code: the rehearsal tells what it raises
+    except Exception:  # the user's own code: the rehearsal reports what it raises
         return None
 
 
 def _try_loss(task: SimpleTask, output: Tensor, batch: Batch, name: str) -> None:
+    """Raise ValueError if the loss fails for this output, or if it is not a single number."""
     target = batch["y"]
     shapes = f"outputs {list(output.shape)} and targets {list(target.shape)} of {str(target.dtype)[6:]}"
     if isinstance(task.loss_fn, _BROADCAST) and output.shape != target.shape:
-        raise ValueError(f"loss_fn from {name} would stretch {shapes} to one shape: give both the same shape")
+        raise ValueError(f"loss_fn from {name} would broadcast {shapes} to one shape: give both the same shape")
     try:
         loss = task.loss(output, batch)
     except Exception as error:  # the user's own code, or torch's checks of shapes and formats
         reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
         raise ValueError(f"loss_fn from {name} fails for {shapes}: {reason}") from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else kind_of(loss)
+        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else describe_type(loss)
         raise ValueError(f"loss_fn from {name} must give the mean over the samples, one number; it gives {got}")
 
 
 def _check_classes(task: SimpleTask, output: Tensor, name: str) -> None:
-    """Class indices beyond the classes, where all targets lie in memory."""
+    """Refuse class indices beyond the number of classes, if all targets are in memory."""
     if not is_of_classes(task.loss_fn) or output.dim() < 2:
         return
     classes = output.shape[1]
@@ -150,13 +153,14 @@ def _check_classes(task: SimpleTask, output: Tensor, name: str) -> None:
 
 
 def _targets(data: Data) -> Tensor | None:
+    """Return all targets of data in memory; None for other data."""
     while isinstance(data, Cast):
         data = data.data
     return data.tensors["y"] if isinstance(data, TensorData) else None
 
 
 def _check_causal(task: SimpleTask, output: Tensor, batch: Batch, name: str) -> None:
-    """Targets that are the inputs one token later: then the model may not see them."""
+    """Refuse a model that sees its targets, if the targets are the inputs shifted by one token."""
     x, y = batch["x"], batch["y"]
     if x.is_floating_point() or x.dim() != 2 or x.shape != y.shape or x.shape[1] < 4 or output.dim() != 3:
         return
@@ -173,10 +177,12 @@ def _check_causal(task: SimpleTask, output: Tensor, batch: Batch, name: str) -> 
             model, min(highest, vocabulary), x.shape[1], f"the model from {name}", "give its attention a causal mask"
         )
     except (RuntimeError, IndexError, TypeError):
-        return  # the rehearsal tells
+        return  # the rehearsal reports it
 
 
 class _ClassesLast(nn.Module):
+    """A model with logits [N, C, T], transposed to [N, T, C]."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -187,6 +193,7 @@ class _ClassesLast(nn.Module):
 
 
 def _parts(output: Any) -> str:
+    """Describe an output that is not a tensor."""
     if isinstance(output, dict):
         return f"dict of {', '.join(map(str, output))}"
-    return kind_of(output)
+    return describe_type(output)

@@ -1,6 +1,6 @@
 """Image classification: a residual network or a vision transformer, on digits or on any labelled images.
 
-Read by the form and the command line too: torch and the data libraries are imported inside `build()`.
+The form and the command line import this file too: torch and the data libraries are imported inside `build()`.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class VisionOptions(Options):
     image_size: int = Field(default=32, ge=8, le=512)
     """Side to which images are resized (pixels)."""
     shift: int = Field(default=3, ge=0, le=16)
-    """Training images are also seen moved by up to this many pixels each way; (2·shift + 1)² samples from each."""
+    """Also train on images shifted by up to this many pixels each way: (2·shift + 1)² samples from each image."""
     width: int | None = Field(default=None, ge=4, le=2048)
     """Channels of the first stage (resnet) or embedding size (vit); empty for 24 and 64."""
     depth: int | None = Field(default=None, ge=1, le=64)
     """Residual blocks per stage (resnet) or layers (vit); empty for 1 and 4."""
     patch: int = Field(default=8, ge=1, le=64)
-    """Side of a patch, vit only (pixels)."""
+    """Side of a patch (pixels); vit only."""
     heads: int = Field(default=4, ge=1, le=64)
-    """Attention heads, vit only."""
+    """Number of attention heads; vit only."""
     image_column: str = Field(default="", max_length=200)
-    """Column with the images; empty to find it."""
+    """Column with the images; empty to detect it."""
     label_column: str = Field(default="", max_length=200)
-    """Column with the labels; empty to find it."""
+    """Column with the labels; empty to detect it."""
 
     @property
     def network_width(self) -> int:
@@ -92,7 +92,7 @@ class Vision:
 
     @classmethod
     def warnings(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Options that do nothing with the chosen network or data."""
+        """Warn about options that do nothing with the chosen network or data."""
         options = VisionOptions(**experiment.workload.options)
         if options.model == "resnet":
             yield from without_effect(options, ("patch", "heads"), "the residual network has no patches and no heads")
@@ -101,7 +101,7 @@ class Vision:
 
     @classmethod
     def build(cls, options: Any, seed: int) -> ClassificationTask:
-        """Read the data and make the network. `options`: a VisionOptions, a dict of its fields, or a section."""
+        """Read the data and build the network from a VisionOptions, a dict of its fields, or a workload section."""
         from labkit.workloads.base import ClassificationTask
         from labkit.workloads.images import Shifted, digit_images
         from labkit.workloads.models.resnet import resnet

@@ -1,4 +1,4 @@
-"""What the mean loss of a batch is a mean over, so that the parts of a batch add up to the whole of it.
+"""The divisor of a batch's mean loss, so that the parts of a batch add up to the whole.
 
 With the mean losses l_p over parts p of a batch and their weights w_p, the loss of the whole batch is
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 IGNORED = -100
-"""Target that torch's losses leave out unless they are given another `ignore_index`."""
+"""Target that torch's losses ignore unless they are given another `ignore_index`."""
 
 _MODULES: dict[Any, type[nn.Module]] = {
     functional.cross_entropy: nn.CrossEntropyLoss,
@@ -58,10 +58,10 @@ _OF_NUMBERS = (
 
 
 def as_module(loss_fn: Any) -> Any:
-    """The loss of torch that `loss_fn` is, as a module: a function of torch.nn.functional or a partial of one.
+    """Return a function of torch.nn.functional, or a partial of one, as the loss module that it corresponds to.
 
-    A module holds its class weights as buffers, so that they move and are cast with the run. Anything else comes back
-    as it is.
+    A module stores its class weights as buffers, so that they are moved and cast with the run. Anything else is
+    returned unchanged.
     """
     function, keywords = loss_fn, {}
     if isinstance(loss_fn, functools.partial) and not loss_fn.args:
@@ -73,39 +73,40 @@ def as_module(loss_fn: Any) -> Any:
 
 
 def is_of_classes(loss_fn: Any) -> bool:
-    """Whether it is torch's own loss of class indices, with its own forward pass."""
+    """Return True for torch's own loss of class indices, with its own forward pass."""
     return _is(loss_fn, _OF_CLASSES)
 
 
 def is_of_numbers(loss_fn: Any) -> bool:
-    """Whether it is a loss of torch whose targets are floating-point numbers, with its own forward pass."""
+    """Return True for a loss of torch whose targets are floating-point numbers, with its own forward pass."""
     return _is(loss_fn, _OF_NUMBERS)
 
 
-def is_torchs(loss_fn: Any) -> bool:
-    """Whether it is one of torch's losses, with its own forward pass."""
+def is_torch_loss(loss_fn: Any) -> bool:
+    """Return True for one of torch's losses, with its own forward pass."""
     return _is(loss_fn, tuple(_MODULES.values()))
 
 
 def _is(loss_fn: Any, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Return True if the loss is of one of these types and does not override its forward pass."""
     return any(isinstance(loss_fn, kind) and type(loss_fn).forward is kind.forward for kind in kinds)
 
 
 def counts_targets(loss_fn: Any, target: Tensor) -> bool:
-    """Whether the mean of `loss_fn` is one over the valid targets, each with the weight of its class."""
+    """Return True if `loss_fn` averages over the valid targets, each with the weight of its class."""
     return is_of_classes(loss_fn) and not target.is_floating_point()
 
 
 def valid_targets(loss_fn: Any, target: Tensor) -> Tensor:
-    """Which class indices count, bool in the shape of `target`: neither `ignore_index` nor below zero."""
+    """Return which class indices count, bool in the shape of `target`: neither `ignore_index` nor below zero."""
     ignored = loss_fn.ignore_index if is_of_classes(loss_fn) else IGNORED
     return (target != ignored) & (target >= 0)
 
 
 def batch_weight(loss_fn: Any, target: Tensor) -> Tensor | float:
-    """What the mean loss over the samples of `target` is a mean over: a scalar tensor, or the number of samples.
+    """Return the divisor of the mean loss over `target`: a scalar tensor, or the number of samples.
 
-    A loss of unknown kind counts samples; so do torch's losses of class probabilities and of numbers.
+    A loss of unknown type counts samples; so do torch's losses of class probabilities and of numbers.
     """
     if not counts_targets(loss_fn, target):
         return float(len(target))
@@ -113,12 +114,12 @@ def batch_weight(loss_fn: Any, target: Tensor) -> Tensor | float:
     if loss_fn.weight is None:
         return valid.sum()
     weights: Tensor = loss_fn.weight
-    wide = weights.to(target.device, torch.promote_types(weights.dtype, torch.float32))
-    return (wide[target.where(valid, target.new_zeros(()))] * valid).sum()
+    class_weights = weights.to(target.device, torch.promote_types(weights.dtype, torch.float32))
+    return (class_weights[target.where(valid, target.new_zeros(()))] * valid).sum()
 
 
 def mean_loss(loss_fn: Any, output: Tensor, target: Tensor) -> Tensor:
-    """The mean loss (scalar); zero, with gradients of zero, where no target of the batch counts.
+    """Return the mean loss (scalar); zero, with gradients of zero, if no target of the batch counts.
 
     Torch would divide zero by zero there.
     """
@@ -126,21 +127,21 @@ def mean_loss(loss_fn: Any, output: Tensor, target: Tensor) -> Tensor:
         loss: Tensor = loss_fn(output, target)
         return loss
     weight = torch.as_tensor(batch_weight(loss_fn, target)).to(output.dtype)
-    total: Tensor = summed(loss_fn)(output, target)
+    total: Tensor = with_sum_reduction(loss_fn)(output, target)
     return total / weight.where(weight != 0, weight.new_ones(()))
 
 
-def summed(loss_fn: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """The same loss with reduction='sum'; its buffers are those of `loss_fn`, wherever that is moved."""
+def with_sum_reduction(loss_fn: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the same loss with reduction='sum'; it shares the buffers of `loss_fn`."""
     total = copy.copy(loss_fn)
     total.reduction = "sum"  # type: ignore[assignment]
     return total
 
 
-def trainable(loss_fn: Any) -> list[str]:
-    """Names of the parameters of a loss that an optimizer would have to train; [] for a loss without any.
+def trainable_parameters(loss_fn: Any) -> list[str]:
+    """Return the names of the parameters of a loss that an optimizer would have to train; [] for none.
 
-    Those that another loss hides (closure, partial, object) are found by the rehearsal, in the graph of a pass.
+    Parameters inside other objects (closure, partial, object) are found by the rehearsal, in the graph of a pass.
     """
     if not isinstance(loss_fn, nn.Module):
         return []

@@ -64,9 +64,9 @@ def by_hand(steps: int, warmup: int, bucket: str = "default") -> float:
             )
             for rank in (0, 1)
         ]
-        said = [rank.communicate()[1] for rank in ranks]
+        errors = [rank.communicate()[1] for rank in ranks]
         if any(rank.returncode for rank in ranks):
-            raise RuntimeError("the hand-written loop failed:\n" + "\n".join(said))
+            raise RuntimeError("the hand-written loop failed:\n" + "\n".join(errors))
         return statistics.median(json.loads(Path(folder, "result").read_text())[warmup:])
 
 
@@ -75,7 +75,7 @@ def ratios(figures: dict[str, list[float]], over: str, under: str) -> list[float
     return [a / b for a, b in zip(figures[over], figures[under], strict=True)]
 
 
-def spread(values: Sequence[float]) -> str:
+def median_and_range(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 

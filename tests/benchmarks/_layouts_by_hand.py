@@ -64,14 +64,16 @@ def optimizer(model: Any) -> Any:
     for parameter in model.parameters():
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         groups.setdefault((parameter.dim() >= 2, mesh), []).append(parameter)
-    described = [{"params": found, "weight_decay": WEIGHT_DECAY * decays} for (decays, _), found in groups.items()]
-    return torch.optim.AdamW(described, lr=LR, fused=True)
+    param_groups = [
+        {"params": parameters, "weight_decay": WEIGHT_DECAY * decays} for (decays, _), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(param_groups, lr=LR, fused=True)
 
 
-def spread(layout: str, task: Any) -> tuple[Any, int, int, Callable[[Any], Any]]:
-    """The model of this rank, its share of the batch, of how many, and the pass forward and backward over it.
+def parallelize(layout: str, task: Any) -> tuple[Any, int, int, Callable[[Any], Any]]:
+    """Return this rank's model, the index of its share of the batch, the number of shares, and its training pass.
 
-    The pass returns the loss over its samples; None where that is not known.
+    The pass runs forward and backward and returns the mean loss of its samples; None if this rank does not have it.
     """
     import torch
     from torch.distributed.device_mesh import init_device_mesh
@@ -138,7 +140,7 @@ def main(layout: str, rank: int, store: str, steps: int, result: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS[layout])
     task = build()
-    model, share, shares, run = spread(layout, task)
+    model, share, shares, run = parallelize(layout, task)
     update = optimizer(model)
     length = len(task.train)
     epochs = [np.random.default_rng([SEED, epoch]).permutation(length) for epoch in range(-(-steps * BATCH // length))]
@@ -154,9 +156,9 @@ def main(layout: str, rank: int, store: str, steps: int, result: str) -> None:
         update.zero_grad()
         seconds.append(time.perf_counter() - begun)
         if step < COMPARED:
-            told = torch.zeros(2) if loss is None else torch.stack([loss.detach(), torch.ones(())])
-            dist.all_reduce(told)
-            losses.append(float(told[0] / told[1]))
+            loss_and_count = torch.zeros(2) if loss is None else torch.stack([loss.detach(), torch.ones(())])
+            dist.all_reduce(loss_and_count)
+            losses.append(float(loss_and_count[0] / loss_and_count[1]))
     if rank == 0:
         with open(result, "w") as file:
             json.dump({"seconds": seconds, "losses": losses}, file)

@@ -152,8 +152,8 @@ def main() -> int:
         ]
         print(f"{given.ranks} ranks, {given.steps:,} steps, at most {result['points']:,} points a line\n")
         print(f"{'':32}{'median':>10}{'p95':>10}{'samples':>10}")
-        for name, found in rows:
-            print(f"{name:32}{found['median']:>7.1f} ms{found['p95']:>7.1f} ms{found['samples']:>10}")
+        for name, times in rows:
+            print(f"{name:32}{times['median']:>7.1f} ms{times['p95']:>7.1f} ms{times['samples']:>10}")
         print(f"{'caught up after':32}{result['caught_up_s']:>8.1f} s")
         print(f"{'memory of the process, peak':32}{result['peak_mb']:>7.0f} MB")
         print(f"\ntarget: {TARGET_MS:g} ms median, {TARGET_MB:g} MB: {'met' if result['met'] else 'MISSED'}")

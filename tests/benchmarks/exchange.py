@@ -6,7 +6,7 @@ is over; with small ones the exchange can overlap. Two ranks with one thread eac
 
 from __future__ import annotations
 
-from _common import arguments, by_hand, interleave, ratios, report, spread
+from _common import arguments, by_hand, interleave, median_and_range, ratios, report
 
 STEPS, WARMUP = 100, 20
 CASES = {"DDP as it is": "default", "buckets of 0.3 MB": "0.3", "buckets of 0.1 MB": "0.1", "no exchange": "none"}
@@ -19,8 +19,8 @@ def main() -> int:
     )
     rows = []
     for name, values in figures.items():
-        share = spread(ratios(figures, name, "DDP as it is"))
-        rows.append((name, f"{spread([1000 * value for value in values])} ms/step, of DDP {share}"))
+        share = median_and_range(ratios(figures, name, "DDP as it is"))
+        rows.append((name, f"{median_and_range([1000 * value for value in values])} ms/step, of DDP {share}"))
     return report("Exchange of gradients, 2 ranks, vision recipe by hand", rows, [], options, figures)
 
 

@@ -150,14 +150,14 @@ def outcome(experiment: Experiment) -> tuple[str, str]:
     except TimeoutError:
         run.stop(0)
         return "FINDING", "no terminal state in time"
-    problem = judged(run) or left_behind(run)
+    problem = implausible_end(run) or left_behind(run)
     if problem:
         return "FINDING", problem
     return ("finished", "") if run.state == "finished" else ("refused", str((run.cause or {})["message"]))
 
 
-def judged(run: Run) -> str:
-    """What is not sane about the end of a run; empty if all is well."""
+def implausible_end(run: Run) -> str:
+    """Return what is implausible about the end of a run; '' if all is well."""
     experiment, cause = run.experiment, run.cause or {}
     if run.state != "finished":
         message = str(cause.get("message"))

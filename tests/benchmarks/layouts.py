@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import arguments, finished, interleave, ratios, report, spread
+from _common import arguments, finished, interleave, median_and_range, ratios, report
 from _layouts_by_hand import BATCH, COMPARED, LR, MICROBATCHES, RANKS, SEED, WEIGHT_DECAY, WORKLOAD
 
 from labkit.experiment import Experiment
@@ -77,12 +77,12 @@ def by_hand(layout: str) -> float:
             )
             for rank in range(RANKS[layout])
         ]
-        said = [rank.communicate(timeout=TRIED)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=TRIED)[1] for rank in ranks]
         if any(rank.returncode for rank in ranks):
-            raise RuntimeError("the hand-written loop failed:\n" + "\n".join(said))
-        found = json.loads(Path(folder, "result").read_text())
-    losses[f"{layout} by hand"] = found["losses"]
-    return statistics.median(found["seconds"][WARMUP:])
+            raise RuntimeError("the hand-written loop failed:\n" + "\n".join(errors))
+        measured = json.loads(Path(folder, "result").read_text())
+    losses[f"{layout} by hand"] = measured["losses"]
+    return statistics.median(measured["seconds"][WARMUP:])
 
 
 def main() -> int:
@@ -93,14 +93,16 @@ def main() -> int:
         cases[f"{layout} by hand"] = lambda layout=layout: by_hand(layout)
         cases[f"labkit {layout}"] = lambda layout=layout: with_labkit(layout)
     figures = interleave(cases, options.repeats)
-    rows = [(name, spread([1000 * value for value in values]) + " ms/step") for name, values in figures.items()]
+    rows = [
+        (name, median_and_range([1000 * value for value in values]) + " ms/step") for name, values in figures.items()
+    ]
     claims = []
     for layout in LAYOUTS:
-        found = ratios(figures, f"labkit {layout}", f"{layout} by hand")
-        rows.append((f"{layout}: labkit / by hand", spread(found)))
-        claims.append((f"{layout}: labkit step over hand-written step", statistics.median(found), "<=", 1.03))
-        apart = float(np.abs(np.subtract(losses[f"labkit {layout}"], losses[f"{layout} by hand"])).max())
-        claims.append((f"{layout}: difference of the first {COMPARED} losses", apart, "<=", SAME))
+        slowdowns = ratios(figures, f"labkit {layout}", f"{layout} by hand")
+        rows.append((f"{layout}: labkit / by hand", median_and_range(slowdowns)))
+        claims.append((f"{layout}: labkit step over hand-written step", statistics.median(slowdowns), "<=", 1.03))
+        difference = float(np.abs(np.subtract(losses[f"labkit {layout}"], losses[f"{layout} by hand"])).max())
+        claims.append((f"{layout}: difference of the first {COMPARED} losses", difference, "<=", SAME))
     return report("Layouts, GPT of 4 layers, one thread a rank", rows, claims, options, figures | {"losses": losses})
 
 

@@ -41,8 +41,8 @@ def traced(experiment: Experiment) -> dict[str, Any]:
     return memory
 
 
-def apart(memory: dict[str, Any]) -> float:
-    """The largest relative distance between measurement and formula, over ranks and kinds of state."""
+def relative_error(memory: dict[str, Any]) -> float:
+    """Return the largest relative difference between measurement and formula, over ranks and kinds of state."""
     return max(
         abs(measured[kind] / formula[kind] - 1)
         for measured, formula in zip(memory["measured"], memory["formula"], strict=True)
@@ -57,13 +57,13 @@ def activations(memory: dict[str, Any]) -> float:
 def main() -> int:
     options = arguments(__doc__ or "", repeats=1)
     warm(wait=120)
-    found = {name: traced(BASE.set({"layout": layout})) for name, layout in LAYOUTS.items()}
+    memory_by_layout = {name: traced(BASE.set({"layout": layout})) for name, layout in LAYOUTS.items()}
     rows = []
-    for name, memory in found.items():
+    for name, memory in memory_by_layout.items():
         fullest = max(memory["measured"], key=lambda sizes: sum(sizes[kind] for kind in STATES))
         kinds = ", ".join(f"{kind} {fullest[kind] / MB:.2f}" for kind in STATES)
         state = sum(fullest[kind] for kind in STATES) / MB
-        rows.append((name, f"{state:6.2f} MB a rank ({kinds}), {100 * apart(memory):.2f} % from the formula"))
+        rows.append((name, f"{state:6.2f} MB a rank ({kinds}), {100 * relative_error(memory):.2f} % from the formula"))
     kept = {
         which: activations(traced(BASE.set({"layout": {"dp_shard": 2, "activation_checkpointing": which}})))
         for which in CHECKPOINTING
@@ -71,10 +71,12 @@ def main() -> int:
     for which, size in kept.items():
         of_all = f"{100 * size / kept['none']:.0f} % of none"
         rows.append((f"checkpointing {which}, stage 3, 2 ranks", f"{size / MB:6.2f} MB of activations ({of_all})"))
-    claims = [("largest distance from the formula", max(map(apart, found.values())), "<=", 0.03)]
+    claims = [("largest distance from the formula", max(map(relative_error, memory_by_layout.values())), "<=", 0.03)]
     claims.append(("selective checkpointing keeps of the activations", kept["selective"] / kept["none"], "<=", 0.8))
     claims.append(("full checkpointing keeps of the activations", kept["full"] / kept["none"], "<=", 0.4))
-    return report("Memory per rank, GPT with Adam", rows, claims, options, {"state": found, "activations": kept})
+    return report(
+        "Memory per rank, GPT with Adam", rows, claims, options, {"state": memory_by_layout, "activations": kept}
+    )
 
 
 if __name__ == "__main__":

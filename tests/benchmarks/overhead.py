@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 
-from _common import arguments, by_hand, finished, interleave, ratios, report, spread
+from _common import arguments, by_hand, finished, interleave, median_and_range, ratios, report
 from jupyter_client.manager import start_new_kernel
 
 from labkit.experiment.recipes import vision_ddp
@@ -44,17 +44,17 @@ class Live:
         )
 
     def __call__(self) -> float:
-        said: list[str] = []
+        output: list[str] = []
 
         def listen(message: dict) -> None:  # type: ignore[type-arg]
             if message["msg_type"] == "stream":
-                said.append(message["content"]["text"])
+                output.append(message["content"]["text"])
             elif message["msg_type"] == "error":
                 raise RuntimeError("\n".join(message["content"]["traceback"]))
 
         cell = CELL.format(experiment=EXPERIMENT.to_json())
         self.client.execute_interactive(cell, timeout=300, output_hook=listen)
-        line = next(line for line in "".join(said).splitlines() if line.startswith("STEPS"))
+        line = next(line for line in "".join(output).splitlines() if line.startswith("STEPS"))
         return statistics.median(json.loads(line.removeprefix("STEPS"))[WARMUP:])
 
     def close(self) -> None:
@@ -77,8 +77,10 @@ def main() -> int:
         live.close()
     loop = ratios(figures, "labkit", "torch DDP by hand")
     dashboard = ratios(figures, "labkit, live dashboard", "labkit")
-    rows = [(name, spread([1000 * value for value in values]) + " ms/step") for name, values in figures.items()]
-    rows += [("labkit / by hand", spread(loop)), ("live / headless", spread(dashboard))]
+    rows = [
+        (name, median_and_range([1000 * value for value in values]) + " ms/step") for name, values in figures.items()
+    ]
+    rows += [("labkit / by hand", median_and_range(loop)), ("live / headless", median_and_range(dashboard))]
     claims = [
         ("labkit step over hand-written step", statistics.median(loop), "<=", 1.02),
         ("live dashboard over headless", statistics.median(dashboard), "<=", 1.02),

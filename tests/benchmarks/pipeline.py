@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from _common import arguments, finished, interleave, ratios, report, spread
+from _common import arguments, finished, interleave, median_and_range, ratios, report
 
 from labkit.experiment import Experiment
 from labkit.experiment.recipes import recipe
@@ -45,24 +45,24 @@ CASES: dict[str, Experiment] = {
     schedule: BASE.set({"layout": {**PIPE, "schedule": schedule, "stages_per_rank": stages, "balance": "cost"}})
     for schedule, stages in (("naive", 1), ("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2))
 }
-found: dict[str, list[dict[str, Any]]] = {name: [] for name in CASES}
+summaries: dict[str, list[dict[str, Any]]] = {name: [] for name in CASES}
 """The summaries of each case."""
 
 
 def step_seconds(name: str) -> float:
     run = finished(CASES[name])
     summary = run.summary()
-    found[name].append(summary)
+    summaries[name].append(summary)
     return float(summary["step_seconds"]["median"])
 
 
 def middle(name: str, *keys: str) -> float:
     """The median over the repeats of a number of the bubble."""
-    return statistics.median(summary["bubble"][key] for summary in found[name] for key in keys)
+    return statistics.median(summary["bubble"][key] for summary in summaries[name] for key in keys)
 
 
 def activations(name: str) -> float:
-    return max(sizes["activations"] for sizes in found[name][-1]["memory"]["measured"]) / 2**20
+    return max(sizes["activations"] for sizes in summaries[name][-1]["memory"]["measured"]) / 2**20
 
 
 def main() -> int:
@@ -71,11 +71,12 @@ def main() -> int:
     figures = interleave({name: lambda name=name: step_seconds(name) for name in CASES}, options.repeats)
     rows = []
     for name, values in figures.items():
-        book = found[name][-1]["bubble"]["textbook"]
+        book = summaries[name][-1]["bubble"]["textbook"]
         rows.append(
             (
                 name,
-                f"{spread([1000 * value for value in values])} ms/step, bubble {100 * middle(name, 'measured'):.1f} % "
+                f"{median_and_range([1000 * value for value in values])} ms/step, "
+                f"bubble {100 * middle(name, 'measured'):.1f} % "
                 f"(own {100 * middle(name, 'own'):.1f} %, even stages {100 * book:.1f} %), "
                 f"activations {activations(name):.1f} MB",
             )
@@ -85,7 +86,10 @@ def main() -> int:
         "naive over gpipe, time": ratios(figures, "naive", "gpipe"),
         "1f1b over interleaved_1f1b, time": ratios(figures, "1f1b", "interleaved_1f1b"),
     }
-    rows += [("balanced cut is faster by", spread(gain)), *((name, spread(values)) for name, values in order.items())]
+    rows += [
+        ("balanced cut is faster by", median_and_range(gain)),
+        *((name, median_and_range(values)) for name, values in order.items()),
+    ]
     claims = [
         (f"{name}: measured over own bubble, distance from 1", distance(name), "<=", 0.15)
         for name in ("uneven, equal count", "uneven, balanced")
@@ -97,13 +101,13 @@ def main() -> int:
         ("gpipe over 1f1b, activations", activations("gpipe") / activations("1f1b"), ">=", 2.0),
         ("1f1b over interleaved, own bubble", middle("1f1b", "own") / middle("interleaved_1f1b", "own"), ">=", 1.0),
     ]
-    return report("Pipelines, 2 ranks, 8 microbatches", rows, claims, options, {"seconds": figures, "runs": found})
+    return report("Pipelines, 2 ranks, 8 microbatches", rows, claims, options, {"seconds": figures, "runs": summaries})
 
 
 def distance(name: str) -> float:
     """Of the measured bubble from the schedule's own, relative, median over the repeats."""
     return statistics.median(
-        abs(summary["bubble"]["measured"] / summary["bubble"]["own"] - 1) for summary in found[name]
+        abs(summary["bubble"]["measured"] / summary["bubble"]["own"] - 1) for summary in summaries[name]
     )
 
 

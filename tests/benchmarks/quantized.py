@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _common import arguments, finished, interleave, ratios, report, spread
+from _common import arguments, finished, interleave, median_and_range, ratios, report
 
 from labkit.experiment import Experiment, Machine
 from labkit.experiment.recipes import recipe
@@ -98,8 +98,8 @@ def main() -> int:
     rows = [
         (
             f"step, {name}",
-            f"{1000 * statistics.median(seconds):.1f} ms, {spread(ratios(steps, 'fp32', name))} × fp32, "
-            f"{spread(ratios(steps, 'bf16', name))} × bf16, {PRODUCTS[name]:g} int8 products",
+            f"{1000 * statistics.median(seconds):.1f} ms, {median_and_range(ratios(steps, 'fp32', name))} × fp32, "
+            f"{median_and_range(ratios(steps, 'bf16', name))} × bf16, {PRODUCTS[name]:g} int8 products",
         )
         for name, seconds in steps.items()
     ]
@@ -117,16 +117,18 @@ def main() -> int:
             gap = full["accuracy"] - half["accuracy"] if "accuracy" in full else half["loss"] / full["loss"] - 1
             gaps.setdefault(name, []).append(gap)
         what = "accuracy" if "accuracy" in full else "held-out loss, relative,"
-        rows.append((f"{what} lost in bf16, {name}", spread(gaps[name])))
+        rows.append((f"{what} lost in bf16, {name}", median_and_range(gaps[name])))
         claims.append((f"{what} lost in bf16, {name}, mean", statistics.mean(gaps[name]), "<=", 0.003))
 
     faster: dict[str, list[float]] = {}
     for size in BATCHES:
         kinds = ("fp32", "int8_dynamic", "int8_static", "int8_weight_only", "int4_weight_only")
-        found = interleave({kind: lambda kind=kind, size=size: latency(kind, size) for kind in kinds}, options.repeats)
+        latencies = interleave(
+            {kind: lambda kind=kind, size=size: latency(kind, size) for kind in kinds}, options.repeats
+        )
         for kind in kinds[1:]:
-            faster[f"{kind} {size}"] = ratios(found, "fp32", kind)
-            rows.append((f"{kind}, batch {size}", f"{spread(faster[f'{kind} {size}'])} × fp32"))
+            faster[f"{kind} {size}"] = ratios(latencies, "fp32", kind)
+            rows.append((f"{kind}, batch {size}", f"{median_and_range(faster[f'{kind} {size}'])} × fp32"))
     claims.append(("int8 dynamic, batch 512, over fp32", statistics.median(faster["int8_dynamic 512"]), ">=", 2.5))
 
     recovered = []
@@ -135,15 +137,16 @@ def main() -> int:
         four = {"quantization__after_training": "int4_weight_only", "quantization__head": True}
         without = trained("language-ddp", seed, **four)["quantized"]["metrics"]
         aware = trained("language-ddp", seed, quantization__qat="int4", quantization__qat_start=QAT_START, **four)
-        one = {
+        losses_of_seed = {
             "float": without["float"]["loss"],
             "converted": without["quantized"]["loss"],
             "aware": aware["quantized"]["metrics"]["quantized"]["loss"],
         }
-        losses.append(one)
-        recovered.append((one["converted"] - one["aware"]) / (one["converted"] - one["float"]))
-        rows.append((f"int4, seed {seed}", ", ".join(f"{name} {loss:.4f}" for name, loss in one.items())))
-    rows.append(("recovered by training for int4", spread(recovered)))
+        losses.append(losses_of_seed)
+        gained = losses_of_seed["converted"] - losses_of_seed["aware"]
+        recovered.append(gained / (losses_of_seed["converted"] - losses_of_seed["float"]))
+        rows.append((f"int4, seed {seed}", ", ".join(f"{name} {loss:.4f}" for name, loss in losses_of_seed.items())))
+    rows.append(("recovered by training for int4", median_and_range(recovered)))
     claims.append(("recovered by training for int4, mean", statistics.mean(recovered), ">=", 1 / 2))
 
     sizes, lost = [], []
@@ -151,8 +154,8 @@ def main() -> int:
         eight, whole = trained("language-ddp", seed, optimizer__state_bits=8), plain["language-ddp", seed]
         sizes.append(eight["memory"]["measured"][0]["optimizer"] / whole["memory"]["measured"][0]["optimizer"])
         lost.append(eight["metrics"]["loss"] / whole["metrics"]["loss"] - 1)
-    rows.append(("state of 8 bits over 32", spread(sizes)))
-    rows.append(("held-out loss with it, relative", spread(lost)))
+    rows.append(("state of 8 bits over 32", median_and_range(sizes)))
+    rows.append(("held-out loss with it, relative", median_and_range(lost)))
     claims.append(("state of 8 bits over 32", max(sizes), "<=", 0.3))
     claims.append(("held-out loss with it, relative, mean", statistics.mean(lost), "<=", 0.02))
     data = {

@@ -11,7 +11,7 @@ import json
 import statistics
 import time
 
-from _common import arguments, finished, interleave, report, spread
+from _common import arguments, finished, interleave, median_and_range, report
 
 from labkit.experiment import Experiment
 from labkit.experiment.recipes import RECIPES
@@ -55,7 +55,7 @@ def main() -> int:
     experiments = {name: each.set(CHANGES) for name, each in (recipes | families).items()}
     cases = {name: (lambda each=each: seconds(each)) for name, each in experiments.items()}  # type: ignore[misc]
     figures = interleave(cases, options.repeats)
-    rows = [(name, spread([1000 * value for value in values]) + " ms") for name, values in figures.items()]
+    rows = [(name, median_and_range([1000 * value for value in values]) + " ms") for name, values in figures.items()]
     per_step = seeding()
     rows.append(("seeding a step", f"{1e6 * per_step:.1f} µs"))
     own = {name: values for name, values in figures.items() if name not in FOREIGN}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 
 import numpy as np
-from _common import arguments, finished, interleave, ratios, report, spread
+from _common import arguments, finished, interleave, median_and_range, ratios, report
 
 from labkit.experiment import Experiment
 from labkit.experiment.recipes import vision_ddp
@@ -32,8 +32,8 @@ def step_seconds(experiment: Experiment) -> float:
 def copies_step_seconds(experiment: Experiment) -> float:
     """As `step_seconds`, and notes what it would cost to wait for the slower copy in every step."""
     run = finished(experiment)
-    one, other = (seconds[WARMUP:] for seconds in run.data().seconds)
-    unrest.append(float(np.median(np.maximum(one, other)) / np.median((one + other) / 2)))
+    first, second = (seconds[WARMUP:] for seconds in run.data().seconds)
+    unrest.append(float(np.median(np.maximum(first, second)) / np.median((first + second) / 2)))
     return float(run.summary()["step_seconds"]["median"])
 
 
@@ -41,18 +41,24 @@ def main() -> int:
     options = arguments(__doc__ or "")
     warm(wait=120)
     two = vision_ddp().replace(f"training.steps={STEPS}", "training.evaluate_every=0", "training.checkpoint_every=0")
-    one, copies = two.replace("layout.dp_replicate=1"), two.replace("launch.isolated=true")
+    single, copies = two.replace("layout.dp_replicate=1"), two.replace("launch.isolated=true")
     cases = {
-        "1 rank": lambda: step_seconds(one),
+        "1 rank": lambda: step_seconds(single),
         "2 ranks": lambda: step_seconds(two),
         "2 isolated copies": lambda: copies_step_seconds(copies),
     }
     figures = interleave(cases, options.repeats)
     speedup, ceiling = ratios(figures, "1 rank", "2 ranks"), ratios(figures, "1 rank", "2 isolated copies")
     of_ceiling = ratios(figures, "2 isolated copies", "2 ranks")
-    rows = [(name, spread([1000 * value for value in values]) + " ms/step") for name, values in figures.items()]
-    rows += [("speed-up", spread(speedup)), ("ceiling", spread(ceiling)), ("speed-up / ceiling", spread(of_ceiling))]
-    rows.append(("waiting for the slower copy alone would cost", spread(unrest)))
+    rows = [
+        (name, median_and_range([1000 * value for value in values]) + " ms/step") for name, values in figures.items()
+    ]
+    rows += [
+        ("speed-up", median_and_range(speedup)),
+        ("ceiling", median_and_range(ceiling)),
+        ("speed-up / ceiling", median_and_range(of_ceiling)),
+    ]
+    rows.append(("waiting for the slower copy alone would cost", median_and_range(unrest)))
     claims = [("2 ranks of the ceiling", statistics.median(of_ceiling), ">=", 0.95)]
     return report("Scaling, vision recipe", rows, claims, options, figures | {"unrest": unrest})
 

@@ -125,7 +125,7 @@ def main() -> int:
         sent, data, run = summary["communication"], equal[method].data(), whole.get(method)
         at = reached(run.data(), target) if run else None
         link = run.summary() if run else None
-        figures[method] = one = {
+        figures[method] = measured = {
             "ms_per_step": {str(rate or "native"): 1000 * short[rate][method] for rate in RATES},
             "bytes_per_step": float(data.sent[-100:].mean()) / 2,
             "formula_of_counted": sent["formula_bytes_per_step"] / sent["counted_bytes_per_step"],
@@ -139,29 +139,29 @@ def main() -> int:
             "kernel_of_counted": link
             and link["network"]["bytes_per_step"] / link["communication"]["counted_bytes_of_all_ranks"],
         }
-        said = " ".join(f"{milliseconds:6.0f}" for milliseconds in one["ms_per_step"].values())
+        step_times = " ".join(f"{milliseconds:6.0f}" for milliseconds in measured["ms_per_step"].values())
         to = "; target not reached" if run else ""
         if at:
             to = f"; target after {at.seconds:.1f} s, step {at.step}"
         rows.append(
             (
                 method,
-                f"{said} ms/step; {one['bytes_per_step'] / 1e6:6.3f} MB; loss {one['loss_gap']:+6.1%}, "
-                f"held out {one['held_out_gap']:+6.1%}{to}",
+                f"{step_times} ms/step; {measured['bytes_per_step'] / 1e6:6.3f} MB; loss {measured['loss_gap']:+6.1%}, "
+                f"held out {measured['held_out_gap']:+6.1%}{to}",
             )
         )
     claims = [
         (f"{method} at {CLAIMED} Mbit/s, per step", short[CLAIMED]["plain"] / short[CLAIMED][method], ">=", bound)
         for method, bound in FASTER.items()
     ]
-    to_target = {name: one["seconds_to_target"] for name, one in figures.items()}
+    to_target = {name: measured["seconds_to_target"] for name, measured in figures.items()}
     for group, what, bound in ((COMPRESSORS, "compressor", 8.0), (LOCALS, "local method", 10.0)):
         fit = {name: to_target["plain"] / to_target[name] for name in group if to_target[name]}
         best = max(fit, key=lambda name: fit[name], default="none")
         claims.append((f"best {what} to the target loss ({best})", fit.get(best, 0.0), ">=", bound))
         end = figures[best]["loss_at_the_end"] if best in figures else float("inf")
         claims.append((f"its loss at the end ({best})", end / plain_loss, "<=", 1.02))
-    most = max(one["kernel_of_counted"] for one in figures.values() if one["kernel_of_counted"])
+    most = max(measured["kernel_of_counted"] for measured in figures.values() if measured["kernel_of_counted"])
     claims.append(("bytes that the kernel counted, of those that the methods counted", most, "<=", 1.05))
     slower = [name for name in METHODS if short[None][name] > short[None]["plain"]]
     rows.append(("slower than plain at native speed", ", ".join(slower) or "none"))

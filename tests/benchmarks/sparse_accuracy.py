@@ -51,9 +51,9 @@ def main() -> int:
     figures: dict[str, Any] = {"dense": dense}
     for sparsity in SPARSITIES:
         for method in METHODS:
-            found = [accuracy(finished(experiment(seed, method=method, target=sparsity))) for seed in SEEDS]
-            figures[f"{method} {sparsity:g}"] = found
-            rows.append((f"{sparsity:.0%} {method}", f"{interval(found)} %"))
+            accuracies = [accuracy(finished(experiment(seed, method=method, target=sparsity))) for seed in SEEDS]
+            figures[f"{method} {sparsity:g}"] = accuracies
+            rows.append((f"{sparsity:.0%} {method}", f"{interval(accuracies)} %"))
             print(f"  {rows[-1]}", flush=True)
     flips = []
     for seed in SEEDS:

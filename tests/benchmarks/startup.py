@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _common import arguments, finished, interleave, report, spread
+from _common import arguments, finished, interleave, median_and_range, report
 
 from labkit.experiment.recipes import vision_ddp
 from labkit.launch import client
@@ -100,7 +100,7 @@ def main() -> int:
     }
     figures = interleave(cases, options.repeats)
     rss, pss = memory_of_standby()
-    rows = [(name, spread(values) + " s") for name, values in figures.items()]
+    rows = [(name, median_and_range(values) + " s") for name, values in figures.items()]
     rows.append(("memory of the standby", f"{rss:.0f} MiB resident, {pss:.0f} MiB proportional"))
     warm, ordinary = (statistics.median(figures[name]) for name in ("labkit, warm", "accelerate launch"))
     claims = [

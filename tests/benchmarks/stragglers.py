@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from _common import arguments, finished, interleave, ratios, report, spread
+from _common import arguments, finished, interleave, median_and_range, ratios, report
 
 from labkit.experiment import Experiment
 from labkit.experiment.recipes import recipe
@@ -60,7 +60,7 @@ def main() -> int:
         cases = {case: lambda series=series, case=case: samples_per_second(series, case) for case in CASES}
         figures = data[series] = interleave(cases, options.repeats)
         for case, values in figures.items():
-            of = spread(ratios(figures, case, "could give"))
+            of = median_and_range(ratios(figures, case, "could give"))
             rows.append(
                 (
                     f"{series}: {case}",

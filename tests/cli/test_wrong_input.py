@@ -85,7 +85,7 @@ CASES = [
     sets("several at once", ["training.steps=0", "optimizer.lr=-1", "launch.grace_s=x"], "steps", "lr", "grace_s"),
     # layout and machine
     sets("unknown axis", "layout=dq2", "cannot read 'dq2'"),
-    sets("axis twice", "layout=dp2·dp4", "dp_replicate stands twice"),
+    sets("axis twice", "layout=dp2·dp4", "dp_replicate appears twice"),
     sets("axis of zero ranks", "layout.dp_replicate=0", "must be at least 1, or -1"),
     sets("two open axes", "layout=dp-1·tp-1", "only one axis can be -1"),
     Case("ranks that do not fit", ["run", "--ranks", "3"], ["dp_replicate 2 × tp 1 × pp 1 = 2, but world_size is 3"]),

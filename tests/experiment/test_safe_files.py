@@ -83,13 +83,13 @@ READERS: dict[str, Callable[[Path], bytes]] = {
     "open_to_read": opened(safe_files.open_to_read),
     "open_to_append": opened(safe_files.open_to_append),
     "open_to_lock": opened(safe_files.open_to_lock),
-    "keep_end": lambda path: bytes(safe_files.keep_end(path, LIMIT) is not None),
+    "truncate_to_tail": lambda path: bytes(safe_files.truncate_to_tail(path, LIMIT) is not None),
     "link_or_copy": lambda path: bytes(safe_files.link_or_copy(path, path.with_name("copy")) is not None),
 }
 QUESTIONS: dict[str, Callable[[Path], Any]] = {
     "is_regular": safe_files.is_regular,
     "is_folder": safe_files.is_folder,
-    "changed": safe_files.changed,
+    "modified_ns": safe_files.modified_ns,
     "read_json": lambda path: safe_files.read_json(path, LIMIT),
 }
 

@@ -101,7 +101,7 @@ def test_what_changes_gradients_claims_no_parity(key: str) -> None:
         check(compressed(key), steps=2)
 
 
-# -- two storeys ------------------------------------------------------------------------------------------------------
+# -- hierarchical sums ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -126,10 +126,10 @@ def test_one_rank_a_host_has_one_storey() -> None:
     ("changes", "words"),
     [
         ({}, "shared memory"),
-        ({"layout": {"dp_replicate": 1}}, "no gradient travels"),
-        ({"layout": {"dp_replicate": 2, "pp": 2, "microbatches": 2}}, "when its schedule is over"),
+        ({"layout": {"dp_replicate": 1}}, "no gradients are exchanged"),
+        ({"layout": {"dp_replicate": 2, "pp": 2, "microbatches": 2}}, "after its schedule has finished"),
         ({"layout": {"dp_shard": 2, "zero_stage": 3}}, "fully_shard"),
-        ({"gradients__update": {"method": "local_sgd"}}, "no gradient travels"),
+        ({"gradients__update": {"method": "local_sgd"}}, "no gradients are exchanged"),
     ],
 )
 def test_overlap_that_never_is_says_so(changes: dict[str, Any], words: str) -> None:

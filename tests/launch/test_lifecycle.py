@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit.experiment.failures import message_of, own_words
+from labkit.experiment.failures import message_of, original_message
 from labkit.experiment.run_directory import RunDirectory, read_json, write_json
 from labkit.launch import client, launch, standby_pid, warm
 from labkit.runs import Run, status
@@ -142,8 +142,8 @@ def test_an_exception_of_a_loader_is_said_in_its_own_words() -> None:
         "Caught ValueError in DataLoader worker process 3.\nOriginal Traceback (most recent call last):\n"
         '  File "x.py", line 1, in f\n    raise ValueError("bad")\nValueError: bad: sample 7\nsecond line\n'
     )
-    assert own_words(ValueError(text)) == "bad: sample 7 (in loader process 3)\nsecond line"
-    assert own_words(ValueError("plain")) == "plain"
+    assert original_message(ValueError(text)) == "bad: sample 7 (in loader process 3)\nsecond line"
+    assert original_message(ValueError("plain")) == "plain"
 
     class Wordless(Exception):
         def __str__(self) -> str:

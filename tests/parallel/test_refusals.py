@@ -321,7 +321,7 @@ def a_part_of_a_model_would_be_alone() -> None:
 
 BOUNDS = (
     r"\d+ ranks are more than \d+ times the \d+ (cores|GPUs)",  # what the machine bears
-    "gradients on GPUs do not travel through the host's memory",  # tests/parallel/test_shared_memory.py
+    "gradients on GPUs are not exchanged through the host's memory",  # tests/parallel/test_shared_memory.py
 )
 
 

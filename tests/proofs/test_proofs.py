@@ -148,6 +148,6 @@ def test_every_place_has_a_likely_reason() -> None:
         likely_reason(Experiment().replace("layout=dp2"), 2, None, []),
         likely_reason(wanted, None, "mean", []),
         likely_reason(wanted, None, None, []),
-        likely_reason(wanted, 1, None, ["x: dropout draws other numbers"]),
+        likely_reason(wanted, 1, None, ["x: dropout draws different numbers"]),
     }
     assert len(said) == 6

@@ -1,4 +1,4 @@
-"""Workloads of somebody's own: complex weights, branches, losses that are no mean over samples, buffers."""
+"""Workloads of somebody's own: complex weights, branches, losses that are not a mean over samples, buffers."""
 
 from __future__ import annotations
 

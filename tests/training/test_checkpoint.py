@@ -281,8 +281,8 @@ def test_damage_is_noticed_before_a_number_is_used(directory: RunDirectory, name
         if len(meetings) == 2:
             partial = folder.with_name(f".{folder.name}.partial")
             save_file(own, partial / "rank-1.safetensors")
-            known = checkpoint_files.seal(partial / "rank-1.safetensors")
-            checkpoint_files.note_sums(partial, 1, {"rank-1.safetensors": known})
+            known = checkpoint_files.sync_and_hash(partial / "rank-1.safetensors")
+            checkpoint_files.write_checksums(partial, 1, {"rank-1.safetensors": known})
 
     checkpoint.save(directory, 1, Experiment(), saved, barrier=meet)
     stored = checkpoint.read(folder)

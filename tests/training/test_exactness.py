@@ -107,7 +107,7 @@ def test_a_random_part_is_found_by_trying(layer: nn.Module) -> None:
     task = a_task(layer)
     (reason,) = non_parity_modules(task.model, 2, 1, task)
     assert reason.startswith("1")
-    assert "draws other numbers on every rank, so ranks differ from one process" in reason
+    assert "draws different numbers on every rank, so ranks differ from one process" in reason
     (reason,) = non_parity_modules(task.model, 1, 4, task)
     assert "on every pass, so passes differ" in reason
     assert non_parity_modules(task.model, 1, 1, task) == []
@@ -164,7 +164,7 @@ class Augmented(torch.utils.data.Dataset):
 def test_samples_that_are_others_each_time_are_noticed() -> None:
     task = a_task(nn.Identity(), train=Augmented())
     (reason,) = non_parity_modules(task.model, 1, 1, task)
-    assert reason.startswith("the training samples are others each time they are read")
+    assert reason.startswith("the training samples are different each time they are read")
     task = a_task(nn.Identity(), test=Augmented())
     (reason,) = non_parity_modules(task.model, 2, 1, task)
     assert reason.startswith("the held-out samples are others")
@@ -188,16 +188,16 @@ def masked(output: Tensor, target: Tensor) -> Tensor:
     ],
 )
 def test_a_loss_must_be_the_mean_that_its_weights_say(loss_fn: Any, even: bool) -> None:
-    assert (prove_loss(a_task(nn.Identity(), loss_fn)).uneven is None) == even
+    assert (prove_loss(a_task(nn.Identity(), loss_fn)).violation is None) == even
 
 
 def test_a_weight_of_ones_own_makes_a_masked_loss_exact() -> None:
     task = a_task(nn.Identity(), masked, batch_weight=lambda y: (y > 0).sum())
-    assert prove_loss(task).uneven is None
+    assert prove_loss(task).violation is None
 
 
 def refuses(parts: str) -> Any:
-    """A loss that is no mean over samples and refuses some parts of a batch."""
+    """A loss that is not a mean over samples and refuses some parts of a batch."""
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
         count = len(output)
@@ -213,15 +213,15 @@ def test_a_loss_that_refuses_single_samples_is_tried_on_other_parts(parts: str) 
     task = a_task(nn.Identity())
     task.loss_fn = refuses(parts)
     proof = prove_loss(task)
-    assert proof.uneven is not None
-    assert "the loss is no mean over samples: 40 samples give" in proof.uneven
+    assert proof.violation is not None
+    assert "the loss is not a mean over samples: 40 samples give" in proof.violation
 
 
 def test_a_loss_that_takes_whole_batches_only_is_said_to_be_unproved() -> None:
     task = a_task(nn.Identity())
     task.loss_fn = lambda output, target: nn.functional.cross_entropy(output.reshape(40, 3), target)
     proof = prove_loss(task)
-    assert proof.uneven is None
+    assert proof.violation is None
     (note,) = proof.notes
     assert note.startswith("not proved that the loss is a mean over samples: it fails on every part of 40 samples (")
     assert "RuntimeError: shape '[40, 3]' is invalid" in note
@@ -229,7 +229,7 @@ def test_a_loss_that_takes_whole_batches_only_is_said_to_be_unproved() -> None:
 
 def test_a_loss_without_a_finite_value_is_said_to_be_unproved() -> None:
     (note,) = prove_loss(a_task(nn.Identity(), lambda output, target: output.sum() * float("inf"))).notes
-    assert note == "not proved that the loss is a mean over samples: that of 40 samples is no finite number"
+    assert note == "not proved that the loss is a mean over samples: that of 40 samples is not finite"
 
 
 class Centred(nn.Module):
@@ -249,9 +249,9 @@ def test_a_loss_with_a_buffer_of_its_own_is_not_called_random() -> None:
     task = a_task(nn.Identity(), Centred())
     before = task.loss_fn.center.clone()
     proof = prove_loss(task)
-    assert proof.uneven is None
+    assert proof.violation is None
     assert proof.notes == [
-        "the loss keeps numbers from one pass to the next, and every rank keeps those of its own samples, "
+        "the loss keeps state from one pass to the next, and every rank keeps that of its own samples, "
         "so ranks differ from one process"
     ]
     assert torch.equal(task.loss_fn.center, before)
@@ -302,7 +302,7 @@ def test_dropout_that_begins_late_is_noticed(kept_in: str) -> None:
     layer = Late()
     task = a_task(layer)
     (reason,) = non_parity_modules(task.model, 2, 1, task)
-    assert reason.startswith("1: a random part draws other numbers on every rank")
+    assert reason.startswith("1: a random part draws different numbers on every rank")
     assert layer.passes == 0
 
 
@@ -317,4 +317,4 @@ def test_a_generator_of_ones_own_is_random() -> None:
 
     task = a_task(Own())
     (reason,) = non_parity_modules(task.model, 2, 1, task)
-    assert reason.startswith("1: a random part draws other numbers")
+    assert reason.startswith("1: a random part draws different numbers")

@@ -19,8 +19,8 @@ from tests.training import hidden_tasks, test_rehearsal
 from tests.training.test_rehearsal import run, sentence
 
 TASKS = Path(hidden_tasks.__file__)
-UNTRAINED = ", which no optimizer would train: it is no parameter of the model, so register it there"
-KEPT = " is kept from one pass for the next together with its graph, which the first pass backward has used up: "
+UNTRAINED = ", which no optimizer would train: it is not a parameter of the model, so register it there"
+KEPT = " is kept from one pass for the next together with its graph, which the first backward pass has used up: "
 
 
 def custom(function: str, layout: str = "dp1", **changes: Any) -> Experiment:
@@ -35,11 +35,11 @@ WRONG: list[tuple[str, str, str]] = [
     ("in_a_method", "dp1", "the loss depends on parts['temperature'] of the loss" + UNTRAINED),
     ("in_the_file", "dp1", "the loss depends on GLOBAL_SCALE of the loss" + UNTRAINED),
     ("in_a_list", "dp1", "the loss depends on layers[0].weight of the model" + UNTRAINED),
-    ("made_in_the_pass", "dp1", "a tensor of shape [3] that is made in the pass" + UNTRAINED),
+    ("made_in_the_pass", "dp1", "a tensor of shape [3] that is created in the pass" + UNTRAINED),
     (
         "penalized",
         "shard2",
-        "the loss reads body.weight of the model beside its output, and ZeRO 3 keeps that",
+        "the loss reads body.weight of the model in addition to its output, and ZeRO 3 keeps that",
     ),
     ("inputs_with_gradients", "dp1", "x of train requires a gradient, which no optimizer would use: give it without"),
     ("hidden_state_kept", "dp1", "memory['state'] of the model" + KEPT),
@@ -47,11 +47,11 @@ WRONG: list[tuple[str, str, str]] = [
     ("id_too_large", "dp1", "of train has the id 20, but 0 has 20 rows (ids 0 to 19): give it more rows"),
     ("one_id_too_large", "dp2", "sample 77 of train has the id 1000, but 0 has 20 rows (ids 0 to 19)"),
     ("one_id_below_zero", "dp1", "sample 31 of train has the id -"),
-    ("sparse_inputs", "dp1", "x is a sparse tensor, of which no batch can be made: give it dense (x.to_dense())"),
+    ("sparse_inputs", "dp1", "x is a sparse tensor, which cannot be batched: give it dense (x.to_dense())"),
     ("sparse_rows_of_inputs", "dp1", "sample 0 of train from sparse_rows_of_inputs: x is a sparse tensor"),
     ("target_of_70_bits", "dp1", "sample 31 of train from target_of_70_bits: its y is 1180591620717411303424, which"),
-    ("loss_as_class", "dp1", "loss_fn from loss_as_class is the class CrossEntropyLoss: give an object of it, Cross"),
-    ("model_as_class", "dp1", "model from model_as_class is the class Net: give an object of it, Net()"),
+    ("loss_as_class", "dp1", "loss_fn from loss_as_class is the class CrossEntropyLoss: give an instance of it, Cross"),
+    ("model_as_class", "dp1", "model from model_as_class is the class Net: give an instance of it, Net()"),
     (
         "hook",
         "shard2",
@@ -200,9 +200,9 @@ def test_comparing_built_in_data_costs_little() -> None:
         seconds = []
         for _ in range(5):
             begun = time.perf_counter()
-            assert fingerprint.whole(task.train)
-            list(fingerprint.whole_parts(task.train, "train"))
-            list(fingerprint.whole_parts(task.test, "test"))
+            assert fingerprint.in_memory(task.train)
+            list(fingerprint.hash_in_memory(task.train, "train"))
+            list(fingerprint.hash_in_memory(task.test, "test"))
             seconds.append(time.perf_counter() - begun)
         assert min(seconds) < 0.05, name
 

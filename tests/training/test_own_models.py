@@ -176,7 +176,7 @@ def test_every_rule_trains_imaginary_parts(update: dict[str, Any]) -> None:
             {"optimizer.state_bits": 8, "quantization.training": "fp32"},
             "layer.weight is complex, and moments of 8 bits",
         ),
-        ({"quantization.training": "int8"}, "layer.weight is complex, and narrow formats of layers are real"),
+        ({"quantization.training": "int8"}, "layer.weight is complex, and low-precision layers are real"),
         (
             {"sparsity.method": "static", "sparsity.target": 0.5, "sparsity.kernel": "dense"},
             "layer.weight is complex, and sparsity chooses among real weights only",

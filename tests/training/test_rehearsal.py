@@ -15,7 +15,7 @@ from labkit.experiment import Experiment
 from labkit.launch import launch, rehearse
 from labkit.proofs.cases import FAMILIES
 from labkit.runs import Run
-from labkit.training.rehearsal.fingerprint import Fingerprint, compared, digest
+from labkit.training.rehearsal.fingerprint import Fingerprint, compared_indices, digest
 from labkit.workloads.restore import restored
 from tests.launch.helpers import changed_ranks, events
 from tests.training import odd_tasks
@@ -23,8 +23,8 @@ from tests.training import odd_tasks
 TASKS = Path(odd_tasks.__file__)
 WITHOUT = """
 import labkit.training.trainer as trainer
-from labkit.training.rehearsal.rehearse import Rehearsed
-trainer.rehearse = lambda *given: Rehearsed()
+from labkit.training.rehearsal.rehearse import RehearsalResult
+trainer.rehearse = lambda *given: RehearsalResult()
 """
 
 
@@ -83,10 +83,10 @@ WRONG: list[tuple[str, str, str]] = [
     ("sparse_rows", "dp1", "0.weight has sparse gradients .* leave sparse=True out, the numbers stay the same"),
     ("sparse_rows", "dp2", "0.weight has sparse gradients .* leave sparse=True out, the numbers stay the same"),
     ("sparse_rows", SHARDED, "0.weight has sparse gradients .* leave sparse=True out"),
-    ("two_outputs", "dp2", "must give one tensor in eval mode, it gives a tuple of 2: return the scores alone"),
-    ("two_outputs_in_training", "dp2", "in training mode, it gives a tuple of 2: return the scores alone"),
-    ("two_outputs_in_training", "dp1", "must give one tensor in training mode, it gives a tuple of 2"),
-    ("text_for_output", "dp1", "must give one tensor in eval mode, it gives a str"),
+    ("two_outputs", "dp2", "must give one tensor in eval mode, but it gives a tuple of 2: return the logits alone"),
+    ("two_outputs_in_training", "dp2", "in training mode, but it gives a tuple of 2: return the logits alone"),
+    ("two_outputs_in_training", "dp1", "must give one tensor in training mode, but it gives a tuple of 2"),
+    ("text_for_output", "dp1", "must give one tensor in eval mode, but it gives a str"),
     ("loss_for_each_sample", "dp1", "must give the mean over the samples, one number; it gives shape \\[2\\]"),
     ("loss_as_float", "dp1", "must give the mean over the samples, one number; it gives float"),
     ("detached_loss", "dp1", "the loss does not depend on any parameter that is trained"),
@@ -95,12 +95,12 @@ WRONG: list[tuple[str, str, str]] = [
     (
         "label_missing",
         "dp2",
-        "sample 31 of train from label_missing: its y must be a tensor, an array or a number, it is None",
+        "sample 31 of train from label_missing: its y must be a tensor, an array or a number, but it is None",
     ),
-    ("label_as_text", "dp1", "sample 0 of train .* its y must be a tensor, an array or a number, it is str"),
+    ("label_as_text", "dp1", "sample 0 of train .* its y must be a tensor, an array or a number, but it is str"),
     ("ragged", "dp1", "samples \\d+ and \\d+ of train from ragged cannot be stacked: their x have the shapes"),
     ("broken_file", "dp1", "sample 29 of train from broken_file cannot be read: image file is truncated"),
-    ("inputs_in_a_dict", "dp1", "sample 0 of train .* its x must be a tensor, an array or a number, it is dict"),
+    ("inputs_in_a_dict", "dp1", "sample 0 of train .* its x must be a tensor, an array or a number, but it is dict"),
     ("sometimes", SHARDED, "extra.* is used by some ranks and not by others in the same pass, and ZeRO 3"),
     ("by_chance", SHARDED, "extra.* is used by some ranks and not by others in the same pass, and ZeRO 3"),
 ]
@@ -186,9 +186,9 @@ def test_a_fingerprint_sees_type_shape_and_one_number() -> None:
 def test_samples_of_short_and_long_data_are_compared() -> None:
     from labkit.workloads.base import TensorData
 
-    assert compared(TensorData(x=torch.zeros(1))) == [0]
-    assert compared(TensorData(x=torch.zeros(3))) == [0, 1, 2]
-    long = compared(TensorData(x=torch.zeros(1000)))
+    assert compared_indices(TensorData(x=torch.zeros(1))) == [0]
+    assert compared_indices(TensorData(x=torch.zeros(3))) == [0, 1, 2]
+    long = compared_indices(TensorData(x=torch.zeros(1000)))
     assert long[0] == 0
     assert long[-1] == 999
 
@@ -214,7 +214,7 @@ def test_a_way_that_differs_between_ranks_hangs_nobody(function: str) -> None:
     for layout, changes in (("dp2", {}), ("shard2", {"layout__zero_stage": 2}), ("dp4", {})):
         ended = run(custom(function, layout, training__steps=12, launch__timeout_s=10, **changes))
         assert ended.state == "finished", ended.cause
-        assert any("the way through the model depends on" in note for note in ended.summary()["notes"])
+        assert any("the control flow of the model depends on" in note for note in ended.summary()["notes"])
 
 
 # -- nothing moves -----------------------------------------------------------------------------------------------------
@@ -254,8 +254,8 @@ def test_everything_that_a_task_holds_is_put_back() -> None:
     own = data.own.bit_generator.state
     random_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     buffer = model.mean
-    with restored(task, model, data, device=torch.device("cpu")) as noted:
-        assert not noted.changed()
+    with restored(task, model, data, device=torch.device("cpu")) as snapshot:
+        assert not snapshot.changed()
         model.train()
         model(torch.stack([data[index][0] for index in range(4)])).sum().backward()
         with torch.no_grad():
@@ -267,7 +267,7 @@ def test_everything_that_a_task_holds_is_put_back() -> None:
         model.odd["new"] = model.new = 1
         model.eval()
         closing()
-        assert noted.changed()
+        assert snapshot.changed()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert (model.passes, model.history, model.training, held) == (0, [0], True, [0])

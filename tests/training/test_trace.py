@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from labkit.experiment import Experiment, Layout
-from labkit.experiment.memory import STATES, model_state
+from labkit.experiment.memory import STATES, model_state_bytes
 from labkit.experiment.recipes import recipe
 from labkit.launch import launch
 from labkit.runs import Run
@@ -65,7 +65,7 @@ def test_model_state_is_what_the_formula_says(layout: dict[str, Any], passes: in
     assert memory["step"] == 4
     whole = run.summary()["parameters"] * FLOAT
     for measured, formula in zip(memory["measured"], memory["formula"], strict=True):
-        assert formula == model_state(run.experiment, whole, whole)
+        assert formula == model_state_bytes(run.experiment, whole, whole)
         for kind in STATES:
             assert measured[kind] == pytest.approx(formula[kind], rel=WITHIN), kind
         assert measured["activations"] > 0
@@ -86,10 +86,10 @@ def test_the_formulas_of_zero() -> None:
     wanted = {1: (100, 80, 40), 2: (100, 20, 40), 3: (25, 20, 40)}
     for stage, sizes in wanted.items():
         one = Experiment().set({"layout": {"dp_shard": 4, "zero_stage": stage}})
-        assert tuple(model_state(one, 100, 80).values()) == sizes
+        assert tuple(model_state_bytes(one, 100, 80).values()) == sizes
     sgd = Experiment().replace("optimizer.name=sgd")
-    assert model_state(sgd, 100, 80)["optimizer"] == 80
-    assert model_state(sgd.replace("optimizer.momentum=0"), 100, 80)["optimizer"] == 0
+    assert model_state_bytes(sgd, 100, 80)["optimizer"] == 80
+    assert model_state_bytes(sgd.replace("optimizer.momentum=0"), 100, 80)["optimizer"] == 0
 
 
 def test_a_storage_counts_once_and_parameters_do_not() -> None:

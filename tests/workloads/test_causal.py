@@ -51,7 +51,7 @@ def test_a_leak_is_seen_however_small_and_also_where_it_starts_at_zero() -> None
     assert first_leak(Mixer(past, 0.0), 11, 16) is None
     for start in (1.0, 0.0):
         assert first_leak(Mixer(past + torch.triu(torch.full((16, 16), 0.02), 1), start), 11, 16) == (0, 15)
-    with pytest.raises(ValueError, match="mixer is no causal model: changing token 15 moves its scores at position 0"):
+    with pytest.raises(ValueError, match="is not a causal model: changing token 15 moves its scores at position 0"):
         refuse_leak(Mixer(torch.ones(16, 16)), 11, 16, "mixer")
 
 
@@ -77,7 +77,7 @@ def test_nothing_is_left_behind() -> None:
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])
 def test_an_encoder_is_refused_with_what_to_set(kind: str) -> None:
-    with pytest.raises(ValueError, match=rf"{kind} is no causal model: .* set \"is_decoder\": true"):
+    with pytest.raises(ValueError, match=rf"{kind} is not a causal model: .* set \"is_decoder\": true"):
         build(model_type=kind, pad_token_id=0, **{name: size for name, size in SMALL.items() if "key" not in name})
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from labkit.experiment import Experiment
 from labkit.workloads.base import ClassificationTask, TensorData
-from labkit.workloads.custom import CannotTravel, Custom, from_notebook, travels
+from labkit.workloads.custom import Custom, NotSelfContainedError, from_notebook, self_contained_source
 from labkit.workloads.custom_task import as_task
 from tests.workloads.helpers import evaluate, reasons, train
 
@@ -98,8 +98,8 @@ def build(section: dict[str, str], seed: int = 0) -> Any:
 def test_what_a_cell_leans_on_is_named(cells: Cells, before: str, body: str, sentence: str) -> None:
     cells.run(before)
     function = cells.run(f"def make_task():\n    {body}\n")["make_task"]
-    with pytest.raises(CannotTravel, match=sentence):
-        travels(function)
+    with pytest.raises(NotSelfContainedError, match=sentence):
+        self_contained_source(function)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_what_a_cell_leans_on_is_named(cells: Cells, before: str, body: str, sen
     ],
 )
 def test_what_stands_on_its_own_travels(cells: Cells, body: str) -> None:
-    travels(cells.run(f"def make_task():\n    {body}\n")["make_task"])
+    self_contained_source(cells.run(f"def make_task():\n    {body}\n")["make_task"])
 
 
 def test_annotations_need_not_be_known_on_the_other_side(cells: Cells) -> None:
@@ -128,8 +128,8 @@ def test_annotations_need_not_be_known_on_the_other_side(cells: Cells) -> None:
 def test_default_values_and_decorators_are_looked_at_too(cells: Cells) -> None:
     cells.run("size = 3\ndef twice(f): return f")
     for text in ("def make_task(n=size):\n    return n\n", "@twice\ndef make_task():\n    return 1\n"):
-        with pytest.raises(CannotTravel, match="elsewhere in the notebook"):
-            travels(cells.run(text)["make_task"])
+        with pytest.raises(NotSelfContainedError, match="elsewhere in the notebook"):
+            self_contained_source(cells.run(text)["make_task"])
 
 
 class _Thing:
@@ -148,26 +148,26 @@ def _outer(x: int) -> Any:
 @pytest.mark.parametrize(
     ("function", "sentence"),
     [
-        (lambda: None, "a lambda cannot travel"),
-        (_outer(3), "make_task uses x of the function around it"),
-        (_Thing().make_task, "this is a method"),
-        (_Thing(), "this is a _Thing"),
-        (functools.partial(print), "this is a partial"),
-        (len, "this is a builtin_function_or_method"),
-        (_Thing, "this is a type"),
+        (lambda: None, "a lambda cannot be sent to ranks"),
+        (_outer(3), "make_task uses x of the enclosing function"),
+        (_Thing().make_task, "can be sent to ranks, not a method"),
+        (_Thing(), "not a _Thing"),
+        (functools.partial(print), "not a partial"),
+        (len, "not a builtin_function_or_method"),
+        (_Thing, "not a type"),
         (None, "this is a NoneType"),
     ],
 )
 def test_what_is_no_plain_function_is_refused(function: Any, sentence: str) -> None:
-    with pytest.raises(CannotTravel, match=sentence):
-        travels(function)
+    with pytest.raises(NotSelfContainedError, match=sentence):
+        self_contained_source(function)
 
 
 def test_a_function_without_source_is_refused() -> None:
     names: dict[str, Any] = {}
     exec("def make_task(): ...", names)
-    with pytest.raises(CannotTravel, match="the source of make_task cannot be found"):
-        travels(names["make_task"])
+    with pytest.raises(NotSelfContainedError, match="the source of make_task cannot be found"):
+        self_contained_source(names["make_task"])
 
 
 def test_nothing_is_run_while_checking(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_function_in_a_file_and_in_a_module(tmp_path: Path, monkeypatch: pytes
         ({"path": "json.nothing:make_task"}, "workload.path: there is no module json.nothing"),
         ({"path": "nothing.py:make_task"}, "workload.path: there is no file nothing.py"),
         ({"path": "json:make_task"}, "workload.path: json does not define make_task"),
-        ({"path": "a-b:make_task"}, "workload.path: 'a-b' is no module name"),
+        ({"path": "a-b:make_task"}, "workload.path: 'a-b' is not a module name"),
         ({"source": "def other(): ..."}, "workload.source: the source does not define make_task"),
         ({"source": "def make_task(:"}, "workload.source: the source is not Python"),
         ({"source": "def make_task():\n  return data"}, "workload.source: data is not defined in the source"),
@@ -265,14 +265,14 @@ def test_a_dict_a_tuple_a_data_set_and_a_task_are_understood() -> None:
 @pytest.mark.parametrize(
     ("made", "sentence"),
     [
-        (None, "f must return a Task, a dict .*, it returned None"),
+        (None, "f must return a Task, a dict .*, but it returned None"),
         (MODEL, "it returned Linear"),
         ((MODEL, 1, 2), "it returned tuple"),
         ({"model": MODEL}, "lacks train, test, loss_fn"),
         ({"model": MODEL, "train": (X, Y), "test": (X, Y), "loss_fn": len, "x": 1}, "has unknown keys x"),
-        ((X, (X, Y), (X, Y), len), "model from f must be a torch.nn.Module, it is Tensor"),
+        ((X, (X, Y), (X, Y), len), "model from f must be a torch.nn.Module, but it is Tensor"),
         ((MODEL, (X, Y[:3]), (X, Y), len), "train from f has 8 inputs and 3 targets"),
-        ((MODEL, 3, (X, Y), len), "train from f must be .*, it is int"),
+        ((MODEL, 3, (X, Y), len), "train from f must be .*, but it is int"),
         ((MODEL, Stream(), (X, Y), len), "train from f is an iterable data set"),
         ((MODEL, (X, Y), (X[:0], Y[:0]), len), "test from f is empty"),
         ((MODEL, (X, Y), (X, Y), "mse"), "loss_fn from f must be a function"),

@@ -72,7 +72,7 @@ def test_a_test_split_is_held_out_and_never_trained_on(
     assert about["held_out"] == f"1 file named {split}"
     assert about["files"] == 1
     if split == "test":
-        assert about["skipped_files"] == {"validation split, beside a test split": 1}
+        assert about["skipped_files"] == {"validation split, next to a test split": 1}
 
 
 def test_without_names_of_splits_all_files_are_read_also_in_sub_folders(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_what_was_taken_stands_in_the_facts(tmp_path: Path) -> None:
 
 def test_a_folder_with_held_out_files_only_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "test.txt", ["x"])
-    with pytest.raises(ValueError, match=r"holds held-out files only: test\.txt"):
+    with pytest.raises(ValueError, match=r"contains held-out files only: test\.txt"):
         hub_text(str(tmp_path), "", LIMIT)
 
 
@@ -140,15 +140,15 @@ def test_a_choice_between_columns_is_refused_with_the_list(tmp_path: Path) -> No
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2: "),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', r"a\.jsonl, line 2: a row must be an object"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', r"a\.jsonl, line 2: .*'text' holds half a character"),
-        ("a.jsonl", b'{"text": "a"}\n' * 300 + b'{"text": 3}\n', r"a\.jsonl, line 301: .*does not hold text.*int"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', r"a\.jsonl, line 2: .*'text' contains half a character"),
+        ("a.jsonl", b'{"text": "a"}\n' * 300 + b'{"text": 3}\n', r"a\.jsonl, line 301: .*contains int, not text"),
         ("a.json", b'[{"text": "a"},]', r"a\.json, line 1: "),
-        ("a.csv", b"text,n\na,1\nb\n", r"a\.csv, line 3: 1 fields, the first line has 2"),
+        ("a.csv", b"text,n\na,1\nb\n", r"a\.csv, line 3: 1 fields, but the first line has 2"),
         ("a.csv", b"text,text\na,1\n", r"a\.csv names a column twice"),
         ("a.txt", "ä".encode("utf-16"), r"a\.txt is not UTF-8 text \(byte 0\)"),
         ("a.parquet", b"PAR1 and nothing", r"cannot read .*a\.parquet"),
-        ("a.txt.gz", b"\x1f\x8b\x08\x00", r"a\.txt\.gz: it holds no text that is known here"),
-        ("a.png", b"\x89PNG\r\n\x1a\n", r"a\.png: it holds no text that is known here"),
+        ("a.txt.gz", b"\x1f\x8b\x08\x00", r"a\.txt\.gz: it contains no text in a known format"),
+        ("a.png", b"\x89PNG\r\n\x1a\n", r"a\.png: it contains no text in a known format"),
     ],
 )
 def test_a_fault_names_its_file_and_place(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
@@ -219,11 +219,11 @@ def test_a_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
-        (["train/1.png", "test/1.png"], r"has no folders of classes: its 2 images lie side by side \(as "),
-        (["1.png", "2.png"], "has no folders of classes: its 2 images lie side by side; put those"),
-        (["cats/1.png", "dogs/1.png", "test/1.png"], "the folder test of .* lies beside cats, dogs: is it a class or"),
-        (["test/cats/1.png", "test/dogs/1.png"], r"holds held-out images only \(in test\)"),
-        (["test/cats/1.png", "val/cats/1.png"], r"holds held-out folders only \(test, val\)"),
+        (["train/1.png", "test/1.png"], r"has no folders of classes: its 2 images are in one place \(as "),
+        (["1.png", "2.png"], "has no folders of classes: its 2 images are in one place; put those"),
+        (["cats/1.png", "dogs/1.png", "test/1.png"], "the folder test of .* is next to cats, dogs: is it a class or"),
+        (["test/cats/1.png", "test/dogs/1.png"], r"contains held-out images only \(in test\)"),
+        (["test/cats/1.png", "val/cats/1.png"], r"contains held-out folders only \(test, val\)"),
         (["train/cats/1.png", "test/cats/1.png"], r"has one class only \(cats\)"),
         (["train/a/1.png", "train/b/1.png", "test/c/1.png"], "held-out classes that are not trained on: c"),
     ],
@@ -248,7 +248,7 @@ def test_a_class_with_one_image_is_noted_and_foreign_files_are_counted(tmp_path:
     picture(tmp_path / ".ipynb_checkpoints" / "0.png", "red")
     about = hub_images(str(tmp_path), 8).about
     assert about["classes_not_held_out"] == ["red"]
-    assert about["notes"] == ["the held-out part has no image of red: they count nothing in accuracy"]
+    assert about["notes"] == ["the held-out part has no image of red: accuracy ignores them"]
     assert about["skipped_files"] == {"hidden": 2, "no image": 1}
 
 
@@ -263,7 +263,7 @@ def test_a_bad_image_is_named_before_training(tmp_path: Path) -> None:
     pytest.importorskip("PIL.Image").fromarray(noise).save(bad)
     for content, reason in (
         (bad.read_bytes()[:900], "cannot be read"),
-        (b"no image", "cannot be read: it is no image of a kind"),
+        (b"no image", "cannot be read: it is not an image"),
     ):
         bad.write_bytes(content)
         with pytest.raises(ValueError, match=rf"the image .*red/2\.png {reason}"):

@@ -74,7 +74,7 @@ def test_a_parquet_file_of_images_with_columns_of_any_name(tmp_path: Path) -> No
         Vision.build(TINY | {"data": str(path)}, 0)
     with pytest.raises(ValueError, match=r"there is no column 'colour' \(workload.label_column\)"):
         Vision.build(TINY | {"data": str(path), "label_column": "colour"}, 0)
-    with pytest.raises(ValueError, match="column 'kind' does not hold images, it holds text"):
+    with pytest.raises(ValueError, match="column 'kind' contains text, not images"):
         Vision.build(TINY | {"data": str(path), "label_column": "kind", "image_column": "kind"}, 0)
     task = Vision.build(TINY | {"data": str(path), "label_column": "kind"}, 0)
     assert task.facts()["classes"] == sorted(COLOURS)

@@ -62,7 +62,7 @@ def test_a_network_that_sees_later_tokens_is_not_built(context: int, monkeypatch
     Language.build({**SMALL, "context": context}, 0)
     plain = Attention.__init__
     monkeypatch.setattr(Attention, "__init__", lambda self, width, heads, causal: plain(self, width, heads, False))
-    with pytest.raises(ValueError, match="is no causal model"):
+    with pytest.raises(ValueError, match="is not a causal model"):
         Language.build({**SMALL, "context": context}, 0)
 
 
@@ -205,10 +205,10 @@ def test_a_short_training_beats_the_unigram_entropy() -> None:
         ({}, {"global_batch": 100_000}, "training.global_batch: the text has"),
         ({"context": 60_000}, {}, "workload.context: the text of"),
         ({"data": "no.txt"}, {}, "workload.data: there is no file or folder no.txt"),
-        ({"model": "transformers"}, {}, "workload.transformers_config: a model of transformers needs either"),
+        ({"model": "transformers"}, {}, "workload.transformers_config: a transformers model needs either"),
         ({"model": "transformers", "transformers_config": {}}, {}, 'workload.transformers_config: has no "model_type"'),
         ({"model": "transformers", "pretrained": "./none"}, {}, "workload.pretrained: there is no folder ./none"),
-        ({"pretrained": "gpt2"}, {}, "workload.pretrained: belongs to model=transformers, the model here is gpt"),
+        ({"pretrained": "gpt2"}, {}, "workload.pretrained: belongs to model=transformers, but the model here is gpt"),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_a_sentence(options: dict, training: dict, sentence: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from labkit.workloads.accuracy import right_and_counted
+from labkit.workloads.accuracy import correct_and_counted
 from labkit.workloads.custom_task import as_task
 from tests.workloads.helpers import evaluate, train
 
@@ -43,12 +43,15 @@ ALL = list(range(40))
 @pytest.mark.parametrize(
     ("sample", "sentence"),
     [
-        (lambda i: {"x": X[i], "y": Y[i]}, r"train from f must give pairs .*, its first sample is dict"),
+        (lambda i: {"x": X[i], "y": Y[i]}, r"train from f must give pairs .*, but its first sample is dict"),
         (lambda i: (X[i] if i < 9 else X[i][:7], Y[i]), r"samples 0 and 9 of train from f cannot be stacked: their x"),
-        (lambda i: (X[i], "abcd"[Y[i]]), r"sample 0 of (train|test) from f: its y must be .*, it is str \('[a-d]'\)"),
-        (lambda i: (X[i], None if i == 20 else Y[i]), r"sample 20 of train from f: its y must be .*, it is None"),
-        (lambda i: (None, Y[i]), r"sample 0 of (train|test) from f: its x must be .*, it is None"),
-        (lambda i: ({"ids": X[i]}, Y[i]), r"sample 0 of (train|test) from f: its x must be .*, it is dict"),
+        (
+            lambda i: (X[i], "abcd"[Y[i]]),
+            r"sample 0 of (train|test) from f: its y must be .*, but it is str \('[a-d]'\)",
+        ),
+        (lambda i: (X[i], None if i == 20 else Y[i]), r"sample 20 of train from f: its y must be .*, but it is None"),
+        (lambda i: (None, Y[i]), r"sample 0 of (train|test) from f: its x must be .*, but it is None"),
+        (lambda i: ({"ids": X[i]}, Y[i]), r"sample 0 of (train|test) from f: its x must be .*, but it is dict"),
         (lambda i: (X[i], Y[i], 1) if i == 3 else (X[i], Y[i]), r"sample 3 of train from f must be a pair"),
     ],
 )
@@ -72,7 +75,7 @@ def test_a_data_set_of_the_hubs_library_is_refused_by_name() -> None:
     data = datasets.Dataset.from_dict({"x": X.tolist(), "y": Y.tolist()}).with_format("torch")
     with pytest.raises(ValueError, match="train from f is a Dataset of the library datasets, whose samples are dicts"):
         task(data)
-    with pytest.raises(ValueError, match=r"train from f must be .*, it is DataLoader"):
+    with pytest.raises(ValueError, match=r"train from f must be .*, but it is DataLoader"):
         task(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y)))
 
 
@@ -134,14 +137,14 @@ class Gives(nn.Module):
 @pytest.mark.parametrize(
     ("also", "sentence"),
     [
-        (lambda out, training: (out, out), "must give one tensor in eval mode, it gives a tuple of 2"),
-        (lambda out, training: {"logits": out}, "it gives a dict of logits: return the scores alone"),
+        (lambda out, training: (out, out), "must give one tensor in eval mode, but it gives a tuple of 2"),
+        (lambda out, training: {"logits": out}, "it gives a dict of logits: return the logits alone"),
         (lambda out, training: [out], "it gives a list of 1"),
         (
             lambda out, training: (out, out) if training else out,
-            "must give one tensor in training mode, it gives a tuple of 2: return the scores alone",
+            "must give one tensor in training mode, but it gives a tuple of 2: return the logits alone",
         ),
-        (lambda out, training: {"logits": out} if training else out, "in training mode, it gives a dict of logits"),
+        (lambda out, training: {"logits": out} if training else out, "in training mode, but it gives a dict of logits"),
     ],
 )
 def test_outputs_that_are_no_tensor_are_refused_when_built(also: Any, sentence: str) -> None:
@@ -183,7 +186,7 @@ def test_looking_at_the_training_mode_leaves_no_trace() -> None:
     [
         ((X, Y + 1), None, r"sample \d+ of train from f has the class 4, but the model gives 4 classes \(0 to 3\)"),
         ((X, Y[:, None]), None, "loss_fn from f fails for outputs .*2, 4.* and targets .*2, 1"),
-        ((X, X[:, :1]), nn.MSELoss(), "would stretch outputs .*2, 4.* and targets .*2, 1"),
+        ((X, X[:, :1]), nn.MSELoss(), "would broadcast outputs .*2, 4.* and targets .*2, 1"),
         (
             (X, Y),
             lambda output, y: output.sum(1),
@@ -217,7 +220,7 @@ def test_accuracy_is_a_fraction_of_targets_for_any_number_of_parts(
     loss_fn = (lambda output, y: output.sum()) if last else nn.CrossEntropyLoss()
     right = total = 0
     for out, part in zip(output.chunk(parts), target.chunk(parts), strict=True):
-        a, b = right_and_counted(loss_fn, out, part)
+        a, b = correct_and_counted(loss_fn, out, part)
         right, total = right + int(a), total + int(b)
     assert (right, total) == (expected, len(counted))
 
@@ -236,7 +239,7 @@ def test_accuracy_is_a_fraction_of_targets_for_any_number_of_parts(
 def test_one_score_is_compared_with_the_border_of_its_loss(shape: tuple[int, ...], loss_fn: Any, border: float) -> None:
     score = (border + torch.tensor([0.1, -0.1, 0.2, -0.2, 0.3, -0.3])).reshape(shape)
     target = torch.tensor([1.0, 0, 0, 1, 1, 0]).reshape(shape)
-    right, counted = right_and_counted(loss_fn, score, target)
+    right, counted = correct_and_counted(loss_fn, score, target)
     assert (int(right), int(counted)) == (4, 6)
 
 
@@ -246,9 +249,9 @@ def test_one_score_is_compared_with_the_border_of_its_loss(shape: tuple[int, ...
 )
 def test_other_shapes_are_refused(output: tuple[int, ...], target: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="accuracy is not defined for outputs"):
-        right_and_counted(len, torch.zeros(output), torch.zeros(target, dtype=torch.int64))
-    with pytest.raises(ValueError, match="needs targets of 0 and 1, they go from 0 to 5"):
-        right_and_counted(nn.MSELoss(), torch.zeros(6), torch.arange(6.0))
+        correct_and_counted(len, torch.zeros(output), torch.zeros(target, dtype=torch.int64))
+    with pytest.raises(ValueError, match="needs targets of 0 and 1, but they go from 0 to 5"):
+        correct_and_counted(nn.MSELoss(), torch.zeros(6), torch.arange(6.0))
 
 
 class Tokens(nn.Module):
@@ -279,9 +282,9 @@ def test_ones_own_model_that_sees_the_next_token_is_refused(transposed: bool) ->
             return super().forward(x).transpose(1, 2)
 
     kind, loss_fn = (Turned, nn.CrossEntropyLoss()) if transposed else (Tokens, loss)
-    with pytest.raises(ValueError, match="the model from f is no causal model: changing token"):
+    with pytest.raises(ValueError, match="the model from f is not a causal model: changing token"):
         task(data, loss_fn, kind(causal=False))
-    assert task(data, loss_fn, kind(causal=True), metric="accuracy").counts_right
+    assert task(data, loss_fn, kind(causal=True), metric="accuracy").measures_accuracy
 
 
 def test_ignored_targets_count_in_no_metric() -> None:

@@ -75,10 +75,10 @@ def test_a_deep_model_is_as_it_was(depth: int, weights: bool) -> None:
     model = nn.Sequential(nn.Sequential(Deep(depth)), nn.Linear(4, 2))
     x = torch.randn(8, 4)
     before = everything(model)
-    with restored(model, device=CPU, weights=weights) as noted:
+    with restored(model, device=CPU, weights=weights) as snapshot:
         for _ in range(2):
             model.train()(x).sum().backward()
-            noted.undo()
+            snapshot.undo()
             again = everything(model)
             assert again["modules"] == before["modules"]
         model.train()(x).sum().backward()
@@ -105,11 +105,11 @@ def test_a_tensor_that_stores_a_number_once_is_left_alone() -> None:
 def test_generators_may_go_on_while_the_rest_is_put_back() -> None:
     model = nn.BatchNorm1d(2)
     model.draws = torch.Generator().manual_seed(0)
-    with undisturbed(model) as noted:
+    with undisturbed(model) as snapshot:
         drawn = torch.rand((), generator=model.draws)
         model(torch.randn(4, 2))
-        noted.undo(generators=False)
+        snapshot.undo(generators=False)
         assert model.num_batches_tracked == 0
         assert torch.rand((), generator=model.draws) != drawn
-        noted.undo()
+        snapshot.undo()
         assert torch.rand((), generator=model.draws) == drawn

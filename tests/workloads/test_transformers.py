@@ -98,7 +98,7 @@ def test_what_looks_back_less_far_is_no_chain() -> None:
     ("config", "sentence"),
     [
         ({"model_type": "no-such-model"}, "transformers refuses this configuration"),
-        (LLAMA | {"vocab_size": 10}, "the model's vocab_size is 10, the text has 256 kinds of tokens"),
+        (LLAMA | {"vocab_size": 10}, "the model's vocab_size is 10, but the text has 256 kinds of tokens"),
         (LLAMA | {"max_position_embeddings": 8}, "the model looks back on 8 tokens"),
     ],
 )

@@ -119,7 +119,7 @@ def test_a_short_training_beats_the_majority_by_far() -> None:
             {},
             "workload.data: there is no file or folder ./nowhere; nearest legal value: digits.",
         ),
-        ({"data": "what is this?"}, {}, "workload.data: 'what is this?' is no path and no name of a data set"),
+        ({"data": "what is this?"}, {}, "workload.data: 'what is this?' is neither a path nor a data set's name"),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_a_sentence(options: dict, training: dict, sentence: str) -> None:

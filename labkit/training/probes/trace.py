@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.experiment import Experiment
-from labkit.experiment.memory import model_state, stash
+from labkit.experiment.memory import model_state_bytes, stash_bytes
 from labkit.parallel.asynchronous import AsynchronousPipeline
 from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel
@@ -90,10 +90,10 @@ class Trace:
         ]
         stored = sum(size for size, _ in sizes)
         trained = sum(size for size, is_trained in sizes if is_trained)
-        formula = model_state(self._experiment, stored, trained)
+        formula = model_state_bytes(self._experiment, stored, trained)
         if self._stashes is not None:
             self._memory["stash"] = self._stashes.max_stashed_bytes
-            formula["stash"] = stash(self._experiment, self._stashes.ahead, trained)
+            formula["stash"] = stash_bytes(self._experiment, self._stashes.ahead, trained)
         fields: dict[str, Any] = {
             "memory": self._memory | {"activations": self._activations.peak},
             "formula": formula,

@@ -1,1 +1,1 @@
-"""What is tried before step 1, so that a run that cannot work ends in one sentence."""
+"""The trial of a task before step 1, so that a run that cannot work ends with one sentence."""

@@ -1,4 +1,4 @@
-"""Words for what goes wrong when a person's own task is tried, and what to do about it."""
+"""Wording of what goes wrong when a user's own task is tried, and of what to do about it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from labkit.experiment.fault import named
+from labkit.experiment.fault import describe_error
 from labkit.training.rehearsal.leaves import kept_graph
 from labkit.workloads.base import Batch, Task
 
 
 def samples_of(indices: list[int], what: str) -> str:
-    """The samples of a pass, in words."""
+    """Return a description of the samples of a pass: `indices` of the data set `what` ("train" or "test")."""
     return f"sample {indices[0]} of {what}" if len(indices) == 1 else f"samples {indices[0]} and {indices[1]} of {what}"
 
 
 def shape_of(value: Tensor) -> str:
-    """Type and shape of a tensor."""
+    """Return dtype and shape of a tensor as text."""
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
-def described(value: Any) -> str:
-    """The kind of a value that a model or a loss has given."""
+def describe(value: Any) -> str:
+    """Return a short description of what a model or a loss returned."""
     if isinstance(value, Tensor):
         return shape_of(value)
     if isinstance(value, tuple | list):
@@ -33,7 +33,7 @@ def described(value: Any) -> str:
 
 
 def hint(batch: Batch, model: nn.Module) -> str:
-    """Advice where the type of the input is the likely reason."""
+    """Return advice to append to an error, starting with "; ", if dtype or batch size is the likely cause; else ''."""
     x = batch["x"]
     embeds = any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in model.modules())
     if not (x.is_floating_point() or x.is_complex() or embeds):
@@ -44,12 +44,12 @@ def hint(batch: Batch, model: nn.Module) -> str:
 
 
 def backward_fault(task: Task, error: Exception) -> str:
-    """Why the pass backward fails, in one sentence."""
+    """Return in one sentence why the backward pass fails."""
     if "backward through the graph a second time" not in str(error):
-        return f"the pass backward from the loss fails: {named(error)}"
+        return f"the backward pass from the loss fails: {describe_error(error)}"
     place = kept_graph(task)
-    kept = f"{place} is kept" if place else "something is kept"
+    subject = place or "something"
     return (
-        f"{kept} from one pass for the next together with its graph, which the first pass backward has used up: keep "
-        "it without (detach())"
+        f"{subject} is kept from one pass for the next together with its graph, which the first backward pass has used "
+        "up: detach it before keeping it (detach())"
     )

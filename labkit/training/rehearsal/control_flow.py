@@ -1,4 +1,4 @@
-"""Does the way through a model depend on what it sees, on chance, or on how often it was called?"""
+"""Detect whether the control flow of a model depends on its input, on random draws, or on the number of calls."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class ControlFlowProbe(TorchDispatchMode):
-    """While it is open: does the way through the model depend on numbers, on chance or on the number of the pass?
+    """Dispatch mode that detects whether the model's control flow may depend on values, on chance or on the call count.
 
-    Told by what a branch in Python needs: a number taken out of a tensor, a draw from numpy's or Python's generator, an
-    attribute that the pass has changed.
+    It watches for what a branch in Python needs: a number read out of a tensor, a draw from the generator of numpy or
+    Python, an attribute that the pass changed (`changed` returns True).
     """
 
     def __init__(self, changed: Callable[[], bool]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.changed, self.seen = changed, False
-        self.other_twice = False
-        """Would the same pass with the same samples take another way, or compute other numbers, the second time?"""
+        self.changed, self.detected = changed, False
+        self.differs_when_repeated = False
+        """Whether a second pass over the same samples may branch differently or compute other numbers."""
 
     def __enter__(self) -> Any:
-        self._drawn = _drawn()
+        self._state_before = _generator_state()
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *about: Any) -> None:
         super().__exit__(*about)  # type: ignore[no-untyped-call]
-        self.other_twice |= self._drawn != _drawn() or self.changed()
-        self.seen |= self.other_twice
+        self.differs_when_repeated |= self._state_before != _generator_state() or self.changed()
+        self.detected |= self.differs_when_repeated
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            self.seen = True
+            self.detected = True
         return func(*args, **(kwargs or {}))
 
 
-def _drawn() -> tuple[Any, ...]:
-    """How far the generators of Python and numpy have come."""
+def _generator_state() -> tuple[Any, ...]:
+    """Return the state of the generators of Python and numpy, which every draw changes."""
     state: Any = np.random.get_state()
     return random.getstate(), state[2], state[1][0]

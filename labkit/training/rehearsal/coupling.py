@@ -1,8 +1,9 @@
-"""Do the samples of a batch change what the others give? Then ranks and passes compute something else than one process.
+"""Detect models that mix the samples of a batch: with them, ranks and passes compute something else than one process.
 
-Found by trying, whatever the reason: statistics over the batch, attention among samples, a layer that takes the axis of
-the samples for that of time. Some samples of a batch are exchanged for others, and what the rest of it gives must stay;
-random numbers are the same in both passes. Batch normalisation is known by its class and is left in evaluation.
+Detected by experiment, whatever the reason: statistics over the batch, attention among samples, a layer that takes the
+batch dimension for the time dimension. Some samples of a batch are replaced by others, and the outputs of the rest must
+not change; random numbers are the same in both passes. Batch normalisation is recognised by its class and stays in
+evaluation mode.
 """
 
 from __future__ import annotations
@@ -18,59 +19,59 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from labkit.workloads.base import Batch, Task
-from labkit.workloads.restore import Noted, undisturbed
+from labkit.workloads.restore import Snapshot, undisturbed
 from labkit.workloads.seed import seed_generators
 
 SAMPLES, KEPT = 4, 2
-"""Of a pass, and how many of them stay while the others are exchanged."""
+"""Number of samples in a pass, and how many of them stay while the others are replaced."""
 ROUNDINGS = 64
-"""Two passes of the same shape agree but for so many roundings of the largest number; mostly to the last bit."""
+"""Tolerance for two passes of the same shape, in units of eps times the largest value; most agree to the last bit."""
 LOOSE = 1e-2
-"""Of the largest number: passes of two shapes are summed up in other orders, even in 16 bits."""
+"""Tolerance relative to the largest value for passes of two shapes, which sum in different orders, even in 16 bits."""
 
 Place = Callable[[Batch], Batch]
 
 
-class Passage(NamedTuple):
-    """What a module was given in a pass, and what it gave."""
+class ModuleCall(NamedTuple):
+    """Inputs and output of a module in one pass."""
 
-    given: Any
-    gave: Any
+    inputs: Any
+    output: Any
 
 
-Outputs = dict[str, Passage]
-"""By the names of the modules, in the order in which they ended; the model's own under ''."""
+Outputs = dict[str, ModuleCall]
+"""Calls by module name, in the order in which the modules returned; the call of the model itself is under ''."""
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator[Callable[[Tensor], Outputs]]:
-    """Gives a function that runs the model on a copy of x and returns what every module was given and gave, copied."""
+def record_modules(model: nn.Module) -> Iterator[Callable[[Tensor], Outputs]]:
+    """Yield a function that runs the model on a copy of x and returns copies of every module's inputs and output."""
     outputs: Outputs = {}
 
-    def entered(name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def before_forward(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, positional: Any, keywords: Any) -> None:
-            outputs.setdefault(f"{name}>", Passage(_copied((positional, keywords)), None))
+            outputs.setdefault(f"{name}>", ModuleCall(_copy((positional, keywords)), None))
 
         return hook
 
-    def left(name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def after_forward(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, positional: Any, output: Any) -> None:
-            begun = outputs.pop(f"{name}>", None)
-            if begun is not None:
-                outputs.setdefault(name, Passage(begun.given, _copied(output)))
+            call = outputs.pop(f"{name}>", None)
+            if call is not None:
+                outputs.setdefault(name, ModuleCall(call.inputs, _copy(output)))
 
         return hook
 
     def run(x: Tensor) -> Outputs:
         outputs.clear()
-        output = _copied(model(x.clone()))
-        return {**{name: passage for name, passage in outputs.items() if name}, "": Passage(_copied(x), output)}
+        output = _copy(model(x.clone()))
+        return {**{name: call for name, call in outputs.items() if name}, "": ModuleCall(_copy(x), output)}
 
     handles: list[Any] = []
     for name, module in model.named_modules():
         if name:
-            handles.append(module.register_forward_pre_hook(entered(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(left(name)))
+            handles.append(module.register_forward_pre_hook(before_forward(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(after_forward(name)))
     try:
         yield run
     finally:
@@ -79,46 +80,48 @@ def watched(model: nn.Module) -> Iterator[Callable[[Tensor], Outputs]]:
 
 
 def first_differing(before: Outputs, after: Outputs, same: Callable[[Any, Any], bool]) -> str:
-    """The first module that was given the same in two passes and gave something else; '' for the model itself."""
-    for name, passage in before.items():
-        if name in after and same(passage.given, after[name].given) and not same(passage.gave, after[name].gave):
+    """Return the name of the first module whose outputs differ in two passes on the same inputs; '' for the model."""
+    for name, call in before.items():
+        if name in after and same(call.inputs, after[name].inputs) and not same(call.output, after[name].output):
             return name
     return ""
 
 
-def coupled_part(model: nn.Module, task: Task, place: Place) -> str | None:
-    """The name of the first part of the model that mixes the samples of a batch in training mode; None if none does.
+def coupled_module(model: nn.Module, task: Task, place: Place) -> str | None:
+    """Return the name of the first module that mixes the samples of a batch in training mode; None if none does.
 
-    None also where the model cannot be run here. The model and all random numbers are as before afterwards.
+    Return None also if the model cannot be run here. The model and all generators of random numbers are restored.
     """
     if len(task.train) <= KEPT:
         return None
-    # Watched first: what is put back between passes would take the hooks away.
-    with torch.no_grad(), watched(model) as outputs, undisturbed(model, task.train) as noted:
+    # The hooks are registered first: the state that is restored between passes must contain them.
+    with torch.no_grad(), record_modules(model) as outputs, undisturbed(model, task.train) as snapshot:
         try:
-            chosen = np.linspace(0, len(task.train) - 1, 2 * SAMPLES - KEPT).astype(int).tolist()
-            x = place(task.train.__getitems__(chosen))["x"]
-            culprit = _mixing(partial(_pass, model, noted, outputs), x)
-        except Exception:  # a person's own code: the rehearsal says what it raises
+            indices = np.linspace(0, len(task.train) - 1, 2 * SAMPLES - KEPT).astype(int).tolist()
+            x = place(task.train.__getitems__(indices))["x"]
+            culprit = _mixing_module(partial(_pass, model, snapshot, outputs), x)
+        except Exception:  # the user's own code: the rehearsal reports what it raises
             return None
     return type(model).__name__ if culprit == "" else culprit
 
 
-def _mixing(run: Callable[..., Outputs], x: Tensor) -> str | None:
+def _mixing_module(run: Callable[..., Outputs], x: Tensor) -> str | None:
     whole = run(x[:SAMPLES])
-    exchanged = run(torch.cat([x[:KEPT], x[SAMPLES:]]))
-    if not _agree(whole[""].gave, exchanged[""].gave):
-        return first_differing(whole, exchanged, _agree)
-    if not _agree(whole[""].gave, run(x[:SAMPLES], seed=1)[""].gave):
-        return None  # in a smaller batch random numbers are others
-    loosely = partial(_agree, loose=LOOSE)
+    replaced = run(torch.cat([x[:KEPT], x[SAMPLES:]]))
+    if not _agree(whole[""].output, replaced[""].output):
+        return first_differing(whole, replaced, _agree)
+    if not _agree(whole[""].output, run(x[:SAMPLES], seed=1)[""].output):
+        return None  # the model draws random numbers, and a smaller batch would get different ones
+    agree_loosely = partial(_agree, loose=LOOSE)
     alone = run(x[:KEPT])
-    return None if loosely(whole[""].gave, alone[""].gave) else first_differing(whole, alone, loosely)
+    return None if agree_loosely(whole[""].output, alone[""].output) else first_differing(whole, alone, agree_loosely)
 
 
-def _pass(model: nn.Module, noted: Noted, outputs: Callable[[Tensor], Outputs], x: Tensor, seed: int = 0) -> Outputs:
-    """One pass in training mode from the same state as all others."""
-    noted.undo()
+def _pass(
+    model: nn.Module, snapshot: Snapshot, outputs: Callable[[Tensor], Outputs], x: Tensor, seed: int = 0
+) -> Outputs:
+    """Run one pass in training mode, from the same state as all other passes, and return the calls of its modules."""
+    snapshot.undo()
     model.train()
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -130,7 +133,7 @@ def _pass(model: nn.Module, noted: Noted, outputs: Callable[[Tensor], Outputs], 
 
 
 def _agree(before: Any, after: Any, loose: float | None = None) -> bool:
-    """Do the rows of the samples that stayed agree, in all tensors that have a row for each sample?"""
+    """Return whether the rows of the samples that stayed agree, in all tensors that have one row per sample."""
     if isinstance(before, Tensor):
         if (
             not isinstance(after, Tensor)
@@ -139,7 +142,7 @@ def _agree(before: Any, after: Any, loose: float | None = None) -> bool:
             or before.shape[1:] != after.shape[1:]
         ):
             return True
-        return _near(before[:KEPT], after[:KEPT], loose)
+        return _close(before[:KEPT], after[:KEPT], loose)
     if isinstance(before, dict):
         return not isinstance(after, dict) or all(_agree(before[key], after.get(key), loose) for key in before)
     if isinstance(before, tuple | list):
@@ -148,7 +151,7 @@ def _agree(before: Any, after: Any, loose: float | None = None) -> bool:
     return True
 
 
-def _near(before: Tensor, after: Tensor, loose: float | None) -> bool:
+def _close(before: Tensor, after: Tensor, loose: float | None) -> bool:
     if not (before.is_floating_point() or before.is_complex()):
         return bool(torch.equal(before, after))
     tolerance = loose if loose is not None else ROUNDINGS * torch.finfo(before.dtype).eps
@@ -160,12 +163,12 @@ def _near(before: Tensor, after: Tensor, loose: float | None) -> bool:
     return not largest or float((first - second).abs().max()) <= tolerance * largest
 
 
-def _copied(value: Any) -> Any:
-    """Copies of the tensors in a value, which later modules may write to."""
+def _copy(value: Any) -> Any:
+    """Return the value with copies of its tensors, because later modules may write to them."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
-        return {key: _copied(inner) for key, inner in value.items()}
+        return {key: _copy(inner) for key, inner in value.items()}
     if isinstance(value, tuple | list):
-        return [_copied(inner) for inner in value]
+        return [_copy(inner) for inner in value]
     return value

@@ -1,8 +1,8 @@
-"""Have all ranks built the same task? Their fingerprints are compared before step 1 (issue 11, A4, B 01, B 02).
+"""Fingerprints of the task, compared before step 1: all ranks must have built the same (issue 11, A4, B 01, B 02).
 
-Every rank builds model and data for itself. Whatever does not come from a generator that starts from the seed (one of
-its own without a seed, the time, the process number, the order of a set) makes ranks train different models, or train
-on what others hold out. The whole model is compared, before a layout cuts it.
+Every rank builds model and data for itself. Any value that does not come from a generator seeded by the experiment (but
+from an unseeded one, the time, the process number, the order of a set) makes ranks train different models, or train on
+samples that other ranks hold out. The whole model is compared, before a layout shards it.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from labkit.workloads.samples import Cast, PairData
 from labkit.workloads.seed import seed_generators
 
 SAMPLES = 6
-"""Of the training data and of what is held out, so many samples are compared."""
+"""Number of samples that are compared, of the training data and of the held-out data."""
 MOST_S = 1.0
-"""Samples that take longer than so are compared as far as both ranks have come (s)."""
+"""Time limit for reading these samples (s); beyond it, only the samples that both ranks have read are compared."""
 MORE_SAMPLES, MORE_S = 250, 0.03
-"""Of data that does not lie in memory so many further samples are compared, for so long (s)."""
+"""Number of further samples that are compared if the data is not in memory, and the time limit for them (s)."""
 MOST_BYTES = 2**28
-"""Tensors up to this size are looked at whole; of longer ones PLACES numbers, evenly spaced."""
+"""Size up to which every value of a tensor is hashed (bytes); larger ones are sampled at `PLACES` equal distances."""
 PLACES = 2**15
 _ROW = 1024
-"""Numbers of 64 bits that are summed up with random weights before they are hashed: six times as fast."""
+"""Number of 64-bit words that are summed with random weights before they are hashed, which is six times as fast."""
 SEEDED = (
     "draw what is random from the global generator of torch, numpy or random, which start from training.seed, or let "
     "the function take a parameter seed"
@@ -45,14 +45,14 @@ SEEDED = (
 
 
 def digest(tensor: Tensor) -> str:
-    """A hash of type, shape and numbers of a tensor, equal where they are; the longest are looked at in places."""
+    """Return a hash of dtype, shape and values; large tensors, and those on a GPU, are sampled at `PLACES` places."""
     tensor = tensor.detach()
     hashed = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=8)
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
         return hashed.hexdigest()
     flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
-    most = MOST_BYTES // flat.element_size() if flat.device.type == "cpu" else PLACES
-    if flat.numel() > most:
+    limit = MOST_BYTES // flat.element_size() if flat.device.type == "cpu" else PLACES
+    if flat.numel() > limit:
         flat = flat[:: -(-flat.numel() // PLACES)]
     numbers = flat.contiguous().cpu().view(torch.uint8).numpy()
     rows = len(numbers) // (8 * _ROW)
@@ -64,26 +64,27 @@ def digest(tensor: Tensor) -> str:
 
 @cache
 def _weights() -> np.ndarray[Any, Any]:
-    """Odd numbers, the same in every process: the sum changes with any number of a row and with any place of it."""
+    """Return odd weights, the same in every process: a row's sum changes with each of its values and their order."""
     return np.random.default_rng(20261127).integers(-(2**62), 2**62, _ROW) | 1
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What one rank has built: hashes by the words for what they are of."""
+    """Hashes of what one rank has built."""
 
     parts: dict[str, str]
+    """Hashes by a description of what was hashed, such as "sample 3 of train"."""
     more: dict[str, str] = field(default_factory=dict, compare=False)
-    """Further samples, as many as there was time for: compared between ranks, but no part of `total`."""
+    """Hashes of further samples, as many as time allowed: compared between ranks, but not part of `total`."""
 
     @classmethod
     def of(cls, task: Task, seed: int) -> Fingerprint:
-        """Look at weights, buffers, lengths and samples; the generators start from `seed` for each sample."""
-        return cls(dict(_parts(task, seed)), dict(_further(task, seed)))
+        """Hash weights, buffers, lengths and samples; all generators are seeded with `seed` before each sample."""
+        return cls(dict(_parts(task, seed)), dict(_further_samples(task, seed)))
 
     @property
     def total(self) -> str:
-        """One hash of everything."""
+        """Single hash of all parts."""
         return hashlib.blake2b(repr(sorted(self.parts.items())).encode(), digest_size=16).hexdigest()
 
 
@@ -100,36 +101,36 @@ def _parts(task: Task, seed: int) -> Iterator[tuple[str, str]]:
     for what, data in (("train", task.train), ("test", task.test)):
         yield f"the number of samples in {what}", str(len(data))
         deadline = time.perf_counter() + MOST_S
-        for index in compared(data):
+        for index in compared_indices(data):
             if time.perf_counter() > deadline:
                 break
             yield f"sample {index} of {what}", _sample(data, index, what, seed)
-        yield from whole_parts(data, what)
+        yield from hash_in_memory(data, what)
 
 
-def whole_parts(data: Data, what: str) -> Iterator[tuple[str, str]]:
-    """Hashes of everything that data in memory holds; of nothing for other data."""
-    for name, tensor in whole(data):
+def hash_in_memory(data: Data, what: str) -> Iterator[tuple[str, str]]:
+    """Yield a name and the hash of every tensor that data in memory consists of; nothing for other data."""
+    for name, tensor in in_memory(data):
         yield f"the whole of {name} of {what}", digest(tensor)
 
 
-def whole(data: Data) -> list[tuple[str, Tensor]]:
-    """The tensors that the samples come from, by name, where they lie in memory; [] where that is not known.
+def in_memory(data: Data) -> list[tuple[str, Tensor]]:
+    """Return name and tensor of all that the samples are read from if it is known to be in memory; otherwise [].
 
-    Another's data set may hold anything beside its samples, such as scratch memory: only kinds that are known.
+    A user's data set may hold more than its samples, such as scratch memory, so only known classes are considered.
     """
     if isinstance(data, Cast):
-        return whole(data.data)
+        return in_memory(data.data)
     if isinstance(data, TensorData):
         return list(data.tensors.items())
     if isinstance(data, PairData):
-        return _of_dataset(data.dataset)
+        return _dataset_tensors(data.dataset)
     if type(data).__module__.startswith("labkit."):
         return [(place.removesuffix(" of ") or "data", tensor) for place, tensor in tensors_held(data, "")]
     return []
 
 
-def _of_dataset(dataset: Any) -> list[tuple[str, Tensor]]:
+def _dataset_tensors(dataset: Any) -> list[tuple[str, Tensor]]:
     indices: list[tuple[str, Tensor]] = []
     while type(dataset) is Subset:
         indices.append(("the indices", torch.as_tensor(dataset.indices)))
@@ -139,24 +140,24 @@ def _of_dataset(dataset: Any) -> list[tuple[str, Tensor]]:
     return [*indices, *((f"tensor {number}", tensor) for number, tensor in enumerate(dataset.tensors))]
 
 
-def _further(task: Task, seed: int) -> Iterator[tuple[str, str]]:
-    """More samples of data that does not lie in memory, spread over its length however soon the time is over."""
+def _further_samples(task: Task, seed: int) -> Iterator[tuple[str, str]]:
+    """Yield hashes of more samples if the data is not in memory, evenly spaced however early the time limit ends it."""
     for what, data in (("train", task.train), ("test", task.test)):
         deadline = time.perf_counter() + MORE_S
-        for index in () if whole(data) else evenly_spaced(len(data)):
+        for index in () if in_memory(data) else evenly_spaced(len(data)):
             if time.perf_counter() > deadline:
                 break
             yield f"sample {index} of {what}", _sample(data, index, what, seed)
 
 
 def evenly_spaced(length: int) -> list[int]:
-    """Indices below `length`, in an order in which any first few of them lie far apart (the golden ratio's)."""
+    """Return indices below `length`, ordered so that the first few, however many, are far apart (golden ratio)."""
     step = (5**0.5 - 1) / 2
     return list(dict.fromkeys(int((number * step) % 1 * length) for number in range(1, min(length, MORE_SAMPLES) + 1)))
 
 
-def compared(data: Data) -> list[int]:
-    """Indices of the samples that are compared, evenly spaced from the first to the last."""
+def compared_indices(data: Data) -> list[int]:
+    """Return the indices of the samples that are compared, evenly spaced from the first to the last."""
     return sorted({int(index) for index in np.linspace(0, len(data) - 1, SAMPLES)})
 
 
@@ -167,38 +168,38 @@ def _sample(data: Data, index: int, what: str, seed: int) -> str:
 
 
 def compare(mine: Fingerprint, again: Callable[[], Fingerprint]) -> list[str]:
-    """Compare with all other ranks (collective); TaskFault with what differs, and between which ranks.
+    """Compare with all other ranks (collective); raise TaskFault if they differ, with the part and the ranks.
 
-    Samples that are not even the same twice on one rank come from a generator that nobody can seed: these are no fault
-    of the training data, where each rank should draw others; they are returned as notes. `again` takes the fingerprint
-    once more.
+    Training samples that differ between two readings on the same rank come from an unseeded generator. That is allowed,
+    since each rank should augment its samples differently; a note is returned instead. `again` computes the fingerprint
+    a second time.
     """
-    total: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(total, (mine.total, mine.more))
-    if len({hashed for hashed, _ in total}) == 1 and all(_agree(more, total[0][1]) for _, more in total):
+    totals: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(totals, (mine.total, mine.more))
+    if len({total for total, _ in totals}) == 1 and all(_agree(more, totals[0][1]) for _, more in totals):
         return []
     first_time, second_time = ({**each.more, **each.parts} for each in (mine, again()))
-    unsteady = {name for name, value in first_time.items() if second_time.get(name, value) != value}
-    every: list[Any] = [None] * len(total)
-    dist.all_gather_object(every, (first_time, unsteady))
-    drawn = {name for _, names in every for name in names if " of train" in name}
-    first = every[0][0]
-    for rank, (parts, _) in enumerate(every):
-        names = [name for name in (*first, *(set(parts) - set(first))) if name not in drawn]
+    not_repeatable = {name for name, value in first_time.items() if second_time.get(name, value) != value}
+    by_rank: list[Any] = [None] * len(totals)
+    dist.all_gather_object(by_rank, (first_time, not_repeatable))
+    unseeded = {name for _, names in by_rank for name in names if " of train" in name}
+    first = by_rank[0][0]
+    for rank, (parts, _) in enumerate(by_rank):
+        names = [name for name in (*first, *(set(parts) - set(first))) if name not in unseeded]
         names = [name for name in names if not _cut_short(name, parts, first)]
         differing = [name for name in names if parts.get(name) != first.get(name)]
         if differing:
             raise TaskFault(_sentence(differing, first, parts, rank))
-    return ["samples of train come from a generator without a seed: this run cannot be repeated"] if drawn else []
+    return ["samples of train come from a generator without a seed: this run cannot be repeated"] if unseeded else []
 
 
 def _agree(mine: dict[str, str], theirs: dict[str, str]) -> bool:
-    """Are the samples that both have looked at the same?"""
+    """Return whether the samples that both ranks have hashed are the same."""
     return all(mine[name] == theirs[name] for name in mine.keys() & theirs.keys())
 
 
 def _cut_short(name: str, *both: dict[str, str]) -> bool:
-    """Is it a sample that one of them had no time to look at?"""
+    """Return whether `name` is a sample that one of the two ranks had no time to hash."""
     return name.startswith("sample") and any(name not in parts for parts in both)
 
 

@@ -1,6 +1,6 @@
-"""Models that an experiment cannot train as they are: what can be told by looking at them, without a pass.
+"""Models that an experiment cannot train as they are, as far as inspection shows it without a pass.
 
-Each rule gives one sentence with what to change (issue 11, A15, B 05 to 07, 12, 14, 24).
+Each rule gives parameter sentence with what to change (issue 11, A15, B 05 to 07, 12, 14, 24).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from labkit.experiment import Experiment
-from labkit.experiment.fault import named
+from labkit.experiment.fault import describe_error
 from labkit.experiment.registry import registry
 from labkit.quantization.linear import chosen
 from labkit.sparsity.layers import prunable
@@ -22,7 +22,7 @@ _HARMLESS = "nn.BatchNorm (each rank then sees its own samples) or nn.GroupNorm"
 
 
 def unfinished(model: nn.Module) -> str | None:
-    """What has no shape yet: lazy layers, or tensors on the device `meta`."""
+    """Return a sentence on the first tensor without shape (lazy layer) or without values (device `meta`), or None."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             return (
@@ -30,21 +30,21 @@ def unfinished(model: nn.Module) -> str | None:
                 "the task, e.g. model(x[:2])"
             )
         if tensor.is_meta:
-            return f"{name} lies on the device meta and holds no numbers: give it some before the task is returned"
+            return f"{name} is on the device meta and has no values: give it some before the task is returned"
     return None
 
 
 def misfits(experiment: Experiment, model: nn.Module) -> Iterator[str]:
-    """Why this model cannot be trained as the experiment asks, one sentence for each reason."""
+    """Yield parameter sentence for each reason why this model cannot be trained as the experiment asks."""
     parameters = dict(model.named_parameters())
-    trained = {name: one for name, one in parameters.items() if one.requires_grad}
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     if not trained:
         frozen = f"all {len(parameters)} parameters are frozen" if parameters else "it has no parameters"
         yield f"the model has nothing to train: {frozen} (set requires_grad of some)"
         return
-    for name, one in trained.items():
-        if any(size > 1 and not step for size, step in zip(one.shape, one.stride(), strict=True)):
-            yield f"{name} stores several numbers in one place (expand): make it a tensor of its own with clone()"
+    for name, parameter in trained.items():
+        if any(size > 1 and not step for size, step in zip(parameter.shape, parameter.stride(), strict=True)):
+            yield f"{name} stores several elements at one address (expand): make it a tensor of its own with clone()"
             return
     yield from _normalization(experiment, model)
     yield from _sharded(experiment, parameters, trained)
@@ -68,35 +68,37 @@ def _sharded(
     layout = experiment.layout
     if layout.dp_shard == 1 or layout.zero_stage != 3:
         return
-    for name, one in parameters.items():
-        if not one.dim():
+    for name, parameter in parameters.items():
+        if not parameter.dim():
             yield (
                 f"{name} is a single number without a dimension, which ZeRO 3 cannot shard: give it the shape (1,), "
                 "or set layout.zero_stage to 1 or 2"
             )
             return
-        if not one.numel():
+        if not parameter.numel():
             yield (
-                f"{name} is empty (shape {list(one.shape)}), which ZeRO 3 cannot shard: leave it out, "
+                f"{name} is empty (shape {list(parameter.shape)}), which ZeRO 3 cannot shard: leave it out, "
                 "or set layout.zero_stage to 1 or 2"
             )
             return
-        if not (one.is_floating_point() or one.is_complex()):
-            kind = str(one.dtype).removeprefix("torch.")
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            kind = str(parameter.dtype).removeprefix("torch.")
             yield f"{name} is a parameter of {kind}, which ZeRO 3 cannot shard: make it a buffer (register_buffer)"
             return
-    kinds = {one.dtype: name for name, one in trained.items()}
+    kinds = {parameter.dtype: name for name, parameter in trained.items()}
     if len(kinds) > 1:
-        (first, here), (second, there), *_ = ((str(kind).removeprefix("torch."), name) for kind, name in kinds.items())
+        (dtype, name), (other_dtype, other_name), *_ = (
+            (str(kind).removeprefix("torch."), name) for kind, name in kinds.items()
+        )
         yield (
-            f"{here} is {first} and {there} is {second}: ZeRO 3 shards parameters of one type together, "
+            f"{name} is {dtype} and {other_name} is {other_dtype}: ZeRO 3 shards parameters of one type together, "
             "so set layout.zero_stage to 1 or 2"
         )
 
 
 def _complex(experiment: Experiment, model: nn.Module, trained: dict[str, nn.Parameter]) -> Iterator[str]:
-    """What knows real numbers only: it would drop the imaginary part, or fail."""
-    names = [name for name, one in trained.items() if one.is_complex()]
+    """Yield a sentence for each setting that handles real numbers only: it would drop the imaginary part, or fail."""
+    names = [name for name, parameter in trained.items() if parameter.is_complex()]
     if not names:
         return
     compression, quantization = experiment.gradients.compression.method, experiment.quantization
@@ -107,15 +109,15 @@ def _complex(experiment: Experiment, model: nn.Module, trained: dict[str, nn.Par
     if experiment.layout.dp_shard > 1 and experiment.layout.zero_stage == 3:
         yield f"{names[0]} is complex, which ZeRO 3 cannot shard: set layout.zero_stage to 1 or 2"
     layers = {f"{name}.weight" for name, _ in chosen(model, quantization.head)} & set(names)
-    narrows = quantization.qat != "none" or quantization.after_training != "none"
-    if layers and (narrows or quantization.training in ("int8", "int8_weights", "bitnet", "fp8")):
-        yield f"{min(layers)} is complex, and narrow formats of layers are real: set quantization to full precision"
-    if experiment.sparsity.method != "none" and (hit := sorted(set(prunable(model, True)) & set(names))):
-        yield f"{hit[0]} is complex, and sparsity chooses among real weights only (sparsity.method)"
+    converts = quantization.qat != "none" or quantization.after_training != "none"
+    if layers and (converts or quantization.training in ("int8", "int8_weights", "bitnet", "fp8")):
+        yield f"{min(layers)} is complex, and low-precision layers are real: set quantization to full precision"
+    if experiment.sparsity.method != "none" and (complex_names := sorted(set(prunable(model, True)) & set(names))):
+        yield f"{complex_names[0]} is complex, and sparsity chooses among real weights only (sparsity.method)"
 
 
 def copies(experiment: Experiment) -> str | None:
-    """Which part of the experiment works with a copy of the model; None if nothing does."""
+    """Return the first setting of the experiment that needs a copy of the model; None if there is none."""
     quantization, sparsity = experiment.quantization, experiment.sparsity
     if experiment.gradients.update.method == "parameter_server":
         return "gradients.update.method=parameter_server"
@@ -144,35 +146,35 @@ def _copied(experiment: Experiment, model: nn.Module) -> Iterator[str]:
     try:
         copy.deepcopy(model)
     except Exception as error:
-        yield f"the model cannot be copied, which {setting} needs: {named(error)}"
+        yield f"the model cannot be copied, which {setting} needs: {describe_error(error)}"
 
 
 def _converted(experiment: Experiment, model: nn.Module) -> Iterator[str]:
     quantization = experiment.quantization
     if quantization.after_training == "none" or chosen(model, quantization.head):
         return
-    hidden = [name for name, one in model.named_modules() if isinstance(one, nn.Linear)]
+    hidden = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     rest = "; layers with a parametrization (weight_norm) stay as they are" if len(hidden) > 1 else ""
     yield (
-        f"quantization.after_training={quantization.after_training} finds no linear layer to convert beside the last "
+        f"quantization.after_training={quantization.after_training} finds no linear layer to convert except the last "
         f"one (quantization.head){rest}"
     )
 
 
 def sparse_gradients(experiment: Experiment, names: list[str]) -> str | None:
-    """Why gradients that hold some rows only cannot be used here; None where they can, or where there are none."""
+    """Return why the sparse gradients of `names` cannot be used here; None if they can, or if `names` is empty."""
     layout = experiment.layout
-    laid_out = layout.world_size > layout.dp_replicate and (layout.dp_shard == 1 or layout.zero_stage == 1)
-    if not names or laid_out:
+    supported = layout.world_size > layout.dp_replicate and (layout.dp_shard == 1 or layout.zero_stage == 1)
+    if not names or supported:
         return None
     return (
-        f"{names[0]} has sparse gradients (sparse=True), which neither {experiment.optimizer.name} nor the exchange of "
-        "gradients takes here: leave sparse=True out, the numbers stay the same"
+        f"{names[0]} has sparse gradients (sparse=True), which neither {experiment.optimizer.name} nor the reduction "
+        "of gradients supports here: leave sparse=True out, the numbers stay the same"
     )
 
 
 def unsaved(state: dict[str, object]) -> str | None:
-    """What of a model's state (`state_dict()`) cannot go into a checkpoint."""
+    """Return a sentence about the first entry of a model's `state_dict()` that a checkpoint cannot store, or None."""
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             return f"{name} of the model's state is a {type(value).__name__}: a checkpoint holds tensors only"
@@ -185,5 +187,5 @@ def unsaved(state: dict[str, object]) -> str | None:
 def _savable() -> set[torch.dtype]:
     from safetensors.torch import _TYPES
 
-    known = {kind for kind in _TYPES.values() if isinstance(kind, torch.dtype)}
-    return known | {torch.complex128}  # as pairs of real numbers (labkit.parallel.state)
+    dtypes = {dtype for dtype in _TYPES.values() if isinstance(dtype, torch.dtype)}
+    return dtypes | {torch.complex128}  # stored as pairs of real numbers (labkit.parallel.state)

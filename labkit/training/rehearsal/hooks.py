@@ -1,8 +1,8 @@
-"""Hooks that somebody has put on a parameter: `register_hook`, `register_post_accumulate_grad_hook`.
+"""Hooks that a user has registered on a parameter: `register_hook`, `register_post_accumulate_grad_hook`.
 
-They belong to the tensor. Where a layout puts other tensors in its place, or takes gradients past autograd's own
-accumulation, they would be lost without a word. Elsewhere they see the gradient of one rank's pass: the same as one
-process computes only if a hook is linear, which is found by trying.
+They belong to the tensor. If a layout replaces the tensor, or bypasses autograd's own accumulation of gradients, they
+would be lost silently. Otherwise they see the gradient of one rank's pass: the result is that of one process only if
+the hook is linear, which is tested by calling it.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ _WITHOUT = "leave the hook out, or do its work in the model (a mask, a parametri
 
 
 def hooks_of(parameter: Tensor) -> list[Callable[[Tensor], Any]]:
-    """Return the hooks of both kinds."""
+    """Return the hooks of both kinds that are registered on a parameter."""
     return [*gradient_hooks(parameter), *accumulated_hooks(parameter)]
 
 
 def hooked(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that have hooks, by name."""
+    """Return the parameters that have hooks, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if hooks_of(parameter)}
 
 
 def lost_by(experiment: Experiment, model: nn.Module) -> str | None:
-    """Why a hook of this model would be lost in this layout, in one sentence; None if all work."""
+    """Return in one sentence why a hook of this model would be lost in this layout; None if all hooks work."""
     parameters, layout = hooked(model), experiment.layout
     if not parameters:
         return None
     name = next(iter(parameters))
-    for words, replaces, remedy in (
+    for cause, replaces, remedy in (
         ("ZeRO 3", layout.dp_shard > 1 and layout.zero_stage == 3, "set layout.zero_stage to 1 or 2"),
         ("tensor parallelism", layout.tp > 1, "set layout.tp to 1"),
         ("expert parallelism", layout.ep > 1, "set layout.ep to 1"),
@@ -45,7 +45,7 @@ def lost_by(experiment: Experiment, model: nn.Module) -> str | None:
     ):
         if replaces:
             return (
-                f"{name} has a hook ({_kind(parameters[name])}), which is lost under {words}: {remedy}, or {_WITHOUT}"
+                f"{name} has a hook ({_kind(parameters[name])}), which is lost under {cause}: {remedy}, or {_WITHOUT}"
             )
     late = next((name for name, parameter in parameters.items() if accumulated_hooks(parameter)), None)
     if late is not None and layout.pp > 1 and layout.schedule in SPLITTING:
@@ -61,7 +61,10 @@ def _kind(parameter: Tensor) -> str:
 
 
 def lost_in(before: Mapping[str, nn.Parameter], stages: Iterable[nn.Module]) -> str | None:
-    """Which hook was lost when the parameters of `before` were made ready for training; None if all are in place."""
+    """Return a sentence about the first hook that was lost while the model was prepared for training, or None.
+
+    `before` holds the parameters with hooks, by name, from before the preparation.
+    """
     for stage in stages:
         for name, parameter in stage.named_parameters():
             if name in before and before[name] is not parameter:
@@ -73,7 +76,7 @@ def lost_in(before: Mapping[str, nn.Parameter], stages: Iterable[nn.Module]) -> 
 
 
 def nonlinear(model: nn.Module) -> str | None:
-    """The name of the first parameter whose hooks do more than a linear map to its gradient; None if there is none."""
+    """Return the name of the first parameter whose hooks are not a linear map of the gradient; None for none."""
     parameters = hooked(model)
     if not parameters:
         return None
@@ -85,25 +88,28 @@ def nonlinear(model: nn.Module) -> str | None:
 
 
 def _is_linear(parameter: nn.Parameter) -> bool:
-    draws = torch.Generator().manual_seed(0)
-    first, second = (torch.randn(parameter.shape, generator=draws).to(parameter) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(parameter.shape, generator=generator).to(parameter) for _ in range(2))
     try:
-        parts, whole = _hooked(parameter, first) + _hooked(parameter, second), _hooked(parameter, first + second)
-    except Exception:  # a person's own code, which may want more than a gradient
+        sum_of_results = _apply_hooks(parameter, first) + _apply_hooks(parameter, second)
+        result_of_sum = _apply_hooks(parameter, first + second)
+    except Exception:  # the user's own code, which may need more than a gradient
         return False
-    return parts.shape == whole.shape and bool(torch.allclose(parts, whole, rtol=1e-3, atol=1e-3))
+    return sum_of_results.shape == result_of_sum.shape and bool(
+        torch.allclose(sum_of_results, result_of_sum, rtol=1e-3, atol=1e-3)
+    )
 
 
-def _hooked(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
-    """What all hooks of the parameter make of a gradient."""
+def _apply_hooks(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+    """Return what the hooks of the parameter turn a gradient into; ValueError if they remove it."""
     gradient = gradient.clone()
     for hook in gradient_hooks(parameter):
-        changed = hook(gradient)
-        gradient = gradient if changed is None else changed
+        replacement = hook(gradient)
+        gradient = gradient if replacement is None else replacement
     before, parameter.grad = parameter.grad, gradient.clone()
     for hook in accumulated_hooks(parameter):
         hook(parameter)
     result, parameter.grad = parameter.grad, before
     if result is None:
-        raise ValueError("the hook takes the gradient away")
+        raise ValueError("the hook removes the gradient")
     return result

@@ -1,6 +1,6 @@
-"""Ids beyond what an embedding has rows for are named by their sample, before the device fails over them.
+"""Report ids that are out of range for an embedding, with their sample, before the device fails on them.
 
-On a GPU such an id ends in an assertion of the device from which no process recovers.
+On a GPU such an id triggers a device-side assertion, from which no process recovers.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from labkit.workloads.text import Windows
 
 
 class Ids:
-    """The embeddings of a model, and which of them are given the samples' x as it is."""
+    """Range check of the ids that embeddings look up; it notes which embeddings receive the samples' x itself."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._of_x: dict[str, int] = {}
-        """Rows of the embeddings that are given x itself, by name."""
+        """Number of rows of the embeddings that receive x itself, by name."""
 
     @contextmanager
     def checked(self, x: Tensor, indices: list[int], what: str) -> Iterator[None]:
-        """Inside, a pass over x, the samples `indices` of `what`, raises TaskFault before an id is looked up amiss."""
+        """Check all lookups of a pass over x, the samples `indices` of `what`; raise TaskFault if an id is bad."""
 
         def check(name: str) -> Callable[[nn.Module, Any], None]:
             def hook(module: Any, positional: Any) -> None:
@@ -43,7 +43,7 @@ class Ids:
         handles = [
             module.register_forward_pre_hook(check(name or "the embedding"))
             for name, module in self._model.named_modules()
-            # A subclass may take its input for something else than ids, such as the number of positions.
+            # A subclass may interpret its input as something else than ids, such as the number of positions.
             if type(module).forward in (nn.Embedding.forward, nn.EmbeddingBag.forward)
         ]
         try:
@@ -61,7 +61,7 @@ class Ids:
             raise TaskFault(_sentence(f"{sample} of {what}", ids if len(ids) != len(indices) else ids[row], name, rows))
 
     def check_all(self, data: Data, what: str) -> None:
-        """All samples that lie in memory."""
+        """Check all samples of data in memory; raise TaskFault for the first id that is out of range."""
         while isinstance(data, Cast):
             data = data.data
         if isinstance(data, TensorData):
@@ -70,7 +70,7 @@ class Ids:
             self.check_samples(data.inputs(), 0, what)
 
     def check_samples(self, x: Tensor, first: int, what: str) -> None:
-        """The samples from `first` on, whose inputs are x."""
+        """Check the samples from index `first` on, whose inputs are x; raise TaskFault if an id is out of range."""
         for name, rows in self._of_x.items():
             row = first_beyond(x, rows)
             if row is not None:
@@ -78,7 +78,7 @@ class Ids:
 
 
 def first_beyond(ids: Tensor, rows: int) -> int | None:
-    """The first row of `ids` in which some id is not from 0 to before `rows`; None if all are."""
+    """Return the first row of `ids` with an id outside of [0, `rows`); None if there is none."""
     if ids.is_floating_point() or not ids.numel():
         return None
     low, high = (int(extreme) for extreme in torch.aminmax(ids))
@@ -89,7 +89,7 @@ def first_beyond(ids: Tensor, rows: int) -> int | None:
 
 
 def _beyond(ids: Tensor, rows: int) -> Tensor:
-    """Which ids are not from 0 to before `rows`; as int64, since a bound of 256 is 0 among numbers of 8 bits."""
+    """Return a mask of the ids outside of [0, `rows`); computed in int64, since a bound of 256 is 0 in 8 bits."""
     ids = ids.long()
     return (ids < 0) | (ids >= rows)
 
@@ -98,5 +98,5 @@ def _sentence(sample: str, ids: Tensor, name: str, rows: int) -> str:
     value = int(ids[_beyond(ids, rows)].flatten()[0]) if ids.dim() else int(ids)
     return (
         f"{sample} has the id {value}, but {name} has {rows} rows (ids 0 to {rows - 1}): give it more rows "
-        "(num_embeddings), or other ids to the samples"
+        "(num_embeddings), or change the ids of the samples"
     )

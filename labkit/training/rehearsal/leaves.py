@@ -1,8 +1,8 @@
-"""What a loss depends on beside the model's parameters: no optimizer would train it.
+"""Find tensors besides the model's parameters that a loss depends on: no optimizer would train them.
 
-Read off the graph of a pass, so that it does not matter where a parameter is hidden: in the closure of a loss, in a
-partial, in a plain list of layers, in an object, in the module's file. What a loss only reads without gradients, such
-as a frozen teacher, is not in the graph.
+They are found in the autograd graph of a pass, so it does not matter where a parameter is hidden: in the closure of a
+loss, in a partial, in a plain list of layers, in an object, in the module's file. Tensors that a loss reads without
+gradients, such as those of a frozen teacher, are not in the graph.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from labkit.workloads.base import Task
 from labkit.workloads.held import tensors_held
 
 MOST_NODES = 50_000
-"""Of a graph that is looked at."""
+"""Maximum number of graph nodes that are visited."""
 
 
 def leaves(end: Iterable[Tensor], until: Iterable[Tensor] = ()) -> Iterator[Tensor]:
-    """The leaves of the graph behind the tensors `end` that get a gradient; not beyond the tensors `until`."""
-    seen = {tensor.grad_fn for tensor in until}
-    waiting: list[Any] = [tensor.grad_fn for tensor in end]
-    while waiting and len(seen) < MOST_NODES:
-        node = waiting.pop()
-        if node is None or node in seen:
+    """Yield the leaf tensors with gradients in the autograd graph of the tensors `end`, not beyond those in `until`."""
+    visited = {tensor.grad_fn for tensor in until}
+    stack: list[Any] = [tensor.grad_fn for tensor in end]
+    while stack and len(visited) < MOST_NODES:
+        node = stack.pop()
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if (variable := getattr(node, "variable", None)) is not None:
             yield variable
-        waiting.extend(inner for inner, _ in node.next_functions)
+        stack.extend(inner for inner, _ in node.next_functions)
 
 
-def strangers(task: Task, loss: Tensor) -> str | None:
-    """Why the loss depends on something that no optimizer would train, in one sentence; None if all are parameters."""
-    own = {id(parameter) for parameter in task.model.parameters()}
-    others = [leaf for leaf in leaves([loss]) if id(leaf) not in own]
-    if not others:
+def untrained_leaf(task: Task, loss: Tensor) -> str | None:
+    """Return a sentence if the loss depends on a tensor that no optimizer would train; None if all are parameters."""
+    parameters = {id(parameter) for parameter in task.model.parameters()}
+    foreign = [leaf for leaf in leaves([loss]) if id(leaf) not in parameters]
+    if not foreign:
         return None
     places: dict[int, str] = {}
     for place, tensor in _places(task):
         places.setdefault(id(tensor), place)
-    # What is neither a parameter nor held anywhere was made in this pass.
-    other = next((leaf for leaf in others if isinstance(leaf, nn.Parameter) or id(leaf) in places), None)
-    if other is None:
+    # A tensor that is neither a parameter nor stored anywhere was created in this pass.
+    culprit = next((leaf for leaf in foreign if isinstance(leaf, nn.Parameter) or id(leaf) in places), None)
+    if culprit is None:
         return None
-    name = places.get(id(other)) or f"a tensor of shape {list(other.shape)} that is made in the pass"
+    name = places.get(id(culprit)) or f"a tensor of shape {list(culprit.shape)} that is created in the pass"
     return (
-        f"the loss depends on {name}, which no optimizer would train: it is no parameter of the model, so register it "
-        "there (nn.Parameter, nn.ModuleList), or freeze it with requires_grad_(False)"
+        f"the loss depends on {name}, which no optimizer would train: it is not a parameter of the model, so register "
+        "it there (nn.Parameter, nn.ModuleList), or freeze it with requires_grad_(False)"
     )
 
 
@@ -60,13 +60,13 @@ def _places(task: Task) -> Iterator[tuple[str, Tensor]]:
     yield from tensors_held(task, "the task")
 
 
-def read_beside(experiment: Experiment, task: Task, output: Any, loss: Tensor) -> str | None:
-    """Why a loss cannot read the model's own parameters in this layout; None where it does not, or where it can."""
+def parameter_in_loss(experiment: Experiment, task: Task, output: Any, loss: Tensor) -> str | None:
+    """Return why the loss cannot read the model's parameters directly in this layout; None if it does not, or can."""
     layout = experiment.layout
     setting = next(
         (
-            words
-            for words, lays_out in (
+            name
+            for name, moves_parameters in (
                 ("ZeRO 3", layout.dp_shard > 1 and layout.zero_stage == 3),
                 ("a pipeline", layout.pp > 1),
                 ("tensor parallelism", layout.tp > 1),
@@ -74,7 +74,7 @@ def read_beside(experiment: Experiment, task: Task, output: Any, loss: Tensor) -
                 ("pipedream", experiment.gradients.update.method == "pipedream"),
                 ("a parameter server", experiment.gradients.update.method == "parameter_server"),
             )
-            if lays_out
+            if moves_parameters
         ),
         None,
     )
@@ -82,15 +82,15 @@ def read_beside(experiment: Experiment, task: Task, output: Any, loss: Tensor) -
         return None
     outputs = [tensor for _, tensor in tensors_held(output, "")]
     names = {id(parameter): name for name, parameter in task.model.named_parameters()}
-    hit = next((names[id(leaf)] for leaf in leaves([loss], outputs) if id(leaf) in names), None)
-    return hit and (
-        f"the loss reads {hit} of the model beside its output, and {setting} keeps that elsewhere than the loss looks: "
-        "use layout.dp_replicate or layout.zero_stage 1 or 2, or leave it to optimizer.weight_decay"
+    parameter_name = next((names[id(leaf)] for leaf in leaves([loss], outputs) if id(leaf) in names), None)
+    return parameter_name and (
+        f"the loss reads {parameter_name} of the model in addition to its output, and {setting} keeps that where the "
+        "loss does not look: use layout.dp_replicate or layout.zero_stage 1 or 2, or leave it to optimizer.weight_decay"
     )
 
 
 def kept_graph(task: Task) -> str:
-    """What the model or the loss keeps of a pass together with its graph, in words; '' if it is not to be seen."""
+    """Return the place of a tensor that the model or the loss keeps after a pass with its graph; '' if none is seen."""
     for place, tensor in _places(task):
         if tensor.grad_fn is not None:
             return place

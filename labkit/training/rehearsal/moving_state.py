@@ -1,8 +1,8 @@
 """State that a training pass changes by itself: buffers, and parameters that the optimizer does not train.
 
-A teacher that follows the model by a moving average, a codebook, running statistics: they move once per pass. So
-several passes in one step move them more often than one process does with the whole batch, and ZeRO 3, which gathers
-parameters for a pass and frees them afterwards, loses what was written to them (issue 11).
+Examples are a teacher that follows the model by a moving average, a codebook, or running statistics. They change once
+per pass, so several passes in one step change them more often than one process does with the whole batch. ZeRO 3, which
+gathers parameters for a pass and frees them afterwards, loses what was written to them (issue 11).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from labkit.experiment import Experiment
 from labkit.experiment.fault import TaskFault
 
 MAX_BYTES = 2**28
-"""Beyond this size a model's untrained state is not copied, and so not looked at (bytes)."""
+"""Size up to which a model's untrained state is copied and compared (bytes)."""
 
 
 class MovingState:
@@ -32,24 +32,24 @@ class MovingState:
         return [name for name, tensor in self._before.items() if name in now and not _equal(now[name], tensor)]
 
     def notes(self, experiment: Experiment) -> list[str]:
-        """Return a sentence if several passes per step move this state too often; TaskFault if ZeRO 3 loses it."""
+        """Return a sentence if several passes per step change this state too often; TaskFault if ZeRO 3 loses it."""
         changed = self.changed()
         if not changed:
             return []
         layout = experiment.layout
         frozen = {name for name, parameter in self._model.named_parameters() if not parameter.requires_grad}
-        lost = [name for name in changed if name in frozen]
-        if lost and layout.dp_shard > 1 and layout.zero_stage == 3:
+        changed_parameters = [name for name in changed if name in frozen]
+        if changed_parameters and layout.dp_shard > 1 and layout.zero_stage == 3:
             raise TaskFault(
-                f"{lost[0]} is changed in the forward pass although it is not trained, and ZeRO 3 would lose the "
-                "change: register it as a buffer (register_buffer), or set layout.zero_stage to 1 or 2"
+                f"{changed_parameters[0]} is changed in the forward pass although it is not trained, and ZeRO 3 would "
+                "lose the change: register it as a buffer (register_buffer), or set layout.zero_stage to 1 or 2"
             )
         passes = experiment.gradients.accumulation * (layout.microbatches if layout.pp > 1 else 1)
         if passes == 1:
             return []
         return [
-            f"{changed[0]} changes in every training pass, and a step has {passes} passes, so it moves more often than "
-            "in one process with the whole batch"
+            f"{changed[0]} changes in every training pass, and a step has {passes} passes, so it changes more often "
+            "than in one process with the whole batch"
         ]
 
 
@@ -66,7 +66,7 @@ def _untrained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have the same type, shape and numbers; NaN equals NaN."""
+    """Return whether two tensors have the same dtype, shape and values; NaN equals NaN."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
     same = first == second

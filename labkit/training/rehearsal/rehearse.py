@@ -1,10 +1,10 @@
-"""The rehearsal: on every rank, before step 1, the task is tried as it will be used (issue 11).
+"""The rehearsal: before step 1, every rank tries the task in the way the run will use it (issue 11).
 
-A few samples go through the data set, the model in both modes, the loss, a pass backward, the held-out metric, and the
-state is asked whether a checkpoint can hold it. Whatever goes wrong is one sentence (TaskFault). Everything is put back
-afterwards (restore.py), so that the numbers of the run do not move in the last bit. Then the ranks compare what they
-have built and seen: who built another task is named (fingerprint.py), and parameters that some passes leave out are
-known before DDP and `fully_shard` wait for their gradients.
+A few samples go through the data set, the model in both modes, the loss, a backward pass and the held-out metric, and
+the state is checked for values that a checkpoint cannot store. Every failure is reported in one sentence (TaskFault).
+Everything is restored afterwards (restore.py), so that the results of the run do not change in the last bit. Then the
+ranks compare what they have built and observed: a rank that built a different task is named (fingerprint.py), and
+parameters that some passes do not use are identified before DDP and `fully_shard` wait for their gradients.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from labkit.experiment import Experiment
-from labkit.experiment.fault import TaskFault, named
+from labkit.experiment.fault import TaskFault, describe_error
 from labkit.parallel.cast import widen
 from labkit.training.rehearsal import fingerprint, fits, hooks, leaves
-from labkit.training.rehearsal.advice import backward_fault, described, hint, samples_of, shape_of
+from labkit.training.rehearsal.advice import backward_fault, describe, hint, samples_of, shape_of
 from labkit.training.rehearsal.control_flow import ControlFlowProbe
 from labkit.training.rehearsal.exactness import non_parity_modules
 from labkit.training.rehearsal.ids import Ids
@@ -36,72 +36,74 @@ from labkit.training.rehearsal.same_loss import compare_losses, loss_of_first_sa
 from labkit.training.runtime import Runtime
 from labkit.training.sampling import BatchOrder, Indices
 from labkit.workloads.base import Batch, Data, Task
-from labkit.workloads.fetch import checked, fetch
-from labkit.workloads.restore import Noted, restored
+from labkit.workloads.fetch import fetch, fetch_checked
+from labkit.workloads.restore import Snapshot, restored
 from labkit.workloads.seed import seed_generators
 
 SAMPLES = 2
-"""In a pass: one sample alone would let batch normalisation fail that never sees so few in the run."""
+"""Number of samples in a pass; with one alone, batch normalisation would fail, which never gets so few in the run."""
 MORE_PASSES = 8
-"""Passes over other samples where the way through a model may depend on what it sees."""
-LOOK_S = 0.25
-"""How long further samples of a data set of one's own are looked at (s)."""
-MOST_LOOKED = 512
+"""Number of passes over other samples if the control flow of the model may depend on its input."""
+SCAN_S = 0.25
+"""Time limit for reading further samples of a user's own data set (s)."""
+MAX_SCANNED = 512
+"""Maximum number of these samples."""
 LARGE = 2**28
-"""From this size on it is asked whether there is room for gradients of the whole model (bytes of its weights)."""
-_KNOWN = ("labkit.workloads", "torch.nn.modules")
-"""Models made of these alone take the same way whatever they see."""
+"""Size of the weights from which free memory is checked before gradients of the whole model are computed (bytes)."""
+_STATIC = ("labkit.workloads", "torch.nn.modules")
+"""Packages whose modules have the same control flow for every input."""
 _BUILT_IN = ("vision", "language", "driving")
-"""Their metrics need no rehearsal."""
+"""Workloads whose metrics need no rehearsal."""
 
 
 @dataclass
-class Rehearsed:
-    """What a rank has seen of its task."""
+class RehearsalResult:
+    """Findings of the rehearsal on one rank."""
 
     notes: list[str] = field(default_factory=list)
-    """For the run's warnings."""
+    """Sentences for the run's warnings."""
     unused: list[str] = field(default_factory=list)
-    """Parameters to be trained that some pass on some rank left without a gradient."""
-    wanders: bool = False
-    """The way through the model may depend on the samples, on chance or on the number of the pass, on some rank."""
-    foreign: bool = True
-    """Does the task, or a module of its model, come from somebody else than labkit?"""
-    built: str = ""
-    """Hash of what the rank has built: equal where two runs train the same task."""
+    """Names of trainable parameters that got no gradient in some pass on some rank."""
+    dynamic: bool = False
+    """Whether the control flow may depend on the samples, on chance or on the number of the pass, on some rank."""
+    user_code: bool = True
+    """Whether the task, or a module of its model, is not labkit's own."""
+    task_hash: str = ""
+    """Hash of the task that the rank has built: equal if two runs train the same task."""
     seconds: float = 0.0
+    """Duration of the rehearsal (s)."""
 
     def event(self) -> dict[str, Any]:
-        """The fields of the event `rehearsal`."""
-        return {"seconds": round(self.seconds, 4), "unused": self.unused[:20], "built": self.built}
+        """Return the fields of the event `rehearsal`."""
+        return {"seconds": round(self.seconds, 4), "unused": self.unused[:20], "built": self.task_hash}
 
     @property
     def irregular(self) -> bool:
-        """May a pass leave parameters without a gradient?"""
-        return self.wanders or bool(self.unused)
+        """Whether a pass may leave parameters without a gradient."""
+        return self.dynamic or bool(self.unused)
 
 
 def rehearse(
     experiment: Experiment, task: Task, runtime: Runtime, order: BatchOrder, phase: Callable[[str], None]
-) -> Rehearsed:
-    """Try the task on this rank and compare it with the others' (collective).
+) -> RehearsalResult:
+    """Try the task on this rank and compare it with that of the other ranks (collective).
 
-    The model lies on the device and in the number format of the run, whole. `phase` is called with what
-    goes on, so that whoever hangs is named. TaskFault with one sentence if the task cannot be trained.
+    The whole model must be on the device and in the dtype of the run. `phase` is called with the name of each phase, so
+    that a rank that hangs can be reported. Raise TaskFault with one sentence if the task cannot be trained.
     """
-    begun = time.perf_counter()
-    rehearsed = Rehearsed(foreign=_is_foreign(experiment, task.model))
+    started = time.perf_counter()
+    rehearsed = RehearsalResult(user_code=_has_user_code(experiment, task.model))
     seed = experiment.training.seed
-    refused = fits.unfinished(task.model) or next(fits.misfits(experiment, task.model), None)
-    refused = refused or hooks.lost_by(experiment, task.model)
-    if refused:
-        raise TaskFault(refused)
-    with restored(task, task.model, task.train, task.test, device=runtime.device) as noted:
+    problem = fits.unfinished(task.model) or next(fits.misfits(experiment, task.model), None)
+    problem = problem or hooks.lost_by(experiment, task.model)
+    if problem:
+        raise TaskFault(problem)
+    with restored(task, task.model, task.train, task.test, device=runtime.device) as snapshot:
         phase("data")
         mine = fingerprint.Fingerprint.of(task, seed)
-        rehearsed.built = mine.total
+        rehearsed.task_hash = mine.total
         seed_generators(seed)
-        rehearsal = _Rehearsal(experiment, task, runtime, phase, noted, order, rehearsed.foreign)
+        rehearsal = _Rehearsal(experiment, task, runtime, phase, snapshot, order, rehearsed.user_code)
         loss: float | None = None
         if rehearsal.fits:
             used = rehearsal.run(rehearsed)
@@ -109,41 +111,41 @@ def rehearse(
             used = [frozenset(rehearsal.trained)]
             rehearsed.notes.append("the task was not tried before step 1: gradients of the whole model would not fit")
         phase("forward")
-        rehearsed.notes += _proofs(experiment, task, runtime, rehearsed.foreign)
+        rehearsed.notes += _proofs(experiment, task, runtime, rehearsed.user_code)
         if runtime.ranks > 1 and not runtime.isolated:
-            if rehearsed.foreign and rehearsal.fits:
-                loss = loss_of_first_samples(task, runtime, noted, seed)
-                noted.undo()
-            phase("checkpoint")  # the last of all phases: whoever is behind is the one that is waited for
+            if rehearsed.user_code and rehearsal.fits:
+                loss = loss_of_first_samples(task, runtime, snapshot, seed)
+                snapshot.undo()
+            phase("checkpoint")  # the last phase in the order: a rank that is behind is the one the others wait for
             _compare(experiment, task, rehearsed, used, mine)
-            if rehearsed.foreign:
+            if rehearsed.user_code:
                 compare_losses(loss)
     phase("setup")
-    if runtime.device.type == "cuda":  # the peak of the run is that of its steps
+    if runtime.device.type == "cuda":  # the peak memory of the run is that of its steps
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(runtime.device)
-    rehearsed.seconds = time.perf_counter() - begun
+    rehearsed.seconds = time.perf_counter() - started
     return rehearsed
 
 
-def _proofs(experiment: Experiment, task: Task, runtime: Runtime, foreign: bool) -> list[str]:
-    """Reasons why ranks, or passes of one, differ from one process; TaskFault where the loss does not allow several."""
+def _proofs(experiment: Experiment, task: Task, runtime: Runtime, user_code: bool) -> list[str]:
+    """Return why ranks or passes differ from one process; raise TaskFault if the loss does not allow several."""
     ranks, passes = 1 if runtime.isolated else runtime.ranks, experiment.gradients.accumulation
-    about_data = [str(note) for note in task.facts().get("notes", [])]
-    notes = about_data + non_parity_modules(task.model, ranks, passes, task if foreign else None, runtime.place)
+    data_notes = [str(note) for note in task.facts().get("notes", [])]
+    notes = data_notes + non_parity_modules(task.model, ranks, passes, task if user_code else None, runtime.place)
     if runtime.isolated or ranks * passes == 1:
         return notes
     proof = prove_loss(task, runtime.place)
-    if proof.uneven is None:
+    if proof.violation is None:
         return notes + proof.notes
     if experiment.gradients.update.method == "synchronous":
-        raise TaskFault(proof.uneven)
-    return [*notes, *proof.notes, proof.uneven]
+        raise TaskFault(proof.violation)
+    return [*notes, *proof.notes, proof.violation]
 
 
-def _roomy(model: nn.Module, device: torch.device) -> bool:
-    """Do gradients of the whole model, which a layout may never hold on one rank, fit beside it?"""
-    size = sum(one.numel() * one.element_size() for one in model.parameters())
+def _gradients_fit(model: nn.Module, device: torch.device) -> bool:
+    """Return whether gradients of the whole model fit in memory; the layout may never hold them all on one rank."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if size < LARGE:
         return True
     if device.type == "cuda":
@@ -152,24 +154,28 @@ def _roomy(model: nn.Module, device: torch.device) -> bool:
 
 
 def _compare(
-    experiment: Experiment, task: Task, rehearsed: Rehearsed, used: list[frozenset[str]], mine: fingerprint.Fingerprint
+    experiment: Experiment,
+    task: Task,
+    rehearsed: RehearsalResult,
+    used: list[frozenset[str]],
+    mine: fingerprint.Fingerprint,
 ) -> None:
-    """Compare with the other ranks; what holds on one of them holds for all."""
+    """Compare with the other ranks, and update `rehearsed` with what holds on any of them."""
     rehearsed.notes += fingerprint.compare(mine, lambda: fingerprint.Fingerprint.of(task, experiment.training.seed))
-    every: list[Any] = [None] * dist.get_world_size()
-    if not rehearsed.irregular and not _may_wander(task.model):
-        return  # the same on all ranks: the model is the same
-    dist.all_gather_object(every, (rehearsed.wanders, used))
-    rehearsed.wanders = any(wanders for wanders, _ in every)
-    by_rank = [ways for _, ways in every]
-    trained = {name for name, one in task.model.named_parameters() if one.requires_grad}
-    rehearsed.unused = sorted(trained - frozenset.intersection(*(way for ways in by_rank for way in ways)))
+    gathered: list[Any] = [None] * dist.get_world_size()
+    if not rehearsed.irregular and not _may_be_dynamic(task.model):
+        return  # the same decision on all ranks, because the model is the same
+    dist.all_gather_object(gathered, (rehearsed.dynamic, used))
+    rehearsed.dynamic = any(dynamic for dynamic, _ in gathered)
+    by_rank = [passes for _, passes in gathered]
+    trained = {name for name, parameter in task.model.named_parameters() if parameter.requires_grad}
+    rehearsed.unused = sorted(trained - frozenset.intersection(*(names for passes in by_rank for names in passes)))
     layout = experiment.layout
-    # In the same pass: where all ranks leave out the same, nobody waits.
-    sometimes = sorted({name for same in zip(*by_rank, strict=False) for way in same for name in way ^ same[0]})
+    # Pass by pass: if all ranks leave out the same parameters, no rank waits.
+    sometimes = sorted({name for same in zip(*by_rank, strict=False) for names in same for name in names ^ same[0]})
     if sometimes:
         rehearsed.notes.append(
-            "the way through the model depends on the samples of a pass, so ranks differ from one process"
+            "the control flow of the model depends on the samples of a pass, so ranks differ from one process"
         )
     if sometimes and layout.dp_shard > 1 and layout.zero_stage == 3:
         raise TaskFault(
@@ -178,17 +184,17 @@ def _compare(
         )
 
 
-def _is_foreign(experiment: Experiment, model: nn.Module) -> bool:
-    return experiment.workload.name not in _BUILT_IN or _may_wander(model)
+def _has_user_code(experiment: Experiment, model: nn.Module) -> bool:
+    return experiment.workload.name not in _BUILT_IN or _may_be_dynamic(model)
 
 
-def _may_wander(model: nn.Module) -> bool:
-    """Is there a module whose code is not labkit's or torch's own?"""
-    return any(not type(module).__module__.startswith(_KNOWN) for module in model.modules())
+def _may_be_dynamic(model: nn.Module) -> bool:
+    """Return whether a module of the model is neither labkit's nor torch's own."""
+    return any(not type(module).__module__.startswith(_STATIC) for module in model.modules())
 
 
 class _Rehearsal:
-    """The passes of one rank."""
+    """Forward, backward and evaluation passes of one rank."""
 
     def __init__(
         self,
@@ -196,55 +202,55 @@ class _Rehearsal:
         task: Task,
         runtime: Runtime,
         phase: Callable[[str], None],
-        noted: Noted,
+        snapshot: Snapshot,
         order: BatchOrder,
-        foreign: bool,
+        user_code: bool,
     ) -> None:
         self.experiment, self.task, self.runtime = experiment, task, runtime
-        self.phase, self.noted, self.foreign = phase, noted, foreign
-        self.ids = Ids(task.model) if foreign else None
-        self.fits = _roomy(task.model, runtime.device)
-        """Whether gradients of the whole model fit next to it."""
-        self.trained = {name: one for name, one in task.model.named_parameters() if one.requires_grad}
+        self.phase, self.snapshot, self.user_code = phase, snapshot, user_code
+        self.ids = Ids(task.model) if user_code else None
+        self.fits = _gradients_fit(task.model, runtime.device)
+        """Whether gradients of the whole model fit in memory."""
+        self.trained = {name: parameter for name, parameter in task.model.named_parameters() if parameter.requires_grad}
         share, shares = runtime.mesh.data_shard
         passes = experiment.gradients.accumulation
         self.passes: Callable[[int], list[Indices]] = lambda step: order.micro_batches(step, share, shares, passes)
 
-    def run(self, rehearsed: Rehearsed) -> list[frozenset[str]]:
-        """All of it; returns the names of the parameters that each pass used."""
+    def run(self, rehearsed: RehearsalResult) -> list[frozenset[str]]:
+        """Run all passes, fill in `rehearsed`, and return the names of the parameters that each training pass used."""
         task, model = self.task, self.task.model
-        wanders = ControlFlowProbe(self.noted.changed) if _may_wander(model) else None
+        probe = ControlFlowProbe(self.snapshot.changed) if _may_be_dynamic(model) else None
         indices = self.passes(0)[0].tolist()[:SAMPLES] or [0]
-        batch = checked(task.train, indices, "train")
-        used = [self._train(batch, indices, wanders)]
-        if rehearsed.foreign:
-            used.append(self._train(batch, indices, wanders))  # what is kept from pass to pass
+        batch = fetch_checked(task.train, indices, "train")
+        used = [self._train(batch, indices, probe)]
+        if rehearsed.user_code:
+            used.append(self._train(batch, indices, probe))  # again, because state may be kept from pass to pass
             rehearsed.notes += self._moving_state(batch, indices)
             self._evaluate()
-            self._look_further()
-        state = fits.unsaved(model.state_dict()) if self.experiment.training.checkpoint_every != 0 else None
-        if state:
-            raise TaskFault(state)
+            self._scan_data()
+        problem = fits.unsaved(model.state_dict()) if self.experiment.training.checkpoint_every != 0 else None
+        if problem:
+            raise TaskFault(problem)
         try:
             json.dumps(task.facts())
         except Exception as error:
-            raise TaskFault(f"the facts of the task cannot be written as JSON: {named(error)}") from error
-        if wanders is not None:
-            if wanders.other_twice and self.experiment.layout.activation_checkpointing != "none":
+            raise TaskFault(f"the facts of the task cannot be written as JSON: {describe_error(error)}") from error
+        if probe is not None:
+            if probe.differs_when_repeated and self.experiment.layout.activation_checkpointing != "none":
                 raise TaskFault(
-                    "the model counts its passes, or draws from numpy or random, so activations cannot be computed "
-                    "again as they were: set layout.activation_checkpointing to none, or draw from torch"
+                    "the model counts its passes, or draws from numpy or random, so activations cannot be recomputed "
+                    "as they were: set layout.activation_checkpointing to none, or draw from torch"
                 )
-            if wanders.seen or len(used[0]) < len(self.trained):
-                used += [self._train(*other, wanders) for other in self._others()]
-            rehearsed.wanders = wanders.seen or len(set(used)) > 1
+            if probe.detected or len(used[0]) < len(self.trained):
+                used += [self._train(*further, probe) for further in self._further_batches()]
+            rehearsed.dynamic = probe.detected or len(set(used)) > 1
         rehearsed.unused = sorted(set(self.trained) - frozenset.intersection(*used))
         return used
 
     def _moving_state(self, batch: Batch, indices: list[int]) -> list[str]:
-        """Return a note if a training pass changes what the optimizer does not train; TaskFault if that would be lost.
+        """Return a note if a training pass changes untrained state; raise TaskFault if that change would be lost.
 
-        The trained weights differ a little from those at the start: a teacher that equals them does not move.
+        The trained weights are perturbed a little first, because a teacher that equals them would not change.
         """
         moving, model = MovingState(self.task.model), self.task.model
         with torch.no_grad(), _alone(model):
@@ -254,59 +260,61 @@ class _Rehearsal:
             model.train()
             self._output(batch, indices, "train")
         notes = moving.notes(self.experiment)
-        self.noted.undo(generators=False)
+        self.snapshot.undo(generators=False)
         return notes
 
-    def _others(self) -> Iterator[tuple[Batch, list[int]]]:
-        """Further passes of different samples, each with other random numbers."""
+    def _further_batches(self) -> Iterator[tuple[Batch, list[int]]]:
+        """Yield batches of further samples with their indices; before each, the generators are seeded differently."""
         for number in range(MORE_PASSES):
             seed_generators(self.experiment.training.seed + 1 + number + MORE_PASSES * self.runtime.rank)
-            chosen = self.passes(1 + number)[0].tolist()[: SAMPLES if number % 2 else 4 * SAMPLES]
-            yield checked(self.task.train, chosen, "train"), chosen
+            indices = self.passes(1 + number)[0].tolist()[: SAMPLES if number % 2 else 4 * SAMPLES]
+            yield fetch_checked(self.task.train, indices, "train"), indices
 
-    def _train(self, batch: Batch, indices: list[int], wanders: ControlFlowProbe | None = None) -> frozenset[str]:
-        """One pass forward and backward; the names of the parameters that got a gradient."""
+    def _train(self, batch: Batch, indices: list[int], probe: ControlFlowProbe | None = None) -> frozenset[str]:
+        """Run one forward and backward pass; return the names of the parameters that got a gradient."""
         model = self.task.model
-        for one in self.trained.values():
-            one.grad = None
+        for parameter in self.trained.values():
+            parameter.grad = None
         model.train()
         with _alone(model):
             self.phase("forward")
-            with wanders or _nothing():
+            with probe or _nothing():
                 output = self._output(batch, indices, "train")
                 loss = self._loss(output, batch, indices, "train")
             if not loss.requires_grad:
                 raise TaskFault(
-                    "the loss does not depend on any parameter that is trained: a detach(), no_grad() or numpy stands "
-                    "between the model and the loss"
+                    "the loss does not depend on any parameter that is trained: there is a detach(), no_grad() or "
+                    "numpy call between the model and the loss"
                 )
-            self._look_at_graph(batch, output, loss)
+            self._check_graph(batch, output, loss)
             self.phase("backward")
             try:
                 loss.backward()
             except Exception as error:
                 raise TaskFault(backward_fault(self.task, error)) from error
-        gradients = {name: one.grad for name, one in self.trained.items() if one.grad is not None}
-        refused = fits.sparse_gradients(
+        gradients = {name: parameter.grad for name, parameter in self.trained.items() if parameter.grad is not None}
+        problem = fits.sparse_gradients(
             self.experiment, [name for name, gradient in gradients.items() if gradient.layout is not torch.strided]
         )
-        if refused:
-            raise TaskFault(refused)
-        for one in self.trained.values():
-            one.grad = None
+        if problem:
+            raise TaskFault(problem)
+        for parameter in self.trained.values():
+            parameter.grad = None
         if not gradients:
             raise TaskFault("no parameter gets a gradient from the loss: the model's output does not depend on any")
         return frozenset(gradients)
 
-    def _look_at_graph(self, batch: Batch, output: Tensor, loss: Tensor) -> None:
-        """What the loss depends on must be what is trained."""
-        if not self.foreign:
+    def _check_graph(self, batch: Batch, output: Tensor, loss: Tensor) -> None:
+        """Raise TaskFault if the loss depends on tensors that are not trained, or reads parameters it cannot reach."""
+        if not self.user_code:
             return
         for name, value in batch.items():
             if value.requires_grad:
                 remedy = f"give it without ({name}.detach())"
                 raise TaskFault(f"{name} of train requires a gradient, which no optimizer would use: {remedy}")
-        fault = leaves.strangers(self.task, loss) or leaves.read_beside(self.experiment, self.task, output, loss)
+        fault = leaves.untrained_leaf(self.task, loss) or leaves.parameter_in_loss(
+            self.experiment, self.task, output, loss
+        )
         if fault:
             raise TaskFault(fault)
 
@@ -321,10 +329,12 @@ class _Rehearsal:
         except TaskFault:
             raise
         except Exception as error:
-            raise TaskFault(f"{place} (x is {shape_of(batch['x'])}): {named(error)}{hint(batch, model)}") from error
+            raise TaskFault(
+                f"{place} (x is {shape_of(batch['x'])}): {describe_error(error)}{hint(batch, model)}"
+            ) from error
         if not isinstance(output, Tensor):
             raise TaskFault(
-                f"in {mode} the model returns {described(output)}: it must return one tensor, the scores that loss and "
+                f"in {mode} the model returns {describe(output)}: it must return one tensor, the scores that loss and "
                 "metric are computed from"
             )
         return output
@@ -334,10 +344,12 @@ class _Rehearsal:
             loss: Any = self.task.loss(widen(output), self.runtime.place(_fresh(batch)))
         except Exception as error:
             targets = ", ".join(f"{name} is {shape_of(value)}" for name, value in batch.items() if name != "x")
-            given = f"the output is {described(output)}" + (f", {targets}" if targets else "")
-            raise TaskFault(f"the loss fails on {samples_of(indices, what)} ({given}): {named(error)}") from error
+            inputs = f"the output is {describe(output)}" + (f", {targets}" if targets else "")
+            raise TaskFault(
+                f"the loss fails on {samples_of(indices, what)} ({inputs}): {describe_error(error)}"
+            ) from error
         if not isinstance(loss, Tensor):
-            raise TaskFault(f"the loss is {described(loss)}, it must be a tensor with one number")
+            raise TaskFault(f"the loss is {describe(loss)}, it must be a tensor with one number")
         if loss.dim():
             raise TaskFault(
                 f"the loss has the shape {list(loss.shape)}, it must be one number: the mean over the samples"
@@ -350,13 +362,13 @@ class _Rehearsal:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        """The held-out metric of a few samples, through to what is shown."""
+        """Compute the held-out metrics of a few samples, up to the numbers that are shown."""
         if self.experiment.training.evaluate_every == 0:
             return
         task = self.task
         indices = list(range(min(SAMPLES, len(task.test))))
         self.phase("evaluation")
-        batch = checked(task.test, indices, "test")
+        batch = fetch_checked(task.test, indices, "test")
         task.model.eval()
         with _alone(task.model):
             output = self._output(batch, indices, "test")
@@ -367,44 +379,44 @@ class _Rehearsal:
         except TaskFault:
             raise
         except Exception as error:
-            place = f"{samples_of(indices, 'test')} (the output is {described(output)})"
-            raise TaskFault(f"the held-out metric fails on {place}: {named(error)}") from error
-        lacking = [name for name in ("count",) if name not in numbers]
-        lacking += [name for name in ("loss", task.metric.key) if name not in metrics]
-        if lacking:
-            raise TaskFault(f"the held-out sums or metrics lack {' and '.join(lacking)}")
+            place = f"{samples_of(indices, 'test')} (the output is {describe(output)})"
+            raise TaskFault(f"the held-out metric fails on {place}: {describe_error(error)}") from error
+        missing = [name for name in ("count",) if name not in numbers]
+        missing += [name for name in ("loss", task.metric.key) if name not in metrics]
+        if missing:
+            raise TaskFault(f"the held-out sums or metrics lack {' and '.join(missing)}")
 
-    def _look_further(self) -> None:
-        """Fetch samples of a data set of one's own one by one for a while: odd ones are named before the first step."""
+    def _scan_data(self) -> None:
+        """Read samples of a user's own data set one by one for `SCAN_S`, to name bad ones before the first step."""
         self.phase("data")
-        deadline = time.perf_counter() + LOOK_S
+        deadline = time.perf_counter() + SCAN_S
         for what, data in (("train", self.task.train), ("test", self.task.test)):
             assert self.ids is not None
             self.ids.check_all(data, what)
             if self.experiment.workload.name not in _BUILT_IN:
-                _look(data, what, deadline, self.ids)
+                _scan(data, what, deadline, self.ids)
 
 
-def _look(data: Data, what: str, deadline: float, ids: Ids) -> None:
+def _scan(data: Data, what: str, deadline: float, ids: Ids) -> None:
     first: dict[str, Any] = {}
-    count = min(len(data), MOST_LOOKED)
-    for index in sorted({int(each) for each in np.linspace(0, len(data) - 1, count)}):
+    count = min(len(data), MAX_SCANNED)
+    for index in sorted({int(position) for position in np.linspace(0, len(data) - 1, count)}):
         if time.perf_counter() > deadline:
             return
-        batch = checked(data, [index], what)
+        batch = fetch_checked(data, [index], what)
         ids.check_samples(batch["x"], index, what)
         for name, value in batch.items():
             first.setdefault(name, (index, value))
-            other, before = first[name]
-            if value.shape[1:] != before.shape[1:]:
-                fetch(data, [other, index], what)  # a data set of one's own may pad what it puts together
+            first_index, first_value = first[name]
+            if value.shape[1:] != first_value.shape[1:]:
+                fetch(data, [first_index, index], what)  # a user's data set may pad the samples of a batch
 
 
-# -- small things -----------------------------------------------------------------------------------------------------
+# -- helpers ----------------------------------------------------------------------------------------------------------
 
 
 def _fresh(batch: Batch) -> Batch:
-    """Return a copy of a batch: a model or a loss may write to what it is given, as in training."""
+    """Return a copy of a batch, because a model or a loss may write to its input, as in training."""
     return {name: value.detach().clone() for name, value in batch.items()}
 
 
@@ -415,13 +427,13 @@ def _nothing() -> Iterator[None]:
 
 @contextmanager
 def _alone(model: nn.Module) -> Iterator[None]:
-    """Layers that would talk to other ranks are left in evaluation: a rank that fails must not keep others waiting."""
-    talking = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
-    modes = [module.training for module in talking]
-    for module in talking:
+    """Keep layers that communicate in evaluation mode inside the context: a rank that fails must not block others."""
+    communicating = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    modes = [module.training for module in communicating]
+    for module in communicating:
         module.training = False
     try:
         yield
     finally:
-        for module, mode in zip(talking, modes, strict=True):
+        for module, mode in zip(communicating, modes, strict=True):
             module.training = mode

@@ -1,8 +1,8 @@
-"""A causal model of `transformers` as a chain of blocks, so that layouts can cut it: the library's own modules, in
-labkit's order.
+"""A causal model of `transformers` as a chain of blocks, so that layouts can split it.
 
-It holds for models that are embedding → layers with rotary positions and a plain causal mask → norm → output layer
-(`language.CHAINED`). Weights get the names of the chain: `blocks.layer_0.layer.self_attn.q_proj.weight`.
+The blocks are the library's own modules, in labkit's order. This is valid for models that are embedding → layers with
+rotary positions and a plain causal mask → norm → output layer (`language.CHAINED`). Weights get the names of the chain:
+`blocks.layer_0.layer.self_attn.q_proj.weight`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.workloads.base import Blocks
-from labkit.workloads.models.gpt import Cut
+from labkit.workloads.models.gpt import ShardFunction
 
 
 class DecoderEmbedding(nn.Module):
@@ -23,39 +23,39 @@ class DecoderEmbedding(nn.Module):
     def __init__(self, token: nn.Embedding) -> None:
         super().__init__()
         self.token = token
-        self.cut_sequence: Cut = lambda x, dim: x
-        """The part of the sequence that this rank has (context parallelism cuts it here)."""
+        self.shard_sequence: ShardFunction = lambda x, dim: x
+        """Returns this rank's part of the sequence; set by context parallelism."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.token(self.cut_sequence(tokens, 1))
+        out: Tensor = self.token(self.shard_sequence(tokens, 1))
         return out
 
 
 class DecoderLayer(nn.Module):
-    """One layer of the library with the rotary positions of the tokens that are here: [N, T, width] to the same."""
+    """One layer of the library with the rotary positions of the local tokens: [N, T, width] to the same."""
 
-    def __init__(self, layer: nn.Module, rotary: nn.Module, plan: dict[str, str]) -> None:
+    def __init__(self, layer: nn.Module, rotary: nn.Module, tp_plan: dict[str, str]) -> None:
         super().__init__()
         self.layer, self.rotary = layer, rotary
-        self.plan = plan
-        """How the library itself would cut the layer: name of a module to a style of its tensor parallelism."""
+        self.tp_plan = tp_plan
+        """The library's own tensor-parallel plan of the layer: name of a module to a parallel style."""
         self.positions: Callable[[Tensor], Tensor] = lambda x: torch.arange(x.shape[1], device=x.device)
 
     def forward(self, x: Tensor) -> Tensor:
         positions = self.positions(x).unsqueeze(0)
-        found: Any = self.layer(
+        result: Any = self.layer(
             x,
-            attention_mask=None,  # causal: the attention asks for that by itself where there is no mask
+            attention_mask=None,  # causal: the attention is causal by itself if there is no mask
             position_ids=positions,
             position_embeddings=self.rotary(x, positions),
             use_cache=False,
         )
-        out: Tensor = found[0] if isinstance(found, tuple) else found
+        out: Tensor = result[0] if isinstance(result, tuple) else result
         return out
 
 
 class DecoderHead(nn.Module):
-    """Normalise and score: [N, T, width] to [N, T, vocabulary]."""
+    """Normalise and compute logits: [N, T, width] to [N, T, vocabulary]."""
 
     def __init__(self, norm: nn.Module, score: nn.Linear) -> None:
         super().__init__()
@@ -67,13 +67,13 @@ class DecoderHead(nn.Module):
 
 
 def chain(model: Any) -> Blocks:
-    """Blocks `embed`, `layer_0` …, `head` of a causal model: tokens [N, T] to logits [N, T, vocabulary]."""
+    """Return blocks `embed`, `layer_0` …, `head` of a causal model: tokens [N, T] to logits [N, T, vocabulary]."""
     inner = model.model
     prefix = "layers.*."
-    known = model.config.base_model_tp_plan or {}
-    plan = {name.removeprefix(prefix): style for name, style in known.items() if name.startswith(prefix)}
+    base_plan = model.config.base_model_tp_plan or {}
+    tp_plan = {name.removeprefix(prefix): style for name, style in base_plan.items() if name.startswith(prefix)}
     blocks: dict[str, nn.Module] = {"embed": DecoderEmbedding(inner.embed_tokens)}
     for number, layer in enumerate(inner.layers):
-        blocks[f"layer_{number}"] = DecoderLayer(layer, inner.rotary_emb, plan)
+        blocks[f"layer_{number}"] = DecoderLayer(layer, inner.rotary_emb, tp_plan)
     blocks["head"] = DecoderHead(inner.norm, model.lm_head)
     return Blocks(blocks)

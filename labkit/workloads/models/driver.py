@@ -1,7 +1,7 @@
-"""The driver's network: looks at each vehicle by itself, gathers what matters, decides.
+"""The driver's network: it processes each vehicle separately, pools the results, and decides.
 
-Which car stands in which row of an observation means nothing, so all rows go through the same small network and the
-greatest answer to each of its questions counts (Zaheer et al. 2017, "Deep Sets", arXiv:1703.06114).
+The order of the vehicles in an observation has no meaning, so all rows pass through the same small network, followed by
+the maximum over the vehicles (Zaheer et al. 2017, "Deep Sets", arXiv:1703.06114).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from labkit.workloads.base import Blocks
 
 
 class Surroundings(nn.Module):
-    """Observation [N, vehicles · features] to [N, width]: each vehicle beside the driver itself, then the maximum."""
+    """Observation [N, vehicles · features] to [N, width]: each vehicle paired with the driver, then the maximum."""
 
     def __init__(self, vehicles: int, features: int, width: int) -> None:
         super().__init__()
@@ -24,13 +24,13 @@ class Surroundings(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.unflatten(-1, self.shape)
         own, others = rows[:, :1], rows[:, 1:]
-        seen = self.each(torch.cat([others, own.expand_as(others)], dim=-1))
-        out: Tensor = self.norm(seen.amax(1))
+        encoded = self.each(torch.cat([others, own.expand_as(others)], dim=-1))
+        out: Tensor = self.norm(encoded.amax(1))
         return out
 
 
 def driver(vehicles: int, features: int, actions: int, width: int, depth: int) -> Blocks:
-    """Blocks `surroundings`, `layer_0` … `layer_<depth-1>`, `head`: [N, vehicles · features] to [N, actions]."""
+    """Return blocks `surroundings`, `layer_0` … `layer_<depth-1>`, `head`: [N, vehicles · features] to [N, actions]."""
     blocks: dict[str, nn.Module] = {"surroundings": Surroundings(vehicles, features, width)}
     for index in range(depth):
         blocks[f"layer_{index}"] = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.GELU())

@@ -3,9 +3,9 @@
 A router scores the experts for each token; the `k` best ones process it, weighted by the softmax of their k scores.
 
 Nothing here depends on which other *samples* are in the batch: capacity and balance are counted within each sequence
-(as the sequence-wise loss of DeepSeek-V3, arXiv:2412.19437). So splitting a batch over ranks, microbatches or passes
-changes nothing, and every layout can be compared with one process. Usual implementations count within whatever batch a
-rank happens to hold, and their result changes with the number of ranks.
+(as the sequence-wise loss of DeepSeek-V3, arXiv:2412.19437). So splitting a batch over ranks, micro-batches or passes
+changes nothing, and every layout can be compared with one process. Common implementations count within whatever batch a
+rank happens to have, and their result changes with the number of ranks.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 Run = Callable[[Tensor, list[int]], Tensor]
-"""(tokens of all experts one after the other [rows, width], rows of each expert) to results [rows, width]."""
+"""Function from (tokens sorted by expert [rows, width], number of rows of each expert) to results [rows, width]."""
 
 
 class Experts(nn.Module):
-    """`experts` networks of two layers without biases, side by side, so that they can be dealt out to ranks."""
+    """A batch of `experts` two-layer networks without biases, so that they can be distributed over ranks."""
 
     def __init__(self, width: int, experts: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.randn(experts, width, 4 * width) * (4 * width) ** -0.5)
 
     def forward(self, tokens: Tensor, sizes: list[int]) -> Tensor:
-        # An expert without tokens runs on an empty stretch: its gradient is zero rather than missing.
+        # An expert without tokens runs on an empty slice: its gradient is zero rather than missing.
         parts = zip(tokens.split(sizes), self.up.unbind(), self.down.unbind(), strict=True)
         linear = nn.functional.linear
         return torch.cat([linear(nn.functional.gelu(linear(part, up)), down) for part, up, down in parts])
@@ -40,11 +40,11 @@ class MixtureOfExperts(nn.Module):
     """out = Σ over the k chosen experts of weight · expert(x): [N, T, width] to [N, T, width].
 
     `capacity`: an expert takes at most ⌈capacity · k·T/E⌉ tokens of each sequence, earlier tokens before later ones;
-    what is beyond is dropped, its share of the result is zero. 0 for no limit. GShard (arXiv:2006.16668) takes all
-    first choices before any second one; then a later token can push an earlier one out, and nothing is causal.
+    the rest is dropped, and its share of the result is zero. 0 for no limit. GShard (arXiv:2006.16668) takes all first
+    choices before any second one; then a later token can displace an earlier one, and the layer is not causal.
 
     `balance_loss`: factor of E/(k·T) · Σ_e (tokens that chose e) · (mean probability of e), summed over sequences. It
-    is felt by the gradient only; the reported loss stays comparable.
+    affects the gradient only; the reported loss stays comparable.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class MixtureOfExperts(nn.Module):
         self.router = nn.Linear(width, experts, bias=False)
         self.experts = Experts(width, experts)
         self.run: Run | None = None
-        """Runs the experts where they are: set by expert parallelism, else they are here."""
+        """Runs the experts on the ranks that have them; set by expert parallelism, None for local experts."""
         self.sample_weight = 1.0
-        """Weight of one sample in the loss that is followed backward (1/global batch in one process)."""
-        self.over_parts: Callable[[Tensor], Tensor] = lambda counts: counts
-        """Adds counts up over the ranks that hold parts of the same sequences (context parallelism)."""
+        """Weight of one sample in the loss of the backward pass (1/global batch in one process)."""
+        self.sum_over_sequence_ranks: Callable[[Tensor], Tensor] = lambda counts: counts
+        """Sums counts over the ranks that have parts of the same sequences (context parallelism)."""
         self.load: Tensor | None = None
-        """While it is a tensor [experts] of int64, each forward adds how many pairs of token and choice each got."""
+        """If it is a tensor [experts] of int64, each forward pass adds the number of choices of each expert."""
 
     def forward(self, x: Tensor) -> Tensor:
         scores = self.router(x)  # [N, T, E]
@@ -71,10 +71,10 @@ class MixtureOfExperts(nn.Module):
         if self.load is not None:
             self.load += torch.bincount(chosen.flatten(), minlength=len(self.load))
         if self.balance_loss and torch.is_grad_enabled():
-            x = _felt(x, self._imbalance(scores, chosen), self.balance_loss * self.sample_weight)
+            x = _with_auxiliary_loss(x, self._imbalance(scores, chosen), self.balance_loss * self.sample_weight)
         weights = best.softmax(-1).flatten(0, -2)  # [N·T, k]
         tokens, k = x.flatten(0, -2), self.experts_per_token
-        # Sort the pairs of token and choice by expert, run each expert on its own stretch, and put the results back.
+        # Sort the pairs of token and choice by expert, run each expert on its own slice, and put the results back.
         # Only permutations move data, so the backward pass adds nothing in an undefined order.
         flat = chosen.flatten()
         order = flat.argsort(stable=True)
@@ -88,7 +88,7 @@ class MixtureOfExperts(nn.Module):
         return out.view_as(x)
 
     def _within_capacity(self, chosen: Tensor) -> Tensor:
-        """Which pairs find room: chosen [N, T, k] to bool [N, T, k]."""
+        """Return which pairs fit into the capacity: chosen [N, T, k] to bool [N, T, k]."""
         _, length, k = chosen.shape
         experts = self.router.out_features
         room = math.ceil(self.capacity * k * length / experts)
@@ -97,28 +97,30 @@ class MixtureOfExperts(nn.Module):
         return (place <= room).unflatten(1, (length, k))
 
     def _imbalance(self, scores: Tensor, chosen: Tensor) -> Tensor:
-        """Σ over sequences of E/(k·T²) · Σ_e count_e · Σ_t probability; 1 each where all experts are chosen alike."""
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # half precision counts to 256 only
+        """Return Σ over sequences of E/(k·T²) · Σ_e count_e · Σ_t probability; 1 per sequence for an even choice."""
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # bfloat16 counts to 256 only
         experts, length = scores.shape[-1], scores.shape[1]
         counts = nn.functional.one_hot(chosen.flatten(1), experts).sum(1).to(scores.dtype)  # [N, E]
-        sizes = self.over_parts(torch.cat([counts, counts.new_full((len(counts), 1), length)], dim=1))
-        share, whole = sizes[:, :-1], sizes[:, -1:]
+        sizes = self.sum_over_sequence_ranks(torch.cat([counts, counts.new_full((len(counts), 1), length)], dim=1))
+        share, full_length = sizes[:, :-1], sizes[:, -1:]
         summed = scores.softmax(-1).sum(1)  # [N, E], this rank's tokens
-        return (experts / self.experts_per_token * share * summed / whole**2).sum()
+        return (experts / self.experts_per_token * share * summed / full_length**2).sum()
 
 
-def _felt(x: Tensor, loss: Tensor, factor: float) -> Tensor:
-    """`x`, with `factor · loss` added to whatever is followed backward from it."""
-    out: Tensor = _Felt.apply(x, loss, factor)  # type: ignore[no-untyped-call]
+def _with_auxiliary_loss(x: Tensor, loss: Tensor, factor: float) -> Tensor:
+    """Return `x`; in the backward pass the gradient of `factor · loss` is added."""
+    out: Tensor = _AuxiliaryLoss.apply(x, loss, factor)  # type: ignore[no-untyped-call]
     return out
 
 
-class _Felt(torch.autograd.Function):
+class _AuxiliaryLoss(torch.autograd.Function):
+    """Identity on `x` that passes `factor` as the gradient of `loss` in the backward pass."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor, factor: float) -> Tensor:
-        ctx.factor, ctx.kind = factor, loss
+        ctx.factor, ctx.loss = factor, loss
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, torch.full_like(ctx.kind, ctx.factor), None
+        return grad, torch.full_like(ctx.loss, ctx.factor), None

@@ -1,8 +1,9 @@
 """A GPT: a chain of pre-norm transformer layers with causal attention (Radford et al. 2019; Vaswani et al. 2017).
 
-Learned positions, GELU: the smallest form that every notebook can print in full. With `experts` each MLP becomes a
-mixture of experts; with `tied` the output layer is the token embedding (Press & Wolf 2017, arXiv:1608.05859); with
-`mlp_growth` the MLPs widen from layer to layer (as in OpenELM, arXiv:2404.14619), so that layers cost unequal time.
+It has learned positions and GELU: the smallest form that every notebook can print in full. With `experts` each MLP
+becomes a mixture of experts; with `tied` the output layer is the token embedding (Press & Wolf 2017, arXiv:1608.05859);
+with `mlp_growth` the MLPs widen from layer to layer (as in OpenELM, arXiv:2404.14619), so that layers cost unequal
+time.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from labkit.workloads.base import Blocks
 from labkit.workloads.models.experts import MixtureOfExperts
 from labkit.workloads.models.transformer import MLP, Attention, Layer
 
-Cut = Callable[[Tensor, int], Tensor]
-"""(tensor, dimension of the sequence) to a part of it."""
+ShardFunction = Callable[[Tensor, int], Tensor]
+"""Function from (tensor, dimension of the sequence) to this rank's part of it."""
 
 
 class TokenEmbedding(nn.Module):
@@ -27,19 +28,19 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(context, width)
-        self.cut_sequence: Cut = lambda x, dim: x
-        """The part of the sequence that this rank has (context parallelism cuts it here)."""
-        self.cut_positions: Cut = lambda x, dim: x
-        """The part of that which it goes on with (sequence parallelism cuts it here)."""
+        self.shard_sequence: ShardFunction = lambda x, dim: x
+        """Returns this rank's part of the sequence; set by context parallelism."""
+        self.shard_positions: ShardFunction = lambda x, dim: x
+        """Returns the part of that on which this rank continues; set by sequence parallelism."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        positions = self.cut_positions(self.cut_sequence(self.position.weight[: tokens.shape[1]], 0), 0)
-        out: Tensor = self.token(self.cut_sequence(tokens, 1)) + positions
+        positions = self.shard_positions(self.shard_sequence(self.position.weight[: tokens.shape[1]], 0), 0)
+        out: Tensor = self.token(self.shard_sequence(tokens, 1)) + positions
         return out
 
 
 class TokenHead(nn.Module):
-    """Normalise and score every token of the vocabulary: [N, T, width] to [N, T, vocabulary]."""
+    """Normalise and compute the logits of the vocabulary: [N, T, width] to [N, T, vocabulary]."""
 
     def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__()
@@ -64,7 +65,7 @@ def gpt(
     mlp_growth: float = 1.0,
     tied: bool = False,
 ) -> Blocks:
-    """Blocks `embed`, `layer_0` … `layer_<depth-1>`, `head`: tokens [N, T] to logits [N, T, vocabulary]."""
+    """Return blocks `embed`, `layer_0` … `layer_<depth-1>`, `head`: tokens [N, T] to logits [N, T, vocabulary]."""
     embedding, head = TokenEmbedding(vocabulary, context, width), TokenHead(width, vocabulary)
     blocks: dict[str, nn.Module] = {"embed": embedding}
     for index, hidden in enumerate(mlp_widths(width, depth, mlp_growth)):
@@ -77,8 +78,8 @@ def gpt(
     model.apply(_initialise)
     if tied:
         head.score.weight = embedding.token.weight
-        nn.init.normal_(embedding.token.weight, std=width**-0.5)  # logits of a normal size count more
-    with torch.no_grad():  # what a layer adds to the stream starts small, so that depth does not enlarge the stream
+        nn.init.normal_(embedding.token.weight, std=width**-0.5)  # the scale of the logits takes precedence
+    with torch.no_grad():  # layers start with small additions to the residual stream, so that depth does not enlarge it
         for name, parameter in model.named_parameters():
             if name.endswith(("out.weight", "down.weight", "experts.down")):
                 parameter.mul_((2 * depth) ** -0.5)
@@ -86,15 +87,19 @@ def gpt(
 
 
 def mlp_widths(width: int, depth: int, growth: float) -> list[int]:
-    """Inner widths of the MLPs: 4·width on the average, the last `growth` times the first, evenly between, even."""
+    """Return the inner widths of the MLPs, multiples of 8.
+
+    They are 4·width on average; the last is `growth` times the first, with equal steps between.
+    """
     steps = [1 + (growth - 1) * index / max(1, depth - 1) for index in range(depth)]
     return [max(8, 8 * round(4 * width * step / (sum(steps) / depth) / 8)) for step in steps]
 
 
 def _initialise(module: nn.Module) -> None:
-    """Weights as wide as keeps the size of a signal (1/√inputs), embeddings half as wide as a normalised signal.
+    """Initialise weights with std 1/√inputs, which keeps the scale of a signal, and embeddings with std 0.5.
 
-    GPT-2's fixed 0.02 is made for widths of a thousand; a network of a hundred takes twice as long to start from it.
+    GPT-2's fixed 0.02 is made for widths of a thousand; a network with a width of a hundred takes twice as long to
+    train from it.
     """
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)

@@ -1,12 +1,12 @@
 """A small residual network (He et al. 2016, arXiv:1512.03385) with group normalisation (Wu & He, arXiv:1803.08494).
 
-Group normalisation looks at one sample at a time. Batch normalisation would take its mean and variance from the samples
-that happen to lie on one rank, so that two ranks with half of the batch each would compute something else than one rank
-with the whole: data parallelism would no longer be exact.
+Group normalisation uses one sample at a time. Batch normalisation would compute its mean and variance over the samples
+that happen to be on one rank, so that two ranks with half of the batch each would compute something different from one
+rank with the whole batch: data parallelism would no longer be exact.
 
 The activation is SiLU (Hendrycks & Gimpel 2016, arXiv:1606.08415; Swish), not ReLU: at the kink of ReLU a rounding
-error switches gradients on and off, and two float32 runs that only sum in another order drift apart by 1e-3 within
-twenty updates. With SiLU they stay within 1e-6, so that parity can be shown as trained.
+error switches gradients on and off, and two float32 runs that differ only in the order of summation diverge by 1e-3
+within twenty optimizer steps. With SiLU they stay within 1e-6, so that parity can be shown on the trained model.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class ResidualBlock(nn.Module):
 
 
 def resnet(channels: int, classes: int, image_size: int, width: int, depth: int) -> Blocks:
-    """Blocks `stem`, `stage1_1` … `stage3_<depth>`, `head`: images [N, channels, H, W] to logits [N, classes].
+    """Return blocks `stem`, `stage1_1` … `stage3_<depth>`, `head`: images [N, channels, H, W] to logits [N, classes].
 
-    The stem halves the image, and the first block of the stages 2 and 3 halves it again and doubles the channels:
-    `width`, 2·`width`, 4·`width`. Each stage has `depth` residual blocks. The head averages the map down to 4×4 and
-    classifies that. Averaging it away altogether, as is usual after batch normalisation, works badly here: group
-    normalisation has just given the map of every sample nearly the same mean.
+    The stem halves the image, and the first block of stages 2 and 3 halves it again and doubles the channels: `width`,
+    2·`width`, 4·`width`. Each stage has `depth` residual blocks. The head averages the map down to 4×4 and classifies
+    that. Global average pooling, as is usual after batch normalisation, works badly here: group normalisation has just
+    given the map of every sample nearly the same mean.
     """
     blocks: dict[str, nn.Module] = {
         "stem": nn.Sequential(nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False), _norm(width), nn.SiLU())

@@ -12,8 +12,8 @@ Mix = Callable[..., Tensor]
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, arXiv:1706.03762): [N, T, width] to [N, T, width].
 
-    With `causal`, position t sees positions 0 … t only. `mix` is what attends: query, key and value [N, H, T, D] to
-    [N, H, T, D]; context parallelism puts its ring there.
+    With `causal`, position t attends to positions 0 … t only. `mix` computes the attention: query, key and value [N, H,
+    T, D] to [N, H, T, D]; context parallelism replaces it by ring attention.
     """
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
@@ -33,12 +33,12 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
-        """[N, T, H·D] to [N, H, T, D]. The head size is fixed, their number is not: tensor parallelism splits H."""
+        """Reshape [N, T, H·D] to [N, H, T, D]. The head size is fixed, H is not: tensor parallelism shards H."""
         return x.unflatten(-1, (-1, self.query.in_features // self.heads)).transpose(1, 2)
 
 
 class MLP(nn.Module):
-    """Linear to `hidden` (4·width unless it is given), GELU, linear back, on each position by itself."""
+    """Linear to `hidden` (default 4·width), GELU, linear back, at each position separately."""
 
     def __init__(self, width: int, hidden: int | None = None) -> None:
         super().__init__()

@@ -25,20 +25,20 @@ from labkit.workloads.text import Encode
 
 _ALWAYS = {"attn_implementation", "_attn_implementation", "experts_implementation", "dtype", "torch_dtype"}
 _ALWAYS |= {"rope_scaling", "rope_theta", "is_decoder", "add_cross_attention", "name_or_path", "architectures"}
-"""Fields that every kind of model takes, whatever its configuration lists."""
+"""Fields that every type of model accepts, whatever its configuration lists."""
 GROUPED = "grouped_mm"
 _POSITIONS = ("max_position_embeddings", "n_positions")
 
 
 class CausalModel(nn.Module):
-    """Wraps the library's model: [N, T] int64 to logits [N, T, vocabulary], without cache and without its own loss."""
+    """Wrapper of the library's model: [N, T] int64 to logits [N, T, vocabulary], without cache or loss."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         config: Any = model.config
         self._experts = getattr(config, "_experts_implementation", None) if _has_experts(config) else None
-        """How the library computes a mixture's experts; its grouped products know no float64."""
+        """How the library computes the experts of a mixture; its grouped products do not support float64."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self._experts == GROUPED:
@@ -52,12 +52,13 @@ class CausalModel(nn.Module):
 def causal_model(
     config: Mapping[str, Any] | None, pretrained: str, context: int, vocabulary: int, seed: int
 ) -> nn.Module:
-    """A chain of blocks where the model is one (labkit.workloads.models.decoder), else the library's model wrapped.
+    """Return the model as a chain of blocks if it is one (labkit.workloads.models.decoder), else wrapped.
 
-    From a configuration with random weights from `seed`, or from a folder or id with its trained weights.
+    It is built from a configuration with random weights from `seed`, or loaded from a folder or hub id with its
+    pretrained weights.
 
-    Dropout is switched off unless the configuration asks for it: each rank would draw other random numbers than one
-    process does, and the layouts could no longer be compared. Raises ValueError in one sentence.
+    Dropout is switched off unless the configuration asks for it: each rank would draw different random numbers than one
+    process does, and layouts could no longer be compared. Raises ValueError in one sentence.
     """
     from transformers import AutoModelForCausalLM
 
@@ -65,31 +66,34 @@ def causal_model(
         try:
             loaded = AutoModelForCausalLM.from_pretrained(pretrained, dtype="float32", trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise ValueError(hub.sentence(pretrained, error)) from error
+            raise ValueError(hub.explain_load_error(pretrained, error)) from error
         _switch_off_dropout(loaded)
         _check_sizes(loaded.config, context, vocabulary)
         return _as_blocks(loaded.train(), context)
-    wanted = dict(config or {})
-    built = _configuration(wanted, context, vocabulary)
+    requested = dict(config or {})
+    built = _configuration(requested, context, vocabulary)
     _check_sizes(built, context, vocabulary)
     with seeded(seed):
         try:
             model = AutoModelForCausalLM.from_config(built)  # type: ignore[no-untyped-call]
         except (ValueError, TypeError) as error:
-            raise ValueError(f"transformers cannot build {wanted['model_type']!r}: {hub.first_line(error)}") from error
-    if not _asks_for_dropout(wanted):
+            raise ValueError(
+                f"transformers cannot build {requested['model_type']!r}: {hub.first_line(error)}"
+            ) from error
+    if not _asks_for_dropout(requested):
         _switch_off_dropout(model)
     return _as_blocks(model.float().train(), context)
 
 
 def _as_blocks(model: Any, context: int) -> nn.Module:
+    """Return the model as a chain of blocks if possible, else wrapped in CausalModel."""
     _keep_float64(model)
     settings = model.config.to_dict() | {"attn_implementation": model.config._attn_implementation}
     return chain(model) if is_chain(settings, context) else CausalModel(model)
 
 
 def encoder(pretrained: str) -> tuple[Encode, int]:
-    """The tokenizer of a trained model, and the size of its vocabulary."""
+    """Return the tokenizer of a pretrained model as a function, and the size of its vocabulary."""
     if not is_path(pretrained):
         hub.use_cache_when_offline()
     from transformers import AutoTokenizer
@@ -97,7 +101,7 @@ def encoder(pretrained: str) -> tuple[Encode, int]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(pretrained, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(hub.sentence(pretrained, error)) from error
+        raise ValueError(hub.explain_load_error(pretrained, error)) from error
 
     def encode(text: str) -> np.ndarray[Any, Any]:
         return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
@@ -105,16 +109,17 @@ def encoder(pretrained: str) -> tuple[Encode, int]:
     return encode, len(tokenizer)
 
 
-def _configuration(wanted: Mapping[str, Any], context: int, vocabulary: int) -> Any:
+def _configuration(requested: Mapping[str, Any], context: int, vocabulary: int) -> Any:
+    """Return the library's configuration object for these fields; ValueError if it refuses them."""
     from transformers import AutoConfig
 
-    overrides = {"vocab_size": vocabulary} | {name: value for name, value in wanted.items() if name != "model_type"}
+    overrides = {"vocab_size": vocabulary} | {name: value for name, value in requested.items() if name != "model_type"}
     try:
-        # Token numbers of the model's original vocabulary (begin, end, padding) mean nothing among bytes.
-        special = {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name not in wanted}
-        AutoConfig.for_model(wanted["model_type"])
-        unknown = _unknown(wanted)
-        built = None if unknown else AutoConfig.for_model(wanted["model_type"], **special, **overrides)
+        # Token ids of the model's original vocabulary (begin, end, padding) mean nothing with bytes as tokens.
+        special = {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name not in requested}
+        AutoConfig.for_model(requested["model_type"])
+        unknown = _unknown(requested)
+        built = None if unknown else AutoConfig.for_model(requested["model_type"], **special, **overrides)
     except KeyError:
         raise ValueError('the configuration of a transformers model needs a "model_type"') from None
     except (ValueError, TypeError) as error:
@@ -122,32 +127,39 @@ def _configuration(wanted: Mapping[str, Any], context: int, vocabulary: int) -> 
     if built is None:
         raise ValueError(unknown)
     for name in _POSITIONS:
-        if name not in wanted and 0 < (getattr(built, name, None) or 0) < context:
+        if name not in requested and 0 < (getattr(built, name, None) or 0) < context:
             setattr(built, name, context)
     return built
 
 
 def _check_sizes(config: Any, context: int, vocabulary: int) -> None:
+    """Raise ValueError if the model's vocabulary or context length is too small."""
     if (config.vocab_size or 0) < vocabulary:
-        raise ValueError(f"the model's vocab_size is {config.vocab_size}, the text has {vocabulary} kinds of tokens")
+        raise ValueError(
+            f"the model's vocab_size is {config.vocab_size}, but the text has {vocabulary} kinds of tokens"
+        )
     for name in _POSITIONS:
         if 0 < (getattr(config, name, None) or 0) < context:
-            raise ValueError(f"the model looks back on {getattr(config, name)} tokens ({name}), context is {context}")
+            raise ValueError(
+                f"the model looks back on {getattr(config, name)} tokens ({name}), but the context is {context}"
+            )
 
 
 def _has_experts(config: Any) -> bool:
+    """Return True if the configuration has a field for experts."""
     return any("expert" in name for name in config.to_dict())
 
 
-def _asks_for_dropout(wanted: Mapping[str, Any]) -> bool:
-    return any("drop" in name and value for name, value in wanted.items())
+def _asks_for_dropout(requested: Mapping[str, Any]) -> bool:
+    """Return True if the requested configuration sets any dropout rate."""
+    return any("drop" in name and value for name, value in requested.items())
 
 
 def _switch_off_dropout(model: nn.Module) -> None:
-    """Set every chance of leaving something out to zero: in modules and in the configurations that they read.
+    """Set every dropout rate to zero: in modules and in the configurations that they read.
 
-    What is left is found by trying (training/rehearsal/exactness.py). Whatever its name contains "drop" is one:
-    dropout, attention_dropout, hidden_dropout, resid_pdrop, layerdrop, … (issue 11, A8).
+    Every field whose name contains "drop" is one: dropout, attention_dropout, hidden_dropout, resid_pdrop, layerdrop, …
+    (issue 11, A8). Remaining randomness is found by trying (training/rehearsal/exactness.py).
     """
     for module in model.modules():
         if isinstance(module, _DropoutNd):
@@ -157,7 +169,7 @@ def _switch_off_dropout(model: nn.Module) -> None:
 
 
 def _zero_config(config: Any) -> None:
-    """The same in a configuration and in those inside it."""
+    """Set every dropout rate to zero in a configuration and in those inside it."""
     if config is None or not hasattr(config, "to_dict"):
         return
     _zero(config)
@@ -166,45 +178,51 @@ def _zero_config(config: Any) -> None:
 
 
 def _zero(holder: Any) -> None:
+    """Set every attribute whose name contains "drop" to zero."""
     for name, value in list(vars(holder).items()):
         if "drop" in name.lower() and isinstance(value, float):
             setattr(holder, name, 0.0)
 
 
 def _source_of_model(configuration: str) -> str:
-    """What the library's model is written in: some fields are read there and listed nowhere. Empty if not there."""
+    """Return the source code of the library's model; empty if it does not exist.
+
+    Some fields are read there that no configuration lists.
+    """
     spec = find_spec(configuration.replace("configuration_", "modeling_"))
     return Path(spec.origin).read_text(encoding="utf-8") if spec is not None and spec.origin else ""
 
 
-def _unknown(wanted: Mapping[str, Any]) -> str:
-    """A sentence about a key that this kind of model does not know; empty for none.
+def _unknown(requested: Mapping[str, Any]) -> str:
+    """Return a sentence about a key that this type of model does not know; empty if all are known.
 
-    The library would store it and do nothing with it, as with a misspelt `hiden_size`.
+    The library would store it and ignore it, as with a misspelt `hiden_size`.
     """
     from transformers import AutoConfig
 
-    kind = wanted["model_type"]
+    kind = requested["model_type"]
     default: Any = AutoConfig.for_model(kind)
-    known = {name for name in (*default.to_dict(), *vars(default), *default.attribute_map) if not name.startswith("_")}
+    accepted = {
+        name for name in (*default.to_dict(), *vars(default), *default.attribute_map) if not name.startswith("_")
+    }
     for part in type(default).__mro__:
-        known |= set(vars(part).get("__annotations__", {}))
+        accepted |= set(vars(part).get("__annotations__", {}))
         if "__init__" in vars(part):
-            known |= set(inspect.signature(vars(part)["__init__"]).parameters)
-    known |= _ALWAYS
+            accepted |= set(inspect.signature(vars(part)["__init__"]).parameters)
+    accepted |= _ALWAYS
     read = _source_of_model(type(default).__module__)
-    for name in wanted:
-        if name not in known and not re.search(rf"""[."']{re.escape(name)}\b""", read):
-            close = difflib.get_close_matches(name, sorted(known), 1)
+    for name in requested:
+        if name not in accepted and not re.search(rf"""[."']{re.escape(name)}\b""", read):
+            close = difflib.get_close_matches(name, sorted(accepted), 1)
             meant = f"; did you mean {close[0]!r}?" if close else ""
             return f"a configuration of {kind!r} has no field {name!r}{meant}"
     return ""
 
 
 def _keep_float64(model: nn.Module) -> None:
-    """Let norms compute in float64 where the model does; the library's would go through float32.
+    """Let norms compute in float64 if the model does; the library's own would compute in float32.
 
-    Their rounding depends on how many tokens there are at once, so a float64 proof of a layout would find 1e-7.
+    Their rounding depends on the number of tokens processed at once, so a float64 proof of a layout would find 1e-7.
     """
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
@@ -212,6 +230,7 @@ def _keep_float64(model: nn.Module) -> None:
 
 
 def _norm(module: Any, otherwise: Any, x: Tensor) -> Tensor:
+    """Compute the RMS norm in float64, or call the original forward for other dtypes."""
     if x.dtype != torch.float64:
         return otherwise(x)
     scale: Tensor = torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)

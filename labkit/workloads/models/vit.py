@@ -38,7 +38,7 @@ class MeanHead(nn.Module):
 
 
 def vit(channels: int, classes: int, image_size: int, patch: int, width: int, depth: int, heads: int) -> Blocks:
-    """Blocks `stem`, `layer_0` … `layer_<depth-1>`, `head`: images [N, channels, H, W] to logits [N, classes]."""
+    """Return blocks `stem`, `layer_0` … `layer_<depth-1>`, `head`: images [N, channels, H, W] to [N, classes]."""
     blocks: dict[str, nn.Module] = {"stem": PatchEmbedding(channels, image_size, patch, width)}
     for index in range(depth):
         blocks[f"layer_{index}"] = Layer(width, Attention(width, heads, causal=False), MLP(width))
