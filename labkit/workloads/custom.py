@@ -29,7 +29,7 @@ from pydantic import Field
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options
-from labkit.workloads.travel import NotSelfContainedError, check, self_contained_source
+from labkit.experiment.cell_source import NotSelfContainedError, check, self_contained_source
 
 if TYPE_CHECKING:
     from labkit.experiment.machine import Machine
@@ -65,7 +65,7 @@ class Custom:
                 "file.py:make_task" if not options.path else None,
             )
         elif options.path:
-            from labkit.workloads.locate import why_not
+            from labkit.experiment.locate import why_not
 
             reason = why_not(options.path)
             if reason:
@@ -89,7 +89,7 @@ class Custom:
         """Return the SHA-256 of the file that defines the function; empty if there is none, or it cannot be read."""
         from hashlib import sha256
 
-        from labkit.workloads.locate import file_of
+        from labkit.experiment.locate import file_of
 
         file = file_of(options.path) if options.path else None
         try:
@@ -101,9 +101,9 @@ class Custom:
     def build(cls, options: Any, seed: int) -> Task:
         """Call the function and return its task. `options` is a CustomOptions, a dict of its fields, or a section."""
         from labkit.workloads.custom_task import as_task, call
-        from labkit.workloads.locate import load
+        from labkit.experiment.locate import load
         from labkit.workloads.options import read
-        from labkit.workloads.travel import load_source
+        from labkit.experiment.cell_source import load_source
 
         options = read(CustomOptions, options)
         factory = load(options.path) if options.path else load_source(options.source, options.factory)

@@ -19,7 +19,7 @@ MODULES = (
     "labkit.workloads.images",
     "labkit.workloads.language",
     "labkit.workloads.language_task",
-    "labkit.workloads.locate",
+    "labkit.experiment.locate",
     "labkit.workloads.models.gpt",
     "labkit.workloads.models.resnet",
     "labkit.workloads.models.vit",
