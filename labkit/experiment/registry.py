@@ -83,7 +83,7 @@ class Registry:
         raise KeyError(f"unknown {self.what} {key!r}; known: {', '.join(self.names())}{meant}")
 
     def options(self, key: str) -> type[Options]:
-        """The options model of an available method."""
+        """Return the options model of an available method."""
         model: type[Options] = getattr(self[key].load(), "Options", Options)
         return model
 

@@ -113,7 +113,7 @@ class Quantization(Section):
     """Fraction of a layer's inputs that int8_static does not clip, measured by calibration on training samples."""
 
     @model_validator(mode="after")
-    def _known(self) -> Quantization:
+    def _methods_exist(self) -> Quantization:
         from labkit.experiment.registry import registry
 
         for name in ("training", "qat", "after_training"):
@@ -349,12 +349,12 @@ class Experiment(Section):
 
     def get(self, field: str) -> Any:
         """Return the value at a dotted name."""
-        found: Any = self
+        value: Any = self
         for part in field.split("."):
-            if not hasattr(found, part):
+            if not hasattr(value, part):
                 raise ExperimentError([Problem(field, f"there is no field {part!r} here")])
-            found = getattr(found, part)
-        return found
+            value = getattr(value, part)
+        return value
 
     def resolve(self, machine: Machine | None = None, world_size: int | None = None) -> Experiment:
         """Return a copy with nothing left open: the device is chosen and the axis that is -1 has its size.
@@ -391,9 +391,9 @@ class Experiment(Section):
 
     def check(self, machine: Machine | None = None) -> Experiment:
         """Return the resolved experiment, or raise ExperimentError if it has any problem."""
-        found = self.problems(machine)
-        if found:
-            raise ExperimentError(found)
+        problems = self.problems(machine)
+        if problems:
+            raise ExperimentError(problems)
         return self.resolve(machine)
 
     @property
@@ -425,8 +425,8 @@ def _assign(data: dict[str, Any], field: str, value: Any) -> None:
     for depth, part in enumerate(parts[:-1]):
         model = _section(model, part)
         if model is None or not isinstance(place, dict):
-            known = _known_at(Experiment, parts[:depth])
-            raise ExperimentError([unknown(field, part, known, "section")])
+            candidates = _fields_at(Experiment, parts[:depth])
+            raise ExperimentError([unknown(field, part, candidates, "section")])
         if place.get(part) is None:
             place[part] = {}
         elif model is Layout and isinstance(place[part], str):
@@ -453,16 +453,16 @@ def _assign(data: dict[str, Any], field: str, value: Any) -> None:
 
 def _section(model: Any, part: str) -> Any:
     """Return the model class of the section `part` of `model`, or None if there is none."""
-    known = getattr(model, "model_fields", {}).get(part)
-    if known is None:
+    field = getattr(model, "model_fields", {}).get(part)
+    if field is None:
         return None
-    for kind in (known.annotation, *get_args(known.annotation)):
+    for kind in (field.annotation, *get_args(field.annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
     return None
 
 
-def _known_at(model: Any, parts: list[str]) -> list[str]:
+def _fields_at(model: Any, parts: list[str]) -> list[str]:
     """Return the names of the sections at the path `parts` below `model`."""
     for part in parts:
         model = _section(model, part)
