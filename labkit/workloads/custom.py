@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from labkit.experiment.cell_source import NotSelfContainedError, check, self_contained_source
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options
-from labkit.experiment.cell_source import NotSelfContainedError, check, self_contained_source
 
 if TYPE_CHECKING:
     from labkit.experiment.machine import Machine
@@ -100,10 +100,10 @@ class Custom:
     @classmethod
     def build(cls, options: Any, seed: int) -> Task:
         """Call the function and return its task. `options` is a CustomOptions, a dict of its fields, or a section."""
-        from labkit.workloads.custom_task import as_task, call
-        from labkit.experiment.locate import load
-        from labkit.workloads.options import read
         from labkit.experiment.cell_source import load_source
+        from labkit.experiment.locate import load
+        from labkit.workloads.custom_task import as_task, call
+        from labkit.workloads.options import read
 
         options = read(CustomOptions, options)
         factory = load(options.path) if options.path else load_source(options.source, options.factory)
