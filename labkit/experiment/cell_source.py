@@ -1,4 +1,4 @@
-"""Send a function from a notebook cell to the ranks as source text.
+"""Send a function or class from a notebook cell to the ranks as source text.
 
 Text can be read, stored in the experiment's JSON and shown again; a pickle could not, and would run code when it is
 loaded. The price is that the function must be self-contained. That is checked here by parsing the text, never by
@@ -48,14 +48,77 @@ def self_contained_source(function: Callable[..., Any]) -> str:
     return source
 
 
+def source_of_class(cls: type) -> str:
+    """Return the source of a class from a notebook cell, with what it needs from the rest of the notebook.
+
+    What it needs and can be imported on the ranks is imported there: modules, and classes and functions of modules.
+    Raises NotSelfContainedError for anything else.
+    """
+    name = cls.__name__
+    source = _class_in_cell(cls)
+    notebook = _globals_of(cls)
+    if name != cls.__qualname__ or notebook is None:
+        raise NotSelfContainedError(f"{name} is defined inside a function or class; define it in a cell by itself")
+    needed = foreign_names(source, name, annotations=True)  # pydantic evaluates those of options
+    imports = [line for each in needed if (line := _import_line(each, notebook))]
+    source = "\n".join([*imports, "", "", source]) if imports else source
+    check(source, name, notebook)
+    return source
+
+
+def _class_in_cell(cls: type) -> str:
+    """Return the text of a class statement: `inspect.getsource` finds no classes of a notebook's `__main__`."""
+    for function in filter(inspect.isfunction, (getattr(f, "__func__", f) for f in vars(cls).values())):
+        lines = linecache.getlines(function.__code__.co_filename)
+        try:
+            tree = ast.parse("".join(lines))
+        except SyntaxError:
+            continue  # a cell with magics
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name == cls.__name__:
+                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+                return "".join(lines[first - 1 : node.end_lineno]).rstrip() + "\n"
+    raise NotSelfContainedError(
+        f"the source of {cls.__name__} cannot be found; define it in a cell of its own, without magics, or in a file"
+    )
+
+
+def _globals_of(cls: type) -> Mapping[str, Any] | None:
+    """Return the names of the notebook that defined the class."""
+    functions = (getattr(member, "__func__", member) for member in vars(cls).values())
+    return next((function.__globals__ for function in functions if inspect.isfunction(function)), None)
+
+
+def _import_line(name: str, notebook: Mapping[str, Any]) -> str:
+    """Return the statement that imports what a name stands for in the notebook; empty if there is none."""
+    value = notebook.get(name)
+    if isinstance(value, types.ModuleType):
+        return f"import {value.__name__}" + ("" if value.__name__ == name else f" as {name}")
+    module, own_name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
+    if module in (None, "__main__") or getattr(sys.modules.get(str(module)), own_name, None) is not value:
+        return ""
+    return f"from {module} import {own_name}" + ("" if own_name == name else f" as {name}")
+
+
 def check(source: str, factory: str, where: Mapping[str, Any] | None = None) -> None:
     """Raise NotSelfContainedError unless `source` is Python, defines `factory`, and uses no names from elsewhere.
 
     `where`, the notebook's names, only makes the message more helpful.
     """
+    foreign = foreign_names(source, factory)
+    if foreign:
+        raise NotSelfContainedError("; ".join(_explain(name, factory, where) for name in foreign))
+
+
+def foreign_names(source: str, factory: str, annotations: bool = False) -> list[str]:
+    """Return the names that `source` uses and does not define; those in `annotations` count only if they shall.
+
+    Raises NotSelfContainedError unless it is Python and defines `factory`.
+    """
     try:
         tree = ast.parse(source)
-        table = symtable.symtable(ast.unparse(_without_annotations(tree)), "<source>", "exec")
+        text = source if annotations else ast.unparse(_without_annotations(tree))
+        table = symtable.symtable(text, "<source>", "exec")
     except (SyntaxError, ValueError, RecursionError) as error:
         line = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
@@ -66,18 +129,13 @@ def check(source: str, factory: str, where: Mapping[str, Any] | None = None) -> 
         own |= {s.get_name() for s in scope.get_symbols() if s.is_declared_global() and s.is_assigned()}
     if factory not in own:
         raise NotSelfContainedError(f"the source does not define {factory}")
-    foreign = sorted(
-        {
-            symbol.get_name()
-            for scope in _scopes(table)
-            for symbol in scope.get_symbols()
-            if symbol.is_referenced() and (symbol.is_global() or scope is table)
-        }
-        - own
-        - _GIVEN
-    )
-    if foreign:
-        raise NotSelfContainedError("; ".join(_explain(name, factory, where) for name in foreign))
+    used = {
+        symbol.get_name()
+        for scope in _scopes(table)
+        for symbol in scope.get_symbols()
+        if symbol.is_referenced() and (symbol.is_global() or scope is table)
+    }
+    return sorted(used - own - _GIVEN)
 
 
 def _scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
@@ -118,7 +176,7 @@ def load_source(source: str, factory: str) -> Callable[..., Any]:
     check(source, factory)
     filename = f"<notebook cell {factory}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    module = types.ModuleType("labkit_notebook_cell")
+    module = types.ModuleType(f"labkit_notebook_cell_{factory}")
     module.__file__ = filename
     sys.modules[module.__name__] = module  # dataclasses and forward references look up their module
     code = compile(source, filename, "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True)

@@ -42,11 +42,10 @@ def fields(model: type[BaseModel] = Experiment, prefix: str = "") -> list[Field]
             )
     if issubclass(model, Choice):
         for method in model.methods():
-            if method.available:
-                for option in fields(model.methods().options(method.key), prefix):
-                    described.append(
-                        Field(option.name, option.kind, option.default, f"[{method.key}] {option.description}")
-                    )
+            for option in fields(model.methods().options(method.key), prefix):
+                described.append(
+                    Field(option.name, option.kind, option.default, f"[{method.key}] {option.description}")
+                )
     return described
 
 

@@ -2,27 +2,30 @@
 
 A room's registry is a plain table that imports nothing heavy:
 
-    COMPRESSION = Registry("gradients.compression", "compression method", [
-        Method("none", "gradients travel as they are", "labkit.gradients.none:NoCompression"),
-        Method("topk", "only the largest entries travel"),            # no target: not in this version yet
-    ])
+    COMPRESSION = Registry("gradients.compression", "gradients.compression.method", "compression method", [
+        Method("none", "gradients are sent as they are", "labkit.gradients.compression.plain:Uncompressed"),
+        ...
+    ], base="labkit.gradients.compression.compressor:Compressor")
 
 The experiment layer finds a room by its dotted name and imports it only when a choice has to be checked, so that
 `import labkit` stays free of torch. The target class carries the method's `Options` (an `Options` model), its
 `problems(experiment, machine)` and its worker code; the file imports torch inside its worker functions.
+
+A registry with a base class is open: it also takes classes that do not come with labkit (own_methods.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from labkit.experiment import own_methods
 from labkit.experiment.machine import Machine
 from labkit.experiment.problem import closest
 
@@ -35,60 +38,88 @@ class Options(BaseModel):
 
 @dataclass(frozen=True)
 class Method:
-    """One line of a registry. `target` is `module:Class`; without it the method is planned and is refused as such."""
+    """One line of a registry. `target` is `module:Class`."""
 
     key: str
     summary: str
-    target: str | None = None
-
-    @property
-    def available(self) -> bool:
-        return self.target is not None
+    target: str
 
     def missing(self, machine: Machine) -> str:
-        """Why `machine` cannot offer an available method, as its class says (`missing(machine)`); empty if it can."""
-        asked = getattr(self.load(), "missing", None) if self.available else None
-        return "" if asked is None else str(asked(machine))
+        """Return why `machine` cannot offer the method, as its class says (`missing(machine)`); empty if it can."""
+        missing = getattr(self.load(), "missing", None)
+        return "" if missing is None else str(missing(machine))
 
     def load(self) -> Any:
-        """Import and return the class that implements the method."""
-        if self.target is None:
-            raise ValueError(f"{self.key} is not in this version of labkit yet")
-        return _attribute(self.target)
+        """Import and return the class that implements the method.
+
+        For an own method whose code must not run in this process it is the base class of the methods.
+        """
+        own = own_methods.loaded(self.key)
+        return _attribute(self.target) if own is None else own.implementation
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether `load` returns the method itself, and not a base class in its place."""
+        return not own_methods.is_own(self.key) or own_methods.loaded(self.key) is not None
 
 
 @dataclass(frozen=True)
 class Registry:
     """The methods of one knob, in the order in which the form shows them."""
 
+    knob: str
     field: str
     what: str
     methods: list[Method] = dataclasses.field(default_factory=list)
+    base: str = ""
+    """Base class of the methods, as `module:Class`; empty for a registry that takes no others."""
 
-    def __iter__(self) -> Any:
-        return iter(self.methods)
+    def __iter__(self) -> Iterator[Method]:
+        yield from self.methods
+        if self.base:
+            yield from self._installed()
+            yield from map(self._own, own_methods.listed(self.knob))
 
-    def names(self, available_only: bool = False) -> list[str]:
-        return [method.key for method in self.methods if method.available or not available_only]
+    def _installed(self) -> Iterator[Method]:
+        """Yield the methods of installed packages; a name that labkit uses itself stays labkit's."""
+        taken_names = {method.key for method in self.methods}
+        for name, (target, package) in own_methods.entry_points(self.knob).items():
+            if name not in taken_names:
+                yield Method(name, f"from the package {package}", target)
+
+    def _own(self, key: str) -> Method:
+        return Method(key, f"your class {own_methods.class_name(key)}", self.base)
+
+    def names(self) -> list[str]:
+        """Return the keys of all methods that are listed."""
+        return [method.key for method in self]
 
     def __contains__(self, key: object) -> bool:
-        return any(method.key == key for method in self.methods)
+        return isinstance(key, str) and self._find(key) is not None
 
-    def __getitem__(self, key: str) -> Method:
+    def _find(self, key: str) -> Method | None:
         for method in self.methods:
             if method.key == key:
                 return method
+        if self.base and own_methods.is_own(key):
+            return self._own(key)
+        return next((method for method in self if method.key == key), None)
+
+    def __getitem__(self, key: str) -> Method:
+        method = self._find(key)
+        if method is not None:
+            return method
         guess = closest(key, self.names())
         meant = f"; did you mean {guess}?" if guess else ""
         raise KeyError(f"unknown {self.what} {key!r}; known: {', '.join(self.names())}{meant}")
 
     def options(self, key: str) -> type[Options]:
-        """Return the options model of an available method."""
+        """Return the options model of a method."""
         model: type[Options] = getattr(self[key].load(), "Options", Options)
         return model
 
 
-# Where each knob's registry stands. The only list of rooms.
+# Where each knob's registry is defined. The only list of rooms.
 ROOMS: dict[str, str] = {
     "workload": "labkit.workloads.registry:WORKLOADS",
     "layout.axes": "labkit.parallel.registry:AXES",
@@ -103,7 +134,7 @@ ROOMS: dict[str, str] = {
 
 
 NETWORK_RULES = "labkit.netem.rules"
-"""Where the rules of `launch.network` stand, beside the code that emulates it."""
+"""Module of the rules of `launch.network`, next to the code that emulates it."""
 
 
 def network_rules() -> Any:
@@ -120,12 +151,17 @@ def registry(knob: str) -> Registry:
 def _attribute(target: str) -> Any:
     """Return what `module:name` names; the module is imported the first time.
 
-    Rules ask thousands of times, and `import_module` is slow even for a module that is there.
+    Rules ask thousands of times, and `import_module` is slow even for a module that has been imported.
     """
     module, _, name = target.partition(":")
     return getattr(sys.modules.get(module) or import_module(module), name)
 
 
+def base_class(knob: str) -> Any:
+    """Return the base class of an open registry's methods."""
+    return _attribute(registry(knob).base)
+
+
 def registries() -> Iterable[tuple[str, Registry]]:
-    """Every knob with its registry."""
+    """Return every knob with its registry."""
     return ((knob, registry(knob)) for knob in ROOMS)

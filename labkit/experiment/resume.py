@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from labkit.experiment import own_methods
 from labkit.experiment.checkpoint_files import Manifest
-from labkit.experiment.registry import registry
 from labkit.experiment.schema import Experiment
 
 MAX_VALUE_LENGTH = 60
@@ -31,16 +31,21 @@ def notes(before: Experiment, now: Experiment, contents: Manifest) -> list[str]:
 
 def task_code(experiment: Experiment) -> str:
     """Return the SHA-256 of the file that defines a user's own task; empty if there is no such file."""
-    workload = registry("workload")[experiment.workload.name].load()
+    workload, options = experiment.workload.load()
     code_of = getattr(workload, "code_of", None)
-    return "" if code_of is None else str(code_of(workload.Options(**experiment.workload.options)))
+    return "" if code_of is None else str(code_of(options))
 
 
 def carried_code(experiment: Experiment) -> str:
     """Describe the code outside labkit that a run of this experiment executes; empty if there is none."""
-    workload = registry("workload")[experiment.workload.name].load()
+    workload, options = experiment.workload.load()
     carries = getattr(workload, "carries", None)
-    return "" if carries is None else str(carries(workload.Options(**experiment.workload.options)))
+    parts = [str(carries(options))] if carries is not None else []
+    for key in experiment.own_methods():
+        name, source = own_methods.class_name(key), experiment.code.get(key)
+        lines = len(source.splitlines()) if source is not None else 0
+        parts.append(f"the class {name} in {lines} lines of source text" if lines else f"the class at {key}")
+    return " and ".join(parts)
 
 
 def _settings(before: Experiment, now: Experiment) -> Iterator[str]:
@@ -50,6 +55,7 @@ def _settings(before: Experiment, now: Experiment) -> Iterator[str]:
         f"{field} {_shown(new.get(field))} (was {_shown(old.get(field))})"
         for field in sorted(old.keys() | new.keys())
         if old.get(field) != new.get(field) and field not in ("name", "schema_version")
+        if not field.startswith("code.")  # the key of a method changes with its source
     ]
     more = f" and {len(changed) - MAX_CHANGES} more" if len(changed) > MAX_CHANGES else ""
     if changed:
@@ -82,16 +88,16 @@ def _inexact(before: Experiment, now: Experiment, contents: Manifest) -> Iterato
     """Note each reason why the resumed run is not exact."""
     kept = contents.ranks == now.layout.world_size and same_ranks(before, now)
     compression = now.gradients.compression
-    compressor = registry("gradients.compression")[compression.method].load()
-    remembers = compressor.describe_local_state(compressor.Options(**compression.options))
+    compressor, options = compression.load()
+    remembers = compressor.describe_local_state(options)
     if remembers and not kept:
         yield (
             f"the resume is not exact: {compression.method} keeps on each rank {remembers}, which belongs to the ranks "
             f"and the layout that wrote the checkpoint, so it began from zero"
         )
     update = now.gradients.update
-    rule = registry("gradients.update")[update.method].load()
-    why = rule.inexact_resume(rule.Options(**update.options), contents.unscheduled, kept)
+    rule, options = update.load()
+    why = rule.inexact_resume(options, contents.unscheduled, kept)
     if why:
         yield f"the resume is not exact: {why}"
     if now.training.shares == "speed" and now.layout.world_size > 1:

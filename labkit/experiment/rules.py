@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+from labkit.experiment import own_methods
+from labkit.experiment.cell_source import NotSelfContainedError, check
 from labkit.experiment.layout import AXES, Layout
+from labkit.experiment.locate import why_not
 from labkit.experiment.machine import Machine
 from labkit.experiment.problem import ExperimentError, Problem
 from labkit.experiment.registry import network_rules, registry
@@ -50,19 +53,34 @@ def warnings(experiment: Experiment, machine: Machine | None = None) -> list[Pro
     return [problem for rule in WARNINGS for problem in rule(resolved, machine)]
 
 
-def planned_methods(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-    """Refuse methods whose names are registered but whose code is not in this version."""
-    for knob, field in CHOICES.items():
-        methods = registry(knob)
+def own_methods_exist(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Refuse own methods whose code is missing or broken, as far as that is visible without running it."""
+    for field in CHOICES.values():
         key = experiment.get(field)
-        if not methods[key].available:
-            offered = methods.names(available_only=True)
-            yield Problem(field, f"{key} is not in this version of labkit yet", offered[0])
-    axes = registry("layout.axes")
-    for axis in AXES:
-        size = getattr(experiment.layout, axis)
-        if size > 1 and not axes[axis].available:
-            yield Problem(f"layout.{axis}", f"{axes[axis].summary} is not in this version of labkit yet", 1)
+        if own_methods.is_own(key) and own_methods.loaded(key) is None:
+            reason = _why_no_class(key, experiment.code.get(key))
+            if reason:
+                yield Problem(field, reason)
+
+
+def _why_no_class(key: str, source: str | None) -> str:
+    """Return why the class of an own method cannot be loaded on the ranks; empty if it seems that it can."""
+    if not own_methods.from_cell(key):
+        return why_not(key)
+    name = own_methods.class_name(key)
+    if source is None:
+        return f"the experiment does not contain the source of {key}: define the class and call labkit.from_notebook"
+    if own_methods.cell_key(name, source) != key:
+        return f"the source of {key} in the experiment has been changed since the class was defined"
+    try:
+        check(source, name)
+    except NotSelfContainedError as error:
+        return str(error)
+    return ""
+
+
+def schedule_exists(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Refuse a pipeline schedule that nobody knows."""
     if experiment.layout.schedule not in registry("layout.schedule"):
         names = ", ".join(registry("layout.schedule").names())
         yield Problem("layout.schedule", f"unknown schedule {experiment.layout.schedule!r}; known: {names}")
@@ -72,8 +90,7 @@ def method_rules(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """Yield the problems that the chosen methods report themselves."""
     for knob, field in CHOICES.items():
         method = registry(knob)[experiment.get(field)]
-        if method.available:
-            yield from getattr(method.load(), "problems", _none)(experiment, machine)
+        yield from getattr(method.load(), "problems", _none)(experiment, machine)
 
 
 def emulated_network(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
@@ -92,7 +109,7 @@ def axis_rules(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """Yield the problems of the axes along which there is more than one rank."""
     axes = registry("layout.axes")
     for axis in AXES:
-        if getattr(experiment.layout, axis) > 1 and axes[axis].available:
+        if getattr(experiment.layout, axis) > 1:
             yield from getattr(axes[axis].load(), "problems", _none)(experiment, machine)
 
 
@@ -168,8 +185,8 @@ def hierarchical_sums(experiment: Experiment, machine: Machine) -> Iterator[Prob
 
 def _exchanges_gradients(experiment: Experiment) -> bool:
     """Return True if gradients are exchanged, False if the update rule combines the replicas in another way."""
-    rule = registry("gradients.update")[experiment.gradients.update.method]
-    return rule.available and bool(rule.load().uses_ddp)
+    rule, _ = experiment.gradients.update.load()
+    return bool(rule.uses_ddp)
 
 
 def _hosts(experiment: Experiment) -> int:
@@ -233,17 +250,18 @@ def eight_bit_state(experiment: Experiment, machine: Machine) -> Iterator[Proble
         yield Problem(field, f"{update} averages or moves the optimizer's moments, which 8 bits would not survive", 32)
     if experiment.sparsity.method != "none":
         yield Problem(field, "pruning weights clears their moments, which are packed in blocks of 256", 32)
-    compressor = registry("gradients.compression")[experiment.gradients.compression.method]
-    options = compressor.load().Options(**experiment.gradients.compression.options) if compressor.available else None
+    compression = experiment.gradients.compression
+    _, options = compression.load()
     if getattr(options, "freeze", False):
-        yield Problem(field, f"{compressor.key} brings its own AdamW, which keeps 32 bits", 32)
+        yield Problem(field, f"{compression.method} brings its own AdamW, which keeps 32 bits", 32)
     if layout.pp > 1 and experiment.workload.options.get("tied"):
         reason = "copies of the tied weight on two stages would be updated differently and drift apart (workload.tied)"
         yield Problem(field, reason, 32)
 
 
 RULES: list[Rule] = [
-    planned_methods,
+    own_methods_exist,
+    schedule_exists,
     eight_bit_state,
     method_rules,
     axis_rules,
@@ -339,8 +357,9 @@ def method_warnings(experiment: Experiment, machine: Machine) -> Iterator[Proble
     """Yield the warnings that the chosen methods report themselves."""
     for knob, field in CHOICES.items():
         method = registry(knob)[experiment.get(field)]
-        if method.available:
-            yield from getattr(method.load(), "warnings", _none)(experiment, machine)
+        yield from getattr(method.load(), "warnings", _none)(experiment, machine)
+        if not method.is_loaded:
+            yield Problem(field, f"{method.key} is checked on the ranks: its code does not run before")
 
 
 def _none(experiment: Experiment, machine: Machine) -> Iterator[Problem]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from labkit.experiment import safe_files
+from labkit.experiment import own_methods, safe_files
 from labkit.experiment.choice import Choice
 from labkit.experiment.layout import Layout
 from labkit.experiment.problem import ExperimentError, Problem, explain, unknown
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 MOST_SLOWDOWN = 1000
+MAX_SOURCE = 1_000_000
 
 
 class Section(BaseModel):
@@ -256,6 +257,23 @@ class Experiment(Section):
     optimizer: Optimizer = Optimizer()
     training: Training = Training(steps=100)
     launch: Launch = Launch()
+    code: dict[str, str] = {}
+    """Source of the notebook cells that define methods of this experiment, by method; filled in by itself."""
+
+    @model_validator(mode="after")
+    def _carries_its_code(self) -> Experiment:
+        code = {key: self.code.get(key) or own_methods.source(key) for key in self.own_methods()}
+        code = {key: text for key, text in code.items() if text}
+        if any(len(text) > MAX_SOURCE for text in code.values()):
+            raise ValueError(f"the source of a method may have {MAX_SOURCE} characters at most")
+        object.__setattr__(self, "code", code)  # the one thing that follows from the rest
+        return self
+
+    def own_methods(self) -> list[str]:
+        """Return the keys of the chosen methods that do not come with labkit (own_methods.py), each of them once."""
+        gradients = self.gradients
+        keys = (gradients.compression.key, gradients.update.key, self.sparsity.key, self.quantization.training)
+        return list(dict.fromkeys(filter(own_methods.is_own, keys)))
 
     @field_validator("schema_version")
     @classmethod
@@ -316,7 +334,11 @@ class Experiment(Section):
         raise ExperimentError([Problem("", f"the experiment of run {directory.id} cannot be read: {why}")])
 
     def to_dict(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
+        """Return nested dicts of JSON values; `code` is there only if there is any."""
+        data = self.model_dump(mode="json")
+        if not data["code"]:
+            del data["code"]
+        return data
 
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from labkit.experiment import Experiment, Optimizer
-from labkit.experiment.registry import registry
 from labkit.gradients.compression.compressor import Compressor, GradientBucket, InFlight
 from labkit.gradients.compression.hierarchical import Hierarchical
 from labkit.gradients.stopwatch import Clock, Stopwatch
@@ -192,8 +191,8 @@ class GradientReducer:
         self._gradients, self._seed, self._steps = experiment.gradients, experiment.training.seed, steps
         self._hosts = getattr(experiment.launch.network, "hosts", 1)
         self._optimizer, self._pipeline = experiment.optimizer, experiment.layout.pp > 1
-        self._method: type[Compressor] = registry("gradients.compression")[self._gradients.compression.method].load()
-        self._options = self._method.Options(**self._gradients.compression.options)
+        self._method: type[Compressor]
+        self._method, self._options = self._gradients.compression.load()
         self._hooks: dict[int, CommHook] = {}
 
     @property
@@ -220,7 +219,7 @@ class GradientReducer:
     @property
     def compressor_name(self) -> str:
         """Name of the compressor in use; "none" if no gradient passes through a hook."""
-        names = {hook.compressor.name for hook in self._hooks.values()}
+        names = {hook.compressor.name or type(hook.compressor).__name__ for hook in self._hooks.values()}
         return "+".join(sorted(names)) or "none"
 
     def end_update(self) -> None:

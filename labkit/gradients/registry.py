@@ -3,6 +3,7 @@
 from labkit.experiment.registry import Method, Registry
 
 COMPRESSION = Registry(
+    "gradients.compression",
     "gradients.compression.method",
     "compression method",
     [
@@ -17,9 +18,11 @@ COMPRESSION = Registry(
         Method("powersgd", "low rank (PowerSGD)", "labkit.gradients.compression.powersgd:PowerSGD"),
         Method("onebit_adam", "1-bit Adam", "labkit.gradients.compression.onebit_adam:OneBitAdam"),
     ],
+    base="labkit.gradients.compression.compressor:Compressor",
 )
 
 UPDATE = Registry(
+    "gradients.update",
     "gradients.update.method",
     "update method",
     [
@@ -42,4 +45,5 @@ UPDATE = Registry(
             "pipedream", "asynchronous pipeline with weight stashing", "labkit.gradients.updates.pipedream:PipeDream"
         ),
     ],
+    base="labkit.gradients.updates.update:UpdateRule",
 )

@@ -129,12 +129,9 @@ def _emulated_network() -> Finding:
 
 
 def _unavailable_choices() -> list[Finding]:
-    """Report the choices of the form that this version lacks or this machine does not support."""
+    """Report the choices of the form that this machine does not support."""
     findings = []
     for setting, methods in registries():
-        planned = [method.key for method in methods if not method.available]
-        if planned:
-            findings.append(Finding(setting, f"not in this version yet: {', '.join(planned)}"))
         for method in methods:
             if reason := method.missing(Machine.here()):
                 findings.append(Finding(setting, f"{method.key} is unavailable here: {reason}"))

@@ -5,6 +5,7 @@ from labkit.experiment.registry import Method, Registry
 _PIPELINE = "labkit.parallel.rules:PipelineAxis"
 
 AXES = Registry(
+    "layout.axes",
     "layout",
     "axis",
     [
@@ -18,6 +19,7 @@ AXES = Registry(
 )
 
 SCHEDULES = Registry(
+    "layout.schedule",
     "layout.schedule",
     "pipeline schedule",
     [

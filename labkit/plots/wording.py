@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from labkit.experiment import Experiment
+from labkit.experiment import Experiment, own_methods
 from labkit.experiment.registry import Registry, registry
 from labkit.experiment.schema import Gradients
 from labkit.plots import theme
@@ -79,13 +79,15 @@ def opening(sentence: str) -> str:
 
 def _title(methods: Registry, key: str) -> str:
     """Return the class name of a method; the key for number formats (`int8`)."""
+    if own_methods.is_own(key):
+        return own_methods.class_name(key)
     target = methods[key].target if key in methods else None
     return target.rpartition(":")[2] if target and key.replace("_", "").isalpha() else key
 
 
 def _changed(methods: Registry, choice: Any) -> list[str]:
     """Return the options that differ from the defaults of the method, in words."""
-    fields = methods.options(choice.method).model_fields if methods[choice.method].available else {}
+    fields = methods.options(choice.method).model_fields
     changed = [
         _setting_in_words(name, value)
         for name, value in choice.options.items()

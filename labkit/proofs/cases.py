@@ -164,7 +164,7 @@ def factors(family: str, ranks: int, precisions: Sequence[str]) -> dict[str, Seq
         if name in AXES:
             continue
         if key == "layout.schedule":
-            values: Sequence[Any] = registry(key).names(available_only=True)
+            values: Sequence[Any] = registry(key).names()
         elif info.annotation is bool:
             values = [False, True]
         elif get_origin(info.annotation) is Literal:

@@ -92,7 +92,7 @@ def factors() -> dict[str, Sequence[Any]]:
     varied: dict[str, Sequence[Any]] = {LAYOUT: LAYOUTS, STAGE: (3, 1, 2)}
     choices = ("sparsity", "quantization.training", "gradients.compression", "gradients.update")
     for choice in (*choices, "quantization.qat", "quantization.after_training"):
-        varied[CHOICES[choice]] = registry(choice).names(available_only=True)
+        varied[CHOICES[choice]] = registry(choice).names()
     return varied | {"optimizer.state_bits": (32, 8)}
 
 

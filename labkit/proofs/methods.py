@@ -75,7 +75,7 @@ def cases(
             generated.append(MethodCase(name, count, PLAIN, plain.summary, base.set({"name": f"{name}: {PLAIN}"})))
             for choice in CHOICE_FIELDS:
                 for method in registry(choice):
-                    if method.key in ("none", PLAIN) or not method.available or (only and method.key not in only):
+                    if method.key in ("none", PLAIN) or (only and method.key not in only):
                         continue
                     changed = base.set({CHOICES[choice]: method.key, "name": f"{name}: {method.key}"})
                     generated.append(MethodCase(name, count, method.key, method.summary, changed))

@@ -4,6 +4,7 @@ from labkit.experiment.registry import Method, Registry
 
 TRAINING = Registry(
     "quantization.training",
+    "quantization.training",
     "number format",
     [
         Method("fp32", "single precision", "labkit.quantization.full:Single"),
@@ -20,9 +21,11 @@ TRAINING = Registry(
         Method("int8_weights", "eight-bit integer weights (emulated)", "labkit.quantization.int8_weights:Int8Weights"),
         Method("bitnet", "ternary weights (BitNet b1.58)", "labkit.quantization.bitnet:BitNet"),
     ],
+    base="labkit.quantization.full:Single",
 )
 
 QAT = Registry(
+    "quantization.qat",
     "quantization.qat",
     "quantization-aware training method",
     [
@@ -33,6 +36,7 @@ QAT = Registry(
 )
 
 AFTER_TRAINING = Registry(
+    "quantization.after_training",
     "quantization.after_training",
     "post-training quantization",
     [

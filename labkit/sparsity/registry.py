@@ -3,6 +3,7 @@
 from labkit.experiment.registry import Method, Registry
 
 SPARSITY = Registry(
+    "sparsity",
     "sparsity.method",
     "sparsity method",
     [
@@ -16,4 +17,5 @@ SPARSITY = Registry(
         Method("block", "whole blocks", "labkit.sparsity.block:Block"),
         Method("structured", "whole hidden units and heads", "labkit.sparsity.structured:Structured"),
     ],
+    base="labkit.sparsity.method:Sparsifier",
 )

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from labkit.experiment import Experiment
 from labkit.experiment.fault import TaskFault
-from labkit.experiment.registry import registry
 from labkit.experiment.resume import same_ranks, task_code
 from labkit.experiment.run_directory import RunDirectory
 from labkit.gradients.exchange import Counters, GradientReducer
@@ -87,8 +86,7 @@ class Trainer:
         self.events.write("rehearsal", **rehearsed.event())
         if rehearsed.irregular:
             experiment = runtime.expect_gaps(experiment)
-        sparsity = registry("sparsity")[experiment.sparsity.method].load()
-        sparsity_options = sparsity.Options(**experiment.sparsity.options)
+        sparsity, sparsity_options = experiment.sparsity.load()
         shapes = sparsity.shapes(model, sparsity_options)
         sparse_units = sparsity.units(model)
         sparse_layers = sparsity.prepare(
@@ -108,7 +106,7 @@ class Trainer:
         scaler = runtime.accelerator.scaler
         self.scaling = LossScaling(scaler, runtime.device) if scaler is not None else None
         self.passes = experiment.gradients.accumulation
-        rule = registry("gradients.update")[experiment.gradients.update.method].load()
+        rule, rule_options = experiment.gradients.update.load()
         on_device = clock(runtime.device) if runtime.device.type == "cuda" else None
         self.exchanges = GradientReducer(experiment, self.steps, on_device)
         self.model: ReplicatedModel | ParallelModel
@@ -142,7 +140,7 @@ class Trainer:
         self.update = rule(
             UpdateContext(
                 experiment,
-                rule.Options(**experiment.gradients.update.options),
+                rule_options,
                 task.model,
                 self.optimizer,
                 Communicator(clock=on_device),

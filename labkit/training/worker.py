@@ -20,7 +20,7 @@ import labkit
 from labkit.experiment import Experiment
 from labkit.experiment.failures import message_of
 from labkit.experiment.fault import TaskFault, describe_error
-from labkit.experiment.registry import registry
+from labkit.experiment.own_code import load_own_methods
 from labkit.experiment.run_directory import EXIT_STOPPED, RunDirectory
 from labkit.training.events import EventWriter
 from labkit.training.meter import Board, Meter
@@ -62,10 +62,11 @@ def main(
     events = EventWriter(directory.events(rank), rank)
     try:
         with Meter(events, rank, board, requested) as meter:
+            with _refusals():
+                experiment = load_own_methods(experiment)
             runtime = Runtime.start(experiment, rank, rendezvous)
             meter.set_device(runtime.device)
-            workload = registry("workload")[experiment.workload.name].load()
-            options = workload.Options(**experiment.workload.options)
+            workload, options = experiment.workload.load()
             seed_generators(experiment.training.seed)  # also for random numbers that a user's file draws on import
             task = _build(workload, options, experiment.training.seed)
             with _refusals():

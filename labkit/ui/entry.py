@@ -13,6 +13,7 @@ import ipywidgets as widgets
 from pydantic.fields import FieldInfo
 
 from labkit.experiment.machine import Machine
+from labkit.experiment.own_methods import class_name, is_own
 from labkit.experiment.registry import Registry
 
 _WORDS = {
@@ -45,7 +46,6 @@ _BY_FIELD = {
     "name": "Title of the run",
 }
 _UNITS = {"_mb": "MB", "_s": "s", "_ms": "ms", "_mbit": "Mbit/s"}
-NOT_YET = "(not in this version yet)"
 NOT_HERE = "(unavailable here)"
 
 
@@ -95,7 +95,7 @@ def entry(field: str, info: FieldInfo, value: Any, methods: Registry | None = No
     if methods is not None:
         missing = {method.key: method.missing(Machine.here()) for method in methods}
         options = [(_option_label(method, missing[method.key]), method.key) for method in methods]
-        summaries = "; ".join(f"{method.key}: {method.summary}" for method in methods if method.available)
+        summaries = "; ".join(f"{method.key}: {method.summary}" for method in methods)
         unavailable = "".join(f" Unavailable on this machine: {reason}." for reason in missing.values() if reason)
         common["tooltip"] = f"{common['tooltip']} {summaries}.{unavailable}"
         return _dropdown(field, options, value, common)
@@ -128,9 +128,8 @@ def unwrap_optional(annotation: Any) -> tuple[Any, bool]:
 
 def _option_label(method: Any, missing: str) -> str:
     """Return the label of a method in a dropdown. `missing`: why this machine does not support it, or empty."""
-    if not method.available:
-        return f"{method.key} {NOT_YET}"
-    return f"{method.key} {NOT_HERE}" if missing else method.key
+    name = f"{class_name(method.key)} (yours)" if is_own(method.key) else method.key
+    return f"{name} {NOT_HERE}" if missing else name
 
 
 def _simple_entry(field: str, widget: Any) -> Entry:

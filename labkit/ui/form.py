@@ -21,7 +21,7 @@ from labkit.ui import entry as entries
 from labkit.ui.entry import Entry
 
 _CHOICE_OF = {field: knob for knob, field in CHOICES.items()} | {"layout.schedule": "layout.schedule"}
-_HIDDEN = ("schema_version",)
+_HIDDEN = ("schema_version", "code")
 DEFAULT_KNOBS = (
     "workload.name",
     "layout.dp_replicate",
@@ -115,7 +115,19 @@ class ExperimentForm:
                 section[last] = entry.read()
             except ValueError as error:
                 unreadable.append(Problem(field, str(error)))
+        self._keep_unchecked_options(data)
         return data, unreadable
+
+    def _keep_unchecked_options(self, data: dict[str, Any]) -> None:
+        """Put back the options of own methods whose class this process must not load: they have no entries."""
+        for prefix, (model, _) in ((name.rsplit(".", 1)[0], built) for name, built in self._rebuilt_by.items()):
+            choice: Any = self._base.get(prefix)
+            section: Any = data
+            for part in prefix.split("."):
+                section = section.get(part, {})
+            method = model.methods()[choice.key]
+            if section.get(model.SELECTOR) == choice.key and not method.is_loaded:
+                section.update(choice.options)
 
     def _changed(self, field: str) -> None:
         """Update dependent entries, problems and listeners after a change of `field`."""
@@ -212,11 +224,6 @@ class ExperimentForm:
         """Create the entry of a leaf field, and return its widget."""
         choice = _CHOICE_OF.get(field)
         entry = entries.entry(field, info, value, registry(choice) if choice in ROOMS else None)
-        axes = registry("layout.axes")
-        axis = field.removeprefix("layout.")
-        if field.startswith("layout.") and axis in axes and not axes[axis].available and value == 1:
-            entry.widget.disabled = True
-            entry.widget.description = f"{axis} {entries.NOT_YET}"
         if value == info.get_default():
             _disable_if_unavailable(field, entry.widget)
         self._register(entry)
@@ -280,7 +287,7 @@ class ExperimentForm:
         key = self.entries[f"{prefix}.{model.SELECTOR}"].read()
         methods = model.methods()
         rows = []
-        if key in methods and methods[key].available:
+        if key in methods and methods[key].is_loaded:
             options: type[Options] = methods.options(key)
             for name, info in options.model_fields.items():
                 value = values.get(name, info.get_default(call_default_factory=True))

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from labkit.experiment.cell_source import NotSelfContainedError, check, self_contained_source
+from labkit.experiment.own_code import method_from_cell
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options
 
@@ -110,11 +111,16 @@ class Custom:
         return as_task(call(factory, seed), factory.__name__)
 
 
-def from_notebook(factory: Callable[..., Any]) -> dict[str, str]:
-    """Return the workload section for a function of a notebook cell.
+def from_notebook(definition: Callable[..., Any]) -> Any:
+    """Let an experiment use what a notebook cell defines: a function that makes a task, or the class of a method.
 
-    Raises NotSelfContainedError (a ValueError) with the reason if the function cannot be sent to the ranks.
+    Returns the section of the experiment that names it. A function becomes the workload; a subclass of `Compressor`,
+    `UpdateRule` or `Sparsifier` becomes a method, which forms list from now on (of a number format the key is
+    returned). Raises NotSelfContainedError (a ValueError) or TypeError with the reason if that is impossible.
 
-    >>> experiment.replace(workload=from_notebook(make_task))    # doctest: +SKIP
+    >>> experiment.replace(workload=from_notebook(make_task))                     # doctest: +SKIP
+    >>> experiment.set({"gradients.compression": from_notebook(MyCompressor)})    # doctest: +SKIP
     """
-    return {"name": "custom", "source": self_contained_source(factory), "factory": factory.__name__}
+    if isinstance(definition, type):
+        return method_from_cell(definition)
+    return {"name": "custom", "source": self_contained_source(definition), "factory": definition.__name__}

@@ -3,6 +3,7 @@
 from labkit.experiment.registry import Method, Registry
 
 WORKLOADS = Registry(
+    "workload",
     "workload.name",
     "workload",
     [

@@ -101,7 +101,7 @@ def mended(experiment: Experiment) -> Experiment:
 
 def _method(chance: random.Random, name: str, usual: str, part: float) -> str:
     """The usual method, or one of the others with the probability `part`."""
-    others = [method for method in registry(name).names(available_only=True) if method != usual]
+    others = [method for method in registry(name).names() if method != usual]
     return chance.choice(others) if chance.random() < part else usual
 
 
@@ -130,7 +130,7 @@ def _layout(chance: random.Random, ranks: int) -> dict[str, Any]:
     more: dict[str, Any] = {"zero_stage": chance.choice([1, 2, 3])} if sizes["dp_shard"] > 1 else {}
     if sizes["pp"] > 1:
         more |= {
-            "schedule": chance.choice(registry("layout.schedule").names(available_only=True)),
+            "schedule": chance.choice(registry("layout.schedule").names()),
             "microbatches": chance.choice([1, 2, 4]),
             "stages_per_rank": chance.choice([1, 1, 2]),
         }

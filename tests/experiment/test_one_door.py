@@ -42,7 +42,7 @@ EXCEPTIONS = {
     "proofs/matrix_log.py:MatrixLog.__init__": "where --resume says",
     "proofs/matrix_log.py:MatrixLog.add": "where --resume says",
     "workloads/custom.py:Custom.code_of": "the user's code",
-    "workloads/locate.py:why_not": "the user's code",
+    "experiment/locate.py:why_not": "the user's code",
     "workloads/files.py:kind": "the user's data",
     "workloads/files.py:read_text": "the user's data",
     "workloads/hub_images.py:StoredImages.pixels": "the user's data",

@@ -19,9 +19,8 @@ from labkit.experiment.choice import Choice
 from labkit.experiment.fields import fields
 from labkit.experiment.layout import AXES
 from labkit.experiment.recipes import RECIPES, recipe
-from labkit.experiment.registry import Method, registries, registry
+from labkit.experiment.registry import registries, registry
 from labkit.experiment.schema import Training, parse_assignment
-from labkit.sparsity.registry import SPARSITY
 
 reals = st.floats(allow_nan=False, allow_infinity=False)
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
@@ -182,17 +181,6 @@ def test_an_assignment_is_json_or_a_word(text: str, value: Any) -> None:
     assert parse_assignment(text) == ("a.b", value)
 
 
-def test_a_planned_method_is_known_by_name_and_refused_by_name() -> None:
-    SPARSITY.methods.append(Method("lottery", "tickets"))
-    try:
-        experiment = Experiment().replace('sparsity={"method": "lottery", "draws": 10}')
-        assert experiment.sparsity.key == "lottery"
-        assert [problem.field for problem in experiment.problems()] == ["sparsity.method"]
-        assert "not in this version" in str(experiment.problems()[0])
-    finally:
-        SPARSITY.methods.pop()
-
-
 def test_problems_name_the_field_and_the_nearest_value() -> None:
     with pytest.raises(ExperimentError) as refused:
         Experiment.from_dict({"training": {"stepz": 3}, "optimizer": {"lr": -1}, "workload": {"name": "vison"}})
@@ -242,14 +230,10 @@ def test_every_field_can_be_listed_and_read() -> None:
 
 
 @pytest.mark.parametrize(("knob", "key"), [(knob, method.key) for knob, room in registries() for method in room])
-def test_every_line_of_a_registry_loads_or_is_planned(knob: str, key: str) -> None:
+def test_every_line_of_a_registry_loads(knob: str, key: str) -> None:
     method = registry(knob)[key]
     assert method.summary
     assert not method.summary.endswith(".")
-    if not method.available:
-        with pytest.raises(ValueError, match="not in this version"):
-            method.load()
-        return
     loaded = method.load()
     assert (loaded.__doc__ or "").strip(), f"{loaded} says nothing about itself"
     options = registry(knob).options(key)
@@ -269,7 +253,7 @@ def test_a_registry_knows_its_names() -> None:
         names = room.names()
         assert len(names) == len(set(names)), knob
         # Without pipeline stages there is no schedule to choose.
-        assert room.names(available_only=True) or knob == "layout.schedule", f"{knob} has nothing to choose"
+        assert room.names() or knob == "layout.schedule", f"{knob} has nothing to choose"
     with pytest.raises(KeyError, match="did you mean vision"):
         registry("workload")["visoin"]
 

@@ -12,7 +12,7 @@ from labkit.proofs.parity import check
 from labkit.runs import Run
 from tests.launch.helpers import start, tiny
 
-KEYS = [key for key in registry("gradients.compression").names(available_only=True) if key != "none"]
+KEYS = [key for key in registry("gradients.compression").names() if key != "none"]
 HOSTS = {"launch__network": {"rate_mbit": 1000, "hosts": 2}}
 
 

@@ -47,7 +47,7 @@ def test_every_pair_that_may_meet_meets_and_the_others_are_refused(found: list[C
 def test_new_methods_enter_by_themselves(found: list[Combination]) -> None:
     named = {value for case in found for value in case.row.values()}
     for knob in set(CHOICES) - {"workload"}:
-        assert set(registry(knob).names(available_only=True)) <= named
+        assert set(registry(knob).names()) <= named
 
 
 def test_the_layouts_and_methods_of_the_issue_meet(found: list[Combination]) -> None:

@@ -62,7 +62,7 @@ def test_no_case_comes_twice(all_cases: list[Case]) -> None:
 def test_new_schedules_axes_and_options_enter_by_themselves(all_cases: list[Case]) -> None:
     legal = [case for case in all_cases if not case.problems]
     met = {(case.family, case.experiment.layout.schedule, case.experiment.layout.tp) for case in legal}
-    for schedule in registry("layout.schedule").names(available_only=True):
+    for schedule in registry("layout.schedule").names():
         assert ("gpt", schedule, 2) in met
     for axis in AXES:
         assert any(getattr(case.experiment.layout, axis) > 1 for case in legal)

@@ -39,7 +39,7 @@ options = st.fixed_dictionaries(
     {name: st.sampled_from(values) for name, values in VALUES.items() if not name.startswith("layout.")}
     | {
         "training.global_batch": st.integers(1, 40),
-        "quantization.training": st.sampled_from(registry("quantization.training").names(available_only=True)),
+        "quantization.training": st.sampled_from(registry("quantization.training").names()),
         "optimizer.momentum": st.sampled_from([0.0, 0.9]),
     }
 )

@@ -97,19 +97,6 @@ def test_ranges_stand_in_the_tooltip(form: ExperimentForm) -> None:
     assert "at least 1, at most 4096" in form.entries["gradients.accumulation"].widget.tooltip
 
 
-def test_planned_methods_are_listed_as_unavailable_and_refused(form: ExperimentForm) -> None:
-    shown = dict(form.entries["sparsity.method"].widget.options)
-    planned = {key for label, key in shown.items() if label.endswith("(not in this version yet)")}
-    by_field = {registry.field: registry for _, registry in registries()}
-    assert planned == {method.key for method in by_field["sparsity.method"] if not method.available}
-    for key in sorted(planned)[:1]:
-        form.set("sparsity.method", key)
-        [problem] = form.problems
-        assert "not in this version" in problem.reason
-        form.apply_hint(problem)
-        assert form.problems == []
-
-
 def test_what_this_machine_cannot_offer_is_marked_with_the_reason(form: ExperimentForm) -> None:
     widget = form.entries["quantization.training"].widget
     shown = {key: label for label, key in widget.options}
@@ -170,7 +157,7 @@ METHODS = [
     (registry.field, method.key)
     for _, registry in registries()
     for method in registry
-    if registry.field.startswith("gradients.") and method.available
+    if registry.field.startswith("gradients.")
 ]
 
 
