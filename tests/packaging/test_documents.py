@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,14 @@ def test_the_table_of_faults_names_tests_that_exist() -> None:
     assert len(named) > 100
     missing = {name for name in named - known if name not in shortened}
     assert not missing | {name for name in shortened if not any(full.startswith(name) for full in known)}
+
+
+@pytest.mark.alone
+def test_the_example_of_an_own_method_runs(tmp_path: Path, labkit_home: Path) -> None:
+    page = (ROOT / "notebooks" / "reference" / "own_methods.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "cell.py").write_text(example)
+    command = [sys.executable, str(tmp_path / "cell.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "labkit", "stop", "--all"], capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
