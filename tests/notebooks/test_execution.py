@@ -49,6 +49,7 @@ WRONG: dict[str, list[str]] = {
         "ternary = lambda x: x.abs().max() * torch.round(x / x.abs().max())",
         "turns = lambda plain, method: (plain.bytes - method.bytes) / (method.compute - plain.compute) / 1e6",
         "chosen = base.set({'gradients.compression.method': 'int8'})",
+        "own = {'method': 'fp16'}",
     ],
     "03_sharded_data_parallelism": [
         "fewest_ranks = 6",
@@ -86,6 +87,7 @@ WRONG: dict[str, list[str]] = {
         "two_of_four = lambda weight: weight.abs() >= weight.abs().median()",
         "prune = lambda optimizer, weight, mask: weight.data.mul_(mask)",
         "faster = wide.set(rigl(0.98, 'csr'))",
+        "own = {'method': 'magnitude'}",
     ],
     "11_long_context_and_experts": [
         "merge = lambda a, b: ((a[0] + b[0]) / 2, torch.logaddexp(a[1], b[1]))",

@@ -100,7 +100,7 @@ def test_a_storage_counts_once_and_parameters_do_not() -> None:
         inputs, hidden, out = 5 * 8 * FLOAT, 5 * 16 * FLOAT, 5 * 4 * FLOAT  # tanh's output is the next layer's input
         assert count.peak == inputs + hidden + out
         loss.backward()
-        assert not count._live, "the backward pass lets everything go"
+        assert not count._current, "the backward pass lets everything go"
     assert model(x).square().sum().requires_grad
     assert count.peak == inputs + hidden + out, "closed: it counts no more"
 
@@ -114,7 +114,7 @@ def test_what_is_computed_again_counts_while_it_lives() -> None:
             for part in model:
                 x = checkpoint(part, x, use_reentrant=False) if again else part(x)
             x.sum().backward()
-            assert not count._live
+            assert not count._current
         return count.peak
 
     one = 32 * 64 * FLOAT
