@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from labkit.cli import inspect, prove, run
 from labkit.cli.output import OutputError, UsageError, flush, give_up_output, refuse, say
@@ -24,6 +26,14 @@ def _commands() -> Commands:
     return commands
 
 
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """Print a warning for users, e.g. about a setting that has a new name, as one sentence; drop those of libraries."""
+    if issubclass(category, FutureWarning):
+        say(f"{message}.")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; `arguments` default to those of the process."""
     # What the terminal's encoding lacks, and lone surrogates, are printed as escapes.
@@ -31,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     options = argparse.Namespace(launched=False)
+    warnings.showwarning = _show_warning
     try:
         _commands().parser.parse_args(arguments, options)
         options.words = list(sys.argv[1:] if arguments is None else arguments)

@@ -313,6 +313,11 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
         yield Problem("layout.cpu_offload", f"has no effect: {why}")
     if layout.sequence_parallel and layout.tp == 1:
         yield Problem("layout.sequence_parallel", "has no effect without tensor parallelism (layout.tp is 1)")
+    optimizer = experiment.optimizer
+    of_others = {"adamw": ("momentum",), "sgd": ("beta1", "beta2", "eps")}[optimizer.name]
+    for name in of_others:
+        if getattr(optimizer, name) != type(optimizer).model_fields[name].default:
+            yield Problem(f"optimizer.{name}", f"has no effect with {optimizer.name}")
     quantization = experiment.quantization
     if quantization.training != "int8":
         for name in ("rounding", "weight_gradient"):

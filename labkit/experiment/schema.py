@@ -10,7 +10,8 @@ importing the schema must load none (a method's own module imports the schema's 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 MOST_SLOWDOWN = 1000
 MAX_SOURCE = 1_000_000
+MOMENTUM = 0.9
+"""Default momentum of SGD."""
 
 
 class Section(BaseModel):
@@ -140,8 +143,12 @@ class Optimizer(Section):
     """Peak learning rate."""
     weight_decay: float = Field(default=0.01, ge=0, le=10)
     """Strength of the weight decay (decoupled for AdamW)."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Momentum of SGD, or the first beta of AdamW."""
+    momentum: float = Field(default=MOMENTUM, ge=0, lt=1)
+    """Momentum of SGD."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay rate of AdamW's mean of the gradients."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay rate of AdamW's mean of their squares."""
     eps: float = Field(default=1e-8, gt=0, le=1)
     """Constant added to AdamW's denominator; gradients far below it hardly move a weight."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
@@ -152,6 +159,23 @@ class Optimizer(Section):
     """Maximum global gradient norm; empty for no clipping."""
     state_bits: Literal[32, 8] = 32
     """Bits per value of the optimizer state."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _momentum_was_beta1(cls, data: Any) -> Any:
+        """Read what was written before AdamW had a beta1 of its own."""
+        if isinstance(data, dict) and "beta1" not in data:
+            return _beta1_from_momentum(data)
+        return data
+
+
+def _beta1_from_momentum(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with AdamW's `momentum`, as its beta1 was called until version 0.1, under its new name."""
+    momentum = optimizer.get("momentum", MOMENTUM)
+    if optimizer.get("name", "adamw") != "adamw" or momentum == MOMENTUM:
+        return optimizer
+    warnings.warn("optimizer.momentum is that of SGD; for AdamW set optimizer.beta1", FutureWarning, stacklevel=2)
+    return optimizer | {"beta1": momentum, "momentum": MOMENTUM}
 
 
 class Training(Section):
@@ -359,7 +383,7 @@ class Experiment(Section):
         for text in assignments:
             field, value = parse_assignment(text)
             _assign(data, field, value)
-        return type(self).from_dict(data)
+        return type(self).from_dict(_with_new_names(data, [parse_assignment(text)[0] for text in assignments]))
 
     def set(self, changes: Mapping[str, Any]) -> Experiment:
         """Return a changed copy from `{"layout.dp_replicate": 2}`: like `replace`, with values as Python objects."""
@@ -367,7 +391,7 @@ class Experiment(Section):
         for field, value in changes.items():
             # A copy: a later change may go into what an earlier one has brought, and that belongs to the caller.
             _assign(data, field, value.model_dump(mode="json") if isinstance(value, BaseModel) else deepcopy(value))
-        return type(self).from_dict(data)
+        return type(self).from_dict(_with_new_names(data, changes))
 
     def get(self, field: str) -> Any:
         """Return the value at a dotted name."""
@@ -471,6 +495,13 @@ def _assign(data: dict[str, Any], field: str, value: Any) -> None:
         # The two exclude each other: setting one clears the other, so that a recipe's length can be changed.
         place["epochs" if last == "steps" else "steps"] = None
     place[last] = value
+
+
+def _with_new_names(data: dict[str, Any], assigned: Iterable[str]) -> dict[str, Any]:
+    """Return the data with settings that were assigned by an old name under their new one."""
+    if "optimizer.momentum" in assigned and "optimizer.beta1" not in assigned and isinstance(data["optimizer"], dict):
+        return data | {"optimizer": _beta1_from_momentum(data["optimizer"])}
+    return data
 
 
 def _section(model: Any, part: str) -> Any:

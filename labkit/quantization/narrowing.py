@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from labkit.experiment import Experiment
+from labkit.experiment.random_streams import Stream, stream_seed
 from labkit.experiment.registry import registry
 from labkit.quantization.arithmetic import FakeArithmetic, GridArithmetic, off_grid
 from labkit.quantization.linear import QuantizedLinearOp, arithmetics, narrow
@@ -111,7 +112,7 @@ class PrecisionController:
         if self.is_full_precision:
             return
         self._step = step
-        self._noise.manual_seed(self._seed(self._place))
+        self._noise.manual_seed(stream_seed(self._experiment.training.seed, Stream.LAYER_ROUNDING, step, self._place))
         watched = self._set(step)
         if isinstance(self._optimizer, Narrow):
             self._optimizer.watched = watched
@@ -131,15 +132,12 @@ class PrecisionController:
         """Round the weights after the optimizer step, once they are complete on this rank."""
         if self.is_full_precision:
             return
-        self._rounding.manual_seed(self._seed(4098))  # an index that no rank has, the same on all
+        self._rounding.manual_seed(stream_seed(self._experiment.training.seed, Stream.WEIGHT_ROUNDING, self._step))
         self._round_weights(self._rounding)
         for arithmetic in self._ops:
             arithmetic.watched = False
         self._products += self._total() - self._before
         self._updates += 1
-
-    def _seed(self, place: int) -> int:
-        return ((self._experiment.training.seed * 1_000_003 + self._step) * 4099 + place) % 2**63
 
     def _total(self) -> int:
         return sum(arithmetic.products for arithmetic in self._ops)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from labkit.experiment import Optimizer
+from labkit.experiment.random_streams import Stream, stream_seed
 from labkit.quantization.codes import to_bfloat16
 from labkit.quantization.eight_bit import SMALLEST, pack, unpack
 from labkit.quantization.fused import fused
@@ -57,7 +58,8 @@ class Narrow(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32)
         state["step"] += 1
         step = int(state["step"])
-        noise = torch.Generator(parameter.device).manual_seed(((self.seed * 1_000_003 + step) * 4099 + index) % 2**63)
+        seed = stream_seed(self.seed, Stream.STATE_ROUNDING, step, index)
+        noise = torch.Generator(parameter.device).manual_seed(seed)
         weight, gradient = _local(parameter), _local(parameter.grad)
         self.gradient_types.add(gradient.dtype)
         full = weight.float()  # the weight itself if it is float32
@@ -114,7 +116,7 @@ class NarrowAdamW(Narrow):
     ) -> None:
         """Apply the same step as torch.optim.AdamW."""
         packs = self.settings.state_bits == 8 and weight.numel() >= SMALLEST
-        first, second = self.settings.momentum, 0.999
+        first, second = self.settings.beta1, self.settings.beta2
         moments = self.unpack_state(state, weight)
         m, v = (_local(moments[name]) if name in moments else torch.zeros_like(gradient) for name in SIGNED)
         decay = 1 - group["lr"] * group["weight_decay"]

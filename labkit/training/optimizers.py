@@ -37,7 +37,8 @@ def make_optimizer(
         # With torch 2.13 the fused kernel of SGD, unlike that of AdamW, does not support sharded parameters.
         fused = fused and not any(isinstance(parameter, DTensor) for parameter, _ in pairs)
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999), eps=settings.eps, fused=fused)
+    betas = (settings.beta1, settings.beta2)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=fused)
 
 
 def learning_rate(settings: Optimizer, step: int, steps: int) -> float:

@@ -158,3 +158,12 @@ def test_a_relative_home_does_not_move_with_the_current_folder(tmp_path: Path) -
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "runs-here")
+
+
+def test_an_old_name_of_a_setting_is_one_sentence() -> None:
+    command = [sys.executable, "-m", "labkit", "validate", "vision-ddp", "--set", "optimizer.momentum=0.8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    warning = "labkit: optimizer.momentum is that of SGD; for AdamW set optimizer.beta1.\n"
+    assert done.stderr.count(warning) == 1
+    assert "FutureWarning" not in done.stderr

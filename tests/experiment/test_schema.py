@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -293,3 +294,26 @@ def test_every_whole_number_has_an_upper_bound() -> None:
 def test_a_number_too_large_for_its_file_is_refused(field: str, value: Any) -> None:
     with pytest.raises(ExperimentError, match=field.replace(".", r"\.")):
         Experiment().set({field: value})
+
+
+def test_the_momentum_of_adamw_is_called_beta1_now() -> None:
+    old = {"optimizer": {"name": "adamw", "momentum": 0.8, "lr": 0.1}}
+    with pytest.warns(FutureWarning, match=r"set optimizer\.beta1"):
+        read = Experiment.from_dict(old)
+    assert (read.optimizer.beta1, read.optimizer.momentum) == (0.8, 0.9)
+    with pytest.warns(FutureWarning, match=r"set optimizer\.beta1"):
+        assert Experiment().replace("optimizer.momentum=0.8").optimizer.beta1 == 0.8
+    with pytest.warns(FutureWarning, match=r"set optimizer\.beta1"):
+        assert Experiment().set({"optimizer.momentum": 0.8}).optimizer.beta1 == 0.8
+
+
+def test_no_other_momentum_is_taken_for_it() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sgd = Experiment().set({"optimizer.momentum": 0.8, "optimizer.name": "sgd"})
+        assert (sgd.optimizer.momentum, sgd.optimizer.beta1) == (0.8, 0.9)
+        back = sgd.set({"optimizer.name": "adamw"})
+        assert Experiment.from_json(back.to_json()).optimizer.beta1 == 0.9
+        Experiment.from_dict({"optimizer": {"name": "adamw", "momentum": 0.9}})
+    [warning] = [warning for warning in back.warnings() if warning.field == "optimizer.momentum"]
+    assert "has no effect with adamw" in warning.reason

@@ -38,7 +38,7 @@ def train(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, firs
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 def test_in_float32_they_are_those_of_torch(name: Any, momentum: float) -> None:
-    settings = Optimizer(name=name, momentum=momentum, **SETTINGS)
+    settings = Optimizer(name=name, momentum=momentum, beta1=momentum, **SETTINGS)
     mine, pairs, optimizer = made(settings, [(40, 30), (5,)])
     theirs = [nn.Parameter(parameter.detach().clone()) for parameter in mine]
     reference = make_optimizer(settings, [(one, decays) for one, (_, decays) in zip(theirs, pairs, strict=True)])
@@ -51,7 +51,7 @@ def test_in_float32_they_are_those_of_torch(name: Any, momentum: float) -> None:
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_small_updates_of_bfloat16_weights_add_up_at_random_and_vanish_to_the_nearest(name: Any) -> None:
     """A weight of 1 has neighbours at 1/128 above and 1/256 below; 200 updates of 1/2000 each make a tenth."""
-    settings = Optimizer(name=name, lr=1 / 2000, weight_decay=0, momentum=0)
+    settings = Optimizer(name=name, lr=1 / 2000, weight_decay=0, momentum=0, beta1=0)
     weight = nn.Parameter(torch.ones(4000, dtype=torch.bfloat16))
     nearest = nn.Parameter(torch.ones(4000, dtype=torch.bfloat16))
     kind = NarrowAdamW if name == "adamw" else NarrowSGD

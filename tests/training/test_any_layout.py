@@ -40,7 +40,7 @@ options = st.fixed_dictionaries(
     | {
         "training.global_batch": st.integers(1, 40),
         "quantization.training": st.sampled_from(registry("quantization.training").names()),
-        "optimizer.momentum": st.sampled_from([0.0, 0.9]),
+        "optimizer.beta1": st.sampled_from([0.0, 0.9]),
     }
 )
 

@@ -49,8 +49,9 @@ def test_a_rate_is_positive_and_never_above_the_highest(steps: int, warmup: int,
 def test_biases_and_gains_do_not_decay(name: Any, kind: type) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     model[1].weight.requires_grad_(False)
+    chosen = {"momentum": 0.8} if name == "sgd" else {"beta1": 0.8, "beta2": 0.95}
     optimizer = make_optimizer(
-        Optimizer(name=name, lr=0.5, weight_decay=0.1, momentum=0.8, eps=1e-6), with_decay_flags(model.parameters())
+        Optimizer(name=name, lr=0.5, weight_decay=0.1, eps=1e-6, **chosen), with_decay_flags(model.parameters())
     )
     assert isinstance(optimizer, kind)
     decayed, plain = optimizer.param_groups
@@ -58,7 +59,7 @@ def test_biases_and_gains_do_not_decay(name: Any, kind: type) -> None:
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert len(plain["params"]) == 2, "two biases; what is frozen is left out"
     if name == "adamw":
-        assert (plain["betas"], plain["eps"]) == ((0.8, 0.999), 1e-6)
+        assert (plain["betas"], plain["eps"]) == ((0.8, 0.95), 1e-6)
     else:
         assert plain["momentum"] == 0.8
     set_learning_rate(optimizer, 0.25)

@@ -24,7 +24,7 @@ class FrozenAdamW(torch.optim.AdamW):
     def __init__(
         self, groups: list[dict[str, Any]], settings: Optimizer, warmup: int, takes_momentum: bool = False
     ) -> None:
-        self._betas, self._eps = (settings.momentum, 0.999), settings.eps
+        self._betas, self._eps = (settings.beta1, settings.beta2), settings.eps
         super().__init__(groups, lr=settings.lr, betas=self._betas, eps=settings.eps, weight_decay=0, fused=True)
         self.warmup, self.takes_momentum = warmup, takes_momentum
         self.weights_are_masked = False

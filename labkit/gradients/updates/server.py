@@ -89,7 +89,8 @@ class Server:
 
     def _lower_momentum(self) -> None:
         """Set the momentum as requested or, by default, lower than usual, since stale updates act like momentum."""
-        momentum, usual = self.options.momentum, self.context.experiment.optimizer.momentum
+        momentum, optimizer = self.options.momentum, self.context.experiment.optimizer
+        usual = optimizer.beta1 if optimizer.name == "adamw" else optimizer.momentum
         if momentum is None:
             momentum = usual if self.options.staleness == 0 else max(0.0, usual - (1 - 1 / self.comm.size))
         for group in self._optimizer.param_groups:
