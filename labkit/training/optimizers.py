@@ -36,9 +36,25 @@ def make_optimizer(
     if settings.name == "sgd":
         # With torch 2.13 the fused kernel of SGD, unlike that of AdamW, does not support sharded parameters.
         fused = fused and not any(isinstance(parameter, DTensor) for parameter, _ in pairs)
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
+        sgd = torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
+        if fused and settings.momentum:
+            sgd.register_step_pre_hook(_begin_late_momenta)
+        return sgd
     betas = (settings.beta1, settings.beta2)
     return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=fused)
+
+
+def _begin_late_momenta(sgd: torch.optim.Optimizer, *_arguments: Any) -> None:
+    """Give parameters whose first gradient comes later than that of others a velocity of zero.
+
+    torch 2.13's fused kernel of SGD fails if some of its parameters have a velocity and others have none; from zero,
+    the first velocity is the gradient, as it is without the kernel.
+    """
+    for group in sgd.param_groups:
+        used = [parameter for parameter in group["params"] if parameter.grad is not None]
+        late = [parameter for parameter in used if sgd.state[parameter].get("momentum_buffer") is None]
+        for parameter in late if len(late) < len(used) else ():
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def learning_rate(settings: Optimizer, step: int, steps: int) -> float:

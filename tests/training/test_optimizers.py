@@ -64,3 +64,20 @@ def test_biases_and_gains_do_not_decay(name: Any, kind: type) -> None:
         assert plain["momentum"] == 0.8
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_trains_parameters_whose_first_gradient_comes_late(momentum: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(6, 2, 3, generator=generator)
+    weights = [[nn.Parameter(torch.ones(3)) for _ in range(2)] for _ in range(2)]
+    by_labkit = make_optimizer(Optimizer(name="sgd", lr=0.1, momentum=momentum), [(w, False) for w in weights[0]])
+    by_torch = torch.optim.SGD(weights[1], lr=0.1, momentum=momentum, foreach=False)
+    assert by_labkit.defaults["fused"]
+    for step, (early, late) in enumerate(gradients):
+        for first, second in weights:
+            first.grad, second.grad = early.clone(), late.clone() if step >= 2 else None
+        by_labkit.step()
+        by_torch.step()
+    for labkits, torchs in zip(*weights, strict=True):
+        torch.testing.assert_close(labkits, torchs, rtol=1e-6, atol=1e-7)
