@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 _OF_A_LOADER = re.compile(r"Caught (\S+) in DataLoader worker process (\d+)\.\n")
+_LOADER_GONE = re.compile(r"DataLoader worker \(pid\(s\) ([\d, ]+)\) exited unexpectedly")
 _TRACEBACK = "Traceback (most recent call last):"
 
 
@@ -17,8 +18,10 @@ def message_of(error: BaseException) -> str:
 
 
 def original_message(error: BaseException) -> str:
-    """Return the text of an exception; for one from a DataLoader worker, its own message without torch's traceback."""
+    """Return the text of an exception; for one from a DataLoader worker its own, in plain words."""
     message = message_of(error)
+    if gone := _LOADER_GONE.search(message):
+        return f"loader process {gone[1]} ended by itself: the data set may call os._exit or sys.exit, or have crashed"
     caught = _OF_A_LOADER.match(message)
     if caught is None or _TRACEBACK not in message:
         return message

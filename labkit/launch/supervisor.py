@@ -304,7 +304,7 @@ class Supervisor:
         report = child.report or {"type": "SystemExit", "message": f"exit code {child.exit_code}"}
         if report.get("task"):  # an error of the task: one sentence without a stack, which is in the log
             return run_status.cause("task", str(report["task"]), rank=child.rank)
-        exception = f"{report['type']}: {report['message']}"
+        exception = f"{report['type']}: {report['message']}".removesuffix(": ")
         first_line = exception.splitlines()[0][:500]
         if child.left_early or child.report is None:
             early = self.heartbeats.rank_status(child.rank).phase != "done"

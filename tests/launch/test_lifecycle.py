@@ -144,6 +144,8 @@ def test_an_exception_of_a_loader_is_said_in_its_own_words() -> None:
     )
     assert original_message(ValueError(text)) == "bad: sample 7 (in loader process 3)\nsecond line"
     assert original_message(ValueError("plain")) == "plain"
+    gone = original_message(RuntimeError("DataLoader worker (pid(s) 32059) exited unexpectedly"))
+    assert gone.startswith("loader process 32059 ended by itself")
 
     class Wordless(Exception):
         def __str__(self) -> str:
