@@ -18,7 +18,7 @@ import numpy as np
 
 from labkit.experiment import Experiment, ExperimentError, Problem, safe_files
 from labkit.experiment.one_process import one_process
-from labkit.experiment.registry import registry
+from labkit.experiment.own_methods import class_name
 from labkit.launch.client import private_standby
 from labkit.launch.rehearse import rehearse
 from labkit.proofs.finish import run_to_completion
@@ -162,16 +162,15 @@ def _task_hash(run: Run) -> str | None:
 
 def parity_not_applicable(experiment: Experiment) -> Problem | None:
     """Return why this experiment does not claim to compute what one process computes; None if it does."""
-    method = experiment.gradients.compression.method
-    if registry("gradients.compression")[method].load().lossy:
+    compressor, _ = experiment.gradients.compression.load()
+    if compressor.lossy:
+        method = class_name(experiment.gradients.compression.method)
         reason = f"{method} changes gradients and claims no parity: compare its loss with that of a run without it"
         return Problem("gradients.compression.method", reason, "none")
     rule = experiment.gradients.update.method
     if rule != "synchronous":
-        reason = (
-            f"{rule} lets replicas diverge or uses stale gradients and claims no parity: compare its loss with "
-            "synchronous training"
-        )
+        why = "lets replicas diverge or uses stale gradients and claims no parity"
+        reason = f"{class_name(rule)} {why}: compare its loss with synchronous training"
         return Problem("gradients.update.method", reason, "synchronous")
     return None
 

@@ -17,6 +17,7 @@ from labkit.experiment import Experiment, ExperimentError, own_methods
 from labkit.experiment.cell_source import NotSelfContainedError
 from labkit.experiment.registry import registry
 from labkit.experiment.resume import carried_code
+from labkit.plots import plot_sparsity
 from labkit.plots.wording import method as method_in_words
 from labkit.ui.form import ExperimentForm
 from tests.launch.helpers import start, tiny
@@ -93,6 +94,22 @@ def test_a_number_format_of_a_cell_trains() -> None:
     assert run.state == "finished", run.cause
     double = start(tiny(steps=4).set({"quantization.training": "fp64"})).wait(60)
     assert run.data().loss.tolist() == double.data().loss.tolist()
+
+
+def test_a_sparsity_method_of_a_cell_is_proved_and_drawn() -> None:
+    small = {"name": "vision", "model": "vit", "image_size": 8, "depth": 1}
+    method = {**labkit.from_notebook(Checkerboard), "target": 0.5}
+    experiment = tiny().set({"workload": small, "sparsity": method})
+    verdict = labkit.check(experiment, steps=6)
+    assert verdict["precisions"]["fp64"]["parity"] is True, verdict["text"]
+    drawn = plot_sparsity([start(experiment).wait(60)])
+    assert "Checkerboard" in drawn.to_json() + str(drawn.rows)
+
+
+def test_what_changes_gradients_claims_no_parity_by_its_name() -> None:
+    for field, implementation in (("gradients.compression", Halves), ("gradients.update", EveryThird)):
+        with pytest.raises(ExperimentError, match=f"{implementation.__name__} .* claims no parity"):
+            labkit.check(tiny().set({field: labkit.from_notebook(implementation)}))
 
 
 # -- in forms ---------------------------------------------------------------------------------------------------------
