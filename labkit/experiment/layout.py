@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from labkit.experiment.schedules import SCHEDULES, Schedule
+
 AXES = ("dp_replicate", "dp_shard", "cp", "tp", "ep", "pp")
 # Outermost first: neighbours along the last axis are closest to each other.
 MESH_ORDER = ("pp", "dp_replicate", "dp_shard", "cp", "ep", "tp")
@@ -20,9 +22,6 @@ DATA_AXES = ("dp_replicate", "dp_shard", "ep")
 """Axes along which ranks see different samples."""
 SHORT = {"dp_replicate": "dp", "dp_shard": "shard", "cp": "cp", "tp": "tp", "ep": "ep", "pp": "pp"}
 _LONG = {short: axis for axis, short in SHORT.items()} | {"dp_shard": "dp_shard", "dp_replicate": "dp_replicate"}
-
-V_SHAPED = ("zbv", "dualpipev")
-"""Schedules that fold the pipeline: the rank with the first stage also has the last one."""
 
 AxisSize = Field(default=1, ge=-1, le=1_000_000)
 
@@ -169,9 +168,24 @@ class Layout(BaseModel):
     def stages(self, place: int) -> list[int]:
         """Return the numbers of the pipeline stages at coordinate `place` along pp, in the order of the chain."""
         count = self.pp * self.stages_per_rank
-        if self.schedule in V_SHAPED:
+        if (order := self.order) is not None and order.fold:
             return [place, count - 1 - place]
         return list(range(place, count, self.pp))
+
+    @property
+    def order(self) -> Schedule | None:
+        """The pipeline schedule; None if `schedule` names none that labkit knows."""
+        return SCHEDULES.get(self.schedule)
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether a pipeline computes the gradients of inputs and of weights at different times."""
+        return self.pp > 1 and self.order is not None and self.order.splits_backward
+
+    @property
+    def microbatches_per_pass(self) -> int:
+        """Number of micro-batches into which a pipeline splits the samples of a pass."""
+        return 1 if self.order is not None and self.order.single_microbatch else self.microbatches
 
     def grid(self) -> list[dict[str, Any]]:
         """Return the rank table that the notebook draws: one row per rank, with coordinates on axes larger than one."""

@@ -299,8 +299,8 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
         for name in ("microbatches", "stages_per_rank", "balance", "stage_blocks"):
             if getattr(layout, name) != Layout.model_fields[name].default:
                 yield Problem(f"layout.{name}", "has no effect without pipeline stages (layout.pp is 1)")
-    elif layout.schedule == "naive" and layout.microbatches != 1:
-        yield Problem("layout.microbatches", "has no effect: the naive schedule has a single microbatch")
+    elif layout.microbatches_per_pass != layout.microbatches:
+        yield Problem("layout.microbatches", f"has no effect: the {layout.schedule} schedule has a single microbatch")
     if experiment.launch.transport == "shared_memory" and layout.world_size != layout.dp_replicate:
         yield Problem("launch.transport", "has no effect: only plain data parallelism exchanges through shared memory")
     if not experiment.gradients.overlap and (why := _never_overlaps(experiment)):

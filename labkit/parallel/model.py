@@ -45,7 +45,7 @@ def _assert_trainable(all_stages: dict[int, nn.Module], layout: Layout) -> None:
         if not trained & set(stages.stages_of_rank(layout, pp_rank)):
             numbers = " and ".join(map(str, stages.stages_of_rank(layout, pp_rank)))
             raise ValueError(f"stage {numbers} has nothing to train; cut the model otherwise (layout.stage_blocks)")
-    if layout.schedule in stages.SPLITTING and trained and 0 not in trained:
+    if layout.splits_backward and trained and 0 not in trained:
         # torch looks for a path from the loss to a stage's input, and there is none: the weights would get no gradient.
         raise ValueError(f"under {layout.schedule} the first stage must have something to train (layout.stage_blocks)")
 

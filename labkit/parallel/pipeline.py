@@ -15,22 +15,12 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from labkit.experiment.layout import Layout
+from labkit.experiment.schedules import SCHEDULES
 from labkit.parallel.cast import as_reals
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.stages import pp_rank_by_stage
 from labkit.parallel.timeline import TimedStage, Timeline
 from labkit.workloads.same_buffers import same_buffers
-
-SCHEDULES = {
-    "naive": "ScheduleGPipe",
-    "gpipe": "ScheduleGPipe",
-    "1f1b": "Schedule1F1B",
-    "interleaved_1f1b": "ScheduleInterleaved1F1B",
-    "looped_bfs": "ScheduleLoopedBFS",
-    "interleaved_zero_bubble": "ScheduleInterleavedZeroBubble",
-    "zbv": "ScheduleZBVZeroBubble",
-    "dualpipev": "ScheduleDualPipeV",
-}
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(output of a micro-batch, indices of its samples) to the training loss."""
@@ -95,7 +85,7 @@ class Pipeline:
     @property
     def microbatches(self) -> int:
         """Number of micro-batches per pass."""
-        return 1 if self.layout.schedule == "naive" else self.layout.microbatches
+        return self.layout.microbatches_per_pass
 
     def run(self, x: Tensor, samples: int) -> list[Tensor]:
         """Run forward and backward over a batch of `samples`, split into micro-batches.
@@ -103,7 +93,7 @@ class Pipeline:
         Returns the losses of the micro-batches on the rank with the last stage, an empty list elsewhere.
         """
         if self._schedule is None:
-            schedule_class = getattr(torch_schedules, SCHEDULES[self.layout.schedule])
+            schedule_class = getattr(torch_schedules, SCHEDULES[self.layout.schedule].torch_class)
             single = issubclass(schedule_class, torch_schedules.PipelineScheduleSingle)
             timed_stages = [
                 TimedStage(

@@ -11,7 +11,6 @@ from labkit.experiment.machine import Machine
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import registry
 from labkit.experiment.schema import Experiment
-from labkit.parallel.stages import SEVERAL, SPLITTING, V_SHAPED
 from labkit.workloads.language import BYTES, is_chain
 
 
@@ -194,7 +193,7 @@ class PipelineAxis:
                 max(1, blocks // layout.stages_per_rank),
             )
         share = layout.data_parallel * experiment.gradients.accumulation
-        pieces = share * (1 if layout.schedule == "naive" else layout.microbatches)
+        pieces = share * layout.microbatches_per_pass
         if scheduled and experiment.training.global_batch % pieces:
             yield Problem(
                 "training.global_batch",
@@ -206,8 +205,10 @@ class PipelineAxis:
 
 def schedule_problems(layout: Layout) -> Iterator[Problem]:
     """Yield the problems of the schedule with the number of stages and micro-batches."""
-    schedule, stages = layout.schedule, layout.stages_per_rank
-    if schedule in SPLITTING and layout.activation_checkpointing == "selective":
+    schedule, stages, order = layout.schedule, layout.stages_per_rank, layout.order
+    if order is None:  # the rules of the experiment refuse it
+        return
+    if order.splits_backward and layout.activation_checkpointing == "selective":
         yield Problem(
             "layout.activation_checkpointing",
             f"{schedule} splits the backward pass of a block in two, but torch keeps what selective recomputation "
@@ -215,16 +216,16 @@ def schedule_problems(layout: Layout) -> Iterator[Problem]:
             "full",
         )
     count = layout.pp * stages
-    if schedule in V_SHAPED and stages != 2:
+    if order.stages == "two" and stages != 2:
         yield Problem("layout.stages_per_rank", f"{schedule} folds the pipeline and needs exactly 2 stages per rank", 2)
-    elif schedule in SEVERAL and stages < 2:
+    elif order.stages == "several" and stages < 2:
         yield Problem("layout.stages_per_rank", f"{schedule} needs at least 2 stages per rank", 2)
-    elif schedule not in SEVERAL + V_SHAPED and stages != 1:
+    elif order.stages == "one" and stages != 1:
         yield Problem("layout.stages_per_rank", f"{schedule} runs one stage per rank", 1)
-    least = {"1f1b": layout.pp, "dualpipev": count}.get(schedule, 1)
+    least = {"any": 1, "ranks": layout.pp, "stages": count}[order.least_microbatches]
     if layout.microbatches < least:
         yield Problem("layout.microbatches", f"{schedule} needs at least as many microbatches as stages", least)
-    elif schedule in ("interleaved_1f1b", "interleaved_zero_bubble"):
+    elif order.whole_rounds:
         rounds = max(1, layout.microbatches // layout.pp)
         if layout.microbatches % rounds:
             nearest = layout.microbatches // layout.pp * layout.pp

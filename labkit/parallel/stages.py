@@ -7,23 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from labkit.experiment.layout import V_SHAPED, Layout
-
-__all__ = [
-    "SEVERAL",
-    "SPLITTING",
-    "V_SHAPED",
-    "minimal_maximum",
-    "pp_rank_by_stage",
-    "pp_rank_of_last_stage",
-    "split_into_stages",
-    "stages_of_rank",
-]
-
-SPLITTING = ("interleaved_zero_bubble", "zbv", "dualpipev")
-"""Schedules that compute the gradients of inputs and of weights at different times."""
-SEVERAL = ("interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble")
-"""Schedules with several stages per rank, apart from those in the shape of a V."""
+from labkit.experiment.layout import Layout
 
 
 def stages_of_rank(layout: Layout, pp_rank: int) -> list[int]:

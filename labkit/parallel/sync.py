@@ -44,7 +44,6 @@ from labkit.parallel.cast import at_least_float32
 from labkit.parallel.cut import ShardSpec
 from labkit.parallel.decay import decays, with_decay_flags
 from labkit.parallel.mesh import REDUCED, Mesh
-from labkit.parallel.stages import SPLITTING
 
 NamedParameters = list[tuple[str, nn.Parameter, ShardSpec]]
 
@@ -376,7 +375,7 @@ class GradientSync:
         """
         self._mesh, self._reduces_every_pass, self._overlap = mesh, stage == 2, gradients.overlap
         self._tracks_use = tracks_use
-        self._splits_backward = mesh.layout.pp > 1 and mesh.layout.schedule in SPLITTING
+        self._splits_backward = mesh.layout.splits_backward
         """True if weight gradients are computed outside of autograd's own run, where no hook sees them."""
         self._cpu_group = mesh.cpu_group(*REDUCED) if tracks_use else None
         self._usage_bytes = 0

@@ -72,7 +72,7 @@ def _words(run: LabeledRun, links: bool) -> list[str]:
         words.append("sequence parallel")
     if layout.pp > 1:
         words.append(pipeline.schedule_name(experiment))
-        if words[-1] == layout.schedule != "naive":
+        if words[-1] == layout.schedule and not (layout.order and layout.order.single_microbatch):
             words.append(f"{layout.microbatches} microbatches")
         balance = getattr(layout, "balance", "blocks")
         if getattr(layout, "stage_blocks", None):

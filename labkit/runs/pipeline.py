@@ -36,9 +36,6 @@ class Action(NamedTuple):
 Timeline = Mapping[int, Sequence[Action]]
 """The actions of each rank, in the order in which it computed them."""
 
-TEXTBOOK = ("naive", "gpipe", "1f1b", "interleaved_1f1b", "looped_bfs")
-"""Schedules whose bubble has a closed form."""
-
 
 @dataclass(frozen=True)
 class Bubble:
@@ -89,10 +86,9 @@ def textbook_bubble(layout: Layout) -> float | None:
 
     With several passes per optimizer step, each fills and drains the pipeline again, so the fraction is that of one.
     """
-    if layout.schedule not in TEXTBOOK:
+    if layout.order is None or not layout.order.textbook_bubble:
         return None
-    microbatches = 1 if layout.schedule == "naive" else layout.microbatches
-    return (layout.pp - 1) / (layout.stages_per_rank * microbatches + layout.pp - 1)
+    return (layout.pp - 1) / (layout.stages_per_rank * layout.microbatches_per_pass + layout.pp - 1)
 
 
 def simulate(timeline: Timeline) -> dict[int, list[Action]]:

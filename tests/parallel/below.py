@@ -112,7 +112,7 @@ def sharded_in_torchs_schedules() -> dict[str, list[float]]:
             PipelineStage(stage, number, 4, torch.device("cpu"), group=mesh.get_group("pp"))
             for number, stage in zip(mine, held, strict=True)
         ]
-        runner = getattr(torch_schedules, SCHEDULES[schedule])(
+        runner = getattr(torch_schedules, SCHEDULES[schedule].torch_class)(
             stages, MICROBATCHES, loss_fn=lambda output, target: (output - target).square().mean()
         )
         x, y = (whole.chunk(2)[part] for whole in _data())

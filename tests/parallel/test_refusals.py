@@ -263,7 +263,7 @@ def two_pretended_ranks() -> Iterator[None]:
 def schedule(name: str, stages: int, microbatches: int) -> Any:
     """torch's schedule on rank 0 of two."""
     held = [PipelineStage(nn.Linear(2, 2), 2 * place, 2 * stages, torch.device("cpu")) for place in range(stages)]
-    made = getattr(torch_schedules, SCHEDULES[name])
+    made = getattr(torch_schedules, SCHEDULES[name].torch_class)
     single = issubclass(made, torch_schedules.PipelineScheduleSingle)
     return made(held[0] if single and stages == 1 else held, microbatches, loss_fn=lambda output, target: output.sum())
 

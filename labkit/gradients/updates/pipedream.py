@@ -52,13 +52,11 @@ class PipeDream(UpdateRule):
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         """Yield the reasons why it cannot run here."""
-        from labkit.experiment.layout import V_SHAPED
-
         layout, gradients, workload = experiment.layout, experiment.gradients, experiment.workload.options
         if layout.pp == 1 or layout.world_size != layout.pp:
             reason = f"pipedream is a pipeline and nothing else (layout.pp alone above 1), the layout is {layout}"
             yield Problem(METHOD, reason, "synchronous")
-        if layout.schedule in V_SHAPED:
+        if layout.order is not None and layout.order.fold:
             reason = (
                 f"{layout.schedule} folds the pipeline, pipedream runs one stage per rank in the order of the chain"
             )

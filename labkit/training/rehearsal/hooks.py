@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from labkit.experiment import Experiment
 from labkit.gradients.parameter_hooks import accumulated_hooks, gradient_hooks
-from labkit.parallel.stages import SPLITTING
 from labkit.workloads.restore import undisturbed
 
 _WITHOUT = "leave the hook out, or do its work in the model (a mask, a parametrization)"
@@ -48,7 +47,7 @@ def lost_by(experiment: Experiment, model: nn.Module) -> str | None:
                 f"{name} has a hook ({_kind(parameters[name])}), which is lost under {cause}: {remedy}, or {_WITHOUT}"
             )
     late = next((name for name, parameter in parameters.items() if accumulated_hooks(parameter)), None)
-    if late is not None and layout.pp > 1 and layout.schedule in SPLITTING:
+    if late is not None and layout.splits_backward:
         return (
             f"{late} has a hook (register_post_accumulate_grad_hook), which the schedule {layout.schedule} never "
             f"calls: use register_hook, or set layout.schedule to 1f1b, or {_WITHOUT}"

@@ -1,0 +1,88 @@
+"""The pipeline schedules: one line each, and everything that labkit needs to know of them (no torch).
+
+To add a schedule of `torch.distributed.pipelining`, add a line here. Forms, rules, runs, proofs and plots follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The order of forward and backward passes of a pipeline."""
+
+    key: str
+    summary: str
+    torch_class: str
+    """Class in torch.distributed.pipelining.schedules."""
+    stages: Literal["one", "several", "two"] = "one"
+    """Stages per rank."""
+    fold: bool = False
+    """The pipeline is folded into a V: the rank with the first stage also has the last one."""
+    splits_backward: bool = False
+    """Gradients of inputs and of weights are computed at different times."""
+    single_microbatch: bool = False
+    """The batch passes through the stages in one piece."""
+    least_microbatches: Literal["any", "ranks", "stages"] = "any"
+    """At least as many micro-batches as there are pipeline ranks or stages."""
+    whole_rounds: bool = False
+    """Micro-batches come in rounds of one per rank."""
+    textbook_bubble: bool = False
+    """Its bubble is (p-1) / (v·m + p-1) for p ranks, v stages per rank and m micro-batches of equal length."""
+
+
+_TABLE = (
+    Schedule(
+        "naive",
+        "one micro-batch passes through the stages",
+        "ScheduleGPipe",
+        single_microbatch=True,
+        textbook_bubble=True,
+    ),
+    Schedule("gpipe", "all forward passes, then all backward passes", "ScheduleGPipe", textbook_bubble=True),
+    Schedule("1f1b", "one forward, one backward", "Schedule1F1B", least_microbatches="ranks", textbook_bubble=True),
+    Schedule(
+        "interleaved_1f1b",
+        "1F1B over several stages per rank",
+        "ScheduleInterleaved1F1B",
+        stages="several",
+        whole_rounds=True,
+        textbook_bubble=True,
+    ),
+    Schedule(
+        "looped_bfs",
+        "several stages per rank, breadth first",
+        "ScheduleLoopedBFS",
+        stages="several",
+        textbook_bubble=True,
+    ),
+    Schedule(
+        "interleaved_zero_bubble",
+        "weight gradients fill the bubble",
+        "ScheduleInterleavedZeroBubble",
+        stages="several",
+        whole_rounds=True,
+        splits_backward=True,
+    ),
+    Schedule(
+        "zbv",
+        "zero bubble in a V over two stages per rank",
+        "ScheduleZBVZeroBubble",
+        stages="two",
+        fold=True,
+        splits_backward=True,
+    ),
+    Schedule(
+        "dualpipev",
+        "two directions at once, in a V",
+        "ScheduleDualPipeV",
+        stages="two",
+        fold=True,
+        splits_backward=True,
+        least_microbatches="stages",
+    ),
+)
+SCHEDULES: dict[str, Schedule] = {schedule.key: schedule for schedule in _TABLE}
+"""All schedules by name, in the order in which the form shows them."""
