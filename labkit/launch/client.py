@@ -10,8 +10,10 @@ import contextlib
 import json
 import os
 import shutil
+import site
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -89,10 +91,13 @@ class Standby:
 def import_path() -> dict[str, str]:
     """Return the PYTHONPATH variable with which a Python process that ignores the current folder finds this labkit.
 
-    It is only needed if labkit is imported from the current folder, as in a checkout; otherwise the result is empty.
+    It is only needed if labkit is imported from a folder that is searched by this process alone, as in a checkout;
+    otherwise the result is empty.
     """
     root = str(Path(__file__).resolve().parents[2])
-    if not sys.path or Path(sys.path[0] or os.curdir).resolve() != Path(root):
+    installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()}
+    searched = {str(Path(entry or os.curdir).resolve()) for entry in sys.path}
+    if root in installed or root not in searched:
         return {}
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return {} if root in paths else {"PYTHONPATH": os.pathsep.join([*paths, root])}

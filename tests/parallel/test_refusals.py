@@ -236,6 +236,8 @@ def a_stage_would_be_empty() -> None:
 
 @protects_from(r"\d+ microbatches of one size")
 def a_short_microbatch_would_not_fit() -> None:
+    if torch.__version__ < (2, 13):
+        pytest.skip("under torch 2.11 the other rank waits for the one that failed")
     first, last = below.on_ranks(2, below.unequal_microbatches)["unequal_microbatches"]
     assert last == [8, 4], "eight rows come out of seven samples: the short microbatch keeps a row of the one before"
     assert "Failed to run stage backward" in first
@@ -415,6 +417,7 @@ def test_every_reason_in_the_source_of_the_rules() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch 2.11's own V-shaped schedules wait for ever")
 def test_torch_trains_shards_wrongly_where_the_backward_pass_is_split_and_labkit_does_not() -> None:
     found = below.on_ranks(4, below.sharded_in_torchs_schedules, below.sharded_in_labkits)
     exact = below.alone()
