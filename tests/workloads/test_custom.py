@@ -155,7 +155,7 @@ def _outer(x: int) -> Any:
         (functools.partial(print), "not a partial"),
         (len, "not a builtin_function_or_method"),
         (_Thing, "not a type"),
-        (None, "this is a NoneType"),
+        (None, "not a NoneType"),
     ],
 )
 def test_what_is_no_plain_function_is_refused(function: Any, sentence: str) -> None:

@@ -172,7 +172,7 @@ def test_the_cause_of_an_error_that_says_nothing_is_told() -> None:
     outer.__cause__ = ValueError("")
     outer.__cause__.__context__ = KeyError("no column named text")
     for data in ("./mine.csv", "somebody/something"):
-        message = hub.sentence(data, outer)
+        message = hub.explain_load_error(data, outer)
         assert "An error occurred while generating the dataset: " in message
         assert "no column named text" in message
-    assert hub.sentence("./mine.csv", OSError()).endswith("cannot read ./mine.csv: OSError")
+    assert hub.explain_load_error("./mine.csv", OSError()).endswith("cannot read ./mine.csv: OSError")
