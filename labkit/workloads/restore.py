@@ -119,6 +119,14 @@ class Snapshot:
                 advances.append(partial(_add, buffer))
         return advances
 
+    def counter(self) -> str:
+        """Return the name of an integer attribute of a module that has changed, e.g. `Net.calls`; empty if none has."""
+        for module, before in self._attributes:
+            for name, value in before.items():
+                if type(value) is int and vars(module).get(name) != value:
+                    return f"{type(module).__name__}.{name}"
+        return ""
+
     def record(self, value: Any, depth: int) -> None:
         """Record a value and what it contains."""
         if isinstance(value, _ATOMS) or id(value) in self._seen:

@@ -256,6 +256,28 @@ def moving_teacher() -> dict[str, Any]:
     return task(Teacher())
 
 
+class Counting(nn.Module):
+    """A model with a layer that it uses in every third training pass only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(12, 3)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if self.training:
+            self.calls += 1
+            if self.calls % 3 == 0:
+                hidden = hidden + self.second(x)
+        out: Tensor = self.head(torch.tanh(hidden))
+        return out
+
+
+def counting() -> dict[str, Any]:
+    return task(Counting())
+
+
 def moving_statistics() -> dict[str, Any]:
     model = nn.Sequential(
         nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten(), nn.Linear(6, 3)

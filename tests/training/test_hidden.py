@@ -112,7 +112,7 @@ def test_whatever_makes_ranks_train_different_models_is_named(function: str, wor
     assert words in message, message
 
 
-@pytest.mark.parametrize("function", ["moving_teacher", "moving_statistics"])
+@pytest.mark.parametrize("function", ["moving_teacher", "moving_statistics", "counting"])
 def test_state_that_moves_once_per_pass_is_noted_where_a_step_has_several(function: str) -> None:
     ended = run(custom(function, "dp1", **{"gradients.accumulation": 2}))
     assert ended.state == "finished", ended.cause

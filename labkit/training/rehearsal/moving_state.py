@@ -31,9 +31,12 @@ class MovingState:
         now = _untrained(self._model)
         return [name for name, tensor in self._before.items() if name in now and not _equal(now[name], tensor)]
 
-    def notes(self, experiment: Experiment) -> list[str]:
-        """Return a sentence if several passes per step change this state too often; TaskFault if ZeRO 3 loses it."""
-        changed = self.changed()
+    def notes(self, experiment: Experiment, counter: str = "") -> list[str]:
+        """Return a sentence if several passes per step change this state too often; TaskFault if ZeRO 3 loses it.
+
+        `counter` names a number that the model keeps from pass to pass, such as a count of its passes.
+        """
+        changed = [*self.changed(), *filter(None, [counter])]
         if not changed:
             return []
         layout = experiment.layout

@@ -259,7 +259,7 @@ class _Rehearsal:
                     parameter.mul_(1.01).add_(1e-3)
             model.train()
             self._output(batch, indices, "train")
-        notes = moving.notes(self.experiment)
+        notes = moving.notes(self.experiment, self.snapshot.counter())
         self.snapshot.undo(generators=False)
         return notes
 
