@@ -23,6 +23,8 @@ from labkit.workloads.rules import is_path
 Source = Callable[[int], tuple[Path | bytes, str]]
 """Function from an index to (the path or the bytes of a file, its name in messages)."""
 Part = tuple[Source, NDArray[np.int64]]
+DARK = 0.125
+"""Images whose brightest pixel (0 to 1) is darker than this are noted."""
 TRIED_S = 1.0
 """Seconds for which the images of a part are tried before training."""
 
@@ -66,13 +68,17 @@ class StoredImages:
         except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, struct.error, …
             raise ValueError(f"the image {name} cannot be read: {hub.first_line(error)}") from error
 
-    def try_all(self, seconds: float = TRIED_S) -> None:
-        """Decode every image, as far as time permits, to find bad ones before training."""
-        until = time.monotonic() + seconds
+    def try_all(self, seconds: float = TRIED_S) -> float:
+        """Decode every image, as far as time permits, to find bad ones before training.
+
+        Returns the largest value, from 0 to 1.
+        """
+        until, largest = time.monotonic() + seconds, 0.0
         for index in range(len(self)):
+            largest = max(largest, float(self.pixels(index).max()))
             if time.monotonic() > until:
-                return
-            self.pixels(index)
+                break
+        return largest
 
 
 def hub_images(data: str, side: int, image_column: str = "", label_column: str = "") -> Images:
@@ -101,20 +107,24 @@ def hub_images(data: str, side: int, image_column: str = "", label_column: str =
         raise ValueError(f"{data} has too few images to hold some out")
     if len(names) < 2:
         raise ValueError(f"{data} has one class only ({names[0]}): there is nothing to classify")
+    notes: list[str] = []
     absent = [name for number, name in enumerate(names) if number not in set(test_labels.tolist())]
     if absent:
         about["classes_not_held_out"] = absent
-        about["notes"] = [f"the held-out part has no image of {', '.join(absent[:5])}: accuracy ignores them"]
+        notes.append(f"the held-out part has no image of {', '.join(absent[:5])}: accuracy ignores them")
     stored = StoredImages(train_source, train_labels, side), StoredImages(test_source, test_labels, side)
-    for part in stored:
-        part.try_all()
+    largest = max(part.try_all() for part in stored)
+    if largest < DARK:
+        notes.append(
+            f"no pixel is brighter than {255 * largest:.0f} of 255: if the files store 10 or 12 bits in 16, scale them"
+        )
     counts = {name: int((train_labels == number).sum()) for number, name in enumerate(names)}
     return Images(
         *stored,
         channels=3,
         classes=names,
         majority_share=majority_share(test_labels),
-        about=about | {"images_per_class": counts, "ground": GROUND},
+        about=about | {"images_per_class": counts, "ground": GROUND} | ({"notes": notes} if notes else {}),
     )
 
 

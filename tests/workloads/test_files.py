@@ -294,6 +294,20 @@ def test_images_of_every_mode_keep_their_content(tmp_path: Path, mode: str) -> N
     assert np.abs(found - levels[:, :, None] / 255).max() < 0.02
 
 
+@pytest.mark.parametrize(("bits", "noted"), [(12, True), (16, False)])
+def test_twelve_bits_in_sixteen_are_noted(tmp_path: Path, bits: int, noted: bool) -> None:
+    Image = pytest.importorskip("PIL.Image", reason="needs the extra 'hub'")
+    from labkit.workloads.hub_images import hub_images
+
+    for place, colour in enumerate(COLOURS):
+        (tmp_path / colour).mkdir(exist_ok=True)
+        for n in range(3):
+            values = np.full((8, 8), (2**bits - 1) // (1 + place), dtype=np.uint16)
+            Image.fromarray(values).save(tmp_path / colour / f"{n}.png")
+    notes = hub_images(str(tmp_path), 8).about.get("notes", [])
+    assert any("no pixel is brighter than 16 of 255" in note for note in notes) is noted
+
+
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_modes_without_a_range_are_refused_by_name(tmp_path: Path, mode: str) -> None:
     Image = pytest.importorskip("PIL.Image", reason="needs the extra 'hub'")
