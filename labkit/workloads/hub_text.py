@@ -115,6 +115,10 @@ def _column(examined: list[dict[str, Any]], text_column: str) -> str:
         if any(isinstance(row.get(name), str) for row in examined)
         and all(isinstance(row.get(name), str | None) for row in examined)
     ]
+    if not strings and not text_column:
+        kinds = {name: type(next((row[name] for row in examined if row.get(name) is not None), None)) for name in names}
+        listing = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+        raise ValueError(f"no column contains text; columns, and what they contain: {listing}")
     common = [name for name in _NAMES if name in strings]
     return choose_column(names, text_column, "text", common or strings, "workload.text_column")
 

@@ -84,7 +84,8 @@ def test_whatever_is_killed_leaves_no_folder_of_its_loader_processes(temporary: 
     assert any(name.startswith("labkit-meet-") for name in inside), "it is the temporary directory of this run"
     if victim == "supervisor":  # the next run removes what it has left
         assert launch(tiny(steps=3), baseline=None).wait(60).state == "finished"
-    assert left_in(temporary) == []
+    # A standby that is just starting has files there for a moment (ctypes asks the compiler for libraries).
+    wait_until(lambda: not left_in(temporary), 10, f"an empty temporary directory, not {left_in(temporary)}")
 
 
 def test_loader_processes_work_beside_a_temporary_directory_with_a_long_path(
@@ -96,7 +97,7 @@ def test_loader_processes_work_beside_a_temporary_directory_with_a_long_path(
     monkeypatch.setenv("TMPDIR", str(deep))
     run = start(tiny(steps=4, training__loader_workers=1, launch__timeout_s=10)).wait(60)
     assert run.state == "finished", run.cause
-    assert left_in(deep) == []
+    wait_until(lambda: not left_in(deep), 10, f"an empty temporary directory, not {left_in(deep)}")
 
 
 def test_a_killed_supervisor_takes_its_ranks_along() -> None:

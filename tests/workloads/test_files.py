@@ -129,7 +129,7 @@ def test_a_choice_between_columns_is_refused_with_the_list(tmp_path: Path) -> No
     assert hub_text(save(tmp_path / "b.jsonl", [{"title": "a", "text": "b"}]), "", LIMIT)[0] == "b"
     with pytest.raises(ValueError, match="several columns may be the text: text, content"):
         hub_text(save(tmp_path / "c.jsonl", [{"content": "a", "text": "b"}]), "", LIMIT)
-    with pytest.raises(ValueError, match=r"no column looks like text; .*; columns: n"):
+    with pytest.raises(ValueError, match=r"no column contains text; .*: n \(int\)"):
         hub_text(save(tmp_path / "d.jsonl", [{"n": 1}]), "", LIMIT)
     with pytest.raises(ValueError, match=r"there is no column 'x' .*; columns: url, body, n"):
         hub_text(path, "x", LIMIT)
