@@ -247,10 +247,10 @@ def test_a_structured_run_leaves_a_smaller_network(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "changes", "said"),
     [
-        ("rigl", {"layout": {"tp": 2}}, "with tp it holds a part"),
-        ("rigl", {"layout": {"pp": 2, "microbatches": 2}}, "with pp it holds a part"),
+        ("rigl", {"layout": {"tp": 2}}, "with tp it has only a part"),
+        ("rigl", {"layout": {"pp": 2, "microbatches": 2}}, "with pp it has only a part"),
         ("gradual", {"layout": {"dp_shard": 2}}, "with ZeRO stage 3"),
-        ("n_m", {"layout": {"pp": 2, "microbatches": 2}}, "with pp it holds a part"),
+        ("n_m", {"layout": {"pp": 2, "microbatches": 2}}, "with pp it has only a part"),
         ("static", {"layout": {"dp_replicate": 2}, "launch.isolated": True}, "do not train together"),
         ("magnitude", {"quantization.training": "bitnet"}, "trained in bitnet"),
         ("static", {"sparsity.method": "none"}, "sparsity.method is none"),

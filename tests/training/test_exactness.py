@@ -167,7 +167,7 @@ def test_samples_that_are_others_each_time_are_noticed() -> None:
     assert reason.startswith("the training samples are different each time they are read")
     task = a_task(nn.Identity(), test=Augmented())
     (reason,) = non_parity_modules(task.model, 2, 1, task)
-    assert reason.startswith("the held-out samples are others")
+    assert reason.startswith("the held-out samples are different each time they are read")
 
 
 def masked(output: Tensor, target: Tensor) -> Tensor:
