@@ -17,7 +17,7 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"^```python (\S+)(?: (\w+))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```(?:python|text) (\S+)(?: (\w+))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SMALL = {
     "workload": {"name": "vision", "model": "vit", "image_size": 8, "depth": 2},
     "training.steps": 6,
