@@ -86,11 +86,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_browser = "" if find_browser() else MISSING
     cases: Counter[str] = Counter()
     for item in items:
-        name = getattr(item, "originalname", "")
-        if name in SAMPLED:
-            if cases[item.nodeid.split("[")[0]] % SAMPLED[name]:
-                item.add_marker(pytest.mark.exhaustive)
-            cases[item.nodeid.split("[")[0]] += 1
+        step, test = SAMPLED.get(getattr(item, "originalname", ""), 1), item.nodeid.partition("[")[0]
+        if cases[test] % step:
+            item.add_marker(pytest.mark.exhaustive)
+        cases[test] += 1
         if item.path.parent.name in BUSY:
             item.add_marker(pytest.mark.alone)
         if no_gpu and item.get_closest_marker("gpu"):

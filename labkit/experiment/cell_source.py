@@ -15,7 +15,7 @@ import symtable
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 _GIVEN = {*dir(builtins), "__name__", "__file__", "__doc__", "__builtins__", "__class__"}
@@ -55,9 +55,11 @@ def source_of_class(cls: type) -> str:
     Raises NotSelfContainedError for anything else.
     """
     name = cls.__name__
-    source = _class_in_cell(cls)
-    notebook = _globals_of(cls)
-    if name != cls.__qualname__ or notebook is None:
+    members = (getattr(member, "__func__", member) for member in vars(cls).values())
+    functions = [member for member in members if inspect.isfunction(member)]
+    source = _class_in_cell(name, functions)
+    notebook = functions[0].__globals__
+    if name != cls.__qualname__:
         raise NotSelfContainedError(f"{name} is defined inside a function or class; define it in a cell by itself")
     needed = foreign_names(source, name, annotations=True)  # pydantic evaluates those of options
     imports = [line for each in needed if (line := _import_line(each, notebook))]
@@ -66,27 +68,24 @@ def source_of_class(cls: type) -> str:
     return source
 
 
-def _class_in_cell(cls: type) -> str:
-    """Return the text of a class statement: `inspect.getsource` finds no classes of a notebook's `__main__`."""
-    for function in filter(inspect.isfunction, (getattr(f, "__func__", f) for f in vars(cls).values())):
+def _class_in_cell(name: str, functions: Sequence[types.FunctionType]) -> str:
+    """Return the text of the class statement that defines these functions.
+
+    `inspect.getsource` finds no classes of a notebook's `__main__`, but functions know their cell.
+    """
+    for function in functions:
         lines = linecache.getlines(function.__code__.co_filename)
         try:
             tree = ast.parse("".join(lines))
         except SyntaxError:
             continue  # a cell with magics
         for node in tree.body:
-            if isinstance(node, ast.ClassDef) and node.name == cls.__name__:
+            if isinstance(node, ast.ClassDef) and node.name == name:
                 first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
                 return "".join(lines[first - 1 : node.end_lineno]).rstrip() + "\n"
     raise NotSelfContainedError(
-        f"the source of {cls.__name__} cannot be found; define it in a cell of its own, without magics, or in a file"
+        f"the source of {name} cannot be found; define it in a cell of its own, without magics, or in a file"
     )
-
-
-def _globals_of(cls: type) -> Mapping[str, Any] | None:
-    """Return the names of the notebook that defined the class."""
-    functions = (getattr(member, "__func__", member) for member in vars(cls).values())
-    return next((function.__globals__ for function in functions if inspect.isfunction(function)), None)
 
 
 def _import_line(name: str, notebook: Mapping[str, Any]) -> str:

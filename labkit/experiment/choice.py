@@ -46,7 +46,7 @@ class Choice(BaseModel):
         For an own method whose code must not run in this process: the base class, and its default options.
         """
         method = self.methods()[self.key]
-        model = self.methods().options(self.key)
+        model = method.options()
         return method.load(), model(**self.options) if method.is_loaded else model()
 
     @model_validator(mode="before")
@@ -65,9 +65,10 @@ class Choice(BaseModel):
             raise OptionError(
                 cls.SELECTOR, f"unknown {methods.what} {key!r}; known: {', '.join(names)}", closest(str(key), names)
             )
-        if not methods[key].is_loaded:
+        method = methods[key]
+        if not method.is_loaded:
             return fixed | _plain(extra)
-        model = methods.options(key)
+        model = method.options()
         try:
             chosen = model(**extra)
         except ValidationError as error:

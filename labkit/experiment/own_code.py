@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
 from typing import Any
 
 from labkit.experiment import own_methods
@@ -11,16 +9,8 @@ from labkit.experiment.cell_source import load_source, source_of_class
 from labkit.experiment.locate import load as load_located
 from labkit.experiment.machine import Machine
 from labkit.experiment.own_methods import OwnClass
-from labkit.experiment.registry import Options, base_class, registry
+from labkit.experiment.registry import Options, Registry, open_registries, registry
 from labkit.experiment.schema import Experiment
-
-SECTIONS = {
-    "gradients.compression": "gradients.compression.method",
-    "gradients.update": "gradients.update.method",
-    "sparsity": "sparsity.method",
-    "quantization.training": "quantization.training",
-}
-"""Knobs whose registries are open, and the fields in which experiments name the method."""
 
 
 def method_from_cell(implementation: type) -> Any:
@@ -30,12 +20,12 @@ def method_from_cell(implementation: type) -> Any:
     section, e.g. `{"method": "cell:Halves@1f0c2a9e"}`, or the key alone for a number format, which has no section.
     Raises TypeError or NotSelfContainedError (a ValueError) with the reason why the class cannot be used.
     """
-    knob = _knob_of(implementation)
-    _insist_on_methods(implementation, knob)
+    methods = _registry_of(implementation)
+    _insist_on_methods(implementation, methods)
     source = source_of_class(implementation)
     key = own_methods.cell_key(implementation.__name__, source)
-    own_methods.register(key, OwnClass(implementation, knob, source))
-    return {"method": key} if SECTIONS[knob].endswith(".method") else key
+    own_methods.register(methods.knob, key, OwnClass(implementation, source))
+    return {"method": key} if methods.field.endswith(".method") else key
 
 
 def load_own_methods(experiment: Experiment) -> Experiment:
@@ -44,20 +34,22 @@ def load_own_methods(experiment: Experiment) -> Experiment:
     Runs the code that the experiment names or contains: call it on the ranks of a run only. Raises ValueError with one
     sentence if a class cannot be loaded or refuses the experiment (ExperimentError is one).
     """
-    keys = experiment.own_methods()
+    keys = experiment.own_method_keys()
     if not keys:
         return experiment
-    for knob, field in SECTIONS.items():
-        key = experiment.get(field)
-        if own_methods.is_own(key) and own_methods.loaded(key) is None:
-            implementation = _load(key, experiment.code.get(key))
-            if not (isinstance(implementation, type) and issubclass(implementation, base_class(knob))):
-                raise ValueError(f"{field}: {key} is not a subclass of {_name_of_base(knob)}")
-            _insist_on_methods(implementation, knob)
-            own_methods.register(key, OwnClass(implementation, knob, experiment.code.get(key, "")))
+    for knob, key in keys:
+        if own_methods.loaded(knob, key) is None:
+            methods, source = registry(knob), experiment.code.get(key)
+            implementation = _load(key, source)
+            if not (isinstance(implementation, type) and issubclass(implementation, methods.base_class())):
+                raise ValueError(f"{methods.field}: {key} is not a subclass of {_name_of_base(methods)}")
+            _insist_on_methods(implementation, methods)
+            own_methods.register(knob, key, OwnClass(implementation, source or ""))
     checked = Experiment.from_dict(experiment.to_dict())
-    for problem in _problems(checked):
-        raise ValueError(str(problem))
+    for knob, key in keys:
+        rules = getattr(registry(knob)[key].load(), "problems", None)
+        for problem in rules(checked, Machine.here()) if rules is not None else ():
+            raise ValueError(str(problem))
     return checked
 
 
@@ -69,35 +61,24 @@ def _load(key: str, source: str | None) -> Any:
     return load_source(source, own_methods.class_name(key))
 
 
-def _problems(experiment: Experiment) -> Iterator[Any]:
-    """Yield what the own methods themselves have against the experiment."""
-    for knob, field in SECTIONS.items():
-        key = experiment.get(field)
-        if own_methods.is_own(key):
-            rules = getattr(registry(knob)[key].load(), "problems", None)
-            yield from rules(experiment, Machine.here()) if rules is not None else ()
-
-
-def _knob_of(implementation: type) -> str:
-    for knob in SECTIONS:
-        if issubclass(implementation, base_class(knob)):
-            return knob
-    bases = ", ".join(_name_of_base(knob) for knob in SECTIONS)
+def _registry_of(implementation: type) -> Registry:
+    for methods in open_registries():
+        if issubclass(implementation, methods.base_class()):
+            return methods
+    bases = ", ".join(map(_name_of_base, open_registries()))
     raise TypeError(f"{implementation.__name__} is not a method: it must be a subclass of one of {bases}")
 
 
-def _name_of_base(knob: str) -> str:
-    return registry(knob).base.replace(":", ".")
+def _name_of_base(methods: Registry) -> str:
+    return methods.base.replace(":", ".")
 
 
-def _insist_on_methods(implementation: type, knob: str) -> None:
+def _insist_on_methods(implementation: type, methods: Registry) -> None:
     """Raise TypeError if the class lacks what labkit calls, or has options that cannot be checked."""
-    name = implementation.__name__
-    for required, purpose in REQUIRED.get(knob, {}).items():
-        if getattr(implementation, required) is getattr(base_class(knob), required) or (
-            inspect.ismethod(getattr(implementation, required))
-            and getattr(implementation, required).__func__ is getattr(base_class(knob), required).__func__
-        ):
+    name, parents = implementation.__name__, implementation.__mro__
+    defined = {member for cls in parents[: parents.index(methods.base_class())] for member in vars(cls)}
+    for required, purpose in REQUIRED.get(methods.knob, {}).items():
+        if required not in defined:
             raise TypeError(f"{name} has no {required}: {purpose}")
     options = getattr(implementation, "Options", Options)
     if not (isinstance(options, type) and issubclass(options, Options)):

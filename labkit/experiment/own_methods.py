@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cache
 from hashlib import sha256
 from importlib import metadata
 
@@ -30,12 +29,11 @@ class OwnClass:
     """A class that this process has loaded, and its source if it comes from a cell."""
 
     implementation: type
-    knob: str
     source: str = ""
 
 
-_LOADED: dict[str, OwnClass] = {}
-"""Classes that may run in this process, by key, the latest last."""
+_LOADED: dict[tuple[str, str], OwnClass] = {}
+"""Classes that may run in this process, by knob and key, the latest last."""
 
 
 def is_own(key: str) -> bool:
@@ -60,30 +58,29 @@ def cell_key(name: str, source: str) -> str:
     return f"{CELL}:{name}@{sha256(source.encode()).hexdigest()[:8]}"
 
 
-def register(key: str, own: OwnClass) -> None:
+def register(knob: str, key: str, own: OwnClass) -> None:
     """Let the class be used in this process: forms list it, its options and rules are checked."""
-    _LOADED.pop(key, None)
-    _LOADED[key] = own
+    _LOADED.pop((knob, key), None)
+    _LOADED[knob, key] = own
 
 
-def loaded(key: str) -> OwnClass | None:
-    """Return the class of a key if this process has loaded it."""
-    return _LOADED.get(key)
+def loaded(knob: str, key: str) -> OwnClass | None:
+    """Return the class of a key if this process has loaded it for this knob."""
+    return _LOADED.get((knob, key))
 
 
-def source(key: str) -> str:
+def source(knob: str, key: str) -> str:
     """Return the source of a class that was defined in a cell of this process; empty if there is none."""
-    own = _LOADED.get(key)
+    own = loaded(knob, key)
     return "" if own is None else own.source
 
 
 def listed(knob: str) -> list[str]:
     """Return the keys of the classes that this process has loaded for a knob; of a redefined class the latest."""
-    latest = {class_name(key): key for key, own in _LOADED.items() if own.knob == knob}
+    latest = {class_name(key): key for own_knob, key in _LOADED if own_knob == knob}
     return list(latest.values())
 
 
-@cache
 def entry_points(knob: str) -> dict[str, tuple[str, str]]:
     """Return the methods of installed packages for a knob: target `module:Class` and package, by name."""
     group = metadata.entry_points(group=f"labkit.{knob}")

@@ -2,7 +2,7 @@
 
 A room's registry is a plain table that imports nothing heavy:
 
-    COMPRESSION = Registry("gradients.compression", "gradients.compression.method", "compression method", [
+    COMPRESSION = Registry("gradients.compression.method", "compression method", [
         Method("none", "gradients are sent as they are", "labkit.gradients.compression.plain:Uncompressed"),
         ...
     ], base="labkit.gradients.compression.compressor:Compressor")
@@ -18,14 +18,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from labkit.experiment import own_methods
+from labkit.experiment.fault import describe_error
 from labkit.experiment.machine import Machine
 from labkit.experiment.problem import closest
 
@@ -43,6 +46,10 @@ class Method:
     key: str
     summary: str
     target: str
+    is_loaded: bool = True
+    """False if the code of this own method must not run in this process: `target` is the base class in its place."""
+    own_class: type | None = None
+    """The class of an own method, which has no `target` that could be imported."""
 
     def missing(self, machine: Machine) -> str:
         """Return why `machine` cannot offer the method, as its class says (`missing(machine)`); empty if it can."""
@@ -50,45 +57,72 @@ class Method:
         return "" if missing is None else str(missing(machine))
 
     def load(self) -> Any:
-        """Import and return the class that implements the method.
+        """Import and return the class that implements the method (see `is_loaded`)."""
+        return _attribute(self.target) if self.own_class is None else self.own_class
 
-        For an own method whose code must not run in this process it is the base class of the methods.
-        """
-        own = own_methods.loaded(self.key)
-        return _attribute(self.target) if own is None else own.implementation
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether `load` returns the method itself, and not a base class in its place."""
-        return not own_methods.is_own(self.key) or own_methods.loaded(self.key) is not None
+    def options(self) -> type[Options]:
+        """Return the options model of the method."""
+        model: type[Options] = getattr(self.load(), "Options", Options)
+        return model
 
 
 @dataclass(frozen=True)
 class Registry:
     """The methods of one knob, in the order in which the form shows them."""
 
-    knob: str
     field: str
     what: str
     methods: list[Method] = dataclasses.field(default_factory=list)
     base: str = ""
     """Base class of the methods, as `module:Class`; empty for a registry that takes no others."""
 
+    @property
+    def knob(self) -> str:
+        """The name under which `registry` finds it: that of the section, or of the field if there is no section."""
+        return self.field.removesuffix(".method")
+
     def __iter__(self) -> Iterator[Method]:
         yield from self.methods
         if self.base:
-            yield from self._installed()
+            yield from self._installed
             yield from map(self._own, own_methods.listed(self.knob))
 
-    def _installed(self) -> Iterator[Method]:
-        """Yield the methods of installed packages; a name that labkit uses itself stays labkit's."""
-        taken_names = {method.key for method in self.methods}
+    @cached_property
+    def _installed(self) -> list[Method]:
+        """The methods of installed packages; a name that labkit uses itself stays labkit's.
+
+        One that cannot be imported, or has another base class, is left out with a warning: a broken package must not
+        take the form and the commands with it.
+        """
+        keys = {method.key for method in self.methods}
+        usable = []
         for name, (target, package) in own_methods.entry_points(self.knob).items():
-            if name not in taken_names:
-                yield Method(name, f"from the package {package}", target)
+            method = Method(name, f"from the package {package}", target)
+            reason = "labkit has a method of this name" if name in keys else self._why_unusable(method)
+            if reason:
+                text = f"{self.field}={name} of the package {package} is left out: {reason}"
+                warnings.warn(text, FutureWarning, stacklevel=2)
+            else:
+                usable.append(method)
+        return usable
+
+    def _why_unusable(self, method: Method) -> str:
+        try:
+            implementation = method.load()
+        except Exception as error:
+            return describe_error(error)
+        base = self.base_class()
+        fits = isinstance(implementation, type) and issubclass(implementation, base)
+        return "" if fits else f"it is not a subclass of {base.__name__}"
 
     def _own(self, key: str) -> Method:
-        return Method(key, f"your class {own_methods.class_name(key)}", self.base)
+        own = own_methods.loaded(self.knob, key)
+        summary = f"your class {own_methods.class_name(key)}"
+        return Method(key, summary, self.base, own is not None, own.implementation if own is not None else None)
+
+    def base_class(self) -> Any:
+        """Return the base class of an open registry's methods."""
+        return _attribute(self.base)
 
     def names(self) -> list[str]:
         """Return the keys of all methods that are listed."""
@@ -115,8 +149,7 @@ class Registry:
 
     def options(self, key: str) -> type[Options]:
         """Return the options model of a method."""
-        model: type[Options] = getattr(self[key].load(), "Options", Options)
-        return model
+        return self[key].options()
 
 
 # Where each knob's registry is defined. The only list of rooms.
@@ -157,11 +190,11 @@ def _attribute(target: str) -> Any:
     return getattr(sys.modules.get(module) or import_module(module), name)
 
 
-def base_class(knob: str) -> Any:
-    """Return the base class of an open registry's methods."""
-    return _attribute(registry(knob).base)
-
-
 def registries() -> Iterable[tuple[str, Registry]]:
     """Return every knob with its registry."""
     return ((knob, registry(knob)) for knob in ROOMS)
+
+
+def open_registries() -> list[Registry]:
+    """Return the registries that take classes which do not come with labkit."""
+    return [methods for _, methods in registries() if methods.base]

@@ -41,7 +41,7 @@ def carried_code(experiment: Experiment) -> str:
     workload, options = experiment.workload.load()
     carries = getattr(workload, "carries", None)
     parts = [str(carries(options))] if carries is not None else []
-    for key in experiment.own_methods():
+    for _, key in experiment.own_method_keys():
         name, source = own_methods.class_name(key), experiment.code.get(key)
         lines = len(source.splitlines()) if source is not None else 0
         parts.append(f"the class {name} in {lines} lines of source text" if lines else f"the class at {key}")

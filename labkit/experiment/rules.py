@@ -15,6 +15,7 @@ from labkit.experiment.locate import why_not
 from labkit.experiment.machine import Machine
 from labkit.experiment.problem import ExperimentError, Problem
 from labkit.experiment.registry import network_rules, registry
+from labkit.experiment.schedules import SCHEDULES
 from labkit.experiment.schema import Experiment
 
 Rule = Callable[[Experiment, Machine], Iterable[Problem]]
@@ -55,12 +56,11 @@ def warnings(experiment: Experiment, machine: Machine | None = None) -> list[Pro
 
 def own_methods_exist(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """Refuse own methods whose code is missing or broken, as far as that is visible without running it."""
-    for field in CHOICES.values():
-        key = experiment.get(field)
-        if own_methods.is_own(key) and own_methods.loaded(key) is None:
+    for knob, key in experiment.own_method_keys():
+        if own_methods.loaded(knob, key) is None:
             reason = _why_no_class(key, experiment.code.get(key))
             if reason:
-                yield Problem(field, reason)
+                yield Problem(CHOICES[knob], reason)
 
 
 def _why_no_class(key: str, source: str | None) -> str:
@@ -81,8 +81,8 @@ def _why_no_class(key: str, source: str | None) -> str:
 
 def schedule_exists(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """Refuse a pipeline schedule that nobody knows."""
-    if experiment.layout.schedule not in registry("layout.schedule"):
-        names = ", ".join(registry("layout.schedule").names())
+    if experiment.layout.order is None:
+        names = ", ".join(SCHEDULES)
         yield Problem("layout.schedule", f"unknown schedule {experiment.layout.schedule!r}; known: {names}")
 
 

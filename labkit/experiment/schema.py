@@ -286,18 +286,19 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _carries_its_code(self) -> Experiment:
-        code = {key: self.code.get(key) or own_methods.source(key) for key in self.own_methods()}
+        code = {key: self.code.get(key) or own_methods.source(knob, key) for knob, key in self.own_method_keys()}
         code = {key: text for key, text in code.items() if text}
         if any(len(text) > MAX_SOURCE for text in code.values()):
             raise ValueError(f"the source of a method may have {MAX_SOURCE} characters at most")
         object.__setattr__(self, "code", code)  # the one thing that follows from the rest
         return self
 
-    def own_methods(self) -> list[str]:
-        """Return the keys of the chosen methods that do not come with labkit (own_methods.py), each of them once."""
-        gradients = self.gradients
-        keys = (gradients.compression.key, gradients.update.key, self.sparsity.key, self.quantization.training)
-        return list(dict.fromkeys(filter(own_methods.is_own, keys)))
+    def own_method_keys(self) -> list[tuple[str, str]]:
+        """Return knob and key of each chosen method that does not come with labkit (own_methods.py)."""
+        from labkit.experiment.registry import open_registries
+
+        chosen = ((methods.knob, self.get(methods.field)) for methods in open_registries())
+        return [(knob, key) for knob, key in chosen if own_methods.is_own(key)]
 
     @field_validator("schema_version")
     @classmethod

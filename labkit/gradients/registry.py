@@ -3,7 +3,6 @@
 from labkit.experiment.registry import Method, Registry
 
 COMPRESSION = Registry(
-    "gradients.compression",
     "gradients.compression.method",
     "compression method",
     [
@@ -22,7 +21,6 @@ COMPRESSION = Registry(
 )
 
 UPDATE = Registry(
-    "gradients.update",
     "gradients.update.method",
     "update method",
     [

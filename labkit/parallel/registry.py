@@ -6,7 +6,6 @@ from labkit.experiment.registry import Method, Registry
 _PIPELINE = "labkit.parallel.rules:PipelineAxis"
 
 AXES = Registry(
-    "layout.axes",
     "layout",
     "axis",
     [
@@ -20,7 +19,6 @@ AXES = Registry(
 )
 
 SCHEDULES = Registry(
-    "layout.schedule",
     "layout.schedule",
     "pipeline schedule",
     [Method(schedule.key, schedule.summary, _PIPELINE) for schedule in schedules.SCHEDULES.values()],

@@ -9,13 +9,12 @@ from typing import Any
 from labkit.experiment.layout import Layout
 from labkit.experiment.machine import Machine
 from labkit.experiment.problem import Problem
-from labkit.experiment.registry import registry
 from labkit.experiment.schema import Experiment
 from labkit.workloads.language import BYTES, is_chain
 
 
 def _options(experiment: Experiment) -> Any:
-    return registry("workload")[experiment.workload.name].load().Options(**experiment.workload.options)
+    return experiment.workload.load()[1]
 
 
 def network_kind(experiment: Experiment) -> str:

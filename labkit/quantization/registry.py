@@ -4,7 +4,6 @@ from labkit.experiment.registry import Method, Registry
 
 TRAINING = Registry(
     "quantization.training",
-    "quantization.training",
     "number format",
     [
         Method("fp32", "single precision", "labkit.quantization.full:Single"),
@@ -26,7 +25,6 @@ TRAINING = Registry(
 
 QAT = Registry(
     "quantization.qat",
-    "quantization.qat",
     "quantization-aware training method",
     [
         Method("none", "off", "labkit.quantization.full:Unquantized"),
@@ -36,7 +34,6 @@ QAT = Registry(
 )
 
 AFTER_TRAINING = Registry(
-    "quantization.after_training",
     "quantization.after_training",
     "post-training quantization",
     [

@@ -98,7 +98,6 @@ class Masks:
             pattern.set(masks[name])
             for tensor, full in zip((parameter, *moments), dense, strict=True):
                 tensor.detach().copy_(pattern.from_dense(full))
-            getattr(self._optimizer, "state_was_moved", lambda: None)()
 
     def _moments(self, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
         """Yield the optimizer's moments of a parameter, with their names."""
@@ -110,8 +109,8 @@ class Masks:
         self._shards = list(
             self._entries.optimizer_shards({n: m.to(torch.float32) for n, m in self.full_masks.items()})
         )
-        if self.full_masks and hasattr(self._optimizer, "weights_are_masked"):  # FrozenAdamW, of late compressors
-            self._optimizer.weights_are_masked = True
+        if self.full_masks and hasattr(self._optimizer, "masks_changed"):  # FrozenAdamW, of late compressors
+            self._optimizer.masks_changed()
 
     def mask_gradients(self) -> None:
         """Set the gradients of masked weights to zero."""

@@ -3,7 +3,6 @@
 from labkit.experiment.registry import Method, Registry
 
 SPARSITY = Registry(
-    "sparsity",
     "sparsity.method",
     "sparsity method",
     [

@@ -3,7 +3,6 @@
 from labkit.experiment.registry import Method, Registry
 
 WORKLOADS = Registry(
-    "workload",
     "workload.name",
     "workload",
     [

@@ -109,11 +109,9 @@ class Snapshot:
 
         They count from the recorded value.
         """
-        advances: list[Callable[[int], None]] = []
-        for module, before in self._attributes:
-            for name, value in before.items():
-                if type(value) is int and vars(module).get(name) != value:
-                    advances.append(partial(_set_forward, module, name, value))
+        advances: list[Callable[[int], None]] = [
+            partial(_set_forward, module, name, value) for module, name, value in self._counted()
+        ]
         for buffer, copy in self._counts:
             if not torch.equal(buffer, copy):
                 advances.append(partial(_add, buffer))
@@ -121,11 +119,14 @@ class Snapshot:
 
     def counter(self) -> str:
         """Return the name of an integer attribute of a module that has changed, e.g. `Net.calls`; empty if none has."""
+        return next((f"{type(module).__name__}.{name}" for module, name, _ in self._counted()), "")
+
+    def _counted(self) -> Iterator[tuple[nn.Module, str, int]]:
+        """Yield module, name and recorded value of every integer attribute that has changed."""
         for module, before in self._attributes:
             for name, value in before.items():
                 if type(value) is int and vars(module).get(name) != value:
-                    return f"{type(module).__name__}.{name}"
-        return ""
+                    yield module, name, value
 
     def record(self, value: Any, depth: int) -> None:
         """Record a value and what it contains."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -138,12 +139,13 @@ def test_a_form_keeps_the_options_of_a_class_that_it_must_not_load() -> None:
 
 def test_a_class_that_is_defined_again_is_another_method(tmp_path: Path) -> None:
     first = labkit.from_notebook(Halves)["method"]
-    own = own_methods.loaded(first)
+    knob = "gradients.compression"
+    own = own_methods.loaded(knob, first)
     assert own is not None
     second = own_methods.cell_key("Halves", own.source + "\n# changed")
-    own_methods.register(second, own)
-    assert own_methods.listed("gradients.compression") == [second]
-    assert registry("gradients.compression")[first].load() is Halves, "an older experiment means what it meant"
+    own_methods.register(knob, second, own)
+    assert own_methods.listed(knob) == [second]
+    assert registry(knob)[first].load() is Halves, "an older experiment means what it meant"
 
 
 # -- where code runs --------------------------------------------------------------------------------------------------
@@ -227,6 +229,14 @@ def test_an_option_that_is_not_json_is_refused() -> None:
         tiny().set({"gradients.compression": {"method": f"{FILE}:Halves", "scale": math.nan}})
 
 
+def test_a_class_serves_the_knob_of_its_base_only() -> None:
+    key = labkit.from_notebook(Halves)["method"]
+    experiment = tiny().set({"sparsity": {"method": key, "target": 0.5}})
+    assert not issubclass(registry("sparsity")[key].load(), Halves)
+    [problem] = [problem for problem in experiment.problems() if problem.field == "sparsity.method"]
+    assert "does not contain the source" in problem.reason
+
+
 def test_a_closed_registry_takes_no_class() -> None:
     with pytest.raises(ExperimentError, match="unknown"):
         tiny().set({"quantization.qat": f"{FILE}:Doubled"})
@@ -263,14 +273,17 @@ def test_what_is_missing_is_named() -> None:
 
 def test_an_entry_point_of_a_package_is_a_method_like_labkits_own(tmp_path: Path) -> None:
     (tmp_path / "halving.py").write_text(FILE.read_text())
+    (tmp_path / "broken.py").write_text("import no_such_library\n")
     info = tmp_path / "halving-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: halving\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[labkit.gradients.compression]\nhalves = halving:Halves\n")
+    lines = ("halves = halving:Halves", "broken = broken:Class", "other = halving:EveryThird", "topk = halving:Halves")
+    (info / "entry_points.txt").write_text("\n".join(["[labkit.gradients.compression]", *lines, ""]))
     program = """
 import labkit
 from labkit.experiment.registry import registry
-assert "halves" in registry("gradients.compression").names()
+names = registry("gradients.compression").names()
+assert "halves" in names and "broken" not in names and "other" not in names and names.count("topk") == 1
 assert registry("gradients.compression")["halves"].summary == "from the package halving"
 experiment = labkit.Experiment().set({"gradients.compression": {"method": "halves", "scale": 3}})
 assert experiment.gradients.compression.options == {"scale": 3.0, "mode": "mean"}
@@ -285,3 +298,9 @@ except labkit.ExperimentError as error:
     )
     assert done.returncode == 0, done.stderr
     assert "gradients.compression.scale" in done.stdout
+    for name, reason in (
+        ("broken", "no_such_library"),
+        ("other", "not a subclass of Compressor"),
+        ("topk", "this name"),
+    ):
+        assert re.search(rf"{name} of the package halving is left out: .*{reason}", done.stderr), done.stderr

@@ -19,7 +19,7 @@ def frozen(mean_squares: list[float]) -> tuple[FrozenAdamW, torch.nn.Parameter]:
 
 def test_weights_that_a_mask_covered_take_the_mean_of_the_others() -> None:
     optimizer, parameter = frozen([4.0, 0.0, 12.0, 8.0])
-    optimizer.weights_are_masked = True
+    optimizer.masks_changed()
     expected = torch.tensor([4.0, 8.0, 12.0, 8.0]).sqrt()
     torch.testing.assert_close(optimizer.denominator(parameter), expected)
 
@@ -41,5 +41,5 @@ def test_denominators_follow_a_state_that_was_moved() -> None:
     before = optimizer.denominator(parameter).clone()
     state = optimizer.state[parameter]
     state["exp_avg_sq"].copy_(state["exp_avg_sq"].flip(0))  # a CSR layer stores its values in another order
-    optimizer.state_was_moved()
+    optimizer.masks_changed()
     torch.testing.assert_close(optimizer.denominator(parameter), before.flip(0))

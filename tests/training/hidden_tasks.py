@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.training.odd_tasks import Net, Rows, rows, samples, task
+from tests.training.own_tasks import Branch
 
 GLOBAL_SCALE = torch.ones(3, requires_grad=True)
 
@@ -256,26 +257,8 @@ def moving_teacher() -> dict[str, Any]:
     return task(Teacher())
 
 
-class Counting(nn.Module):
-    """A model with a layer that it uses in every third training pass only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(12, 3)
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.first(x)
-        if self.training:
-            self.calls += 1
-            if self.calls % 3 == 0:
-                hidden = hidden + self.second(x)
-        out: Tensor = self.head(torch.tanh(hidden))
-        return out
-
-
 def counting() -> dict[str, Any]:
-    return task(Counting())
+    return task(Branch(every=3))
 
 
 def moving_statistics() -> dict[str, Any]:

@@ -21,6 +21,11 @@ def data(classes: int = 3) -> tuple[Tensor, Tensor]:
     return x, torch.randint(classes, (SAMPLES,), generator=generator)
 
 
+def classifies(model: nn.Module) -> dict[str, Any]:
+    """The task of a model that gives three scores."""
+    return {"model": model, "train": data(), "test": data(), "loss_fn": nn.CrossEntropyLoss()}
+
+
 class Spectral(nn.Module):
     """A layer with complex weights and a complex buffer, as of Fourier layers and of rotary factors."""
 
@@ -323,8 +328,7 @@ def overflows_in_float64() -> Any:
             lowest.fill_(torch.finfo(scores.dtype).min)
             return torch.max(scores, lowest.to(scores.dtype))
 
-    x, y = data()
-    return {"model": Masked(), "train": (x, y), "test": (x, y), "loss_fn": nn.CrossEntropyLoss()}
+    return classifies(Masked())
 
 
 def evaluates_by_ranks() -> Any:
@@ -339,5 +343,4 @@ def evaluates_by_ranks() -> Any:
             scores: Tensor = self.layer(x)
             return scores if self.training else scores * float(os.environ.get("WORLD_SIZE", "1"))
 
-    x, y = data()
-    return {"model": Scaled(), "train": (x, y), "test": (x, y), "loss_fn": nn.CrossEntropyLoss()}
+    return classifies(Scaled())

@@ -27,8 +27,7 @@ class FrozenAdamW(torch.optim.AdamW):
         self._betas, self._eps = (settings.beta1, settings.beta2), settings.eps
         super().__init__(groups, lr=settings.lr, betas=self._betas, eps=settings.eps, weight_decay=0, fused=True)
         self.warmup, self.takes_momentum = warmup, takes_momentum
-        self.weights_are_masked = False
-        """Whether a sparsity method chooses which weights are updated (set by its masks)."""
+        self._weights_are_masked = False
         self._updates: int | None = None
         self._denominators: dict[Tensor, Tensor] = {}
 
@@ -41,8 +40,12 @@ class FrozenAdamW(torch.optim.AdamW):
         """
         return frozenset({"exp_avg_sq"}) if self._updates_so_far() >= self.warmup else frozenset()
 
-    def state_was_moved(self) -> None:
-        """Take note that the state of a parameter has been moved to other weights: denominators are computed anew."""
+    def masks_changed(self) -> None:
+        """Take note that weights are masked, by other masks than before: denominators are computed anew.
+
+        Layers that store non-zero weights only have moved the state of their parameters to other weights.
+        """
+        self._weights_are_masked = True
         self._denominators.clear()
 
     def _updates_so_far(self) -> int:
@@ -71,7 +74,7 @@ class FrozenAdamW(torch.optim.AdamW):
                 return torch.ones_like(parameter)
             mean_squares = mean_squares / (1 - self._betas[1] ** self.warmup)
             floor = FLOOR * float(mean_squares.mean().sqrt())
-            if self.weights_are_masked:
+            if self._weights_are_masked:
                 measured = mean_squares != 0
                 mean_squares = torch.where(measured, mean_squares, mean_squares.sum() / measured.sum())
             denominator = mean_squares.sqrt_().clamp_(min=floor).add_(self._eps)
