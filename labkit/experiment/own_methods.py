@@ -38,7 +38,7 @@ _LOADED: dict[tuple[str, str], OwnClass] = {}
 
 def is_own(key: str) -> bool:
     """Return whether `key` has the form of a method that does not come with labkit."""
-    return _KEY.match(key) is not None
+    return ":" in key and _KEY.match(key) is not None
 
 
 def from_cell(key: str) -> bool:

@@ -21,7 +21,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
 from typing import Any
 
@@ -76,7 +76,7 @@ class Registry:
     base: str = ""
     """Base class of the methods, as `module:Class`; empty for a registry that takes no others."""
 
-    @property
+    @cached_property
     def knob(self) -> str:
         """The name under which `registry` finds it: that of the section, or of the field if there is no section."""
         return self.field.removesuffix(".method")
@@ -195,6 +195,7 @@ def registries() -> Iterable[tuple[str, Registry]]:
     return ((knob, registry(knob)) for knob in ROOMS)
 
 
-def open_registries() -> list[Registry]:
+@cache
+def open_registries() -> tuple[Registry, ...]:
     """Return the registries that take classes which do not come with labkit."""
-    return [methods for _, methods in registries() if methods.base]
+    return tuple(methods for _, methods in registries() if methods.base)
