@@ -233,13 +233,22 @@ class RunDirectory:
 
     def checkpoint_steps(self) -> list[int]:
         """Return the steps after which there is a complete checkpoint, ascending; other names and links are ignored."""
+        return [step for step in self._checkpoint_folders() if self._has_manifest(step)]
+
+    def checkpoints_without_manifest(self) -> list[int]:
+        """Return the steps whose checkpoint lacks its manifest, ascending: something outside of labkit removed it."""
+        return [step for step in self._checkpoint_folders() if not self._has_manifest(step)]
+
+    def _checkpoint_folders(self) -> list[int]:
         try:
             names = os.listdir(self.checkpoints) if safe_files.is_folder(self.checkpoints) else []
         except OSError:
             return []
-        steps = [int(match[1]) for match in map(_CHECKPOINT.fullmatch, names) if match]
-        folders = {step for step in steps if safe_files.is_folder(self.checkpoint(step))}
-        return sorted(step for step in folders if safe_files.is_regular(self.checkpoint(step) / "checkpoint.json"))
+        steps = {int(match[1]) for match in map(_CHECKPOINT.fullmatch, names) if match}
+        return sorted(step for step in steps if safe_files.is_folder(self.checkpoint(step)))
+
+    def _has_manifest(self, step: int) -> bool:
+        return safe_files.is_regular(self.checkpoint(step) / "checkpoint.json")
 
     def remove_partial_checkpoints(self) -> None:
         """Remove checkpoints that were being written when their rank ended; called when no rank is left."""

@@ -55,7 +55,9 @@ def find_resume_point(run: Run | str, experiment: Experiment) -> ResumePoint:
         raise ExperimentError([Problem("resume", str(error))]) from None
     steps = run.checkpoints()
     if not steps:
-        raise ExperimentError([Problem("resume", f"run {run.id} has no checkpoint (set training.checkpoint_every)")])
+        damaged = run.directory.checkpoints_without_manifest()
+        why = f" with its {checkpoint_files.MANIFEST}" if damaged else " (set training.checkpoint_every)"
+        raise ExperimentError([Problem("resume", f"run {run.id} has no checkpoint{why}")])
     folder = run.directory.checkpoint(steps[-1])
     try:
         contents = checkpoint_files.read_manifest(folder)
@@ -71,7 +73,16 @@ def find_resume_point(run: Run | str, experiment: Experiment) -> ResumePoint:
             raise VanishedError from None
         raise ExperimentError([Problem("resume", str(error))]) from None
     _refuse_other_training(previous, experiment, contents.step)
-    return ResumePoint(folder, contents, notes(previous, experiment, contents))
+    return ResumePoint(folder, contents, [*_skipped(run, steps[-1]), *notes(previous, experiment, contents)])
+
+
+def _skipped(run: Run, step: int) -> list[str]:
+    """Return a sentence if the run has a later checkpoint than that of `step` which cannot be used."""
+    later = [other for other in run.directory.checkpoints_without_manifest() if other > step]
+    if not later:
+        return []
+    folder = run.directory.checkpoint(later[-1]).name
+    return [f"it was resumed from step {step:,}, because {folder} has no {checkpoint_files.MANIFEST}"]
 
 
 def _refuse_other_training(previous: Experiment, experiment: Experiment, step: int) -> None:

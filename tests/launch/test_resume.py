@@ -12,6 +12,7 @@ import pytest
 
 from labkit.experiment import Experiment, ExperimentError
 from labkit.launch import launch
+from labkit.launch.resuming import find_resume_point
 from labkit.runs import Run
 from tests.launch.helpers import SMALLEST, Watched, start, steps_written, tiny, wait_until
 
@@ -130,3 +131,16 @@ def test_a_damaged_checkpoint_is_refused_by_name(whole: dict[str, Run], damage: 
     with pytest.raises(ExperimentError, match="step-00000150"):
         launch(longer, resume=run)
     assert len(Run.all()) == before, "nothing was launched"
+
+
+def test_a_newest_checkpoint_without_its_manifest_is_passed_over_with_a_sentence(
+    whole: dict[str, Run], tmp_path: Path
+) -> None:
+    copy = tmp_path / whole["fp32"].id
+    shutil.copytree(whole["fp32"].directory.path, copy)
+    run = Run.attach(copy)
+    earlier, newest = run.checkpoints()[-2:]
+    (run.directory.checkpoint(newest) / "checkpoint.json").unlink()
+    point = find_resume_point(run, experiment("fp32").replace(f"training.steps={STEPS + 2}"))
+    assert point.contents.step == earlier
+    assert point.notes[0] == f"it was resumed from step {earlier}, because step-{newest:08d} has no checkpoint.json"

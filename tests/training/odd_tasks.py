@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import os
 import random
@@ -130,6 +131,15 @@ def noted_draws() -> dict[str, Any]:
         return x + number, y
 
     return rows(row)
+
+
+def fades_by_the_hour() -> dict[str, Any]:
+    class Net2(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = super().forward(x) * (1 + datetime.datetime.now().hour)
+            return out
+
+    return task(Net2())
 
 
 def unused() -> dict[str, Any]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from labkit.launch import launch, rehearse
 from labkit.proofs.cases import FAMILIES
 from labkit.runs import Run
 from labkit.training.rehearsal.fingerprint import Fingerprint, compared_indices, digest
+from labkit.training.rehearsal.unseeded import ClockWatch
 from labkit.workloads.restore import restored
 from tests.launch.helpers import changed_ranks, events
 from tests.training import odd_tasks
@@ -169,6 +174,37 @@ def test_augmentation_that_no_seed_reaches_is_noted() -> None:
     ended = run(custom("other_augmentation", training__evaluate_every=0))
     assert ended.state == "finished", ended.cause
     assert any("samples of train come from a generator without a seed" in note for note in ended.summary()["notes"])
+
+
+def test_a_model_that_reads_the_clock_is_noted() -> None:
+    """issue 11: the hour is the same in all passes of a rehearsal, so comparing them would not show it."""
+    ended = run(custom("fades_by_the_hour"))
+    assert ended.state == "finished", ended.cause
+    notes = [note for note in ended.summary()["notes"] if "datetime.now" in note]
+    assert len(notes) == 1
+    assert "Net2.forward calls datetime.now, which no seed sets" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [(time.time, "time.time"), (time.perf_counter_ns, "time.perf_counter_ns"), (date.today, "date.today")],
+)
+def test_every_clock_is_seen(call: Callable[[], Any], name: str) -> None:
+    watch = ClockWatch()
+    with watch.watching():
+        call()
+    assert f"calls {name}" in watch.reader
+
+
+def test_what_libraries_read_for_themselves_is_not_noted() -> None:
+    import logging
+
+    watch = ClockWatch()
+    with watch.watching():
+        logging.getLogger("labkit-test").error("with the time of day")
+        torch.randn(8, 8).softmax(-1).sum().item()
+    assert watch.notes() == []
+    assert sys.getprofile() is None
 
 
 def test_a_fingerprint_sees_type_shape_and_one_number() -> None:

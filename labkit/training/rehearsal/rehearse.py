@@ -33,6 +33,7 @@ from labkit.training.rehearsal.ids import Ids
 from labkit.training.rehearsal.loss_proof import prove_loss
 from labkit.training.rehearsal.moving_state import MovingState
 from labkit.training.rehearsal.same_loss import compare_losses, loss_of_first_samples
+from labkit.training.rehearsal.unseeded import ClockWatch
 from labkit.training.runtime import Runtime
 from labkit.training.sampling import BatchOrder, Indices
 from labkit.workloads.base import Batch, Data, Task
@@ -225,8 +226,10 @@ class _Rehearsal:
         used = [self._train(batch, indices, probe)]
         if rehearsed.user_code:
             used.append(self._train(batch, indices, probe))  # again, because state may be kept from pass to pass
-            rehearsed.notes += self._moving_state(batch, indices)
-            self._evaluate()
+            with (watch := ClockWatch()).watching():
+                rehearsed.notes += self._moving_state(batch, indices)
+                self._evaluate()
+            rehearsed.notes += watch.notes()
             self._scan_data()
         problem = fits.unsaved(model.state_dict()) if self.experiment.training.checkpoint_every != 0 else None
         if problem:
