@@ -114,6 +114,11 @@ class Layout(BaseModel):
         return {axis: getattr(self, axis) for axis in MESH_ORDER}
 
     @property
+    def shards_weights(self) -> bool:
+        """True if no rank keeps all weights of the model between its uses."""
+        return self.pp > 1 or self.tp > 1 or self.ep > 1 or (self.dp_shard > 1 and self.zero_stage == 3)
+
+    @property
     def world_size(self) -> int:
         """Number of ranks: the product of the axes. Raises ValueError if an axis is -1."""
         if -1 in self.sizes.values():

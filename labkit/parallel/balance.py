@@ -76,8 +76,8 @@ def measure_blocks(task: Task, batch: Batch) -> list[float]:
             loss.backward()
             measurements[number].append(_now(x) - begun)
             x = out
-    for parameter in task.model.parameters():
-        parameter.grad = None
+            for parameter in block.parameters():
+                parameter.grad = None  # those of the whole model may not fit
     return [median(seconds[1:]) for seconds in measurements]
 
 

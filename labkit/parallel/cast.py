@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from labkit.experiment.fault import TaskFault
 from labkit.gradients.updates.average import as_reals
+from labkit.workloads.mapped import converted
 
 __all__ = [
     "as_reals",
@@ -49,7 +50,7 @@ def place_tensor(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Te
 
 def place_module(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Move parameters and buffers to `device` and cast them, in place; return the module."""
-    convert: Callable[[Tensor], Tensor] = lambda tensor: tensor.to(device, dtype_in_run(tensor, dtype))  # noqa: E731
+    convert: Callable[[Tensor], Tensor] = lambda tensor: converted(tensor, device, dtype_in_run(tensor, dtype))  # noqa: E731
     return module._apply(convert)
 
 

@@ -33,6 +33,7 @@ from labkit.parallel.tie import Ties
 from labkit.parallel.timeline import Timeline
 from labkit.parallel.weigh import counts_samples, is_zero, loss_of, weight_of
 from labkit.workloads.base import Batch, Blocks, Task
+from labkit.workloads.mapped import into_memory
 
 Phase = Callable[[str], None]
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -93,10 +94,13 @@ class ParallelModel:
             if layout.activation_checkpointing != "none":
                 recompute.apply(module, layout.activation_checkpointing)
         loss.shard_loss(task, mesh)
+        fully_sharded = layout.dp_shard > 1 and layout.zero_stage == 3
+        for module in () if fully_sharded else self.stages.values():
+            into_memory(module)  # `fully_shard` copies the rows that it keeps
         named = [pair for module in self.stages.values() for pair in module.named_parameters()]
         self.shard_specs = {name: shard_spec_of(parameter) for name, parameter in named}
         self._gradients: GradientSync | FullySharded
-        if layout.dp_shard > 1 and layout.zero_stage == 3:
+        if fully_sharded:
             self._gradients = FullySharded(self.stages.values(), self.shard_specs, mesh, offloads(experiment))
         else:
             stage = layout.zero_stage if layout.dp_shard > 1 else 0

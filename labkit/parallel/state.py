@@ -6,6 +6,7 @@ All ranks gather together; the rank with index 0 along every axis but pp keeps t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from labkit.parallel.cut import ShardSpec
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.shard import to_local
 from labkit.parallel.sync import Zero1Bucket
+from labkit.workloads.mapped import LARGE, LEAST, mapped_copy
 
 State = dict[str, Tensor]
 
@@ -41,19 +43,29 @@ class ShardedModel(Protocol):
     def mesh(self) -> Mesh: ...
 
 
-def gather(model: ShardedModel, optimizer: torch.optim.Optimizer, own: bool = False) -> tuple[State, State]:
+def gather(
+    model: ShardedModel, optimizer: torch.optim.Optimizer, own: bool = False, folder: Path | None = None
+) -> tuple[State, State]:
     """Gather full weights and buffers by name, and the optimizer state by `state.NAME.KEY`, on the CPU (collective).
 
     They are those of this rank's stages. Both are empty on ranks whose stages another rank saves, unless a rank asks
-    for its `own` state: under some update rules every rank has a different one.
+    for its `own` state: under some update rules every rank has a different one. Large states are kept in unnamed
+    files in `folder`, if it is given.
     """
     keeps = own or model.mesh.rank == model.mesh.writer
     weights, moments = State(), State()
+    total = 0
 
     def keep(state: State, key: str, name: str, value: Tensor) -> None:
+        nonlocal total
         value = full_tensor(value, _shard_spec(model, name), model.mesh) if value.dim() else value
         if keeps:
-            state[key] = _as_stored(value.detach().cpu()).clone(memory_format=torch.contiguous_format)
+            value = _as_stored(value.detach().cpu())
+            total += (size := value.numel() * value.element_size())
+            if folder is not None and total > LARGE and size >= LEAST:
+                state[key] = mapped_copy(value, folder)
+            else:
+                state[key] = value.clone(memory_format=torch.contiguous_format)
 
     for name, parameter in parameters_of(model):
         if not _shard_spec(model, name).copy:

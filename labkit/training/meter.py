@@ -320,4 +320,9 @@ def peak_bytes(device: torch.device) -> int:
     """Return the peak memory in bytes: of the GPU for CUDA, otherwise the resident memory of this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    return host_bytes()
+
+
+def host_bytes() -> int:
+    """Return the peak resident memory of this process on the host (bytes)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from labkit.training.clock import clock
 from labkit.training.compiled import Compiled
 from labkit.training.events import EventWriter
 from labkit.training.loaders import end_with_rank
-from labkit.training.meter import Board, Meter, peak_bytes
+from labkit.training.meter import Board, Meter, host_bytes, peak_bytes
 from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
 from labkit.training.probes.layers import LayerProbe
 from labkit.training.probes.trace import Trace
@@ -53,6 +54,7 @@ from labkit.training.shares import Shares
 from labkit.training.weights import Weight, Weights
 from labkit.workloads.base import Batch, Task
 from labkit.workloads.fetch import fetch
+from labkit.workloads.mapped import pages_dropped, scratch_folder
 
 DEFAULT_EVALUATIONS = 10
 _SEED_STRIDE = 0x9E3779B97F4A7C15
@@ -536,23 +538,27 @@ class Trainer:
         mesh, rank = self.runtime.mesh, self.runtime.rank
         own = self._own(unscheduled)
         self.update.average_replicas(step)
-        weights, moments = state.gather(self.model, self.optimizer)
-        folder = checkpoint.save(
-            self.directory,
-            step,
-            self.experiment,
-            checkpoint.Saved(
-                weights,
-                moments,
-                mesh.coordinates["pp"] if mesh.rank == mesh.writer else None,
-                self.update.state() | self.sparsity.state(),
-                own,
-            ),
-            rank,
-            self.runtime.meet if mesh.size("pp") > 1 or own is not None else lambda: None,
-            unscheduled,
-            task_code(self.experiment) if rank == 0 else "",
-        )
+        shards = self.experiment.layout.shards_weights
+        scratch = scratch_folder(self.directory.path) if shards else None
+        with pages_dropped() if shards else nullcontext():
+            weights, moments = state.gather(self.model, self.optimizer, folder=scratch)
+            folder = checkpoint.save(
+                self.directory,
+                step,
+                self.experiment,
+                checkpoint.Saved(
+                    weights,
+                    moments,
+                    mesh.coordinates["pp"] if mesh.rank == mesh.writer else None,
+                    self.update.state() | self.sparsity.state(),
+                    own,
+                ),
+                rank,
+                self.runtime.meet if mesh.size("pp") > 1 or own is not None else lambda: None,
+                unscheduled,
+                task_code(self.experiment) if rank == 0 else "",
+            )
+            del weights, moments
         self._saved_at = step
         if rank == 0:
             self.events.write(
@@ -622,6 +628,7 @@ class Trainer:
             threads=torch.get_num_threads(),
             first=self.first,
             steps=self.steps,
+            host_bytes=host_bytes(),
             metric={
                 "key": metric.key,
                 "title": metric.title,

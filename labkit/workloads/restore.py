@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -21,10 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from labkit.workloads.mapped import is_mapped
 from labkit.workloads.seed import unchanged_generators
 
+MAX_WEIGHT_BYTES = 2**29
+"""Size of the parameters up to which they are copied (bytes); a pass cannot change those of a larger model."""
 MAX_COPY_BYTES = 2**29
-"""Maximum memory for copies of tensors and arrays (bytes); the rest is restored by reference only."""
+"""Maximum memory for copies of other tensors and arrays (bytes); the rest is restored by reference only."""
 MAX_OBJECTS, MAX_ITEMS, MAX_DEPTH = 20_000, 10_000, 6
 """Maximum number of objects, of entries of a list or dict, and of steps from the task that are recorded."""
 MAX_OUTSIDE_BYTES = 2**20
@@ -49,9 +52,10 @@ def restored(*roots: Any, device: torch.device, weights: bool = True) -> Iterato
     """Restore what the `roots` (a task, a module, a data set) contain, and all random generators, at the end.
 
     Yields the snapshot, which says whether a plain attribute of a module has changed and can restore everything
-    earlier. Without `weights`, parameters are not copied: for passes that cannot change them.
+    earlier. Without `weights`, parameters are not copied: for passes that cannot change them. Those of a model beyond
+    `MAX_WEIGHT_BYTES`, and those in mapped files, never are.
     """
-    snapshot = Snapshot(weights)
+    snapshot = Snapshot(weights and _weights_fit(roots))
     for root in roots:
         snapshot.record(root, 0)
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -77,11 +81,14 @@ class Snapshot:
     """The recorded state of the roots, as functions that restore it."""
 
     def __init__(self, weights: bool = True) -> None:
-        self._weights = weights
+        self.has_weights = weights
+        """Whether parameters were copied, so that a pass may change them."""
         self._undo: list[Callable[[], Any]] = []
         self._generators: list[Callable[[], Any]] = []
         self._counts: list[tuple[Tensor, Tensor]] = []
         """Buffers with a single element, and copies of them."""
+        self._not_copied: list[tuple[Tensor, int]] = []
+        """Tensors that cannot be restored, with their version counters."""
         self._seen: dict[int, Any] = {}
         self._bytes = 0
         self._inside = False
@@ -103,6 +110,10 @@ class Snapshot:
                 if name != "training" and now[name] is not value and not _same(now[name], value):
                     return True
         return False
+
+    def lost(self) -> list[Tensor]:
+        """Return the tensors that were changed and cannot be restored."""
+        return [tensor for tensor, version in self._not_copied if tensor._version != version]
 
     def counters(self) -> list[Callable[[int], None]]:
         """Return functions that advance the modules' counters: integer attributes and one-element buffers that changed.
@@ -212,17 +223,20 @@ class Snapshot:
             return
         size = value.numel() * value.element_size()
         plain = type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.layout is torch.strided
-        if isinstance(value, nn.Parameter) and not self._weights:
+        is_weight = isinstance(value, nn.Parameter)
+        if not plain or value.is_inference() or _overlaps(value):
             return
-        if not plain or value.is_inference() or _overlaps(value) or not self._room_for(size):
+        version = value._version
+        if not (self.has_weights if is_weight else self._room_for(size)):
+            self._not_copied.append((value, version))
             return
-        version, copy = value._version, value.detach().clone()
-        if value.numel() == 1 and not isinstance(value, nn.Parameter):
+        copy = value.detach().clone()
+        if value.numel() == 1 and not is_weight:
             self._counts.append((value, copy))
 
         def put_back() -> None:
             # Batch normalisation updates its running statistics without increasing the version counter.
-            if value._version != version or not isinstance(value, nn.Parameter):
+            if value._version != version or not is_weight:
                 with torch.no_grad():
                     value.detach().copy_(copy)
 
@@ -260,6 +274,14 @@ class Snapshot:
             return False
         self._bytes += size
         return True
+
+
+def _weights_fit(roots: Iterable[Any]) -> bool:
+    """Return whether the parameters of the modules among the roots are few enough to be copied."""
+    modules = (root for root in roots if isinstance(root, nn.Module))
+    parameters = {id(p): p for module in modules for p in module.parameters() if not is_lazy(p)}.values()
+    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return size <= MAX_WEIGHT_BYTES and not any(map(is_mapped, parameters))
 
 
 def _hooks_of(tensor: Tensor) -> list[Any]:

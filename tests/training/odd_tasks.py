@@ -142,6 +142,10 @@ def fades_by_the_hour() -> dict[str, Any]:
     return task(Net2())
 
 
+def batch_norm_at_the_end() -> dict[str, Any]:
+    return task(nn.Sequential(nn.Linear(6, 30), nn.Tanh(), nn.Linear(30, 3), nn.BatchNorm1d(3)))
+
+
 def unused() -> dict[str, Any]:
     class Model(Net):
         def __init__(self) -> None:

@@ -275,6 +275,20 @@ def test_losses_are_the_same_to_the_last_bit_without_a_rehearsal(tmp_path: Path)
         assert one.data().evaluations[-1][2] == other.data().evaluations[-1][2]
 
 
+def test_weights_that_are_too_large_to_be_copied_stay_as_they_are(tmp_path: Path) -> None:
+    """A rehearsal must not change what it cannot restore: neither the weights nor the buffers behind them."""
+    cases = [custom("with_state"), custom("batch_norm_at_the_end")]
+    with changed_ranks(tmp_path), pytest.MonkeyPatch.context() as patched:
+        patched.setenv("LABKIT_TEST_CHANGE", WITHOUT)
+        plain = [run(case) for case in cases]
+        patched.setenv("LABKIT_TEST_CHANGE", "import labkit.workloads.restore as r; r.MAX_WEIGHT_BYTES = 300")
+        rehearsed = [run(case) for case in cases]
+    for before, after in zip(plain, rehearsed, strict=True):
+        assert before.state == after.state == "finished", (before.cause, after.cause)
+        assert list(before.data().loss) == list(after.data().loss), before.title
+        assert before.data().evaluations[-1][2] == after.data().evaluations[-1][2]
+
+
 def test_everything_that_a_task_holds_is_put_back() -> None:
     task = odd_tasks.with_state()
     model, data = task["model"], task["train"]

@@ -113,3 +113,11 @@ def test_generators_may_go_on_while_the_rest_is_put_back() -> None:
         assert torch.rand((), generator=model.draws) != drawn
         snapshot.undo()
         assert torch.rand((), generator=model.draws) == drawn
+
+
+def test_what_is_too_large_to_be_copied_and_changes_all_the_same_is_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with undisturbed(model, weights=False) as snapshot, torch.no_grad():
+        assert not snapshot.lost()
+        model[1].weight.add_(1)
+        assert [id(tensor) for tensor in snapshot.lost()] == [id(model[1].weight)]

@@ -29,6 +29,7 @@ from labkit.training.rehearsal import fingerprint, fits, hooks, leaves
 from labkit.training.rehearsal.advice import backward_fault, describe, hint, samples_of, shape_of
 from labkit.training.rehearsal.control_flow import ControlFlowProbe
 from labkit.training.rehearsal.exactness import non_parity_modules
+from labkit.training.rehearsal.freed import gradients_freed
 from labkit.training.rehearsal.ids import Ids
 from labkit.training.rehearsal.loss_proof import prove_loss
 from labkit.training.rehearsal.moving_state import MovingState
@@ -38,6 +39,7 @@ from labkit.training.runtime import Runtime
 from labkit.training.sampling import BatchOrder, Indices
 from labkit.workloads.base import Batch, Data, Task
 from labkit.workloads.fetch import fetch, fetch_checked
+from labkit.workloads.mapped import is_mapped
 from labkit.workloads.restore import Snapshot, restored
 from labkit.workloads.seed import seed_generators
 
@@ -121,12 +123,25 @@ def rehearse(
             _compare(experiment, task, rehearsed, used, mine)
             if rehearsed.user_code:
                 compare_losses(loss)
+        rehearsed.notes += _lost(task.model, snapshot)
     phase("setup")
     if runtime.device.type == "cuda":  # the peak memory of the run is that of its steps
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(runtime.device)
     rehearsed.seconds = time.perf_counter() - started
     return rehearsed
+
+
+def _lost(model: nn.Module, snapshot: Snapshot) -> list[str]:
+    """Return a sentence if passes have changed tensors of a large model, which were not copied before."""
+    tensors = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    names = [tensors[id(tensor)] for tensor in snapshot.lost() if id(tensor) in tensors]
+    if not names:
+        return []
+    return [
+        f"{names[0]} is changed in the forward pass and too large to be restored after the rehearsal, so training "
+        "begins with the changed values"
+    ]
 
 
 def _proofs(experiment: Experiment, task: Task, runtime: Runtime, user_code: bool) -> list[str]:
@@ -147,8 +162,8 @@ def _proofs(experiment: Experiment, task: Task, runtime: Runtime, user_code: boo
 def _gradients_fit(model: nn.Module, device: torch.device) -> bool:
     """Return whether gradients of the whole model fit in memory; the layout may never hold them all on one rank."""
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if size < LARGE:
-        return True
+    if size < LARGE or any(map(is_mapped, model.parameters())):
+        return True  # gradients of a mapped model are freed one by one
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] > 2 * size
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > 2 * size
@@ -253,11 +268,12 @@ class _Rehearsal:
     def _moving_state(self, batch: Batch, indices: list[int]) -> list[str]:
         """Return a note if a training pass changes untrained state; raise TaskFault if that change would be lost.
 
-        The trained weights are perturbed a little first, because a teacher that equals them would not change.
+        The trained weights are perturbed a little first, if they can be restored, because a teacher that equals them
+        would not change.
         """
         moving, model = MovingState(self.task.model), self.task.model
         with torch.no_grad(), _alone(model):
-            for parameter in self.trained.values():
+            for parameter in self.trained.values() if self.snapshot.has_weights else ():
                 if parameter.is_floating_point() or parameter.is_complex():
                     parameter.mul_(1.01).add_(1e-3)
             model.train()
@@ -292,17 +308,15 @@ class _Rehearsal:
             self._check_graph(batch, output, loss)
             self.phase("backward")
             try:
-                loss.backward()
+                with gradients_freed(self.trained) as gradients:
+                    loss.backward()
             except Exception as error:
                 raise TaskFault(backward_fault(self.task, error)) from error
-        gradients = {name: parameter.grad for name, parameter in self.trained.items() if parameter.grad is not None}
         problem = fits.sparse_gradients(
-            self.experiment, [name for name, gradient in gradients.items() if gradient.layout is not torch.strided]
+            self.experiment, [name for name, layout in gradients.items() if layout is not torch.strided]
         )
         if problem:
             raise TaskFault(problem)
-        for parameter in self.trained.values():
-            parameter.grad = None
         if not gradients:
             raise TaskFault("no parameter gets a gradient from the loss: the model's output does not depend on any")
         return frozenset(gradients)
