@@ -83,6 +83,6 @@ def test_losses_and_checkpoints_are_the_same_to_the_last_bit(ranks: Any) -> None
 
 def test_they_are_mapped_when_the_layout_is_applied(ranks: Any) -> None:
     ranks(MAPPED + UNMAPPED)
-    ended = launch(CASES["pp2, tied"], baseline=None).wait(120)
+    ended = launch(CASES["pp2, tied"].set({"workload.tied": False}), baseline=None).wait(120)
     assert ended.state == "failed"
     assert "all parameters are mapped" in str(ended.cause)
