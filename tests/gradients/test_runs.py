@@ -237,17 +237,17 @@ def test_one_bit_adam_goes_on_from_its_checkpoint_frozen() -> None:
 
 TELL = """
 import hashlib
-from labkit.training.trainer import Trainer
-write = Trainer._write_figures
-def tell(self):
+from labkit.training.reporter import Reporter
+write = Reporter.write_figures
+def tell(self, first, done):
     found = {}
-    for module in self.model.stages.values():
+    for module in self.setup.model.stages.values():
         for name, parameter in module.named_parameters():
             found[name] = hashlib.sha256(parameter.detach().contiguous().numpy().tobytes()).hexdigest()
-    cut = [name for name, spec in self.model.shard_specs.items() if spec.shard_dims]
-    self.events.write("weights", place=self.runtime.mesh.coordinates, digests=found, cut=cut)
-    write(self)
-Trainer._write_figures = tell
+    cut = [name for name, spec in self.setup.model.shard_specs.items() if spec.shard_dims]
+    self.events.write("weights", place=self.setup.runtime.mesh.coordinates, digests=found, cut=cut)
+    write(self, first, done)
+Reporter.write_figures = tell
 """
 
 

@@ -95,16 +95,16 @@ def test_on_a_layout_it_learns_the_same_up_to_rounding_or_is_refused(format: str
 
 # What ranks hold twice must stay equal to the bit, whatever was rounded at random.
 _COMPARE = """
-import labkit.training.trainer as trainer
+from labkit.training.reporter import Reporter
 import torch, torch.distributed as dist
-write = trainer.Trainer._write_figures
-def compared(self):
-    for name, parameter in self.model.unwrapped.named_parameters():
+write = Reporter.write_figures
+def compared(self, first, done):
+    for name, parameter in self.setup.model.unwrapped.named_parameters():
         other = [torch.empty_like(parameter) for _ in range(dist.get_world_size())]
         dist.all_gather(other, parameter.detach().contiguous())
         assert all(torch.equal(parameter, one) for one in other), name
-    write(self)
-trainer.Trainer._write_figures = compared
+    write(self, first, done)
+Reporter.write_figures = compared
 """
 
 

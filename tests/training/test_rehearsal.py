@@ -27,9 +27,9 @@ from tests.training import odd_tasks
 
 TASKS = Path(odd_tasks.__file__)
 WITHOUT = """
-import labkit.training.trainer as trainer
+import labkit.training.setup as setup
 from labkit.training.rehearsal.rehearse import RehearsalResult
-trainer.rehearse = lambda *given: RehearsalResult()
+setup.rehearse = lambda *given: RehearsalResult()
 """
 
 
