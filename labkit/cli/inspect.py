@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from dataclasses import asdict
 from pathlib import Path
 
 from labkit.cli.output import UsageError, print_json, print_line, print_lines, say
@@ -19,6 +20,7 @@ def add_to(commands: Commands) -> None:
     """Add the commands of this file and their arguments."""
     commands.add("recipes", recipes, "List the ready-made experiments.")
     parser = commands.add("fields", fields, "List every field that --set takes.")
+    parser.add_argument("--results", action="store_true", help="the keys of summaries, comparisons and events instead")
     parser.add_argument("--markdown", action="store_true", help="as the reference page of the documentation")
     parser = commands.add("runs", runs, "List the runs.")
     parser.add_argument("--all", action="store_true", help="all of them, not only the latest 20")
@@ -50,9 +52,11 @@ def recipes(options: argparse.Namespace) -> int:
 
 
 def fields(options: argparse.Namespace) -> int:
-    """List every setting of an experiment."""
+    """List every setting of an experiment, or every key of its results."""
     from labkit.experiment.fields import fields as all_fields
 
+    if options.results:
+        return _result_fields(options)
     described = all_fields()
     if options.markdown:
         print_lines(settings_page(described))
@@ -60,6 +64,19 @@ def fields(options: argparse.Namespace) -> int:
         print_json([field.to_dict() for field in described])
     for field in described if not options.json and not options.markdown else ():
         print_line(f"{field.name:36} {field.kind:24} {field.description}")
+    return 0
+
+
+def _result_fields(options: argparse.Namespace) -> int:
+    from labkit.cli.results_reference import result_fields, results_page
+
+    described = result_fields()
+    if options.markdown:
+        print_lines(results_page(described))
+    if options.json:
+        print_json([asdict(field) for field in described])
+    for field in described if not options.json and not options.markdown else ():
+        print_line(f"{field.table:20} {field.name:30} {field.kind:24} {field.description}")
     return 0
 
 
@@ -142,7 +159,8 @@ def compare(options: argparse.Namespace) -> int:
         say(f"left out: {reason}")
     if options.json:
         named = {"baseline_run_id": comparison.baseline_run_id, "left_out": comparison.left_out}
-        print_json(named | {"rows": figure_or_words(comparison.rows), "text": comparison.text()})
+        rows = [figure_or_words(row.as_dict()) for row in comparison.rows]
+        print_json(named | {"rows": rows, "text": comparison.text()})
     else:
         print_lines(str(comparison))
     return 0

@@ -19,7 +19,7 @@ def settings_page(fields: list[Field]) -> str:
     parts = [INTRODUCTION]
     for section, members in groupby(fields, key=lambda field: field.name.rpartition(".")[0]):
         rows = [
-            f"| `{field.name}` | {_cell(field.kind)} | {_default(field)} | {_cell(field.description)} |"
+            f"| `{field.name}` | {cell(field.kind)} | {_default(field)} | {cell(field.description)} |"
             for field in members
         ]
         parts.append(
@@ -36,9 +36,9 @@ def settings_page(fields: list[Field]) -> str:
 
 
 def _default(field: Field) -> str:
-    return "" if field.default is None else f"`{_cell(str(field.default))}`" if field.default != "" else '`""`'
+    return "" if field.default is None else f"`{cell(str(field.default))}`" if field.default != "" else '`""`'
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """Return text for one cell of a table: on one line, without bars that would end the cell."""
     return " ".join(text.split()).replace("|", "\\|")

@@ -23,7 +23,7 @@ from typing import Any
 
 from labkit.experiment import Experiment
 from labkit.experiment.failures import message_of
-from labkit.experiment.run_directory import EXIT_STOPPED, RunDirectory, read_json
+from labkit.experiment.run_directory import EXIT_STOPPED, RunDirectory, read_json, write_json
 from labkit.launch import rendezvous
 from labkit.launch.board import HeartbeatTable
 from labkit.launch.child import Child, fork_rank
@@ -33,10 +33,11 @@ from labkit.launch.outcome import first_failure, terminal_state
 from labkit.launch.run_record import RunRecord, attempt, log_line
 from labkit.launch.stalls import find_stall
 from labkit.netem.hosts import Hosts
-from labkit.runs import environment, liveness, summary
+from labkit.runs import environment, liveness
 from labkit.runs import status as run_status
 from labkit.runs.leftovers import remove_unfinished
 from labkit.runs.processes import adopt_orphans, identity
+from labkit.runs.summarize import summarize
 
 RANK_ENTRY = "labkit.training.worker:main"
 """Entry of a rank: named, not imported, because the supervisor and the ranks share only the experiment and files."""
@@ -234,7 +235,8 @@ def supervise(order: dict[str, Any]) -> int:
         if supervisor is not None:
             supervisor.clean_up()
         try:
-            summary.write(directory, changes["state"], order.get("baseline"))
+            summary = summarize(directory, changes["state"], order.get("baseline"))
+            write_json(directory.summary, summary.as_dict())
         except Exception as error:
             # The disk is full, or the events are unreadable: the state is more important than its summary.
             log_line(f"no summary: {error!r}")

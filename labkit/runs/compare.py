@@ -20,6 +20,7 @@ from labkit.experiment.one_process import is_one_process
 from labkit.experiment.run_directory import RunDirectory, read_json
 from labkit.runs import methods, steady
 from labkit.runs.checked import formatted
+from labkit.runs.comparison_row import ComparisonRow
 from labkit.runs.data import RunData
 from labkit.runs.status import reconcile
 
@@ -154,9 +155,9 @@ def _entry(path: Path, name: str) -> Any:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs compared. `rows` has one dict per run; speed-ups refer to the run `baseline_run_id`."""
+    """Several runs compared. `rows` has one row per run; speed-ups refer to the run `baseline_run_id`."""
 
-    rows: list[dict[str, Any]]
+    rows: list[ComparisonRow]
     baseline_run_id: str | None
     left_out: list[str] = field(default_factory=list)
     """Why requested runs are missing, one sentence per run that names it."""
@@ -165,33 +166,29 @@ class Comparison:
         """Return the rows as a DataFrame indexed by run id."""
         import pandas as pd
 
-        return pd.DataFrame(self.rows).set_index("run_id")
+        return pd.DataFrame([row.as_dict() for row in self.rows]).set_index("run_id")
 
     def text(self) -> str:
         """Return the result of the comparison in one sentence."""
-        claims = [
-            row for row in self.rows if row["speedup"] is not None and not (row["is_baseline"] or row["is_ceiling"])
-        ]
+        claims = [row for row in self.rows if row.speedup is not None and not (row.is_baseline or row.is_ceiling)]
         if not claims:
-            reasons = sorted({note for row in self.rows for note in row["notes"]}) or [
-                "no baseline: run it on one rank"
-            ]
+            reasons = sorted({note for row in self.rows for note in row.notes}) or ["no baseline: run it on one rank"]
             return f"No speed-up can be claimed: {'; '.join(reasons)}."
         # Of repeated runs of a layout the median counts, not the best.
-        layouts: dict[str, list[dict[str, Any]]] = {}
+        layouts: dict[str, list[ComparisonRow]] = {}
         for row in claims:
-            layouts.setdefault(row["layout"], []).append(row)
+            layouts.setdefault(row.layout, []).append(row)
         typical = [
-            sorted(repeats, key=lambda row: row["speedup"])[(len(repeats) - 1) // 2] for repeats in layouts.values()
+            sorted(repeats, key=lambda row: row.speedup or 0.0)[(len(repeats) - 1) // 2] for repeats in layouts.values()
         ]
-        best = max(typical, key=lambda row: row["speedup"])
-        repeats = len(layouts[best["layout"]])
+        best = max(typical, key=lambda row: row.speedup or 0.0)
+        repeats = len(layouts[best.layout])
         median = f", median of {repeats} runs" if repeats > 1 else ""
-        ceiling = f", where the machine allows {best['ceiling']:.2f}" if best["ceiling"] else ""
+        ceiling = f", where the machine allows {best.ceiling:.2f}" if best.ceiling else ""
         return (
-            f"{_count(best['world_size'])} {best['speedup']:.2f} times as fast as one "
-            f"({best['speedup_low']:.2f} to {best['speedup_high']:.2f}{median}{ceiling}); "
-            f"baseline {best['baseline_run_id']}."
+            f"{_count(best.world_size)} {best.speedup:.2f} times as fast as one "
+            f"({best.speedup_low:.2f} to {best.speedup_high:.2f}{median}{ceiling}); "
+            f"baseline {best.baseline_run_id}."
         )
 
     def _repr_html_(self) -> str:
@@ -211,25 +208,25 @@ class Comparison:
             "efficiency",
             "ceiling",
         ]
-        metric = next((row["metric"] for row in self.rows if row["metric"]), "metric")
+        metric = next((row.metric for row in self.rows if row.metric), "metric")
         lines = [[*head, metric]]
         for row in self.rows:
-            interval = "" if row["speedup_low"] is None else f"{row['speedup_low']:.2f}-{row['speedup_high']:.2f}"
-            mark = " (baseline)" if row["is_baseline"] else " (ceiling)" if row["is_ceiling"] else ""
+            interval = "" if row.speedup_low is None else f"{row.speedup_low:.2f}-{row.speedup_high:.2f}"
+            mark = " (baseline)" if row.is_baseline else " (ceiling)" if row.is_ceiling else ""
             lines.append(
                 [
-                    row["run_id"] + mark,
-                    row["layout"],
-                    row["method"],
-                    row["state"],
-                    str(row["steps"]),
-                    _number(row["samples_per_second"], ".0f"),
-                    _number(row["step_seconds"] and 1000 * row["step_seconds"], ".1f"),
-                    _number(row["speedup"], ".2f"),
+                    row.run_id + mark,
+                    row.layout,
+                    row.method,
+                    row.state,
+                    str(row.steps),
+                    _number(row.samples_per_second, ".0f"),
+                    _number(row.step_seconds and 1000 * row.step_seconds, ".1f"),
+                    _number(row.speedup, ".2f"),
                     interval,
-                    _number(row["efficiency"], ".0%"),
-                    _number(row["ceiling"], ".2f"),
-                    _number(row["final"], ".4g"),
+                    _number(row.efficiency, ".0%"),
+                    _number(row.ceiling, ".2f"),
+                    _number(row.final, ".4g"),
                 ]
             )
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -237,7 +234,7 @@ class Comparison:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
         table.insert(1, "  ".join("-" * width for width in widths))
-        notes = [f"{row['run_id']}: {note}" for row in self.rows for note in row["notes"]]
+        notes = [f"{row.run_id}: {note}" for row in self.rows for note in row.notes]
         return "\n".join([*table, "", *notes, self.text()])
 
 
@@ -274,7 +271,7 @@ def compare(runs: Iterable[Any], baseline: Any = None, skip_unreadable: bool = F
     else:
         bases = [run for run in measured if run.is_baseline]
     rows = [_row(run, bases, measured, named) for run in measured]
-    used = [row["baseline_run_id"] for row in rows if row["baseline_run_id"]]
+    used = [row.baseline_run_id for row in rows if row.baseline_run_id]
     return Comparison(rows, max(set(used), key=used.count) if used else None, left_out)
 
 
@@ -294,7 +291,7 @@ def _row(
     bases: Sequence[RunMeasurement],
     all_runs: Sequence[RunMeasurement],
     named: RunMeasurement | None,
-) -> dict[str, Any]:
+) -> ComparisonRow:
     experiment, data = run.experiment, run.data
     is_baseline = run.is_baseline if named is None else run.directory.id == named.directory.id
     fitting = [base for base in bases if not differences(run.experiment, base.experiment)]
@@ -314,33 +311,33 @@ def _row(
     ranks = experiment.layout.world_size
     final = data.evaluations[-1][2] if data.evaluations else {}
     metric = data.metric.get("key")
-    return {
-        "run_id": run.directory.id,
-        "title": run.status.get("title") or run.directory.id,
-        "workload": experiment.workload.name,
-        "layout": str(experiment.layout),
-        "method": methods.key(experiment),
-        "world_size": ranks,
-        "device": experiment.launch.device,
-        "state": run.status["state"],
-        "global_batch": experiment.training.global_batch,
-        "steps": data.steps,
-        "metric": metric,
-        "final": None if run.is_ceiling else final.get(metric or ""),
-        "loss": None if run.is_ceiling else final.get("loss"),
-        "samples_per_second": run.samples_per_second,
-        "step_seconds": run.steady.median,
-        "warmup_steps": run.steady.warmup_steps,
-        "speedup": speedup,
-        "speedup_low": low,
-        "speedup_high": high,
-        "efficiency": None if speedup is None or base is None else speedup * base.ranks / ranks,
-        "ceiling": _ceiling(run, base, all_runs),
-        "baseline_run_id": base.directory.id if base else None,
-        "is_baseline": is_baseline,
-        "is_ceiling": run.is_ceiling,
-        "notes": notes,
-    }
+    return ComparisonRow(
+        run_id=run.directory.id,
+        title=run.status.get("title") or run.directory.id,
+        workload=experiment.workload.name,
+        layout=str(experiment.layout),
+        method=methods.key(experiment),
+        world_size=ranks,
+        device=experiment.launch.device,
+        state=run.status["state"],
+        global_batch=experiment.training.global_batch,
+        steps=data.steps,
+        metric=metric,
+        final=None if run.is_ceiling else final.get(metric or ""),
+        loss=None if run.is_ceiling else final.get("loss"),
+        samples_per_second=run.samples_per_second,
+        step_seconds=run.steady.median,
+        warmup_steps=run.steady.warmup_steps,
+        speedup=speedup,
+        speedup_low=low,
+        speedup_high=high,
+        efficiency=None if speedup is None or base is None else speedup * base.ranks / ranks,
+        ceiling=_ceiling(run, base, all_runs),
+        baseline_run_id=base.directory.id if base else None,
+        is_baseline=is_baseline,
+        is_ceiling=run.is_ceiling,
+        notes=notes,
+    )
 
 
 def _ceiling(run: RunMeasurement, base: RunMeasurement | None, all_runs: Sequence[RunMeasurement]) -> float | None:

@@ -42,12 +42,15 @@ class Bubble:
     """Idle fractions of (ranks × span), and the spans in seconds."""
 
     measured: float
+    """Bubble as measured."""
     own: float
     """Bubble of the schedule itself, simulated with the measured durations of the stages."""
     textbook: float | None
     """Bubble by the formula for equally long stages; None if the schedule has none."""
     measured_seconds: float
+    """Span from the first to the last action of the pipeline (s), as measured."""
     own_seconds: float
+    """That span in the simulation (s)."""
 
 
 def schedule_name(experiment: Experiment) -> str:

@@ -170,13 +170,13 @@ class Run:
         return "\n".join(logs.tail(self.directory.log(rank), lines))
 
     def summary(self) -> dict[str, Any]:
-        """Return the summary, built from the events if the run has not written it (yet)."""
+        """Return the summary, built from the events if the run has not written it (yet); keys: runs/summary.py."""
         stored = read_json(self.directory.summary)
         if isinstance(stored, dict):
             return stored
-        from labkit.runs import summary
+        from labkit.runs.summarize import summarize
 
-        return summary.build(self.directory)
+        return summarize(self.directory).as_dict()
 
     def checkpoints(self) -> list[int]:
         """Return the steps of the complete checkpoints in ascending order."""

@@ -1,214 +1,158 @@
-"""The summary of a run that has ended, built from its events and written to `summary.json` by its supervisor."""
+"""The summary of a run that has ended, as its supervisor writes it to `summary.json`: every key, its type and unit.
+
+`summarize` builds it (summarize.py). A stored summary may come from another version or machine, so readers take it as
+the dict that it is, in which keys may be missing or unknown.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
-import numpy as np
-
-from labkit.experiment import Experiment
-from labkit.experiment.run_directory import RunDirectory, write_json
-from labkit.runs import kernels
-from labkit.runs.checked import figure_or_words, number
-from labkit.runs.compare import RunMeasurement, compare, find_baseline
-from labkit.runs.data import RunData
-from labkit.runs.pipeline import bubble_of, first_pipeline
-from labkit.runs.straggler import straggler
-
-LOSS_POINTS = 200
-"""Maximum number of points of the loss curve in the summary."""
+from labkit.runs.pipeline import Bubble
+from labkit.runs.straggler import Straggler
 
 
-def write(directory: RunDirectory, state: str, baseline: str | None = "auto") -> dict[str, Any]:
-    """Build the summary for a run that ends in `state`, write it, and return it."""
-    summary = build(directory, state, baseline)
-    write_json(directory.summary, summary)
-    return summary
+@dataclass(frozen=True, kw_only=True)
+class StepSeconds:
+    """Time of an optimizer step after the warm-up (s)."""
+
+    median: float | None
+    """Median."""
+    p10: float | None
+    """10th percentile."""
+    p90: float | None
+    """90th percentile."""
+    warmup_steps: int
+    """First steps, which are left out."""
+    samples: int
+    """Number of steps measured."""
 
 
-def build(directory: RunDirectory, state: str | None = None, baseline: str | None = "auto") -> dict[str, Any]:
-    """Return the summary (keys: notebooks/reference/results.md).
+@dataclass(frozen=True, kw_only=True)
+class TracedMemory:
+    """Memory of each rank in the traced step (bytes), by `parameters`, `gradients`, `optimizer` and `activations`."""
 
-    `baseline` is a run id, "auto" for the latest run that fits, or None.
-    """
-    measurement = RunMeasurement.read(directory)
-    experiment, data, steady = measurement.experiment, measurement.data, measurement.steady
-    ranks = experiment.layout.world_size
-    reference = None
-    if ranks > 1 and baseline is not None:
-        reference = find_baseline(directory) if baseline == "auto" else RunDirectory.find(baseline)
-    comparison = compare([directory], baseline=reference)
-    row = next(row for row in comparison.rows if row["run_id"] == directory.id)
-    final = data.evaluations[-1][2] if data.evaluations else {}
-    start = data.rank_starts[0] if data.rank_starts else {}
-    status_notes = measurement.status.get("notes")
-    notes = [*(status_notes if isinstance(status_notes, list) else []), *row["notes"], *start.get("warnings", [])]
-    slowest = straggler(data)
-    if slowest is not None:
-        notes = [*notes, str(slowest)]
-    diverged = np.flatnonzero(~np.isfinite(data.loss))
-    if len(diverged):
-        notes = [*notes, f"the loss became NaN or infinite at step {data.first + int(diverged[0]) + 1}"]
-    not_finite = [name.replace("_", " ") for name, figure in final.items() if not math.isfinite(figure)]
-    if not_finite:
-        verb = "is" if len(not_finite) == 1 else "are"
-        step = data.evaluations[-1][0]
-        notes = [*notes, f"the held-out {' and '.join(not_finite)} after step {step} {verb} not finite"]
-    return {
-        "run_id": directory.id,
-        "title": experiment.title,
-        "workload": experiment.workload.name,
-        "status": state or measurement.status["state"],
-        "layout": str(experiment.layout),
-        "world_size": ranks,
-        "device": experiment.launch.device,
-        "global_batch": experiment.training.global_batch,
-        "steps": data.first + data.steps,
-        "loss": _sampled_loss(data.loss, data.first),
-        "accuracy": number(final.get("accuracy")),
-        "metrics": figure_or_words(final),
-        "metric": data.metric,
-        "facts": data.facts,
-        "samples_per_second": None if steady.reason else measurement.samples_per_second,
-        "step_seconds": {
-            "median": steady.median,
-            "p10": steady.quantile(0.1),
-            "p90": steady.quantile(0.9),
-            "warmup_steps": steady.warmup_steps,
-            "samples": len(steady.seconds),
-        },
-        "seconds": float(data.elapsed[-1]) if len(data.elapsed) else 0.0,
-        "time_to_first_step_seconds": start.get("time_to_first_step_seconds"),
-        "communication": _communication(data),
-        "network": _network(data, experiment),
-        "straggler": asdict(slowest) if slowest is not None else None,
-        "memory": _memory(data, ranks),
-        "bubble": _bubble(data, experiment),
-        "staleness": _staleness(data),
-        "experts": {name: _fractions(load) for name, load in data.experts.items()},
-        "peak_memory_bytes": [data.peak_memory.get(rank) for rank in range(ranks)],
-        "parameters": start.get("parameters"),
-        "effective": start.get("effective", {}) | _sparsity(data) | _multiplied(data),
-        "quantized": figure_or_words(data.quantized) or None,
-        "kernels": _kernels(data),
-        "exported": figure_or_words(data.exported) or None,
-        "baseline_run_id": row["baseline_run_id"] if ranks > 1 else None,
-        "speedup": row["speedup"] if ranks > 1 else None,
-        "speedup_interval": [row["speedup_low"], row["speedup_high"]] if ranks > 1 and row["speedup"] else None,
-        "efficiency": row["efficiency"] if ranks > 1 else None,
-        "ceiling": row["ceiling"],
-        "notes": notes,
-        "warnings": measurement.status.get("warnings", []),
-    }
+    step: int | None
+    """The traced step, counted from 1."""
+    measured: list[dict[str, int] | None]
+    """By rank, as measured; null for a rank that wrote no trace."""
+    formula: list[dict[str, int] | None]
+    """By rank, by the formulas of the layout, without activations."""
 
 
-def _sparsity(data: RunData) -> dict[str, Any]:
-    """Return the fraction of the prunable weights that is zero, counted after the last change of the masks."""
-    if not data.sparsity:
-        return {"sparsity": 0.0}
-    layers = data.sparsity[-1][1].values()
-    return {"sparsity": sum(zeros for zeros, _, _ in layers) / sum(size for _, size, _ in layers)}
+@dataclass(frozen=True, kw_only=True)
+class Staleness:
+    """Age of gradients when they were used (optimizer steps), over all ranks."""
+
+    mean: float
+    """Mean."""
+    max: int
+    """Largest."""
+    histogram: list[int]
+    """How many gradients were 0, 1, 2, … steps old."""
 
 
-def _multiplied(data: RunData) -> dict[str, Any]:
-    """Return what layers multiply (inputs × weights), the most frequent first."""
-    operands_by_count = sorted(data.multiplied, key=lambda operands: -data.multiplied[operands])
-    return {"multiplied": ", ".join(operands_by_count)} if operands_by_count else {}
+@dataclass(frozen=True, kw_only=True)
+class KernelSpeedup:
+    """Speed-up of a sparse or low-precision network's layers over dense float32."""
+
+    theory: float | None
+    """By the operations and bytes that they need."""
+    kernel: float | None
+    """As measured layer by layer."""
 
 
-def _kernels(data: RunData) -> dict[str, float | None] | None:
-    """Return the speed-up of layers over dense float32 in theory and as measured; None for dense float32 runs."""
-    if not data.kernels:
-        return None
-    return {"theory": kernels.theory(data.kernels), "kernel": kernels.kernel(data.kernels)}
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a run did and how fast. Null means that a figure was not measured or does not apply."""
 
+    run_id: str
+    """Id of the run."""
+    title: str
+    """Title of the experiment."""
+    workload: str
+    """What it trained: `vision`, `language`, `driving` or `custom`."""
+    status: str
+    """How it ended: `finished`, `stopped` or `failed`."""
+    layout: str
+    """Layout in short form, such as `dp2×tp2`."""
+    world_size: int
+    """Number of ranks."""
+    device: str
+    """Device as in the experiment: `cpu` or `cuda`."""
+    global_batch: int
+    """Samples per optimizer step over all ranks."""
+    steps: int
+    """Optimizer steps, including those before a resume."""
+    loss: list[list[float | int | None]]
+    """Pairs [step, training loss], at most 200 of them; a loss that is not finite is null."""
+    accuracy: float | None
+    """Held-out accuracy of the last evaluation."""
+    metrics: dict[str, float | str]
+    """Held-out metrics of the last evaluation by key; words for one that is not finite."""
+    metric: dict[str, Any]
+    """The main metric: `key`, `title`, `higher_is_better` and `unit`; empty if the task has not reported it."""
+    facts: dict[str, Any]
+    """What the task says of its data: counts, files, columns, classes."""
+    samples_per_second: float | None
+    """Median throughput over all ranks after the warm-up; null if there were too few steps."""
+    step_seconds: StepSeconds
+    """Time of an optimizer step after the warm-up (s)."""
+    seconds: float
+    """Duration of the training (s)."""
+    time_to_first_step_seconds: float | None
+    """Time from the request to the end of the first step (s)."""
+    communication: dict[str, Any] | None
+    """Per optimizer step, the largest over the ranks: `bytes_per_step` on the wire, `exposed_seconds_per_step`, and of
+    combining gradients `counted_bytes_per_step`, `formula_bytes_per_step` and `compression_seconds`;
+    `counted_bytes_of_all_ranks`; `method`, the compressor; and `axes`, per axis `calls`, `bytes`, `wire_bytes` and
+    `exposed_seconds`."""
+    network: dict[str, Any] | None
+    """The emulated network as in the experiment, and what the kernel counted on it: `bytes` over slow links by all
+    ranks together, `loopback_bytes` within hosts, both `per_host`, `updates`, `bytes_per_step` and `seconds`."""
+    straggler: Straggler | None
+    """The rank that computes clearly longer than the others."""
+    memory: TracedMemory | None
+    """Memory of each rank in the traced step (bytes); null if no step was traced."""
+    bubble: Bubble | None
+    """Share of time in which the ranks of the first pipeline did not compute, in the traced step."""
+    staleness: Staleness | None
+    """Age of gradients when they were used (optimizer steps)."""
+    experts: dict[str, list[float]]
+    """By block, the share of all routed tokens that each expert got."""
+    peak_memory_bytes: list[int | None]
+    """Peak memory of each rank (bytes)."""
+    parameters: int | None
+    """Number of parameters of the model."""
+    effective: dict[str, Any]
+    """What was in force, as measured: types, kernels, backends, compiled blocks, and `sparsity`, the share of the
+    prunable weights that is zero."""
+    quantized: dict[str, Any] | None
+    """The trained network compared with its quantized copy."""
+    kernels: KernelSpeedup | None
+    """Speed-up of its layers over dense float32; null for runs that are dense and in full precision."""
+    exported: dict[str, Any] | None
+    """The trained sparse network in several forms."""
+    baseline_run_id: str | None
+    """The run of one process that the speed-up refers to."""
+    speedup: float | None
+    """Throughput divided by that of the baseline; null if it cannot be claimed, for which `notes` gives the reason."""
+    speedup_interval: list[float | None] | None
+    """The 95 % interval of the speed-up, [low, high] (moving-block bootstrap)."""
+    efficiency: float | None
+    """Speed-up divided by the number of ranks."""
+    ceiling: float | None
+    """Speed-up of as many independent copies on this machine, which it can give at most."""
+    notes: list[str]
+    """What a reader of the figures must know, one sentence each."""
+    warnings: list[str]
+    """Warnings of the rules about the experiment."""
 
-def _communication(data: RunData) -> dict[str, Any] | None:
-    """Return the communication per optimizer step, the largest over the ranks, and the method.
-
-    counted_bytes_of_all_ranks is what all ranks together sent; axes has, per axis and again the largest over the ranks,
-    calls, bytes, wire_bytes and exposed_seconds.
-    """
-    axes: dict[str, dict[str, float]] = {}
-    for traffic in data.traffic.values():
-        for axis, counts in traffic.items():
-            largest = axes.setdefault(axis, dict(counts))
-            axes[axis] = {key: max(value, largest[key]) for key, value in counts.items()}
-            axes[axis] |= {key: int(axes[axis][key]) for key in ("calls", "bytes")}
-    if not data.communication:
-        return None
-    total = {"counted_bytes_of_all_ranks": sum(data.counted.values())} if data.counted else {}
-    method = {"method": data.compressor} if data.compressor else {}
-    return {**data.communication, **total, **method, "axes": axes}
-
-
-def _network(data: RunData, experiment: Experiment) -> dict[str, Any] | None:
-    """Return the emulated network and what the kernel counted on it during training; None without one.
-
-    bytes: sent over slow links by all ranks together, with headers and acknowledgements; loopback_bytes: sent within
-    hosts, if there are several; per_host: both for each host.
-    """
-    network = experiment.launch.network
-    if network is None:
-        return None
-    description: dict[str, Any] = network.model_dump()
-    if len(data.links) != network.hosts:
-        return description  # the run has not ended, or its single rank sends nothing
-    hosts = [data.links[rank] for rank in sorted(data.links)]
-    sent, updates = sum(int(host["bytes"]) for host in hosts), int(hosts[0]["updates"])
-    return description | {
-        "bytes": sent,
-        "loopback_bytes": sum(int(host["loopback_bytes"]) for host in hosts),
-        "per_host": [{key: int(host[key]) for key in ("bytes", "loopback_bytes")} for host in hosts],
-        "updates": updates,
-        "bytes_per_step": sent / updates if updates else None,
-        "seconds": hosts[0]["seconds"],
-    }
-
-
-def _memory(data: RunData, ranks: int) -> dict[str, Any] | None:
-    """Return per rank the bytes measured in the traced step and those by formula; None if no step was traced."""
-    if not data.memory:
-        return None
-    all_ranks = range(ranks)
-    return {
-        "step": data.traced,
-        "measured": [data.memory.get(rank) for rank in all_ranks],
-        "formula": [data.formula.get(rank) for rank in all_ranks],
-    }
-
-
-def _bubble(data: RunData, experiment: Experiment) -> dict[str, Any] | None:
-    """Return the bubble of the pipeline that rank 0 belongs to; None without one or if its timeline is incomplete."""
-    timeline = first_pipeline(data.timeline, experiment.layout)
-    if len(timeline) < 2 or len(timeline) != experiment.layout.pp:
-        return None
-    try:
-        return asdict(bubble_of(timeline, experiment))
-    except ValueError:
-        return None
-
-
-def _staleness(data: RunData) -> dict[str, Any] | None:
-    """Return how old gradients were when they were used (optimizer steps); None if that was not measured."""
-    counts = data.staleness
-    if not counts.sum():
-        return None
-    age = np.arange(len(counts))
-    mean = float((age * counts).sum() / counts.sum())
-    return {"mean": mean, "max": int(age[counts > 0].max()), "histogram": counts.tolist()}
-
-
-def _fractions(load: np.ndarray[Any, np.dtype[np.int64]]) -> list[float]:
-    """Return the fraction of all routed tokens that each expert got."""
-    return [float(part) for part in load / max(1, int(load.sum()))]
-
-
-def _sampled_loss(loss: np.ndarray[Any, np.dtype[np.float64]], first: int) -> list[list[float | int | None]]:
-    """Return at most LOSS_POINTS pairs [step, loss]; a loss that is not finite becomes null, because JSON lacks NaN."""
-    if not len(loss):
-        return []
-    index = np.unique(np.linspace(0, len(loss) - 1, LOSS_POINTS).round().astype(int))
-    return [[first + int(i) + 1, float(loss[i]) if math.isfinite(loss[i]) else None] for i in index]
+    def as_dict(self) -> dict[str, Any]:
+        """Return the summary as a dict of JSON values, as it is stored."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {
+            name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+            for name, value in values.items()
+        }

@@ -11,24 +11,24 @@ import contextlib
 import html
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as widgets
-import numpy as np
 
 from labkit.experiment import Experiment, ExperimentError
-from labkit.experiment.run_directory import RunDirectory
 from labkit.plots import overview, ranks, static, theme
 from labkit.plots.against import TITLES
 from labkit.plots.shown import LabeledRun, labeled_runs
 from labkit.plots.table import html_table, runs_rows
+from labkit.runs.comparison_row import ComparisonRow
 from labkit.runs.data import RunData
 from labkit.runs.data_used import data_used
-from labkit.runs.methods import key, period
-from labkit.runs.steady import SteadyState
 from labkit.ui.closeup import Closeup
+from labkit.ui.figure_changes import send_changes
 from labkit.ui.live_figure import LiveFigure
+from labkit.ui.live_rows import comparison_rows, live_row
+from labkit.ui.state_text import describe, status_html
 
 REDRAW_S = 0.35
 READ_S = 0.004
@@ -49,7 +49,7 @@ class Dashboard:
     def __init__(self, height: int = overview.HEIGHT, on_end: Callable[[], None] | None = None) -> None:
         self.figure = LiveFigure(overview.traces([], []), overview.layout([], [], height))
         self.figure._config = static.config()
-        self.state = widgets.HTML(_status_html("Ready."))
+        self.state = widgets.HTML(status_html("Ready."))
         self.progress = widgets.FloatProgress(min=0, max=1, value=0, layout={"width": "100%", "height": "10px"})
         self.progress.style = {"bar_color": theme.PALETTE[0]}
         self.strip = widgets.HTML()
@@ -57,14 +57,14 @@ class Dashboard:
         self.notice = ""
         """A sentence shown before the state, e.g. why a run could not be launched."""
         self.runs: list[Any] = []
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[ComparisonRow] = []
         """The comparison rows of the ended runs, and the estimate for the active one."""
         self._data: dict[str, RunData] = {}
         self._experiments: dict[str, Experiment | None] = {}
         self._last_drawn = (overview.traces([], []), overview.layout([], [], height))
         self._last_drawn_state: tuple[Any, ...] = ()
         self._last_compared: tuple[tuple[str, str], ...] = ()
-        self._ended_rows: list[dict[str, Any]] = []
+        self._ended_rows: list[ComparisonRow] = []
         self._on_end = on_end
         self._thread: threading.Thread | None = None
         self._lock = threading.RLock()
@@ -187,24 +187,9 @@ class Dashboard:
         runs = self.displayed_runs()
         traces = overview.traces(runs, self.rows, self.x_axis.value)
         layout = overview.layout(runs, self.rows, x_axis=self.x_axis.value)
-        old_traces, old_layout = self._last_drawn
-        changed = [_differences(old, new) for old, new in zip(old_traces, traces, strict=True)]
-        with self.figure.batch_update():
-            for trace, changes in zip(self.figure.data, changed, strict=True):
-                for name, value in changes.items():
-                    trace[name] = value
-            for index, (old, new) in enumerate(zip(old_layout["annotations"], layout["annotations"], strict=True)):
-                if old["text"] != new["text"]:
-                    self.figure.layout.annotations[index].text = new["text"]
-            for name in overview.AXES:
-                old, new = old_layout[name], layout[name]
-                if old["title"] != new["title"]:
-                    self.figure.layout[name].title.text = new["title"]["text"]
-                if old["showticklabels"] != new["showticklabels"]:
-                    self.figure.layout[name].showticklabels = new["showticklabels"]
-        self._last_drawn = (traces, layout)
-        if any(changed):
+        if send_changes(self.figure, self._last_drawn, (traces, layout)):
             self._drawn_at = time.monotonic()
+        self._last_drawn = (traces, layout)
 
     def sync(self) -> None:
         """Renew the state of the figure that a reloaded page reads."""
@@ -258,7 +243,7 @@ class Dashboard:
         )
         self.rows = [*self._ended_rows, *([live] if live else [])]
 
-    def _comparable_rows(self, experiment: Experiment) -> list[dict[str, Any]]:
+    def _comparable_rows(self, experiment: Experiment) -> list[ComparisonRow]:
         """Return the rows of ended runs whose speed can be compared with that of `experiment`."""
         from labkit.runs.compare import differences
 
@@ -266,7 +251,7 @@ class Dashboard:
         return [
             row
             for row in self._ended_rows
-            if (ended := experiments.get(row["run_id"])) is not None and not differences(experiment, ended)
+            if (ended := experiments.get(row.run_id)) is not None and not differences(experiment, ended)
         ]
 
     # -- text -------------------------------------------------------------------------------------------------------
@@ -282,7 +267,7 @@ class Dashboard:
             colour = theme.PALETTE[1] if status.get("state") == "failed" else theme.PALETTE[0]
             if self.progress.style.bar_color != colour:
                 self.progress.style.bar_color = colour
-        _set_value(self.state, _status_html(f"{self.notice} {sentence}".strip()))
+        _set_value(self.state, status_html(f"{self.notice} {sentence}".strip()))
 
     def _write_tables(self) -> None:
         """Update the tables of the ranks and of the runs."""
@@ -297,115 +282,6 @@ class Dashboard:
         if self.rows:
             body = html_table(runs_rows(self.rows), caption="Runs of this lab")
             _set_value(self.table, f'<div class="labkit-scroll">{body}</div>')
-
-
-def comparison_rows(directories: Sequence[RunDirectory]) -> list[dict[str, Any]]:
-    """Return the rows of a comparison, without the runs that cannot be read."""
-    from labkit.runs.compare import compare
-
-    with contextlib.suppress(ExperimentError, FileNotFoundError, OSError):
-        return list(compare(directories, skip_unreadable=True).rows)
-    return []
-
-
-def live_row(experiment: Experiment, data: RunData, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the row of the active run, with its speed-up so far over the latest baseline in `rows`.
-
-    None before its first step.
-    """
-    if not data.steps or not len(data.seconds[0]):
-        return None
-    steady = SteadyState.of(data.seconds[0].astype(np.float64), period(experiment))
-    median = steady.median
-    median = median if median is not None and np.isfinite(median) else None
-    base = next((row for row in reversed(rows) if row["is_baseline"] and row["step_seconds"]), None)
-    size = data.world_size
-    speedup = base["step_seconds"] / median if base and median and not steady.reason and size > 1 else None
-    ceiling = next((row["ceiling"] for row in reversed(rows) if row["is_ceiling"] and row["world_size"] == size), None)
-    return {
-        "run_id": data.directory.id,
-        "title": data.status.get("title") or experiment.title,
-        "workload": experiment.workload.name,
-        "layout": str(experiment.layout),
-        "method": key(experiment),
-        "world_size": size,
-        "device": experiment.launch.device,
-        "state": data.state,
-        "global_batch": experiment.training.global_batch,
-        "steps": data.steps,
-        "metric": data.metric.get("key"),
-        "final": None,
-        "loss": None,
-        "samples_per_second": experiment.training.global_batch / median if median else None,
-        "step_seconds": median,
-        "speedup": None if experiment.launch.isolated else speedup,
-        "speedup_low": None,
-        "speedup_high": None,
-        "efficiency": None if speedup is None or experiment.launch.isolated else speedup / size,
-        "ceiling": ceiling,
-        "is_baseline": False,
-        "is_ceiling": experiment.launch.isolated and size > 1,
-        "notes": [],
-        "live": True,
-    }
-
-
-def describe(status: dict[str, Any], data: RunData) -> tuple[str, float]:
-    """Return the state in words (`Running, step 40 of 200, 12 s left.`) and the fraction of the steps that is done."""
-    done, total = data.first + data.steps, data.total_steps
-    share = min(1.0, done / total) if total else 0.0
-    state = str(status.get("state", "starting"))
-    position = f"step {done:,} of {total:,}" if total else f"step {done:,}"
-    if state == "running" and done == data.first:
-        return "Starting, no step yet.", share
-    if state == "running":
-        left = _time_left(data, total)
-        return f"Running, {position}{f', {left} left' if left else ''}.", share
-    if state in ("starting", "stopping"):
-        return f"{state.capitalize()}, {position}.", share
-    cause = status.get("cause")
-    reason = theme.plain(cause.get("message"), 300) if isinstance(cause, dict) and cause.get("message") else ""
-    return f"{state.capitalize()} after {position}{f': {reason}' if reason and state == 'failed' else ''}.", share
-
-
-def _time_left(data: RunData, total: int | None) -> str:
-    """Return the time left at the pace of the last steps, including evaluations; empty if it is unknown."""
-    elapsed = data.elapsed
-    if total is None or len(elapsed) < 3:
-        return ""
-    recent = elapsed[-min(len(elapsed), 200) :]
-    seconds = (total - data.first - len(elapsed)) * float(recent[-1] - recent[0]) / (len(recent) - 1)
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(0.0, seconds):.0f} s"
-
-
-def _differences(old: Any, new: dict[str, Any]) -> dict[str, Any]:
-    """Return the properties of a trace that a redraw must replace: arrays and texts that have changed."""
-    changes: dict[str, Any] = {}
-    for name in ("x", "y", "text", "name", "showlegend", "mode", "hovertemplate"):
-        if name in new and not _equal(old[name], new[name]):
-            changes[name] = new[name]
-    if new["type"] == "bar" and changes:
-        changes |= {part: new[part] for part in ("error_y", "marker", "width")}
-    return changes
-
-
-def _equal(before: Any, after: Any) -> bool:
-    """Return whether two properties of a trace are equal; NaNs are equal to each other."""
-    if not isinstance(after, list | np.ndarray):
-        return bool(before == after)
-    return before is not None and len(before) == len(after) and np.array_equal(before, after, equal_nan=_numeric(after))
-
-
-def _numeric(values: Any) -> bool:
-    """Return whether values are a float array, which may contain NaN."""
-    return isinstance(values, np.ndarray) and values.dtype.kind == "f"
-
-
-def _status_html(sentence: str) -> str:
-    """Return a sentence as HTML that screen readers announce when it changes."""
-    return f'<div role="status" aria-live="polite" class="labkit-state">{html.escape(sentence)}</div>'
 
 
 def _set_value(widget: Any, value: str) -> None:

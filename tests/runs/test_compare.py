@@ -12,7 +12,7 @@ from labkit.experiment import ExperimentError
 from labkit.experiment.run_directory import RunDirectory
 from labkit.runs import Run, compare
 from labkit.runs.compare import find_baseline
-from labkit.runs.summary import build
+from labkit.runs.summarize import summarize
 from tests.runs.record import record
 
 
@@ -185,12 +185,14 @@ def test_the_latest_fitting_baseline_is_found(home: Path) -> None:
     found = find_baseline(two)
     assert found is not None
     assert found.id == "newer"
-    summary = build(two)
-    assert summary["baseline_run_id"] == "newer"
-    assert summary["speedup"] == pytest.approx(2, rel=0.05)
-    assert summary["speedup_interval"][0] <= summary["speedup"] <= summary["speedup_interval"][1]
-    assert build(two, baseline=None)["speedup"] is None
-    assert build(two, baseline=None)["baseline_run_id"] is None
+    summary = summarize(two)
+    assert summary.baseline_run_id == "newer"
+    assert summary.speedup == pytest.approx(2, rel=0.05)
+    assert summary.speedup_interval is not None
+    low, high = summary.speedup_interval
+    assert low <= summary.speedup <= high
+    assert summarize(two, baseline=None).speedup is None
+    assert summarize(two, baseline=None).baseline_run_id is None
     assert find_baseline(record(home / "empty", "two", noisy(0.05), "layout=dp2")) is None
 
 
@@ -216,9 +218,9 @@ def test_summary_of_a_run_that_has_just_begun(home: Path) -> None:
 
 
 def test_a_long_loss_curve_is_thinned(home: Path) -> None:
-    summary = build(record(home, "one", noisy(0.1, steps=5000)))
-    steps = [step for step, _ in summary["loss"]]
+    summary = summarize(record(home, "one", noisy(0.1, steps=5000)))
+    steps = [step for step, _ in summary.loss]
     assert len(steps) == 200
     assert (steps[0], steps[-1]) == (1, 5000)
-    assert summary["step_seconds"]["warmup_steps"] == 20
-    assert summary["step_seconds"]["samples"] == 4980
+    assert summary.step_seconds.warmup_steps == 20
+    assert summary.step_seconds.samples == 4980

@@ -12,10 +12,11 @@ from labkit import cli
 from labkit.experiment.run_directory import RunDirectory, write_json
 from labkit.plots import report
 from labkit.plots.shown import labeled_runs
-from labkit.runs import checked, summary
+from labkit.runs import checked
 from labkit.runs.compare import compare
 from labkit.runs.data import RunData
 from labkit.runs.follow import figures, summary_text
+from labkit.runs.summarize import summarize
 from tests.runs.record import record
 
 
@@ -26,7 +27,7 @@ def diverged(labkit_home: Path) -> RunDirectory:
     event = {"event": "evaluation", "rank": 0, "step": 40, "metrics": {"loss": None, "accuracy": None, "name": "x"}}
     with directory.events(0).open("a") as file:
         file.write(json.dumps(event) + "\n")
-    write_json(directory.summary, summary.build(directory))
+    write_json(directory.summary, summarize(directory).as_dict())
     return directory
 
 
@@ -71,7 +72,7 @@ def test_figures_of_converted_networks_say_it_too(diverged: RunDirectory) -> Non
     event |= {"metrics": {"float": {"loss": 0.5}, "quantized": {"loss": None}}, "sensitivity": []}
     with diverged.events(0).open("a") as file:
         file.write(json.dumps({"rank": 0} | event) + "\n")
-    built = summary.build(diverged)
-    assert built["quantized"]["metrics"] == {"float": {"loss": 0.5}, "quantized": {"loss": "not finite"}}
+    built = summarize(diverged)
+    assert (built.quantized or {})["metrics"] == {"float": {"loss": 0.5}, "quantized": {"loss": "not finite"}}
     assert "Change" in (page := report.page(labeled_runs([diverged]), compare([diverged])))
     assert "loss not finite" in page

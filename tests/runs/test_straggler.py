@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labkit.runs import summary
 from labkit.runs.data import RunData
 from labkit.runs.follow import summary_text
 from labkit.runs.straggler import Straggler, straggler
+from labkit.runs.summarize import summarize
 from tests.runs.record import record
 from tests.runs.test_data import Writer
 
@@ -91,7 +91,7 @@ def test_the_summary_names_it_and_counts_the_link(tmp_path: Path) -> None:
         writer.steps(rank, STEPS, [1.0] * STEPS, compute=[0.04 if rank == 3 else 0.01] * STEPS)
     for rank, sent in ((0, 4_000_000), (2, 4_000_080)):
         writer.event(rank, "link", bytes=sent, loopback_bytes=1000, seconds=2.5, updates=80, interface="eth0")
-    found = summary.build(directory, baseline=None)
+    found = summarize(directory, baseline=None).as_dict()
     assert found["network"] == {
         "rate_mbit": 100.0,
         "delay_ms": 0.0,

@@ -19,9 +19,9 @@ from labkit.plots import static
 from labkit.plots.against import HOVER, TITLES
 from labkit.runs.data import RunData
 from labkit.ui import Lab, closeup
-from labkit.ui.dashboard import describe
 from labkit.ui.mode import mode
 from labkit.ui.show_code import code
+from labkit.ui.state_text import describe
 from tests.plots.fake_run import EXPERIMENT, FakeRun
 
 EVIL = "<img src=x onerror=alert(1)>"
