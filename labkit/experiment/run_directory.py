@@ -6,7 +6,7 @@
         status.json                  replaced by rename; exactly one terminal state
         progress.json                where every rank is now, replaced about twice a second
         stop.json                    somebody asked the run to stop
-        rank-N.jsonl                 one event per line, append-only, one writer each (kinds: see EVENTS)
+        rank-N.jsonl                 one event per line, append-only, one writer each (see events.py)
         rank-N.log                   what the rank printed, size-capped
         supervisor.log
         .alive                       locked by the supervisor for its life (labkit.runs.liveness); gone after the end
@@ -35,33 +35,6 @@ from labkit.experiment.safe_files import write_json as write_json
 
 TERMINAL = ("finished", "stopped", "failed")
 STATES = ("starting", "running", "stopping", *TERMINAL)
-
-EVENTS = {
-    "rehearsal": "the task was tried before step 1: seconds, unused (parameters that a pass left without a gradient), "
-    "built (a hash of weights, buffers and samples)",
-    "start": "a rank is ready: device, pid, threads, parameters, first (the step it starts from), steps, metric, "
-    "facts, effective",
-    "first_step": "the first step has ended: seconds since the run was asked for (rank 0)",
-    "steps": "a batch of consecutive steps from step `first` on, as equally long columns: loss (mean over this rank's "
-    "samples), samples (of this rank), seconds, data, forward, backward, optimizer (s), grad_norm, lr",
-    "evaluation": "held-out metrics after `step` updates (rank 0): metrics, seconds",
-    "checkpoint": "a checkpoint was written: step, path, seconds",
-    "numbers": "operands of layers with a matrix product in the last evaluation (first rank of each stage): samples, "
-    "layers (name, shape, types, histograms of inputs and weights), of_layers, multiplied (words to number of layers)",
-    "kernels": "kinds of layers of a sparse or low-precision run and of dense float32 (rank 0): kinds (shape, rows, "
-    "weights, bytes, seconds, dense_seconds), left_out, samples",
-    "exported": "the trained sparse network in several forms and the dense one (rank 0): samples, by form metrics, "
-    "bytes and layers; by batch size csr_layers, latency_seconds (by form) and fastest; saved (the form in the file)",
-    "trace": "a trace of one optimizer step (`step`, counted from 1) on this rank: memory and formula (bytes of "
-    "parameters, gradients, optimizer, activations), traffic (per axis: calls, bytes, wire_bytes, exposed_seconds), "
-    "timeline (rows of kind F | B | I | W, stage, microbatch, begin and end in seconds of the machine's monotonic "
-    "clock), experts (per block, how many choices fell on each expert)",
-    "communication": "bytes that leave a rank per step by the ring's formula, and exposed seconds per step, as DDP or "
-    "the traced update counted them; axes as in `trace`",
-    "memory": "peak_bytes of this rank",
-    "error": "an exception ended this rank: type, message, traceback",
-    "end": "this rank is done after `step` updates: reason finished | stopped",
-}
 
 PHASES = ("setup", "data", "forward", "backward", "optimizer", "evaluation", "checkpoint", "done")
 """Phases of a rank, in the order in which it reaches them."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from labkit.experiment.events import HEAD, Column, Event, Figures, Integer, Kind, Number, Structure, Text, Texts, Words
 
 NOT_FINITE = "not finite"
 """Text shown in summaries and on screens in place of a figure that is NaN or infinite."""
@@ -55,3 +58,52 @@ def between(value: Any, low: float, high: float) -> float | None:
     """Return `value` as a float between the bounds, or None."""
     as_float = number(value)
     return as_float if as_float is not None and low <= as_float <= high else None
+
+
+def words(value: Any, most: int) -> dict[str, str] | None:
+    """Return at most `most` items of a dict as short texts; None for anything else."""
+    items = list(value.items())[:most] if isinstance(value, dict) else None
+    return None if items is None else {str(key)[:100]: str(item)[:200] for key, item in items}
+
+
+def figures(value: Any, most: int, read: Callable[[Any], float | None] = figure) -> dict[str, float] | None:
+    """Return the numbers among at most `most` items of a dict; None for anything else.
+
+    With `read=number` those that are not finite are left out instead of NaN.
+    """
+    if not isinstance(value, dict):
+        return None
+    return {str(key)[:100]: number for key, item in list(value.items())[:most] if (number := read(item)) is not None}
+
+
+def checked_fields(declared: Event, event: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of an event that are declared and whose values are of their kinds; others are left out.
+
+    Columns and structures are returned as they are.
+    """
+    fields: dict[str, Any] = {}
+    for field in (*HEAD, *declared.fields):
+        if field.name in event:
+            value = _checked(field.kind, event[field.name])
+            if value is not None:
+                fields[field.name] = value
+    return fields
+
+
+def _checked(kind: Kind, value: Any) -> Any:
+    """Return a value as a field of this kind; None if it is not of the kind."""
+    match kind:
+        case Column() | Structure():
+            return value
+        case Integer(low, high):
+            return integer(value, low, high)
+        case Number(low, high):
+            return between(value, low, high)
+        case Text(limit, keeps_end):
+            return (value[-limit:] if keeps_end else value[:limit]) if isinstance(value, str) else None
+        case Texts(most, limit):
+            return [str(text)[:limit] for text in value[:most]] if isinstance(value, list) else None
+        case Words(most):
+            return words(value, most)
+        case Figures(most):
+            return figures(value, most)

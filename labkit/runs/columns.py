@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.experiment.events import MAX_STEPS
 from labkit.runs.checked import number
 
 Floats = NDArray[np.float64]
-
-MAX_STEPS = 10_000_000
-"""Steps of a run that are read at most."""
 
 
 class GrowingArray:

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.experiment.events import EVENTS, MAX_STEPS
 from labkit.experiment.run_directory import TERMINAL, RunDirectory, read_json
 from labkit.runs import kernels, numbers
-from labkit.runs.checked import integer
-from labkit.runs.columns import MAX_STEPS
+from labkit.runs.checked import checked_fields, integer
 from labkit.runs.events import HANDLERS
 from labkit.runs.pipeline import Action
 from labkit.runs.reader import MAX_RANKS, EventReader
@@ -133,9 +133,9 @@ class RunData(Steps):
                 setattr(self, name, content)
 
     def _handle(self, rank: int, event: dict[str, Any]) -> bool:
-        kind = event.get("event")
-        handler = HANDLERS.get(kind) if isinstance(kind, str) else None
-        return handler is not None and handler(self, rank, event)
+        name = event.get("event")
+        declared = EVENTS.get(name) if isinstance(name, str) else None
+        return declared is not None and HANDLERS[declared.name](self, rank, checked_fields(declared, event))
 
     def set_end(self, rank: int, reason: str) -> None:
         """Record why a rank ended."""

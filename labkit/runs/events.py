@@ -1,7 +1,7 @@
-"""Handlers of the rarer events of a run: they check an event and add it to the data; one function per kind.
+"""Handlers of the events of a run: they add an event to the data; one function per name of the vocabulary.
 
-The files are untrusted: every value is checked, every count is bounded, and an event that cannot be read is rejected
-as a whole (False).
+The files are untrusted. A handler gets the fields that are of their declared kinds (`checked_fields`), so it checks
+structures only; every count is bounded, and an event that cannot be read is rejected as a whole (False).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from labkit.experiment.after_training import FORMS
+from labkit.experiment.events import MAX_STEPS
 from labkit.experiment.memory import KINDS
 from labkit.runs import kernels as layer_kernels
 from labkit.runs import numbers as layer_numbers
-from labkit.runs.checked import between, figure, integer, number
-from labkit.runs.columns import MAX_STEPS
+from labkit.runs.checked import between, figure, figures, integer, number
 from labkit.runs.pipeline import Action
 from labkit.runs.reader import MAX_RANKS
 from labkit.runs.steps import MAX_EVENTS
@@ -47,16 +47,15 @@ _AXIS = re.compile(r"[a-z_]{1,20}(\+[a-z_]{1,20}){0,7}")
 def start(data: RunData, rank: int, event: dict[str, Any]) -> bool:
     """Take in what a rank reports when it is ready; rank 0 also reports the facts and the metric of the task."""
     data.set_first(event.get("first"))
-    device, warnings = event.get("device"), event.get("warnings")
     data.rank_starts[rank].update(
-        device=device[:100] if isinstance(device, str) else "",
-        pid=integer(event.get("pid"), 0, 2**31),
-        threads=integer(event.get("threads"), 0, 2**16),
-        parameters=integer(event.get("parameters"), 0, 2**62),
-        steps=integer(event.get("steps"), 1, MAX_STEPS),
-        time_to_first_step_seconds=number(event.get("time_to_first_step_seconds")),
-        effective=words(event.get("effective")),
-        warnings=[str(text)[:400] for text in warnings[:20]] if isinstance(warnings, list) else [],
+        device=event.get("device", ""),
+        pid=event.get("pid"),
+        threads=event.get("threads"),
+        parameters=event.get("parameters"),
+        steps=event.get("steps"),
+        time_to_first_step_seconds=None,
+        effective=event.get("effective", {}),
+        warnings=event.get("warnings", []),
     )
     if rank == 0:
         if isinstance(event.get("facts"), dict):
@@ -74,15 +73,14 @@ def start(data: RunData, rank: int, event: dict[str, Any]) -> bool:
 
 def first_step(data: RunData, rank: int, event: dict[str, Any]) -> bool:
     """Take in the time from the request to the end of the first step (s)."""
-    data.rank_starts[rank]["time_to_first_step_seconds"] = number(event.get("seconds"))
+    data.rank_starts[rank]["time_to_first_step_seconds"] = event.get("seconds")
     return True
 
 
 def rehearsal(data: RunData, rank: int, event: dict[str, Any]) -> bool:
     """Take in the duration of the rehearsal before step 1 (s); its findings are among the run's warnings."""
-    seconds = number(event.get("seconds"))
-    if seconds is not None and 0 <= seconds < 1e9:
-        data.rehearsal_seconds[rank] = seconds
+    if "seconds" in event:
+        data.rehearsal_seconds[rank] = event["seconds"]
     return rank in data.rehearsal_seconds
 
 
@@ -93,12 +91,11 @@ def steps(data: RunData, rank: int, event: dict[str, Any]) -> bool:
 
 def evaluation(data: RunData, rank: int, event: dict[str, Any]) -> bool:
     """Take in held-out metrics."""
-    step, metrics = integer(event.get("step"), 0, MAX_STEPS), event.get("metrics")
-    if step is None or not isinstance(metrics, dict) or len(data.evaluations) >= MAX_EVENTS:
+    step, metrics = event.get("step"), event.get("metrics")
+    if step is None or metrics is None or len(data.evaluations) >= MAX_EVENTS:
         return False
-    figures = {str(key)[:100]: value for key, item in metrics.items() if (value := figure(item)) is not None}
     data.add_pause(rank, event)
-    data.evaluations.append((step, data.seconds_since_start(event.get("monotonic")), figures))
+    data.evaluations.append((step, data.seconds_since_start(event.get("monotonic")), metrics))
     return True
 
 
@@ -110,13 +107,13 @@ def checkpoint(data: RunData, rank: int, event: dict[str, Any]) -> bool:
 
 def end(data: RunData, rank: int, event: dict[str, Any]) -> bool:
     """Take in why a rank ended."""
-    data.set_end(rank, str(event.get("reason") or "finished")[:100])
+    data.set_end(rank, event.get("reason") or "finished")
     return True
 
 
 def sparsity(data: RunData, rank: int, event: dict[str, Any]) -> bool:
     """Take in the zeros of each weight after a change of the masks (rank 0)."""
-    step, layers = integer(event.get("step"), 0, MAX_STEPS), event.get("layers")
+    step, layers = event.get("step"), event.get("layers")
     if rank or step is None or not isinstance(layers, dict) or len(data.sparsity) >= MAX_EVENTS:
         return False
     zeros_by_weight: dict[str, tuple[int, int, float]] = {}
@@ -135,7 +132,7 @@ def sparsity(data: RunData, rank: int, event: dict[str, Any]) -> bool:
 
 def communication(data: RunData, rank: int, event: dict[str, Any]) -> bool:
     """Take in bytes and exposed time of communication per step; the largest over the ranks counts."""
-    reported = {key: number(event.get(key)) for key in _COMMUNICATION}
+    reported = {key: event.get(key) for key in _COMMUNICATION}
     largest = data.communication or {}
     for key, value in reported.items():
         if value is not None:
@@ -144,8 +141,7 @@ def communication(data: RunData, rank: int, event: dict[str, Any]) -> bool:
     counted = reported["counted_bytes_per_step"]
     if counted is not None:
         data.counted[rank] = counted
-    if isinstance(event.get("method"), str):
-        data.compressor = event["method"][:100]
+    data.compressor = event.get("method", data.compressor)
     axes = _axes(event.get("axes"))
     if axes:
         data.traffic[rank] = axes
@@ -154,7 +150,7 @@ def communication(data: RunData, rank: int, event: dict[str, Any]) -> bool:
 
 def trace(data: RunData, rank: int, event: dict[str, Any]) -> bool:
     """Take in the memory, traffic, timeline and expert load of a rank's traced step."""
-    step = integer(event.get("step"), 1, MAX_STEPS)
+    step = event.get("step")
     if step is None or rank in data.memory:
         return False
     measured, formula = (_sizes(event.get(name)) for name in ("memory", "formula"))
@@ -189,25 +185,22 @@ def _add_load(data: RunData, block: str, counts: Any) -> None:
 
 def link(data: RunData, rank: int, event: dict[str, Any]) -> bool:
     """Take in what the kernel counted on the emulated network."""
-    reported = {key: number(event.get(key)) for key in LINK}
-    valid = {key: value for key, value in reported.items() if value is not None and 0 <= value < 1e18}
-    if len(valid) == len(LINK):
-        data.links[rank] = valid
+    if all(key in event for key in LINK):
+        data.links[rank] = {key: event[key] for key in LINK}
     return rank in data.links
 
 
 def effective(data: RunData, rank: int, event: dict[str, Any]) -> bool:
     """Take in the effective settings, as measured after the training."""
-    measured, start = words(event.get("found")), data.rank_starts[rank]
+    measured, start = event.get("found", {}), data.rank_starts[rank]
     start["effective"] = dict(list((start.get("effective", {}) | measured).items())[:MAX_EFFECTIVE])
     return bool(measured)
 
 
 def quantized(data: RunData, rank: int, event: dict[str, Any]) -> bool:
     """Take in the comparison of the trained network with its quantized copy (rank 0)."""
-    result: dict[str, Any] = {name: str(event.get(name) or "")[:100] for name in ("method", "qat")}
-    result |= {name: integer(event.get(name), 0, 2**40) for name in ("layers", "samples")}
-    result["seconds"] = number(event.get("seconds"))
+    result: dict[str, Any] = {name: event.get(name, "") for name in ("method", "qat")}
+    result |= {name: event.get(name) for name in ("layers", "samples", "seconds")}
     result |= {name: _pair(event.get(name)) for name in ("bytes", "layer_bytes")}
     metrics, latency = event.get("metrics"), event.get("latency_seconds")
     if rank or data.quantized or not isinstance(metrics, dict) or not isinstance(latency, dict):
@@ -246,7 +239,7 @@ def kernels(data: RunData, rank: int, event: dict[str, Any]) -> bool:
     kinds = layer_kernels.read(event.get("kinds"))
     if rank or data.kernels or not kinds:
         return False
-    data.kernels, data.without_kernel = kinds, integer(event.get("left_out"), 0, 2**20) or 0
+    data.kernels, data.without_kernel = kinds, event.get("left_out", 0)
     return True
 
 
@@ -255,9 +248,8 @@ def exported(data: RunData, rank: int, event: dict[str, Any]) -> bool:
     metrics, latency = event.get("metrics"), event.get("latency_seconds")
     if rank or data.exported or not isinstance(metrics, dict) or not isinstance(latency, dict):
         return False
-    result: dict[str, Any] = {name: integer(event.get(name), 0, 2**62) for name in ("samples", "file_bytes")}
-    result["seconds"] = number(event.get("seconds"))
-    result["saved"] = event.get("saved") if event.get("saved") in tuple(FORMS) else ""
+    result: dict[str, Any] = {name: event.get(name) for name in ("samples", "file_bytes", "seconds")}
+    result["saved"] = event["saved"] if event.get("saved") in FORMS else ""
     result["metrics"] = {form: _figures(metrics[form], figure) for form in FORMS if form in metrics}
     result["bytes"] = _by_form(event.get("bytes"))
     result["layers"] = {form: int(count) for form, count in _by_form(event.get("layers")).items()}
@@ -273,7 +265,7 @@ def exported(data: RunData, rank: int, event: dict[str, Any]) -> bool:
 
 def memory(data: RunData, rank: int, event: dict[str, Any]) -> bool:
     """Take in the peak memory of a rank."""
-    peak = integer(event.get("peak_bytes"), 0, 2**62)
+    peak = event.get("peak_bytes")
     if peak is not None:
         data.peak_memory[rank] = max(peak, data.peak_memory.get(rank, 0))
     return peak is not None
@@ -283,16 +275,8 @@ def error(data: RunData, rank: int, event: dict[str, Any]) -> bool:
     """Take in the exception that ended a rank."""
     if len(data.errors) >= MAX_RANKS:
         return False
-    limits = {"type": 200, "message": 2000, "traceback": 20_000}
-    text = {key: str(event.get(key) or "")[-limit:] for key, limit in limits.items()}
-    data.errors.append({"rank": rank, **text})
+    data.errors.append({"rank": rank} | {key: event.get(key, "") for key in ("type", "message", "traceback")})
     return True
-
-
-def words(value: Any) -> dict[str, str]:
-    """Return a dict as short texts; {} for anything else."""
-    items = list(value.items())[:MAX_EFFECTIVE] if isinstance(value, dict) else []
-    return {str(key)[:100]: str(item)[:200] for key, item in items}
 
 
 def _sizes(value: Any) -> dict[str, int] | None:
@@ -327,9 +311,8 @@ def _action(row: Any) -> Action | None:
 
 
 def _figures(value: Any, read: Callable[[Any], float | None] = number) -> dict[str, float]:
-    """Return the numbers of a dict by name; with `read=figure`, NaN for those that are not finite."""
-    items = list(value.items())[:MAX_EFFECTIVE] if isinstance(value, dict) else []
-    return {str(key)[:100]: checked for key, item in items if (checked := read(item)) is not None}
+    """Return the numbers of a dict by name, {} for anything else; with `read=figure`, NaN for those not finite."""
+    return figures(value, MAX_EFFECTIVE, read) or {}
 
 
 def _pair(value: Any) -> dict[str, float]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.runs.checked import integer, number
-from labkit.runs.columns import MAX_STEPS, Floats, GrowingArray, as_float32, column, counts
+from labkit.experiment.events import MAX_STEPS
+from labkit.runs.columns import Floats, GrowingArray, as_float32, column, counts
 
 MAX_GAP = 10_000
 """Consecutive steps that may be missing from a file (lost lines) before the following steps are rejected."""
@@ -76,15 +76,14 @@ class Steps:
 
     # -- taking in events -------------------------------------------------------------------------------------------
 
-    def set_first(self, first: Any) -> None:
+    def set_first(self, first: int | None) -> None:
         """Set the step that the run started from; only the first event with a valid one counts."""
-        checked = integer(first, 0, MAX_STEPS)
-        if checked is not None and not self._first_is_known:
-            self.first, self._first_is_known = checked, True
+        if first is not None and not self._first_is_known:
+            self.first, self._first_is_known = first, True
 
     def add_steps(self, rank_number: int, event: dict[str, Any]) -> bool:
-        """Take in an event `steps` of a rank; False if it cannot be read."""
-        first, seconds = integer(event.get("first"), 0, MAX_STEPS), column(event.get("seconds"))
+        """Take in the checked fields of an event `steps` of a rank; False if its columns cannot be read."""
+        first, seconds = event.get("first"), column(event.get("seconds"))
         if first is None or seconds is None or not len(seconds):
             return False
         self._add_staleness(event.get("staleness"))
@@ -114,22 +113,18 @@ class Steps:
             for name, target in (("grad_norm", self._grad_norm), ("lr", self._lr)):
                 values = column(event.get(name), count)
                 target.write(start, values[drop:] if values is not None else np.full(count - drop, np.nan), np.nan)
-            self._write_elapsed(start, seconds[drop:], number(event.get("monotonic")))
+            self._write_elapsed(start, seconds[drop:], event.get("monotonic"))
         return True
 
     def add_pause(self, rank_number: int, event: dict[str, Any]) -> None:
-        """Record the end of an evaluation or a checkpoint and how long it took (s)."""
-        now, took = number(event.get("monotonic")), number(event.get("seconds"))
-        valid = now is not None and took is not None and 0 <= took < 1e9
-        if rank_number == 0 and valid and len(self._pauses) < MAX_EVENTS:
-            assert now is not None
-            assert took is not None
+        """Record the end of an evaluation or a checkpoint and how long it took (s), from its checked fields."""
+        now, took = event.get("monotonic"), event.get("seconds")
+        if rank_number == 0 and now is not None and took is not None and len(self._pauses) < MAX_EVENTS:
             self._pauses.append((now, took))
 
-    def seconds_since_start(self, monotonic: Any) -> float:
+    def seconds_since_start(self, monotonic: float | None) -> float:
         """Return how long after the first step began a moment of the machine's monotonic clock was (s)."""
-        now = number(monotonic)
-        return 0.0 if now is None or self._origin is None else min(max(0.0, now - self._origin), 1e10)
+        return 0.0 if monotonic is None or self._origin is None else min(max(0.0, monotonic - self._origin), 1e10)
 
     def _add_pieces(self, rank_number: int, event: dict[str, Any], seconds: Floats) -> bool:
         """Take in pieces of work from a queue: each is a share of some step."""

@@ -19,11 +19,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labkit.experiment.run_directory import EVENTS
+from labkit.experiment.events import EVENTS
 from labkit.experiment.safe_files import finite
 from labkit.launch.board import HeartbeatTable
+from labkit.runs.checked import checked_fields
 from labkit.training.events import EventWriter
 from labkit.training.meter import SPANS, Meter
+from tests.launch.helpers import events, start, tiny
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=["Cs"])),
@@ -187,3 +189,26 @@ def test_a_disk_that_fills_up_behind_the_meter_ends_the_loop(tmp_path: Path, mon
 
     with pytest.raises(OSError, match="No space left"):
         train()
+
+
+GPT = {"name": "language", "model": "gpt", "depth": 2, "width": 32, "heads": 2, "context": 16}
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training.evaluate_every": 10, "training.checkpoint_every": 10, "sparsity": {"method": "rigl", "target": 0.8}},
+        {"workload": GPT, "layout": {"pp": 2, "microbatches": 2}, "training.trace_step": 5},
+        {"workload": GPT, "quantization.after_training": "int8_dynamic", "quantization.qat": "int8"},
+        {"workload": GPT, "sparsity": {"method": "static", "target": 0.8, "export": True}, "quantization.training": "fp32"},
+        {"gradients.update": {"method": "parameter_server"}},
+    ],
+    ids=["masks", "pipeline", "quantized", "exported", "queue"],
+)
+def test_every_field_of_a_run_is_declared_and_of_its_kind(changes: dict[str, Any], labkit_home: Path) -> None:
+    run = start(tiny(2, 24).set(changes)).wait(120)
+    assert run.state == "finished"
+    for event in (event for rank in range(2) for event in events(run, rank)):
+        read = checked_fields(EVENTS[event["event"]], event)
+        assert not {name: value for name, value in event.items() if value is not None and name not in read}
