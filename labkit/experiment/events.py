@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 MAX_STEPS = 10_000_000
 """Steps of a run that are read at most."""
@@ -118,6 +119,15 @@ class Field:
     """Full sentences or phrases with the unit."""
 
 
+HEAD = (
+    Field("event", Text(), "Name of the event."),
+    Field("rank", Integer(high=4095), "The rank that wrote it."),
+    Field("time", Number(), "When it was written (s since the epoch)."),
+    Field("monotonic", Number(), "When it was written, on the machine's monotonic clock (s)."),
+)
+"""Fields of every event."""
+
+
 @dataclass(frozen=True)
 class Event:
     """One kind of event."""
@@ -133,14 +143,11 @@ class Event:
         """Names of the fields, without those of `HEAD`."""
         return frozenset(field.name for field in self.fields)
 
+    @cached_property
+    def kinds(self) -> dict[str, Kind]:
+        """Kinds of all fields by name, those of `HEAD` first."""
+        return {field.name: field.kind for field in (*HEAD, *self.fields)}
 
-HEAD = (
-    Field("event", Text(), "Name of the event."),
-    Field("rank", Integer(high=4095), "The rank that wrote it."),
-    Field("time", Number(), "When it was written (s since the epoch)."),
-    Field("monotonic", Number(), "When it was written, on the machine's monotonic clock (s)."),
-)
-"""Fields of every event."""
 
 EVERY_RANK, RANK_0 = "every rank", "rank 0"
 _TRAFFIC = Structure("{axis: {name: number}}")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from labkit.experiment.events import HEAD, Column, Event, Figures, Integer, Kind, Number, Structure, Text, Texts, Words
+from labkit.experiment.events import Column, Event, Figures, Integer, Kind, Number, Structure, Text, Texts, Words
 
 NOT_FINITE = "not finite"
 """Text shown in summaries and on screens in place of a figure that is NaN or infinite."""
@@ -82,18 +82,20 @@ def checked_fields(declared: Event, event: Mapping[str, Any]) -> dict[str, Any]:
     Columns and structures are returned as they are.
     """
     fields: dict[str, Any] = {}
-    for field in (*HEAD, *declared.fields):
-        if field.name in event:
-            value = _checked(field.kind, event[field.name])
+    for name, kind in declared.kinds.items():
+        if name in event:
+            value = event[name]
+            if type(kind) is not Column:  # of steps, which are by far the most events, nearly all fields are columns
+                value = _checked(kind, value)
             if value is not None:
-                fields[field.name] = value
+                fields[name] = value
     return fields
 
 
 def _checked(kind: Kind, value: Any) -> Any:
     """Return a value as a field of this kind; None if it is not of the kind."""
     match kind:
-        case Column() | Structure():
+        case Structure() | Column():
             return value
         case Integer(low, high):
             return integer(value, low, high)

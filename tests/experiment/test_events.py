@@ -95,7 +95,7 @@ anything = st.recursive(
 
 @given(st.sampled_from(sorted(EVENTS)), st.data())
 def test_whatever_a_file_holds_the_checked_fields_are_checked_again_unchanged(name: str, data: st.DataObject) -> None:
-    kinds = {field.name: field.kind for field in (*HEAD, *EVENTS[name].fields)}
+    kinds = EVENTS[name].kinds
     event = data.draw(st.dictionaries(st.sampled_from(sorted(kinds)), anything))
     read = checked_fields(EVENTS[name], event)
     plain = {key: value for key, value in read.items() if not isinstance(kinds[key], Column | Structure)}
