@@ -172,6 +172,7 @@ _VOCABULARY = (
             Field("device", Text(), "Its device."),
             Field("pid", Integer(high=2**31), "Its process id."),
             Field("threads", Integer(high=2**16), "Threads that it computes with."),
+            Field("host_bytes", BYTES, "Peak resident memory of its process on the host so far (bytes)."),
             Field("parameters", BYTES, "Number of parameters of the whole model."),
             Field("first", STEP, "Steps done before this run; above 0 when it was resumed."),
             Field("steps", Integer(1), "Steps at the end of the run."),
