@@ -24,6 +24,7 @@ from labkit.experiment.run_directory import PHASES
 from labkit.gradients.exchange import Counters
 from labkit.training.clock import PassClock, clock
 from labkit.training.events import EventWriter
+from labkit.workloads.mapped import resident_bytes
 
 FLUSH_S = 0.25
 SPANS = ("data", "forward", "backward", "optimizer")
@@ -305,15 +306,6 @@ def _read(losses: list[Tensor]) -> list[float]:
 @lru_cache
 def _copies(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def resident_bytes() -> int:
-    """Return the resident memory of this process in bytes."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return peak_bytes(torch.device("cpu"))
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -119,11 +119,11 @@ def pages_dropped() -> Iterator[None]:
     ended = threading.Event()
 
     def watch() -> None:
-        before = _resident_bytes()
+        before = resident_bytes()
         while not ended.wait(PERIOD_S):
-            if _MAPPINGS and _resident_bytes() - before > RESIDENT:
+            if _MAPPINGS and resident_bytes() - before > RESIDENT:
                 _drop_pages()
-                before = _resident_bytes()
+                before = resident_bytes()
 
     thread = threading.Thread(target=watch, name="drop mapped pages", daemon=True)
     thread.start()
@@ -175,7 +175,8 @@ def _call_libc(name: str, *arguments: int) -> None:
         function(*arguments)
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
+    """Return the memory of this process that is resident (bytes)."""
     with open("/proc/self/statm", "rb") as file:
         return int(file.read().split()[1]) * mmap.PAGESIZE
 

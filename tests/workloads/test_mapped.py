@@ -60,13 +60,13 @@ def test_a_model_trains_in_its_files(tmp_path: Path) -> None:
 
 def test_pages_that_were_written_leave_the_memory(tmp_path: Path) -> None:
     """Six times 32 MB are written; at most 64 MB and what one period allows stay."""
-    before, most = mapped._resident_bytes(), 0
+    before, most = mapped.resident_bytes(), 0
     with pages_dropped():
         tensors = []
         for number in range(6):
             tensors.append(mapped_copy(torch.full((2**23,), float(number)), tmp_path))
-            most = max(most, mapped._resident_bytes() - before)
-    assert mapped._resident_bytes() - before < 40e6
+            most = max(most, mapped.resident_bytes() - before)
+    assert mapped.resident_bytes() - before < 40e6
     assert most < 160e6
     assert [float(tensor[-1]) for tensor in tensors] == [0, 1, 2, 3, 4, 5]
 
