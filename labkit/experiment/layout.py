@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from labkit.experiment.problem import OptionError, closest
 from labkit.experiment.schedules import SCHEDULES, Schedule
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp", "ep", "pp")
@@ -48,7 +49,7 @@ class Layout(BaseModel):
     zero_stage: Literal[1, 2, 3] = 3
     """What dp_shard shards: 1 optimizer state, 2 also gradients, 3 also parameters."""
     schedule: str = "1f1b"
-    """Order of forward and backward passes in the pipeline."""
+    """Order of forward and backward passes in the pipeline; in pipedream no stage waits until a step is over."""
     microbatches: int = Field(default=1, ge=1, le=1_000_000)
     """Micro-batches per step in the pipeline."""
     stages_per_rank: int = Field(default=1, ge=1, le=1_000_000)
@@ -57,6 +58,10 @@ class Layout(BaseModel):
     """What is balanced between stages: the number of blocks, of parameters, or the measured time of a micro-batch."""
     stage_blocks: tuple[Annotated[int, Field(le=1_000_000)], ...] | None = None
     """Number of blocks of each stage, set by hand; empty to let `balance` decide."""
+    weight_stashing: bool = True
+    """With pipedream, keep the weights of a forward pass for its backward pass; off shows why that is needed."""
+    weight_prediction: float = Field(default=2.0, ge=0, le=10)
+    """With weight stashing, how far ahead weights are predicted, in multiples of the staleness; PipeDream itself: 0."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Which activations are recomputed in the backward pass: none, all but matrix products, or all within a block."""
     cpu_offload: bool = False
@@ -64,7 +69,15 @@ class Layout(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_short_form(cls, data: Any) -> Any:
+    def _from_any_form(cls, data: Any) -> Any:
+        return cls.read_short_form(data)
+
+    @classmethod
+    def read_short_form(cls, data: Any) -> Any:
+        """Return the sizes of the axes if `data` is a short form such as `dp2·tp2`, else `data`.
+
+        Raises ValueError if it is a text that cannot be read.
+        """
         if type(data) is int and data == 1:  # the short form of one process, read as JSON
             return {}
         return cls._parse(data) if isinstance(data, str) else data
@@ -75,6 +88,14 @@ class Layout(BaseModel):
         if size == 0:
             raise ValueError("must be at least 1, or -1 for the rest of the ranks")
         return size
+
+    @field_validator("schedule")
+    @classmethod
+    def _schedule_exists(cls, schedule: str) -> str:
+        if schedule not in SCHEDULES:
+            reason = f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}"
+            raise OptionError("", reason, closest(schedule, SCHEDULES))
+        return schedule
 
     @model_validator(mode="after")
     def _one_rest(self) -> Layout:
@@ -173,24 +194,24 @@ class Layout(BaseModel):
     def stages(self, place: int) -> list[int]:
         """Return the numbers of the pipeline stages at coordinate `place` along pp, in the order of the chain."""
         count = self.pp * self.stages_per_rank
-        if (order := self.order) is not None and order.fold:
+        if self.order.fold:
             return [place, count - 1 - place]
         return list(range(place, count, self.pp))
 
     @property
-    def order(self) -> Schedule | None:
-        """The pipeline schedule; None if `schedule` names none that labkit knows."""
-        return SCHEDULES.get(self.schedule)
+    def order(self) -> Schedule:
+        """What labkit knows of the pipeline schedule."""
+        return SCHEDULES[self.schedule]
 
     @property
     def splits_backward(self) -> bool:
         """Whether a pipeline computes the gradients of inputs and of weights at different times."""
-        return self.pp > 1 and self.order is not None and self.order.splits_backward
+        return self.pp > 1 and self.order.splits_backward
 
     @property
     def microbatches_per_pass(self) -> int:
         """Number of micro-batches into which a pipeline splits the samples of a pass."""
-        return 1 if self.order is not None and self.order.single_microbatch else self.microbatches
+        return 1 if self.order.single_microbatch else self.microbatches
 
     def grid(self) -> list[dict[str, Any]]:
         """Return the rank table that the notebook draws: one row per rank, with coordinates on axes larger than one."""

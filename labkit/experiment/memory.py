@@ -67,7 +67,7 @@ def stash_bytes(experiment: Experiment, ahead: int, trainable_bytes: int) -> flo
 
     `trainable_bytes` is as in `model_state_bytes`.
     """
-    options = experiment.gradients.update.options
-    if not options.get("stash") or not ahead:
+    layout = experiment.layout
+    if not (layout.order.asynchronous and layout.weight_stashing and ahead):
         return 0.0
-    return float((ahead + (options["predict"] > 0)) * trainable_bytes)
+    return float((ahead + (layout.weight_prediction > 0)) * trainable_bytes)

@@ -12,6 +12,7 @@ from typing import Any
 from labkit.experiment import own_methods
 from labkit.experiment.checkpoint_files import Manifest
 from labkit.experiment.schema import Experiment
+from labkit.experiment.update_rule import update_rule
 
 MAX_VALUE_LENGTH = 60
 """Maximum number of characters of a changed value that are shown."""
@@ -95,8 +96,7 @@ def _inexact(before: Experiment, now: Experiment, contents: Manifest) -> Iterato
             f"the resume is not exact: {compression.method} keeps on each rank {remembers}, which belongs to the ranks "
             f"and the layout that wrote the checkpoint, so it began from zero"
         )
-    update = now.gradients.update
-    rule, options = update.load()
+    rule, options = update_rule(now).load()
     why = rule.inexact_resume(options, contents.unscheduled, kept)
     if why:
         yield f"the resume is not exact: {why}"

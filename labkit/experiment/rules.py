@@ -14,15 +14,16 @@ from labkit.experiment.layout import AXES, Layout
 from labkit.experiment.locate import why_not
 from labkit.experiment.machine import Machine
 from labkit.experiment.problem import ExperimentError, Problem
-from labkit.experiment.registry import network_rules, registry
-from labkit.experiment.schedules import SCHEDULES
+from labkit.experiment.registry import Method, network_rules, registry
 from labkit.experiment.schema import Experiment
+from labkit.experiment.update_rule import SYNCHRONOUS, update_rule
 
 Rule = Callable[[Experiment, Machine], Iterable[Problem]]
 
 # Registry of each choice, and the field of the experiment that selects from it.
 CHOICES = {
     "workload": "workload.name",
+    "layout.schedule": "layout.schedule",
     "gradients.compression": "gradients.compression.method",
     "gradients.update": "gradients.update.method",
     "sparsity": "sparsity.method",
@@ -79,18 +80,26 @@ def _why_no_class(key: str, source: str | None) -> str:
     return ""
 
 
-def schedule_exists(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-    """Refuse a pipeline schedule that nobody knows."""
-    if experiment.layout.order is None:
-        names = ", ".join(SCHEDULES)
-        yield Problem("layout.schedule", f"unknown schedule {experiment.layout.schedule!r}; known: {names}")
+def _methods_in_force(experiment: Experiment) -> Iterator[tuple[str, Method]]:
+    """Yield field and method of each choice, except an update rule in whose place a schedule brings its own."""
+    replaced = "gradients.update" if experiment.layout.order.asynchronous else ""
+    for knob, field in CHOICES.items():
+        if knob != replaced:
+            yield field, registry(knob)[experiment.get(field)]
 
 
 def method_rules(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """Yield the problems that the chosen methods report themselves."""
-    for knob, field in CHOICES.items():
-        method = registry(knob)[experiment.get(field)]
+    for _, method in _methods_in_force(experiment):
         yield from getattr(method.load(), "problems", _none)(experiment, machine)
+
+
+def one_update_rule(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Refuse an update rule in whose place the pipeline schedule brings its own."""
+    layout, method = experiment.layout, experiment.gradients.update.method
+    if layout.order.asynchronous and method != SYNCHRONOUS:
+        reason = f"the schedule {layout.schedule} decides itself when a stage steps, so {method} has no place beside it"
+        yield Problem("gradients.update.method", reason, SYNCHRONOUS)
 
 
 def emulated_network(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
@@ -174,7 +183,7 @@ def hierarchical_sums(experiment: Experiment, machine: Machine) -> Iterator[Prob
     if layout.world_size != layout.dp_replicate:
         yield Problem(field, "hierarchical sums are defined for plain data parallelism only", "false")
     elif not _exchanges_gradients(experiment):
-        yield Problem(field, f"{experiment.gradients.update.method} exchanges no gradients", "false")
+        yield Problem(field, f"{update_rule(experiment).key} exchanges no gradients", "false")
     elif hosts < 2:
         yield Problem(field, "there is one host only (launch.network.hosts)", "false")
     elif layout.world_size % hosts:
@@ -185,7 +194,7 @@ def hierarchical_sums(experiment: Experiment, machine: Machine) -> Iterator[Prob
 
 def _exchanges_gradients(experiment: Experiment) -> bool:
     """Return True if gradients are exchanged, False if the update rule combines the replicas in another way."""
-    rule, _ = experiment.gradients.update.load()
+    rule, _ = update_rule(experiment).load()
     return bool(rule.uses_ddp)
 
 
@@ -201,7 +210,7 @@ def shares_follow_speed(experiment: Experiment, machine: Machine) -> Iterator[Pr
     layout, field = experiment.layout, "training.shares"
     if layout.world_size != layout.dp_replicate:
         yield Problem(field, "only whole replicas can take shares of different sizes", "equal")
-    if experiment.gradients.update.method != "synchronous":
+    if not update_rule(experiment).is_synchronous:
         reason = "samples have equal weight only if every update is synchronous"
         yield Problem(field, reason, "equal")
     if experiment.training.loader_workers:
@@ -239,15 +248,17 @@ def eight_bit_state(experiment: Experiment, machine: Machine) -> Iterator[Proble
     """Yield the reasons why the optimizer state cannot have 8 bits: other parts cannot read its packed moments."""
     if experiment.optimizer.state_bits == 32:
         return
-    field, update, layout = "optimizer.state_bits", experiment.gradients.update.method, experiment.layout
+    field, update, layout = "optimizer.state_bits", update_rule(experiment), experiment.layout
     if experiment.optimizer.name != "adamw":
         yield Problem("optimizer.name", "only AdamW has an 8-bit state", "adamw")
     if experiment.quantization.training == "fp64":
         yield Problem(field, "a proof in float64 does not use 8-bit moments", 32)
     if experiment.quantization.training == "fp16":
         yield Problem(field, "only the fused AdamW, which keeps 32 bits, skips steps that overflow", 32)
-    if update != "synchronous":
-        yield Problem(field, f"{update} averages or moves the optimizer's moments, which 8 bits would not survive", 32)
+    if not update.is_synchronous:
+        yield Problem(
+            field, f"{update.key} averages or moves the optimizer's moments, which 8 bits would not survive", 32
+        )
     if experiment.sparsity.method != "none":
         yield Problem(field, "pruning weights clears their moments, which are packed in blocks of 256", 32)
     compression = experiment.gradients.compression
@@ -261,8 +272,8 @@ def eight_bit_state(experiment: Experiment, machine: Machine) -> Iterator[Proble
 
 RULES: list[Rule] = [
     own_methods_exist,
-    schedule_exists,
     eight_bit_state,
+    one_update_rule,
     method_rules,
     axis_rules,
     device_exists,
@@ -301,6 +312,11 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
                 yield Problem(f"layout.{name}", "has no effect without pipeline stages (layout.pp is 1)")
     elif layout.microbatches_per_pass != layout.microbatches:
         yield Problem("layout.microbatches", f"has no effect: the {layout.schedule} schedule has a single microbatch")
+    if not layout.order.asynchronous:
+        for name in ("weight_stashing", "weight_prediction"):
+            if getattr(layout, name) != Layout.model_fields[name].default:
+                reason = f"has no effect: the {layout.schedule} schedule needs no old weights, because its stages wait"
+                yield Problem(f"layout.{name}", reason)
     if experiment.launch.transport == "shared_memory" and layout.world_size != layout.dp_replicate:
         yield Problem("launch.transport", "has no effect: only plain data parallelism exchanges through shared memory")
     if not experiment.gradients.overlap and (why := _never_overlaps(experiment)):
@@ -360,8 +376,7 @@ def _never_overlaps(experiment: Experiment) -> str | None:
 
 def method_warnings(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """Yield the warnings that the chosen methods report themselves."""
-    for knob, field in CHOICES.items():
-        method = registry(knob)[experiment.get(field)]
+    for field, method in _methods_in_force(experiment):
         yield from getattr(method.load(), "warnings", _none)(experiment, machine)
         if not method.is_loaded:
             yield Problem(field, f"{method.key} is checked on the ranks: its code does not run before")

@@ -1,6 +1,10 @@
 """The pipeline schedules: one line each, and everything that labkit needs to know of them (no torch).
 
 To add a schedule of `torch.distributed.pipelining`, add a line here. Forms, rules, runs, proofs and plots follow.
+
+A schedule is synchronous or asynchronous. A synchronous one finishes a step on all stages before the next one begins,
+so it computes what one process computes. In an asynchronous one no stage waits: weights change while other minibatches
+are on their way, so it brings an update rule of its own, and the gradients are stale.
 """
 
 from __future__ import annotations
@@ -15,8 +19,10 @@ class Schedule:
 
     key: str
     summary: str
-    torch_class: str
-    """Class in torch.distributed.pipelining.schedules."""
+    torch_class: str = ""
+    """Class in torch.distributed.pipelining.schedules; empty if labkit runs the schedule itself (asynchronous)."""
+    update_rule: str = ""
+    """Update rule of an asynchronous schedule, as `module:Class`; empty for a synchronous one."""
     stages: Literal["one", "several", "two"] = "one"
     """Stages per rank."""
     fold: bool = False
@@ -31,6 +37,11 @@ class Schedule:
     """Micro-batches come in rounds of one per rank."""
     textbook_bubble: bool = False
     """Its bubble is (p-1) / (v·m + p-1) for p ranks, v stages per rank and m micro-batches of equal length."""
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether stages step without waiting for each other, with gradients that are stale."""
+        return bool(self.update_rule)
 
 
 _TABLE = (
@@ -82,6 +93,12 @@ _TABLE = (
         fold=True,
         splits_backward=True,
         least_microbatches="stages",
+    ),
+    Schedule(
+        "pipedream",
+        "asynchronous 1F1B over whole minibatches with weight stashing",
+        update_rule="labkit.parallel.pipedream:PipeDream",
+        single_microbatch=True,
     ),
 )
 SCHEDULES: dict[str, Schedule] = {schedule.key: schedule for schedule in _TABLE}

@@ -10,8 +10,7 @@ importing the schema must load none (a method's own module imports the schema's 
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
@@ -21,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from labkit.experiment import own_methods, safe_files
 from labkit.experiment.choice import Choice
 from labkit.experiment.layout import Layout
+from labkit.experiment.old_names import MOMENTUM, beta1_from_momentum, schedule_from_update_rule, with_new_names
 from labkit.experiment.problem import ExperimentError, Problem, explain, unknown
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 MOST_SLOWDOWN = 1000
 MAX_SOURCE = 1_000_000
-MOMENTUM = 0.9
-"""Default momentum of SGD."""
 
 
 class Section(BaseModel):
@@ -165,17 +163,8 @@ class Optimizer(Section):
     def _momentum_was_beta1(cls, data: Any) -> Any:
         """Read what was written before AdamW had a beta1 of its own."""
         if isinstance(data, dict) and "beta1" not in data:
-            return _beta1_from_momentum(data)
+            return beta1_from_momentum(data)
         return data
-
-
-def _beta1_from_momentum(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings with AdamW's `momentum`, as its beta1 was called until version 0.1, under its new name."""
-    momentum = optimizer.get("momentum", MOMENTUM)
-    if optimizer.get("name", "adamw") != "adamw" or momentum == MOMENTUM:
-        return optimizer
-    warnings.warn("optimizer.momentum is that of SGD; for AdamW set optimizer.beta1", FutureWarning, stacklevel=2)
-    return optimizer | {"beta1": momentum, "momentum": MOMENTUM}
 
 
 class Training(Section):
@@ -284,6 +273,11 @@ class Experiment(Section):
     code: dict[str, str] = {}
     """Source of the notebook cells that define methods of this experiment, by method; filled in by itself."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_names(cls, data: Any) -> Any:
+        return schedule_from_update_rule(data) if isinstance(data, dict) else data
+
     @model_validator(mode="after")
     def _carries_its_code(self) -> Experiment:
         code = {key: self.code.get(key) or own_methods.source(knob, key) for knob, key in self.own_method_keys()}
@@ -384,7 +378,7 @@ class Experiment(Section):
         for text in assignments:
             field, value = parse_assignment(text)
             _assign(data, field, value)
-        return type(self).from_dict(_with_new_names(data, [parse_assignment(text)[0] for text in assignments]))
+        return type(self).from_dict(with_new_names(data, [parse_assignment(text)[0] for text in assignments]))
 
     def set(self, changes: Mapping[str, Any]) -> Experiment:
         """Return a changed copy from `{"layout.dp_replicate": 2}`: like `replace`, with values as Python objects."""
@@ -392,7 +386,7 @@ class Experiment(Section):
         for field, value in changes.items():
             # A copy: a later change may go into what an earlier one has brought, and that belongs to the caller.
             _assign(data, field, value.model_dump(mode="json") if isinstance(value, BaseModel) else deepcopy(value))
-        return type(self).from_dict(_with_new_names(data, changes))
+        return type(self).from_dict(with_new_names(data, changes))
 
     def get(self, field: str) -> Any:
         """Return the value at a dotted name."""
@@ -478,7 +472,7 @@ def _assign(data: dict[str, Any], field: str, value: Any) -> None:
             place[part] = {}
         elif model is Layout and isinstance(place[part], str):
             try:
-                place[part] = Layout._parse(place[part])
+                place[part] = Layout.read_short_form(place[part])
             except ValueError as error:
                 raise ExperimentError([Problem("layout", str(error))]) from None
         elif not isinstance(place[part], dict):
@@ -496,13 +490,6 @@ def _assign(data: dict[str, Any], field: str, value: Any) -> None:
         # The two exclude each other: setting one clears the other, so that a recipe's length can be changed.
         place["epochs" if last == "steps" else "steps"] = None
     place[last] = value
-
-
-def _with_new_names(data: dict[str, Any], assigned: Iterable[str]) -> dict[str, Any]:
-    """Return the data with settings that were assigned by an old name under their new one."""
-    if "optimizer.momentum" in assigned and "optimizer.beta1" not in assigned and isinstance(data["optimizer"], dict):
-        return data | {"optimizer": _beta1_from_momentum(data["optimizer"])}
-    return data
 
 
 def _section(model: Any, part: str) -> Any:

@@ -39,9 +39,6 @@ UPDATE = Registry(
         Method("hogwild", "one model in shared memory, no locks", "labkit.gradients.updates.hogwild:Hogwild"),
         Method("gossip", "average with a neighbour (AD-PSGD)", "labkit.gradients.updates.gossip:Gossip"),
         Method("delayed", "gradients one step late", "labkit.gradients.updates.delayed:Delayed"),
-        Method(
-            "pipedream", "asynchronous pipeline with weight stashing", "labkit.gradients.updates.pipedream:PipeDream"
-        ),
     ],
     base="labkit.gradients.updates.update:UpdateRule",
 )

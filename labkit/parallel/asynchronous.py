@@ -78,14 +78,7 @@ class AsynchronousPipeline(Pipeline):
     """
 
     def __init__(
-        self,
-        modules: dict[int, nn.Module],
-        layout: Layout,
-        mesh: Mesh,
-        device: torch.device,
-        loss: Loss,
-        stash: bool,
-        horizon: float,
+        self, modules: dict[int, nn.Module], layout: Layout, mesh: Mesh, device: torch.device, loss: Loss
     ) -> None:
         super().__init__(modules, layout, mesh, device, loss)
         pp_rank, pp_ranks = mesh.index("pp"), list(range(layout.pp))
@@ -95,7 +88,8 @@ class AsynchronousPipeline(Pipeline):
         """Number of updates of the weights so far."""
         self.max_stashed_bytes = 0
         """Largest number of bytes of stashed weights after an update, over the updates with a recorded timeline."""
-        self._stash, self._horizon = stash, horizon if stash else 0.0
+        self._stash = layout.weight_stashing
+        self._horizon = layout.weight_prediction if layout.weight_stashing else 0.0
         self._number = pp_rank
         self._module = modules[pp_rank]
         self._parameters = list(self._module.parameters())

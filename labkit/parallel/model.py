@@ -56,11 +56,6 @@ def offloads(experiment: Experiment) -> bool:
     return experiment.layout.cpu_offload and experiment.launch.device == "cuda"
 
 
-def _is_asynchronous(experiment: Experiment) -> bool:
-    """Return whether the pipeline runs without waiting for updates (PipeDream)."""
-    return experiment.gradients.update.method == "pipedream"
-
-
 class ParallelModel:
     """The model that the trainer trains, for every layout but plain data parallelism (`ReplicatedModel`)."""
 
@@ -105,7 +100,7 @@ class ParallelModel:
         else:
             stage = layout.zero_stage if layout.dp_shard > 1 else 0
             trained = [(name, p, self.shard_specs[name]) for name, p in named if p.requires_grad]
-            tracks_use = not _is_asynchronous(experiment)  # there, stashed weights replace the parameters
+            tracks_use = not layout.order.asynchronous  # there, stashed weights replace the parameters
             self._gradients = GradientSync(trained, mesh, stage, experiment.gradients, reducer, tracks_use)
         self.averaged_over = self._gradients.averaged_over
         for module in self.stages.values():
@@ -114,7 +109,7 @@ class ParallelModel:
         """Called after every update, once all ranks have the new weights."""
         self.traffic: Axes | None = None
         """Communication of the traced update by axis; None before it."""
-        self._pipeline = self._make_pipeline(experiment) if layout.pp > 1 else None
+        self._pipeline = self._make_pipeline() if layout.pp > 1 else None
         self._sample_share = 1 / layout.cp
         """Fraction of every sample's sequence that this rank computes."""
         has_loss = self._pipeline is None or self._pipeline.last
@@ -132,8 +127,7 @@ class ParallelModel:
 
         def microbatch() -> Batch:
             samples = experiment.training.global_batch // layout.data_parallel // experiment.gradients.accumulation
-            count = 1 if _is_asynchronous(experiment) else layout.microbatches
-            batch = self.task.train.__getitems__(list(range(max(1, samples // count))))
+            batch = self.task.train.__getitems__(list(range(max(1, samples // layout.microbatches_per_pass))))
             target_dtype = at_least_float32(dtype)
             return {name: place_tensor(x, device, dtype if name == "x" else target_dtype) for name, x in batch.items()}
 
@@ -144,7 +138,7 @@ class ParallelModel:
         }
         _assert_trainable(all_stages, layout)
         self._ties = Ties(all_stages, stages.pp_rank_by_stage(layout), self.mesh)
-        if self._ties.names and _is_asynchronous(experiment):
+        if self._ties.names and layout.order.asynchronous:
             raise ValueError(
                 f"{self._ties.names[0]} is on two stages, which would have to wait for each other in every update: "
                 "an asynchronous pipeline has no tied weights"
@@ -152,12 +146,9 @@ class ParallelModel:
         model.blocks.clear()  # the stages of other ranks take no memory here
         return {number: all_stages[number] for number in stages.stages_of_rank(layout, self.mesh.index("pp"))}
 
-    def _make_pipeline(self, experiment: Experiment) -> Pipeline:
-        arguments = (self.stages, self.layout, self.mesh, self._device, self._stage_loss)
-        if _is_asynchronous(experiment):
-            options = experiment.gradients.update.options
-            return AsynchronousPipeline(*arguments, stash=options["stash"], horizon=options["predict"])
-        return Pipeline(*arguments)
+    def _make_pipeline(self) -> Pipeline:
+        runner = AsynchronousPipeline if self.layout.order.asynchronous else Pipeline
+        return runner(self.stages, self.layout, self.mesh, self._device, self._stage_loss)
 
     @property
     def sharded(self) -> Sequence[Zero1Bucket]:

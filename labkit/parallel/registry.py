@@ -3,8 +3,6 @@
 from labkit.experiment import schedules
 from labkit.experiment.registry import Method, Registry
 
-_PIPELINE = "labkit.parallel.rules:PipelineAxis"
-
 AXES = Registry(
     "layout",
     "axis",
@@ -14,12 +12,15 @@ AXES = Registry(
         Method("tp", "tensor parallelism", "labkit.parallel.rules:TensorAxis"),
         Method("cp", "context parallelism", "labkit.parallel.rules:ContextAxis"),
         Method("ep", "expert parallelism", "labkit.parallel.rules:ExpertAxis"),
-        Method("pp", "pipeline parallelism", _PIPELINE),
+        Method("pp", "pipeline parallelism", "labkit.parallel.rules:PipelineAxis"),
     ],
 )
 
 SCHEDULES = Registry(
     "layout.schedule",
     "pipeline schedule",
-    [Method(schedule.key, schedule.summary, _PIPELINE) for schedule in schedules.SCHEDULES.values()],
+    [
+        Method(schedule.key, schedule.summary, schedule.update_rule or "labkit.parallel.rules:SynchronousSchedule")
+        for schedule in schedules.SCHEDULES.values()
+    ],
 )

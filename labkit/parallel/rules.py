@@ -172,9 +172,6 @@ class PipelineAxis:
             yield Problem("layout.pp", f"labkit cannot split {model} into blocks", 1)
             return
         blocks = num_blocks(experiment)
-        scheduled = experiment.gradients.update.method != "pipedream"  # which has a pipeline of its own
-        if scheduled:
-            yield from schedule_problems(layout)
         count = layout.pp * layout.stages_per_rank
         by_hand = layout.stage_blocks
         if by_hand is not None and (
@@ -193,7 +190,7 @@ class PipelineAxis:
             )
         share = layout.data_parallel * experiment.gradients.accumulation
         pieces = share * layout.microbatches_per_pass
-        if scheduled and experiment.training.global_batch % pieces:
+        if experiment.training.global_batch % pieces:
             yield Problem(
                 "training.global_batch",
                 f"{pieces} microbatches of one size (data-parallel ranks × passes × microbatches) do not divide "
@@ -202,11 +199,18 @@ class PipelineAxis:
             )
 
 
+class SynchronousSchedule:
+    """A pipeline schedule under which all stages finish a step before the next one begins."""
+
+    @staticmethod
+    def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        """Yield what it requires of stages and micro-batches, if there is a pipeline."""
+        return schedule_problems(experiment.layout) if experiment.layout.pp > 1 else iter(())
+
+
 def schedule_problems(layout: Layout) -> Iterator[Problem]:
     """Yield the problems of the schedule with the number of stages and micro-batches."""
     schedule, stages, order = layout.schedule, layout.stages_per_rank, layout.order
-    if order is None:  # the rules of the experiment refuse it
-        return
     if order.splits_backward and layout.activation_checkpointing == "selective":
         yield Problem(
             "layout.activation_checkpointing",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from labkit.experiment.schedules import Schedule
 from labkit.plots import theme, traced
 from labkit.plots.picture import Picture
 from labkit.plots.shown import LabeledRun
-from labkit.runs.pipeline import Action, Bubble, first_pipeline, median_durations, schedule_name, simulate, span
+from labkit.runs.pipeline import Action, Bubble, first_pipeline, median_durations, simulate, span
 
 KINDS = {"F": "Forward", "B": "Backward", "I": "Backward, inputs", "W": "Backward, weights"}
 MAX_ACTIONS = 4000
@@ -16,12 +17,12 @@ MAX_ACTIONS = 4000
 _UPPER, _LOWER = [0.56, 0.95], [0.04, 0.43]
 
 
-def finding(schedule: str, bubble: Bubble) -> str:
+def finding(schedule: Schedule, bubble: Bubble) -> str:
     """Return the headline with the bubbles: measured, the schedule's own, and by the textbook formula."""
     textbook = f", {traced.percent(bubble.textbook)} with even stages (textbook)" if bubble.textbook is not None else ""
-    what = "these steps" if schedule == "pipedream" else "the step"
+    steps = "these steps" if schedule.asynchronous else "the step"
     return (
-        f"{schedule}: ranks were idle for {traced.percent(bubble.measured)} of {what}; the schedule's own bubble "
+        f"{schedule.key}: ranks were idle for {traced.percent(bubble.measured)} of {steps}; the schedule's own bubble "
         f"is {traced.percent(bubble.own)}{textbook}"
     )
 
@@ -45,7 +46,7 @@ def timeline(run: Any) -> Picture:
         for rank, row in measured.items()
     }
     simulated = simulate(measured)
-    sentence = finding(schedule_name(labeled_run.experiment), idle)
+    sentence = finding(layout.order, idle)
     with_stage = layout.stages_per_rank > 1
     traces = [
         *_boxes(shifted, with_stage, {"xaxis": "x", "yaxis": "y"}),

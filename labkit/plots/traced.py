@@ -71,9 +71,11 @@ def _words(run: LabeledRun, links: bool) -> list[str]:
     if layout.tp > 1 and layout.sequence_parallel:
         words.append("sequence parallel")
     if layout.pp > 1:
-        words.append(pipeline.schedule_name(experiment))
-        if words[-1] == layout.schedule and not (layout.order and layout.order.single_microbatch):
+        words.append(layout.schedule)
+        if not layout.order.single_microbatch:
             words.append(f"{layout.microbatches} microbatches")
+        if layout.order.asynchronous:
+            words += wording.changed(layout, ("weight_stashing", "weight_prediction"))
         balance = getattr(layout, "balance", "blocks")
         if getattr(layout, "stage_blocks", None):
             words.append("cut by hand")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+from pydantic import BaseModel
 
 from labkit.experiment import Experiment, own_methods
 from labkit.experiment.registry import Registry, registry
@@ -20,18 +23,23 @@ def method(experiment: Experiment) -> list[str]:
     Names are those of the registered classes; options appear if they differ from their defaults.
     """
     gradients = experiment.gradients
-    words = []
+    words: list[str] = []
     for knob, choice, default in (
         ("gradients.compression", gradients.compression, "none"),
         ("gradients.update", gradients.update, "synchronous"),
     ):
         if choice.method != default:
             words.append(" ".join([_title(registry(knob), choice.method), *_changed(registry(knob), choice)]))
-    for name, info in Gradients.model_fields.items():
-        value = getattr(gradients, name)
-        if name not in ("compression", "update") and value != info.get_default():
-            words.append(_setting_in_words(name, value))
-    return words
+    return words + changed(
+        gradients, [name for name in Gradients.model_fields if name not in ("compression", "update")]
+    )
+
+
+def changed(section: BaseModel, names: Iterable[str]) -> list[str]:
+    """Return those of the named settings of a section that differ from their defaults, in words."""
+    defaults = type(section).model_fields
+    values = {name: getattr(section, name) for name in names}
+    return [_setting_in_words(name, value) for name, value in values.items() if value != defaults[name].get_default()]
 
 
 def low_precision(experiment: Experiment) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args, get_origin
 from labkit.experiment import Experiment, Problem
 from labkit.experiment.layout import AXES, Layout
 from labkit.experiment.registry import registry
+from labkit.experiment.schedules import SCHEDULES
 from labkit.proofs.covering import CoveringArray, Row, greedy_cover
 from labkit.proofs.parity import TOLERANCE, parity_config
 
@@ -95,6 +96,8 @@ PRODUCT = "layout"
 STRUCTURE = (PRODUCT, "layout.schedule", "layout.stages_per_rank", "layout.microbatches")
 """These settings define a pipeline together; the rules are applied once all of them are chosen."""
 PRECISION = "quantization.training"
+OF_ASYNCHRONOUS_SCHEDULES = ("weight_stashing", "weight_prediction")
+"""Settings of the layout for schedules that use stale gradients, which are not equal to one process."""
 # Without this axis the option has no effect, and a case with it would duplicate another.
 REQUIRED_AXIS = {"zero_stage": "dp_shard", "sequence_parallel": "tp"} | dict.fromkeys(
     ("schedule", "stages_per_rank", "microbatches", "balance", "stage_blocks"), "pp"
@@ -161,10 +164,10 @@ def factors(family: str, ranks: int, precisions: Sequence[str]) -> dict[str, Seq
     varied: dict[str, Sequence[Any]] = {PRODUCT: _products(family, ranks), **{name: [] for name in STRUCTURE[1:]}}
     for name, info in Layout.model_fields.items():
         key = f"layout.{name}"
-        if name in AXES:
+        if name in AXES or name in OF_ASYNCHRONOUS_SCHEDULES:
             continue
         if key == "layout.schedule":
-            values: Sequence[Any] = registry(key).names()
+            values: Sequence[Any] = [name for name, schedule in SCHEDULES.items() if not schedule.asynchronous]
         elif info.annotation is bool:
             values = [False, True]
         elif get_origin(info.annotation) is Literal:

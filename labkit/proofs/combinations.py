@@ -20,6 +20,8 @@ from labkit.experiment import Experiment, Problem, safe_files
 from labkit.experiment.layout import Layout
 from labkit.experiment.registry import registry
 from labkit.experiment.rules import CHOICES
+from labkit.experiment.schedules import SCHEDULES
+from labkit.experiment.update_rule import update_rule
 from labkit.proofs.cases import is_noop, violations
 from labkit.proofs.covering import CoveringArray, Row, greedy_cover
 from labkit.proofs.finish import run_to_completion
@@ -93,7 +95,9 @@ def factors() -> dict[str, Sequence[Any]]:
     choices = ("sparsity", "quantization.training", "gradients.compression", "gradients.update")
     for choice in (*choices, "quantization.qat", "quantization.after_training"):
         varied[CHOICES[choice]] = registry(choice).names()
-    return varied | {"optimizer.state_bits": (32, 8)}
+    stale = [name for name, schedule in SCHEDULES.items() if schedule.asynchronous]
+    schedules = (Layout.model_fields["schedule"].default, *stale)  # the others are proved equal to one process
+    return varied | {"layout.schedule": schedules, "optimizer.state_bits": (32, 8)}
 
 
 def _is_default(field: str, value: Any) -> bool:
@@ -289,7 +293,7 @@ def evidence(experiment: Experiment, summary: Mapping[str, Any]) -> dict[str, st
     if experiment.optimizer.state_bits == 8:
         bits = float(effective.get("optimizer_state_bits", 32))
         signs["8 bits of state"] = f"{bits} bits of state" if bits < 32 else ""
-    compressor, update = gradients.compression.method, gradients.update.method
+    compressor, update = gradients.compression.method, update_rule(experiment).key
     if compressor != "none":
         signs[compressor] = _traffic_evidence(sent) if sent.get("method") == compressor else ""
     if update != "synchronous":

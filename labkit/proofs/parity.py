@@ -19,6 +19,7 @@ import numpy as np
 from labkit.experiment import Experiment, ExperimentError, Problem, safe_files
 from labkit.experiment.one_process import one_process
 from labkit.experiment.own_methods import class_name
+from labkit.experiment.update_rule import update_rule
 from labkit.launch.client import private_standby
 from labkit.launch.rehearse import rehearse
 from labkit.proofs.finish import run_to_completion
@@ -167,11 +168,11 @@ def parity_not_applicable(experiment: Experiment) -> Problem | None:
         method = class_name(experiment.gradients.compression.method)
         reason = f"{method} changes gradients and claims no parity: compare its loss with that of a run without it"
         return Problem("gradients.compression.method", reason, "none")
-    rule = experiment.gradients.update.method
-    if rule != "synchronous":
+    rule = update_rule(experiment)
+    if not rule.is_synchronous:
         why = "lets replicas diverge or uses stale gradients and claims no parity"
-        reason = f"{class_name(rule)} {why}: compare its loss with synchronous training"
-        return Problem("gradients.update.method", reason, "synchronous")
+        reason = f"{class_name(rule.key)} {why}: compare its loss with synchronous training"
+        return Problem(rule.field, reason, rule.synchronous)
     return None
 
 

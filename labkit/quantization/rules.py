@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from labkit.experiment.machine import Machine
 from labkit.experiment.problem import Problem
 from labkit.experiment.schema import Experiment
+from labkit.experiment.update_rule import update_rule
 
 INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
@@ -26,9 +27,9 @@ def needs_linear_layers(experiment: Experiment, field: str, off: str) -> Iterato
 
 def synchronous_only(experiment: Experiment, field: str, off: object, why: str) -> Iterator[Problem]:
     """Yield a problem if the update rule is not synchronous; `why` says what the others would do."""
-    update = experiment.gradients.update.method
-    if update != "synchronous":
-        yield Problem(field, f"{update} {why}", off)
+    update = update_rule(experiment)
+    if not update.is_synchronous:
+        yield Problem(field, f"{update.key} {why}", off)
 
 
 def whole_replicas_only(experiment: Experiment, field: str, off: str, why: str) -> Iterator[Problem]:

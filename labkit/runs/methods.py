@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from labkit.experiment import Experiment
+from labkit.experiment.update_rule import SYNCHRONOUS, update_rule
 
-PLAIN, SYNCHRONOUS = "none", "synchronous"
+PLAIN = "none"
 
 
 def is_plain(experiment: Experiment | None) -> bool:
     """Return whether every step used the mean of uncompressed gradients: the method that others are compared with."""
     if experiment is None:
         return False
-    gradients = experiment.gradients
-    return gradients.compression.method == PLAIN and gradients.update.method == SYNCHRONOUS
+    return experiment.gradients.compression.method == PLAIN and update_rule(experiment).is_synchronous
 
 
 def period(experiment: Experiment | None) -> int:
@@ -28,8 +28,7 @@ def period(experiment: Experiment | None) -> int:
 
 def key(experiment: Experiment) -> str:
     """Return the method as in the settings: `plain`, `powersgd`, `diloco`; compression and update rule joined by +."""
-    gradients = experiment.gradients
-    methods = [gradients.compression.method, gradients.update.method]
+    methods = [experiment.gradients.compression.method, update_rule(experiment).key]
     return (
         " + ".join(name for name, default in zip(methods, (PLAIN, SYNCHRONOUS), strict=True) if name != default)
         or "plain"

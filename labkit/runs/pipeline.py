@@ -53,16 +53,9 @@ class Bubble:
     """That span in the simulation (s)."""
 
 
-def schedule_name(experiment: Experiment) -> str:
-    """Return the schedule of the pipeline: the layout's, or an update rule that has a pipeline of its own."""
-    method = experiment.gradients.update.method
-    return method if method == "pipedream" else experiment.layout.schedule
-
-
 def bubble_of(timeline: Timeline, experiment: Experiment) -> Bubble:
-    """Return the bubble of the run's pipeline; an asynchronous one, traced for a few steps, has no formula."""
-    scheduled = schedule_name(experiment) == experiment.layout.schedule
-    return bubble(timeline, experiment.layout if scheduled else None)
+    """Return the bubble of the run's pipeline; raise ValueError if its order is impossible (a damaged file)."""
+    return bubble(timeline, experiment.layout)
 
 
 def bubble(timeline: Timeline, layout: Layout | None = None) -> Bubble:
@@ -89,7 +82,7 @@ def textbook_bubble(layout: Layout) -> float | None:
 
     With several passes per optimizer step, each fills and drains the pipeline again, so the fraction is that of one.
     """
-    if layout.order is None or not layout.order.textbook_bubble:
+    if not layout.order.textbook_bubble:
         return None
     return (layout.pp - 1) / (layout.stages_per_rank * layout.microbatches_per_pass + layout.pp - 1)
 

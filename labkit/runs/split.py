@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from labkit.experiment import Experiment
+from labkit.experiment.update_rule import update_rule
 from labkit.runs.data import RunData
-from labkit.runs.methods import SYNCHRONOUS, period
+from labkit.runs.methods import period
 from labkit.runs.steady import Floats, rolling, warmup
 
 MEASURED, BY_CPU_TIME, BY_DDP_MEAN = "measured", "by its CPU time", "mean, by DDP"
@@ -72,7 +73,7 @@ def columns(data: RunData, experiment: Experiment | None) -> Columns | None:
     exposed, source = _exposed(data, exchanged["exposed"][first:count], spans, slice(first, count))
     compute, optimizer = spans["forward"] + spans["backward"], spans["optimizer"]
     communication = compression + (exposed if exposed is not None else 0.0)
-    synchronous = experiment is None or experiment.gradients.update.method == SYNCHRONOUS
+    synchronous = experiment is None or update_rule(experiment).is_synchronous
     # Weights are communicated in the optimizer's span, gradients in the backward pass (post-local SGD does one, then
     # the other).
     in_optimizer = np.zeros(len(communication), bool) if synchronous else communication <= optimizer

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from labkit.experiment.after_training import first_rank_problems
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options as BaseOptions
+from labkit.experiment.update_rule import update_rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -190,9 +191,9 @@ def export_problems(experiment: Experiment) -> Iterator[Problem]:
 
 def synchronous_only(experiment: Experiment) -> Iterator[Problem]:
     """Yield a problem if ranks hold different weights, from which they would choose different masks."""
-    update = experiment.gradients.update.method
-    if update != "synchronous":
-        reason = f"{update} lets ranks hold different weights, from which they would choose different masks"
+    update = update_rule(experiment)
+    if not update.is_synchronous:
+        reason = f"{update.key} lets ranks hold different weights, from which they would choose different masks"
         yield Problem("sparsity.method", reason, "static")
 
 
@@ -202,7 +203,7 @@ IN_ROUNDS = ("synchronous", "local_sgd", "post_local_sgd", "diloco", "streaming_
 
 def masked_gradient_problems(experiment: Experiment) -> Iterator[Problem]:
     """Yield a problem if the update rule calls the optimizer itself, with unmasked gradients."""
-    update = experiment.gradients.update.method
-    if update not in IN_ROUNDS:
-        reason = f"under {update} gradients reach the optimizer unmasked, so zero weights would not stay zero"
-        yield Problem("gradients.update.method", reason, "synchronous")
+    update = update_rule(experiment)
+    if update.key not in IN_ROUNDS:
+        reason = f"under {update.key} gradients reach the optimizer unmasked, so zero weights would not stay zero"
+        yield Problem(update.field, reason, update.synchronous)

@@ -14,6 +14,7 @@ from torch import nn
 
 from labkit.experiment import Experiment
 from labkit.experiment.fault import TaskFault
+from labkit.experiment.update_rule import update_rule
 from labkit.gradients.exchange import GradientReducer
 from labkit.gradients.updates.update import UpdateContext, UpdateRule
 from labkit.gradients.wire import Communicator
@@ -73,7 +74,7 @@ class TrainingSetup:
 
         self._clock = clock(runtime.device) if runtime.device.type == "cuda" else None
         self.exchanges = GradientReducer(experiment, self.steps, self._clock)
-        rule, rule_options = experiment.gradients.update.load()
+        rule, rule_options = update_rule(experiment).load()
         self.model = self._apply_layout(experiment, rule)
         if message := hooks.lost_in(hooked_names, self.model.stages.values()):
             raise TaskFault(message)

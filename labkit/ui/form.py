@@ -20,7 +20,7 @@ from labkit.experiment.rules import CHOICES, UNAVAILABLE
 from labkit.ui import entry as entries
 from labkit.ui.entry import Entry
 
-_CHOICE_OF = {field: knob for knob, field in CHOICES.items()} | {"layout.schedule": "layout.schedule"}
+_CHOICE_OF = {field: knob for knob, field in CHOICES.items()}
 _HIDDEN = ("schema_version", "code")
 DEFAULT_KNOBS = (
     "workload.name",

@@ -101,7 +101,7 @@ def test_stop_reaches_ranks_that_are_ahead_in_time(rule: dict[str, Any]) -> None
 
 
 def test_a_killed_stage_ends_an_asynchronous_pipeline_by_name() -> None:
-    layout = {"layout": {"pp": 3}, "gradients__update": {"method": "pipedream"}}
+    layout = {"layout": {"pp": 3, "schedule": "pipedream"}}
     workload = {"workload": {"name": "vision", "image_size": 8, "width": 4, "depth": 1, "shift": 0}}
     with Watched(start(tiny(steps=ENDLESS, **layout, **workload))) as watch:
         ranks = watch.begun()

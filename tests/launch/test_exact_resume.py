@@ -175,10 +175,10 @@ def test_a_resume_that_is_not_exact_says_so(
 def test_a_pipeline_that_a_stop_has_emptied_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {
         "workload": {"name": "vision", "model": "vit", "image_size": 8, "depth": 2},
-        "layout": {"pp": 2},
+        "layout": {"pp": 2, "schedule": "pipedream"},
         "training.steps": 2000,
         "training.checkpoint_every": None,
-    } | updated("pipedream")
+    }
     run = start(paced(changes))
     wait_until(lambda: run.done or steps_written(run, 0) >= 5, 60, "some steps")
     assert run.stop().state == "stopped", run.cause

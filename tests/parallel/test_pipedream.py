@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from labkit.experiment import Experiment
+from labkit.experiment import Experiment, ExperimentError, Layout
 from labkit.experiment.recipes import recipe
 from labkit.experiment.registry import registry
 from labkit.launch import launch
@@ -20,6 +22,7 @@ from labkit.parallel.decay import with_decay_flags
 from labkit.parallel.stages import minimal_maximum, split_into_stages
 from labkit.plots.memory import memory
 from labkit.plots.timeline import timeline
+from labkit.proofs.parity import parity_not_applicable
 from labkit.runs import Run
 from labkit.training.optimizers import learning_rate, make_optimizer, set_learning_rate
 from labkit.training.sampling import BatchOrder
@@ -35,8 +38,12 @@ def chain(stages: int, stash: bool = True, predict: float = 0.0, **changes: Any)
     """PipeDream over a short chain, in double precision; `changes` with `__` for the dot."""
     fields = {
         "workload": {"name": "custom", "path": f"{CHAIN}:make"},
-        "layout.pp": stages,
-        "gradients.update": {"method": "pipedream", "stash": stash, "predict": predict},
+        "layout": {
+            "pp": stages,
+            "schedule": "pipedream",
+            "weight_stashing": stash,
+            "weight_prediction": predict,
+        },
         "optimizer.lr": 0.05,
         "optimizer.schedule": "constant",
         "training.steps": STEPS,
@@ -69,7 +76,7 @@ def age(update: int, stage: int, stages: int, empty: tuple[int, ...]) -> int:
 def simulated(experiment: Experiment, empty: tuple[int, ...] = (0,)) -> list[float]:
     """Losses of PipeDream in one process: each stage's weights are taken from so many updates ago."""
     settings, stages, steps = experiment.optimizer, experiment.layout.pp, experiment.training.steps or 0
-    options = experiment.gradients.update.options
+    stash, predict = experiment.layout.weight_stashing, experiment.layout.weight_prediction
     workload = registry("workload")[experiment.workload.name].load()
     task = workload.build(workload.Options(**experiment.workload.options), experiment.training.seed)
     model = task.model.double()
@@ -85,15 +92,15 @@ def simulated(experiment: Experiment, empty: tuple[int, ...] = (0,)) -> list[flo
         for name in versions[update]:
             stale = age(update, stage_of[name.split(".")[1]], stages, empty)
             weight = versions[update - stale][name].clone()
-            if options["predict"] and options["stash"] and update - stale not in empty:
-                weight += options["predict"] * stale * (weight - versions[update - stale - 1][name])
+            if predict and stash and update - stale not in empty:
+                weight += predict * stale * (weight - versions[update - stale - 1][name])
             weights[name] = weight.requires_grad_()
         batch = {
             name: x.double() if x.is_floating_point() else x
             for name, x in task.train.__getitems__(order.update(update).tolist()).items()
         }
         loss = task.loss(functional_call(model, weights, (batch["x"],)), batch)
-        if not options["stash"]:  # the backward pass finds the newest weights
+        if not stash:  # the backward pass finds the newest weights
             for name, weight in weights.items():
                 weight.data.copy_(versions[update][name])
         gradients = torch.autograd.grad(loss, list(weights.values()))
@@ -134,7 +141,7 @@ def test_without_stashing_nothing_is_predicted() -> None:
 
 
 def test_without_stashing_it_computes_something_else() -> None:
-    synchronous = chain(3, gradients__update={"method": "synchronous"}, layout__microbatches=4)
+    synchronous = chain(3, layout__schedule="1f1b", layout__microbatches=4)
     losses = [finished(one).data().loss for one in (chain(3, stash=True), chain(3, stash=False), synchronous)]
     assert all(apart(one[:1], other[:1]) <= WITHIN for one, other in pairwise(losses)), (
         "all begin with one set of weights"
@@ -197,7 +204,7 @@ def test_a_stop_leaves_nothing_under_way() -> None:
 
 def test_any_other_layout_goes_on_from_it() -> None:
     first = finished(chain(2, training__checkpoint_every=STEPS))
-    alone = chain(1, gradients__update={"method": "synchronous"}, training__steps=STEPS + 2)
+    alone = chain(1, layout__schedule="1f1b", training__steps=STEPS + 2)
     rest = finished(alone, resume=first.id)
     assert len(rest.data().loss) == 2
 
@@ -247,14 +254,16 @@ def test_batches_are_handed_out_in_order_whoever_looks_ahead() -> None:
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"layout__pp": 1}, "gradients.update.method"),
-        ({"layout__dp_replicate": 2}, "gradients.update.method"),
-        ({"layout__tp": 2}, "gradients.update.method"),
-        ({"layout__schedule": "zbv"}, "layout.schedule"),
+        ({"layout__pp": 1}, "layout.schedule"),
+        ({"layout__dp_replicate": 2}, "layout.schedule"),
+        ({"layout__tp": 2}, "layout.schedule"),
         ({"layout__stages_per_rank": 2}, "layout.stages_per_rank"),
         ({"gradients__accumulation": 2}, "gradients.accumulation"),
         ({"gradients__compression": {"method": "fp16"}}, "gradients.compression.method"),
-        ({"launch__isolated": True}, "gradients.update.method"),
+        ({"launch__isolated": True}, "launch.isolated"),
+        ({"gradients__update": {"method": "diloco"}}, "gradients.update.method"),
+        ({"sparsity": {"method": "rigl", "target": 0.5}}, "sparsity.method"),
+        ({"optimizer__state_bits": 8, "quantization__training": "fp32"}, "optimizer.state_bits"),
         ({"training__gradient_norm": True}, "training.gradient_norm"),
         ({"workload": {"name": "language", "tied": True}}, "workload.tied"),
     ],
@@ -273,10 +282,71 @@ def test_tied_weights_that_no_rule_knows_are_said_by_the_ranks() -> None:
 
 
 def test_what_has_no_or_another_effect_is_said() -> None:
-    changes = {"layout__microbatches": 3, "layout__schedule": "gpipe", "optimizer__clip_norm": 1.0}
-    said = {warning.field for warning in chain(2, **changes).warnings()}
-    assert {"layout.microbatches", "layout.schedule", "optimizer.clip_norm"} <= said
+    said = {warning.field for warning in chain(2, layout__microbatches=3, optimizer__clip_norm=1.0).warnings()}
+    assert {"layout.microbatches", "optimizer.clip_norm"} <= said
     assert chain(2, layout__microbatches=3, training__global_batch=7).problems() == []
+    said = {warning.field for warning in chain(2, stash=False, layout__schedule="1f1b").warnings()}
+    assert {"layout.weight_stashing", "layout.weight_prediction"} <= said
+
+
+def test_another_update_rule_is_refused_in_one_sentence() -> None:
+    [problem] = chain(2, gradients__update={"method": "diloco"}).problems()
+    assert problem.nearest == "synchronous"
+
+
+def test_it_claims_no_parity() -> None:
+    problem = parity_not_applicable(chain(2))
+    assert problem is not None
+    assert (problem.field, problem.nearest) == ("layout.schedule", "1f1b")
+
+
+# -- its old name -----------------------------------------------------------------------------------------------------
+
+OLD = {"method": "pipedream", "stash": False, "predict": 1.0}
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: Experiment.from_dict({"layout": {"pp": 2, "schedule": "gpipe"}, "gradients": {"update": OLD}}),
+        lambda: Experiment.from_dict({"layout": "pp2", "gradients": {"update": OLD}}),
+        lambda: Experiment(layout=Layout(pp=2), gradients={"update": OLD}),  # type: ignore[arg-type]
+        lambda: Experiment().set({"layout": "pp2", "gradients.update": OLD}),
+        lambda: Experiment().replace(
+            "gradients.update.method=pipedream",
+            "gradients.update.stash=false",
+            "gradients.update.predict=1",
+            "layout=pp2",
+        ),
+        lambda: Experiment().set(
+            {"layout.pp": 2, "layout.schedule": "pipedream", "gradients.update": {"stash": False, "predict": 1.0}}
+        ),
+    ],
+)
+def test_it_was_an_update_rule(read: Callable[[], Experiment]) -> None:
+    with pytest.warns(FutureWarning, match=r"set layout\.schedule=pipedream"):
+        experiment = read()
+    layout = {"pp": 2, "schedule": "pipedream", "weight_stashing": False, "weight_prediction": 1.0}
+    assert experiment == Experiment().set({"layout": layout})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Experiment.from_json(experiment.to_json()) == experiment
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"layout": "nonsense"}, "layout"),
+        ({"layout": [1]}, "layout"),
+        ({"layout": {"pp": 2}, "gradients": {"update": OLD | {"stash": "perhaps"}}}, "layout.weight_stashing"),
+        ({"layout": {"pp": 2}, "gradients": {"update": OLD | {"every": 3}}}, "gradients.update.every"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:PipeDream is a pipeline schedule:FutureWarning")
+def test_what_is_wrong_beside_its_old_name_is_still_refused(wrong: dict[str, Any], field: str) -> None:
+    with pytest.raises(ExperimentError) as refusal:
+        Experiment.from_dict({"gradients": {"update": OLD}} | wrong)
+    assert field in [problem.field for problem in refusal.value.problems]
 
 
 # -- what it learns ---------------------------------------------------------------------------------------------------
@@ -290,11 +360,11 @@ def learned(name: str, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.exhaustive
 def test_it_learns_to_read_digits() -> None:
-    assert learned("vision-ddp", **{"gradients.update.method": "pipedream"})["accuracy"] >= 0.95
+    assert learned("vision-ddp", **{"layout.schedule": "pipedream"})["accuracy"] >= 0.95
 
 
 @pytest.mark.exhaustive
 def test_it_learns_language_nearly_as_well_as_a_synchronous_pipeline() -> None:
-    stale = learned("language-ddp", **{"gradients.update.method": "pipedream"})
+    stale = learned("language-ddp", **{"layout.schedule": "pipedream"})
     synchronous = learned("language-ddp", **{"layout.microbatches": 2})
     assert stale["loss"] <= 1.03 * synchronous["loss"]

@@ -12,6 +12,7 @@ import pytest
 from labkit.cli import main
 from labkit.experiment.registry import registry
 from labkit.experiment.rules import CHOICES
+from labkit.experiment.schedules import SCHEDULES
 from labkit.launch import warm
 from labkit.proofs import combinations
 from labkit.proofs.combinations import BASE, Combination, CombinationResult
@@ -46,8 +47,9 @@ def test_every_pair_that_may_meet_meets_and_the_others_are_refused(found: list[C
 
 def test_new_methods_enter_by_themselves(found: list[Combination]) -> None:
     named = {value for case in found for value in case.row.values()}
-    for knob in set(CHOICES) - {"workload"}:
+    for knob in set(CHOICES) - {"workload", "layout.schedule"}:
         assert set(registry(knob).names()) <= named
+    assert {name for name, schedule in SCHEDULES.items() if schedule.asynchronous} <= named
 
 
 def test_the_layouts_and_methods_of_the_issue_meet(found: list[Combination]) -> None:

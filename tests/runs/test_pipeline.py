@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labkit.experiment import Experiment, Layout
-from labkit.runs import pipeline
 from labkit.runs.pipeline import Action, bubble, bubble_of, idle_fraction, simulate, span, textbook_bubble
 
 
@@ -138,8 +137,7 @@ def test_what_began_before_the_timeline_is_there_already() -> None:
     simulated = simulate(rows)
     assert [action.begin for action in simulated[1]] == [0, 1, 3, 4, 6, 7], "nothing to wait for: F 1 s, B 2 s"
     assert simulated[0][1].begin == simulated[1][1].end, "the gradient of minibatch 4 comes from the last stage"
-    asynchronous = Experiment().set({"layout.pp": 2, "gradients.update.method": "pipedream"})
-    assert pipeline.schedule_name(asynchronous) == "pipedream"
+    asynchronous = Experiment().set({"layout.pp": 2, "layout.schedule": "pipedream"})
     assert bubble_of(rows, asynchronous).textbook is None
     assert bubble_of(gpipe(2, 4), Experiment().set({"layout": {"pp": 2, "microbatches": 4}})).textbook == 1 / 5
 

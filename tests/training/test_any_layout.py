@@ -30,6 +30,8 @@ layouts = st.fixed_dictionaries(
         "microbatches": st.integers(1, 9),
         "stages_per_rank": st.integers(1, 3),
         "balance": st.sampled_from(["blocks", "parameters", "cost"]),
+        "weight_stashing": st.booleans(),
+        "weight_prediction": st.sampled_from([0.0, 2.0]),
         "stage_blocks": st.none() | st.lists(st.integers(1, 4), min_size=2, max_size=4),
         "activation_checkpointing": st.sampled_from(["none", "selective", "full"]),
         "cpu_offload": st.booleans(),

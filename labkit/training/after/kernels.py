@@ -139,8 +139,6 @@ def share(experiment: Experiment) -> float:
     """Return the samples per pass of a rank: of an accumulation pass, or of a micro-batch in a pipeline."""
     layout = experiment.layout
     pieces = layout.microbatches_per_pass if layout.pp > 1 else 1
-    if experiment.gradients.update.method == "pipedream":
-        pieces = 1
     return experiment.training.global_batch / layout.data_parallel / experiment.gradients.accumulation / pieces
 
 

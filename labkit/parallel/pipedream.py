@@ -3,15 +3,15 @@
 A minibatch of `training.global_batch` samples makes one optimizer step, and no stage waits until a step is over
 everywhere: while its gradient is on the way back, the stages start the next minibatches. Stage s of S steps with
 gradients that are S-1-s steps stale; they belong to the weights of their own forward pass, of which it keeps S-1-s
-versions. With `stash` off the backward pass uses newer weights than the forward pass: its result is not the gradient of
-any function.
+versions. With `layout.weight_stashing` off the backward pass uses newer weights than the forward pass: its result is
+not the gradient of any function.
 
-PipeDream itself has `predict` = 0. Otherwise minibatches use weights that are predicted for the step in which their
-gradient is applied (Kosson et al., "Pipelined Backpropagation at Scale", 2021, arXiv:2003.11666).
+PipeDream itself has `layout.weight_prediction` = 0. Otherwise minibatches use weights that are predicted for the step
+in which their gradient is applied (Kosson et al., "Pipelined Backpropagation at Scale", 2021, arXiv:2003.11666).
 
 The pipeline is empty at evaluations, checkpoints, stops and the end, and fills again afterwards: the first S-1 steps
 are then less stale. A resumed run is exact unless a stop emptied the pipeline. labkit/parallel/asynchronous.py has the
-work of the ranks; this rule decides when it is done.
+work of the ranks; the update rule here, which `layout.schedule` brings, decides when it is done.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
 from labkit.experiment.problem import Problem
-from labkit.experiment.registry import Options as BaseOptions
 from labkit.gradients.updates.update import UpdateRule
+from labkit.parallel.rules import schedule_problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,17 +30,9 @@ if TYPE_CHECKING:
     from labkit.experiment.machine import Machine
     from labkit.gradients.updates.update import UpdateContext
 
-METHOD = "gradients.update.method"
-
 
 class PipeDream(UpdateRule):
     """Runs an asynchronous pipeline, whose stages do not wait for each other's optimizer steps."""
-
-    class Options(BaseOptions):
-        stash: bool = True
-        """Keep the weights of a minibatch's forward pass for its backward pass; turn it off to see why it is needed."""
-        predict: float = Field(default=2.0, ge=0, le=10)
-        """With stashing: how far ahead weights are predicted, in multiples of the staleness; 0 is PipeDream itself."""
 
     def __init__(self, context: UpdateContext) -> None:
         super().__init__(context)
@@ -51,25 +41,20 @@ class PipeDream(UpdateRule):
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Yield the reasons why it cannot run here."""
+        """Yield the reasons why it cannot run here.
+
+        Without a pipeline it is refused too, unlike a synchronous schedule: it would change what is computed.
+        """
         layout, gradients, workload = experiment.layout, experiment.gradients, experiment.workload.options
         if layout.pp == 1 or layout.world_size != layout.pp:
             reason = f"pipedream is a pipeline and nothing else (layout.pp alone above 1), the layout is {layout}"
-            yield Problem(METHOD, reason, "synchronous")
-        if layout.order is not None and layout.order.fold:
-            reason = (
-                f"{layout.schedule} folds the pipeline, pipedream runs one stage per rank in the order of the chain"
-            )
             yield Problem("layout.schedule", reason, "1f1b")
-        if layout.stages_per_rank != 1:
-            yield Problem("layout.stages_per_rank", "pipedream runs one stage per rank", 1)
+        yield from schedule_problems(layout)
         if gradients.accumulation != 1:
             yield Problem("gradients.accumulation", "pipedream makes an update of every minibatch, in one pass", 1)
         if gradients.compression.method != "none":
             reason = "stages of pipedream exchange activations and their gradients, not those of weights"
             yield Problem("gradients.compression.method", reason, "none")
-        if experiment.launch.isolated:
-            yield Problem(METHOD, "isolated ranks exchange nothing, but stages have to", "synchronous")
         if experiment.training.gradient_norm:
             reason = "the norm of the whole gradient would make all stages wait for each other in every update"
             yield Problem("training.gradient_norm", reason, "false")
@@ -81,7 +66,7 @@ class PipeDream(UpdateRule):
 
     @staticmethod
     def warnings(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Yield the settings that have no effect or a different one."""
+        """Yield the settings that have a different effect."""
         layout = experiment.layout
         if experiment.optimizer.clip_norm is not None:
             reason = (
@@ -89,9 +74,6 @@ class PipeDream(UpdateRule):
                 "others: the bound holds, but parts may be scaled differently"
             )
             yield Problem("optimizer.clip_norm", reason)
-        for name in ("schedule", "microbatches"):
-            if getattr(layout, name) != type(layout).model_fields[name].default:
-                yield Problem(f"layout.{name}", "has no effect: pipedream's pipeline runs on whole minibatches")
 
     def wrap_dataloader(self, model: Any, batches: Iterator[Any]) -> Iterator[Any]:
         """Return an iterator over batches that the pipeline wraps: its first stage looks ahead."""

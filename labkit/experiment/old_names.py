@@ -1,0 +1,63 @@
+"""Settings under the names that they had until version 0.1: they are read, and a warning says the new ones."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from labkit.experiment.layout import Layout
+
+MOMENTUM = 0.9
+"""Default momentum of SGD."""
+PIPEDREAM = "pipedream"
+_OF_PIPEDREAM = {"stash": "weight_stashing", "predict": "weight_prediction"}
+"""Settings of the layout by the names that they had as options of the update rule."""
+
+
+def with_new_names(data: dict[str, Any], assigned: Iterable[str]) -> dict[str, Any]:
+    """Return the data of an experiment with settings that were assigned by an old name under their new one."""
+    if "optimizer.momentum" in assigned and "optimizer.beta1" not in assigned and isinstance(data["optimizer"], dict):
+        return data | {"optimizer": beta1_from_momentum(data["optimizer"])}
+    return data
+
+
+def beta1_from_momentum(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with AdamW's `momentum`, as its beta1 was called, under its new name."""
+    momentum = optimizer.get("momentum", MOMENTUM)
+    if optimizer.get("name", "adamw") != "adamw" or momentum == MOMENTUM:
+        return optimizer
+    warnings.warn("optimizer.momentum is that of SGD; for AdamW set optimizer.beta1", FutureWarning, stacklevel=2)
+    return optimizer | {"beta1": momentum, "momentum": MOMENTUM}
+
+
+def schedule_from_update_rule(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the data of an experiment with PipeDream, which was an update rule, as the schedule of the layout."""
+    gradients = data.get("gradients")
+    update = gradients.get("update") if isinstance(gradients, dict) else None
+    layout = _layout_fields(data.get("layout", {}))
+    if not isinstance(gradients, dict) or not isinstance(update, dict) or layout is None:
+        return data
+    method = update.get("method", "synchronous")
+    moved = {new: update[old] for old, new in _OF_PIPEDREAM.items() if old in update}
+    is_schedule = layout.get("schedule") == PIPEDREAM and method == "synchronous"
+    if method != PIPEDREAM and not (is_schedule and moved):
+        return data
+    text = (
+        "PipeDream is a pipeline schedule, not an update rule: set layout.schedule=pipedream (stash and predict are "
+        "layout.weight_stashing and layout.weight_prediction)"
+    )
+    warnings.warn(text, FutureWarning, stacklevel=2)
+    rest = {name: value for name, value in update.items() if name != "method" and name not in _OF_PIPEDREAM}
+    return data | {"layout": layout | {"schedule": PIPEDREAM} | moved, "gradients": gradients | {"update": rest}}
+
+
+def _layout_fields(layout: Any) -> dict[str, Any] | None:
+    """Return the fields of a layout in any form that an experiment accepts; None if it is refused anyway."""
+    if isinstance(layout, Layout):
+        return layout.model_dump()
+    try:
+        fields = Layout.read_short_form(layout)
+    except ValueError:
+        return None
+    return fields if isinstance(fields, dict) else None
