@@ -11,8 +11,8 @@ from labkit.cli.output import UsageError, as_typed, check_output, deliver, print
 from labkit.cli.parser import Commands, add_experiment, count, counts
 from labkit.cli.run import requested_experiment
 from labkit.experiment import Experiment
+from labkit.experiment.assignment import parse_assignment
 from labkit.experiment.recipes import recipe
-from labkit.experiment.schema import parse_assignment
 
 
 def add_to(commands: Commands) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 from labkit.cli.output import UsageError, check_output, print_json, print_line, print_lines, progress, say
 from labkit.cli.parser import Commands, add_experiment
 from labkit.experiment import Experiment, ExperimentError
+from labkit.experiment.assignment import parse_assignment
 from labkit.experiment.recipes import recipe
 from labkit.experiment.safe_files import printable
-from labkit.experiment.schema import parse_assignment
 
 
 def add_to(commands: Commands) -> None:

@@ -3,9 +3,9 @@
 from labkit.experiment.layout import Layout
 from labkit.experiment.machine import Machine
 from labkit.experiment.problem import ExperimentError, Problem
-from labkit.experiment.schema import (
+from labkit.experiment.schema import Experiment
+from labkit.experiment.sections import (
     Compression,
-    Experiment,
     Gradients,
     Launch,
     Network,

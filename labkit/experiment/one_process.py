@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from labkit.experiment.layout import Layout
-from labkit.experiment.schema import Experiment, Gradients
+from labkit.experiment.schema import Experiment
+from labkit.experiment.sections import Gradients
 
 MAX_NAME = 200
 

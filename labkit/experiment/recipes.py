@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from labkit.experiment.layout import Layout
 from labkit.experiment.problem import ExperimentError, unknown
-from labkit.experiment.schema import Experiment, Optimizer, Training, Workload
+from labkit.experiment.schema import Experiment
+from labkit.experiment.sections import Optimizer, Training, Workload
 
 
 def vision_ddp() -> Experiment:

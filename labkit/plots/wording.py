@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from labkit.experiment import Experiment, own_methods
 from labkit.experiment.registry import Registry, registry
-from labkit.experiment.schema import Gradients
+from labkit.experiment.sections import Gradients
 from labkit.plots import theme
 
 PLAIN, DENSE = "plain averaging", "dense float32"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from labkit.experiment.schema import Quantization
+    from labkit.experiment.sections import Quantization
     from labkit.quantization.linear import QuantizedLinearOp
 
 

@@ -17,7 +17,8 @@ from labkit.quantization.full import Single
 
 if TYPE_CHECKING:
     from labkit.experiment.machine import Machine
-    from labkit.experiment.schema import Experiment, Quantization
+    from labkit.experiment.schema import Experiment
+    from labkit.experiment.sections import Quantization
     from labkit.quantization.linear import QuantizedLinearOp
 
 FIELD = "quantization.qat"

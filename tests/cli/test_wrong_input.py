@@ -123,9 +123,8 @@ CASES = [
         ["sparsity.method=rigl", "sparsity.target=0.9", "gradients.update.method=gossip"],
         "different masks",
     ),
-    sets("update rule that cannot", ["layout=pp2", "gradients.update.method=gossip"], "gradients.update.method: "),
+    sets("update rule that cannot", ["layout=shard2", "gradients.update.method=gossip"], "gradients.update.method: "),
     sets("asynchronous schedule without a pipeline", "layout.schedule=pipedream", "layout.schedule: "),
-    sets("schedule under its old name", "gradients.update.method=pipedream", "layout.schedule: "),
     sets(
         "two update rules",
         ["layout=pp2", "layout.schedule=pipedream", "gradients.update.method=diloco"],

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from labkit.experiment.schema import Sparsity
+from labkit.experiment.sections import Sparsity
 from labkit.quantization.converted import num_bytes
 from labkit.sparsity import export as forms
 from labkit.training.after.variants import BATCHES, evaluated, inputs, latency, unwrap_copy

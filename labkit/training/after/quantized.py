@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from labkit.experiment.schema import Quantization
+from labkit.experiment.sections import Quantization
 from labkit.quantization.calibration import magnitudes
 from labkit.quantization.converted import ConvertedLinear, convert, num_bytes
 from labkit.quantization.linear import chosen
