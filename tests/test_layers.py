@@ -214,3 +214,28 @@ def test_every_module_can_be_imported_first() -> None:
     program = Path(__file__).parent / "packaging/imports_first.py"
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=900)
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+MOST_LINES = 400
+LONG_TESTS = {
+    "launch/test_faults.py": "one list of what can happen to a run",
+    "runs/test_data.py": "one list of what can stand in a file of events",
+    "notebooks/test_execution.py": "the lessons are executed once, and all is asked of that",
+    "training/test_rehearsal.py": "one list of what a rehearsal finds",
+    "training/odd_tasks.py": "one task after the other",
+    "training/test_own_models.py": "one list of own models",
+    "parallel/test_refusals.py": "one list of refusals",
+}
+"""Files of tests that are longer, and why they are one."""
+
+
+def test_every_file_holds_one_idea() -> None:
+    tests = Path(__file__).parent
+    long = {
+        path
+        for root in (PACKAGE, tests)
+        for path in root.rglob("*.py")
+        if len(path.read_text().splitlines()) > MOST_LINES
+    }
+    assert sorted(path.relative_to(PACKAGE) for path in long if path.is_relative_to(PACKAGE)) == []
+    assert {path.relative_to(tests).as_posix() for path in long if path.is_relative_to(tests)} <= LONG_TESTS.keys()

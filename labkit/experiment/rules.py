@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 from labkit.experiment import own_methods
 from labkit.experiment.cell_source import NotSelfContainedError, check
-from labkit.experiment.layout import AXES, Layout
+from labkit.experiment.layout import AXES
 from labkit.experiment.locate import why_not
 from labkit.experiment.machine import Machine
+from labkit.experiment.no_effect import exchanges_gradients, host_count, options_without_effect
 from labkit.experiment.problem import ExperimentError, Problem
 from labkit.experiment.registry import Method, network_rules, registry
 from labkit.experiment.schema import Experiment
@@ -179,10 +180,10 @@ def hierarchical_sums(experiment: Experiment, machine: Machine) -> Iterator[Prob
     layout = experiment.layout
     if not experiment.gradients.hierarchical:
         return
-    field, hosts = "gradients.hierarchical", _hosts(experiment)
+    field, hosts = "gradients.hierarchical", host_count(experiment)
     if layout.world_size != layout.dp_replicate:
         yield Problem(field, "hierarchical sums are defined for plain data parallelism only", "false")
-    elif not _exchanges_gradients(experiment):
+    elif not exchanges_gradients(experiment):
         yield Problem(field, f"{update_rule(experiment).key} exchanges no gradients", "false")
     elif hosts < 2:
         yield Problem(field, "there is one host only (launch.network.hosts)", "false")
@@ -190,17 +191,6 @@ def hierarchical_sums(experiment: Experiment, machine: Machine) -> Iterator[Prob
         yield Problem(
             "layout", f"{hosts} hosts do not divide {layout.world_size} ranks", layout.world_size // hosts * hosts
         )
-
-
-def _exchanges_gradients(experiment: Experiment) -> bool:
-    """Return True if gradients are exchanged, False if the update rule combines the replicas in another way."""
-    rule, _ = update_rule(experiment).load()
-    return bool(rule.uses_ddp)
-
-
-def _hosts(experiment: Experiment) -> int:
-    """Return the number of emulated hosts."""
-    return getattr(experiment.launch.network, "hosts", 1)
 
 
 def shares_follow_speed(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
@@ -301,77 +291,6 @@ def oversubscribed(experiment: Experiment, machine: Machine) -> Iterator[Problem
     threads = ranks * experiment.launch.threads_per_rank
     if device == "cpu" and threads > machine.cores:
         yield Problem("layout", f"oversubscribed: {threads} threads on {machine.cores} cores, speed not meaningful")
-
-
-def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-    """Warn about every option that does nothing in this experiment."""
-    layout = experiment.layout
-    if layout.pp == 1:
-        for name in ("microbatches", "stages_per_rank", "balance", "stage_blocks"):
-            if getattr(layout, name) != Layout.model_fields[name].default:
-                yield Problem(f"layout.{name}", "has no effect without pipeline stages (layout.pp is 1)")
-    elif layout.microbatches_per_pass != layout.microbatches:
-        yield Problem("layout.microbatches", f"has no effect: the {layout.schedule} schedule has a single microbatch")
-    if not layout.order.asynchronous:
-        for name in ("weight_stashing", "weight_prediction"):
-            if getattr(layout, name) != Layout.model_fields[name].default:
-                reason = f"has no effect: the {layout.schedule} schedule needs no old weights, because its stages wait"
-                yield Problem(f"layout.{name}", reason)
-    if experiment.launch.transport == "shared_memory" and layout.world_size != layout.dp_replicate:
-        yield Problem("launch.transport", "has no effect: only plain data parallelism exchanges through shared memory")
-    if not experiment.gradients.overlap and (why := _never_overlaps(experiment)):
-        yield Problem("gradients.overlap", f"has no effect: {why}")
-    if experiment.gradients.hierarchical and layout.world_size == _hosts(experiment):
-        yield Problem("gradients.hierarchical", "has no effect: every host has one rank")
-    if layout.cpu_offload and (experiment.launch.device == "cpu" or layout.dp_shard == 1):
-        on_cpu = experiment.launch.device == "cpu"
-        why = "everything is in the host's memory already" if on_cpu else "nothing is sharded (layout.dp_shard is 1)"
-        yield Problem("layout.cpu_offload", f"has no effect: {why}")
-    if layout.sequence_parallel and layout.tp == 1:
-        yield Problem("layout.sequence_parallel", "has no effect without tensor parallelism (layout.tp is 1)")
-    optimizer = experiment.optimizer
-    of_others = {"adamw": ("momentum",), "sgd": ("beta1", "beta2", "eps")}[optimizer.name]
-    for name in of_others:
-        if getattr(optimizer, name) != type(optimizer).model_fields[name].default:
-            yield Problem(f"optimizer.{name}", f"has no effect with {optimizer.name}")
-    quantization = experiment.quantization
-    if quantization.training != "int8":
-        for name in ("rounding", "weight_gradient"):
-            if getattr(quantization, name) != type(quantization).model_fields[name].default:
-                yield Problem(f"quantization.{name}", "has no effect: only int8 training rounds gradients to 8 bits")
-    if quantization.qat_start and quantization.qat == "none":
-        yield Problem("quantization.qat_start", "has no effect without quantization.qat")
-    usual = type(quantization).model_fields["calibration"].default
-    if quantization.calibration != usual and quantization.after_training != "int8_static":
-        yield Problem("quantization.calibration", "has no effect: only int8_static (after_training) is calibrated")
-    of_layers = quantization.training in ("int8", "int8_weights", "bitnet")
-    if quantization.head and not (of_layers or quantization.qat != "none" or quantization.after_training != "none"):
-        yield Problem("quantization.head", "has no effect: no format of linear layers is chosen")
-    if experiment.sparsity.method == "none" and experiment.sparsity.target > 0:
-        yield Problem("sparsity.target", "has no effect while sparsity.method is none")
-    if experiment.training.shares == "speed" and (layout.world_size == 1 or experiment.launch.isolated):
-        yield Problem("training.shares", "has no effect where ranks do not share batches")
-    if layout.world_size == 1 and experiment.launch.isolated:
-        yield Problem("launch.isolated", "has no effect on one rank")
-    steps = experiment.training.steps
-    if steps is not None and experiment.optimizer.warmup_steps >= steps:
-        yield Problem("optimizer.warmup_steps", f"the learning rate never reaches its value in {steps} steps")
-
-
-def _never_overlaps(experiment: Experiment) -> str | None:
-    """Return why no gradient is exchanged during computation anyway; None if one may be."""
-    layout, launch = experiment.layout, experiment.launch
-    if layout.world_size == 1 or launch.isolated or not _exchanges_gradients(experiment):
-        return "no gradients are exchanged"
-    if layout.pp > 1:
-        return "a pipeline exchanges gradients after its schedule has finished"
-    if layout.dp_shard > 1 and layout.zero_stage == 3:
-        return "torch's fully_shard decides when it exchanges gradients"
-    compressed = experiment.gradients.compression.key != "none" or experiment.gradients.hierarchical
-    by_network = launch.transport == "network" or launch.network is not None or launch.device == "cuda" or compressed
-    if layout.world_size == layout.dp_replicate and not by_network:
-        return "shared memory never exchanges gradients during computation (launch.transport)"
-    return None
 
 
 def method_warnings(experiment: Experiment, machine: Machine) -> Iterator[Problem]:

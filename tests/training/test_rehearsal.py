@@ -28,7 +28,7 @@ from tests.training import odd_tasks
 TASKS = Path(odd_tasks.__file__)
 WITHOUT = """
 import labkit.training.setup as setup
-from labkit.training.rehearsal.rehearse import RehearsalResult
+from labkit.training.rehearsal.result import RehearsalResult
 setup.rehearse = lambda *given: RehearsalResult()
 """
 

@@ -40,7 +40,7 @@ def lost_by(experiment: Experiment, model: nn.Module) -> str | None:
         ("ZeRO 3", layout.dp_shard > 1 and layout.zero_stage == 3, "set layout.zero_stage to 1 or 2"),
         ("tensor parallelism", layout.tp > 1, "set layout.tp to 1"),
         ("expert parallelism", layout.ep > 1, "set layout.ep to 1"),
-        ("pipedream", experiment.gradients.update.method == "pipedream", "set gradients.update.method to synchronous"),
+        (layout.schedule, layout.pp > 1 and layout.order.asynchronous, "set layout.schedule to 1f1b"),
     ):
         if replaces:
             return (

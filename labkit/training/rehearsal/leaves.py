@@ -71,7 +71,6 @@ def parameter_in_loss(experiment: Experiment, task: Task, output: Any, loss: Ten
                 ("a pipeline", layout.pp > 1),
                 ("tensor parallelism", layout.tp > 1),
                 ("expert parallelism", layout.ep > 1),
-                ("pipedream", experiment.gradients.update.method == "pipedream"),
                 ("a parameter server", experiment.gradients.update.method == "parameter_server"),
             )
             if moves_parameters

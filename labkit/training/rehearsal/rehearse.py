@@ -9,81 +9,28 @@ parameters that some passes do not use are identified before DDP and `fully_shar
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from labkit.experiment import Experiment
-from labkit.experiment.fault import TaskFault, describe_error
-from labkit.parallel.cast import widen
-from labkit.training.rehearsal import fingerprint, fits, hooks, leaves
-from labkit.training.rehearsal.advice import backward_fault, describe, hint, samples_of, shape_of
-from labkit.training.rehearsal.control_flow import ControlFlowProbe
+from labkit.experiment.fault import TaskFault
+from labkit.experiment.update_rule import update_rule
+from labkit.training.rehearsal import fingerprint, fits, hooks
 from labkit.training.rehearsal.exactness import non_parity_modules
-from labkit.training.rehearsal.freed import gradients_freed
-from labkit.training.rehearsal.ids import Ids
 from labkit.training.rehearsal.loss_proof import prove_loss
-from labkit.training.rehearsal.moving_state import MovingState
+from labkit.training.rehearsal.passes import BUILT_IN, RehearsalPasses, may_be_dynamic
+from labkit.training.rehearsal.result import RehearsalResult
 from labkit.training.rehearsal.same_loss import compare_losses, loss_of_first_samples
-from labkit.training.rehearsal.unseeded import ClockWatch
 from labkit.training.runtime import Runtime
-from labkit.training.sampling import BatchOrder, Indices
-from labkit.workloads.base import Batch, Data, Task
-from labkit.workloads.fetch import fetch, fetch_checked
-from labkit.workloads.mapped import is_mapped
+from labkit.training.sampling import BatchOrder
+from labkit.workloads.base import Task
 from labkit.workloads.restore import Snapshot, restored
 from labkit.workloads.seed import seed_generators
-
-SAMPLES = 2
-"""Number of samples in a pass; with one alone, batch normalisation would fail, which never gets so few in the run."""
-MORE_PASSES = 8
-"""Number of passes over other samples if the control flow of the model may depend on its input."""
-SCAN_S = 0.25
-"""Time limit for reading further samples of a user's own data set (s)."""
-MAX_SCANNED = 512
-"""Maximum number of these samples."""
-LARGE = 2**28
-"""Size of the weights from which free memory is checked before gradients of the whole model are computed (bytes)."""
-_STATIC = ("labkit.workloads", "torch.nn.modules")
-"""Packages whose modules have the same control flow for every input."""
-_BUILT_IN = ("vision", "language", "driving")
-"""Workloads whose metrics need no rehearsal."""
-
-
-@dataclass
-class RehearsalResult:
-    """Findings of the rehearsal on one rank."""
-
-    notes: list[str] = field(default_factory=list)
-    """Sentences for the run's warnings."""
-    unused: list[str] = field(default_factory=list)
-    """Names of trainable parameters that got no gradient in some pass on some rank."""
-    dynamic: bool = False
-    """Whether the control flow may depend on the samples, on chance or on the number of the pass, on some rank."""
-    user_code: bool = True
-    """Whether the task, or a module of its model, is not labkit's own."""
-    task_hash: str = ""
-    """Hash of the task that the rank has built: equal if two runs train the same task."""
-    seconds: float = 0.0
-    """Duration of the rehearsal (s)."""
-
-    def event(self) -> dict[str, Any]:
-        """Return the fields of the event `rehearsal`."""
-        return {"seconds": round(self.seconds, 4), "unused": self.unused[:20], "built": self.task_hash}
-
-    @property
-    def irregular(self) -> bool:
-        """Whether a pass may leave parameters without a gradient."""
-        return self.dynamic or bool(self.unused)
 
 
 def rehearse(
@@ -106,7 +53,7 @@ def rehearse(
         mine = fingerprint.Fingerprint.of(task, seed)
         rehearsed.task_hash = mine.total
         seed_generators(seed)
-        rehearsal = _Rehearsal(experiment, task, runtime, phase, snapshot, order, rehearsed.user_code)
+        rehearsal = RehearsalPasses(experiment, task, runtime, phase, snapshot, order, rehearsed.user_code)
         loss: float | None = None
         if rehearsal.fits:
             used = rehearsal.run(rehearsed)
@@ -154,19 +101,9 @@ def _proofs(experiment: Experiment, task: Task, runtime: Runtime, user_code: boo
     proof = prove_loss(task, runtime.place)
     if proof.violation is None:
         return notes + proof.notes
-    if experiment.gradients.update.method == "synchronous":
+    if update_rule(experiment).is_synchronous:
         raise TaskFault(proof.violation)
     return [*notes, *proof.notes, proof.violation]
-
-
-def _gradients_fit(model: nn.Module, device: torch.device) -> bool:
-    """Return whether gradients of the whole model fit in memory; the layout may never hold them all on one rank."""
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if size < LARGE or any(map(is_mapped, model.parameters())):
-        return True  # gradients of a mapped model are freed one by one
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] > 2 * size
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > 2 * size
 
 
 def _compare(
@@ -179,7 +116,7 @@ def _compare(
     """Compare with the other ranks, and update `rehearsed` with what holds on any of them."""
     rehearsed.notes += fingerprint.compare(mine, lambda: fingerprint.Fingerprint.of(task, experiment.training.seed))
     gathered: list[Any] = [None] * dist.get_world_size()
-    if not rehearsed.irregular and not _may_be_dynamic(task.model):
+    if not rehearsed.irregular and not may_be_dynamic(task.model):
         return  # the same decision on all ranks, because the model is the same
     dist.all_gather_object(gathered, (rehearsed.dynamic, used))
     rehearsed.dynamic = any(dynamic for dynamic, _ in gathered)
@@ -201,256 +138,4 @@ def _compare(
 
 
 def _has_user_code(experiment: Experiment, model: nn.Module) -> bool:
-    return experiment.workload.name not in _BUILT_IN or _may_be_dynamic(model)
-
-
-def _may_be_dynamic(model: nn.Module) -> bool:
-    """Return whether a module of the model is neither labkit's nor torch's own."""
-    return any(not type(module).__module__.startswith(_STATIC) for module in model.modules())
-
-
-class _Rehearsal:
-    """Forward, backward and evaluation passes of one rank."""
-
-    def __init__(
-        self,
-        experiment: Experiment,
-        task: Task,
-        runtime: Runtime,
-        phase: Callable[[str], None],
-        snapshot: Snapshot,
-        order: BatchOrder,
-        user_code: bool,
-    ) -> None:
-        self.experiment, self.task, self.runtime = experiment, task, runtime
-        self.phase, self.snapshot, self.user_code = phase, snapshot, user_code
-        self.ids = Ids(task.model) if user_code else None
-        self.fits = _gradients_fit(task.model, runtime.device)
-        """Whether gradients of the whole model fit in memory."""
-        self.trained = {name: parameter for name, parameter in task.model.named_parameters() if parameter.requires_grad}
-        share, shares = runtime.mesh.data_shard
-        passes = experiment.gradients.accumulation
-        self.passes: Callable[[int], list[Indices]] = lambda step: order.micro_batches(step, share, shares, passes)
-
-    def run(self, rehearsed: RehearsalResult) -> list[frozenset[str]]:
-        """Run all passes, fill in `rehearsed`, and return the names of the parameters that each training pass used."""
-        task, model = self.task, self.task.model
-        probe = ControlFlowProbe(self.snapshot.changed) if _may_be_dynamic(model) else None
-        indices = self.passes(0)[0].tolist()[:SAMPLES] or [0]
-        batch = fetch_checked(task.train, indices, "train")
-        used = [self._train(batch, indices, probe)]
-        if rehearsed.user_code:
-            used.append(self._train(batch, indices, probe))  # again, because state may be kept from pass to pass
-            with (watch := ClockWatch()).watching():
-                rehearsed.notes += self._moving_state(batch, indices)
-                self._evaluate()
-            rehearsed.notes += watch.notes()
-            self._scan_data()
-        problem = fits.unsaved(model.state_dict()) if self.experiment.training.checkpoint_every != 0 else None
-        if problem:
-            raise TaskFault(problem)
-        try:
-            json.dumps(task.facts())
-        except Exception as error:
-            raise TaskFault(f"the facts of the task cannot be written as JSON: {describe_error(error)}") from error
-        if probe is not None:
-            if probe.differs_when_repeated and self.experiment.layout.activation_checkpointing != "none":
-                raise TaskFault(
-                    "the model counts its passes, or draws from numpy or random, so activations cannot be recomputed "
-                    "as they were: set layout.activation_checkpointing to none, or draw from torch"
-                )
-            if probe.detected or len(used[0]) < len(self.trained):
-                used += [self._train(*further, probe) for further in self._further_batches()]
-            rehearsed.dynamic = probe.detected or len(set(used)) > 1
-        rehearsed.unused = sorted(set(self.trained) - frozenset.intersection(*used))
-        return used
-
-    def _moving_state(self, batch: Batch, indices: list[int]) -> list[str]:
-        """Return a note if a training pass changes untrained state; raise TaskFault if that change would be lost.
-
-        The trained weights are perturbed a little first, if they can be restored, because a teacher that equals them
-        would not change.
-        """
-        moving, model = MovingState(self.task.model), self.task.model
-        with torch.no_grad(), _alone(model):
-            for parameter in self.trained.values() if self.snapshot.has_weights else ():
-                if parameter.is_floating_point() or parameter.is_complex():
-                    parameter.mul_(1.01).add_(1e-3)
-            model.train()
-            self._output(batch, indices, "train")
-        notes = moving.notes(self.experiment, self.snapshot.counter())
-        self.snapshot.undo(generators=False)
-        return notes
-
-    def _further_batches(self) -> Iterator[tuple[Batch, list[int]]]:
-        """Yield batches of further samples with their indices; before each, the generators are seeded differently."""
-        for number in range(MORE_PASSES):
-            seed_generators(self.experiment.training.seed + 1 + number + MORE_PASSES * self.runtime.rank)
-            indices = self.passes(1 + number)[0].tolist()[: SAMPLES if number % 2 else 4 * SAMPLES]
-            yield fetch_checked(self.task.train, indices, "train"), indices
-
-    def _train(self, batch: Batch, indices: list[int], probe: ControlFlowProbe | None = None) -> frozenset[str]:
-        """Run one forward and backward pass; return the names of the parameters that got a gradient."""
-        model = self.task.model
-        for parameter in self.trained.values():
-            parameter.grad = None
-        model.train()
-        with _alone(model):
-            self.phase("forward")
-            with probe or _nothing():
-                output = self._output(batch, indices, "train")
-                loss = self._loss(output, batch, indices, "train")
-            if not loss.requires_grad:
-                raise TaskFault(
-                    "the loss does not depend on any parameter that is trained: there is a detach(), no_grad() or "
-                    "numpy call between the model and the loss"
-                )
-            self._check_graph(batch, output, loss)
-            self.phase("backward")
-            try:
-                with gradients_freed(self.trained) as gradients:
-                    loss.backward()
-            except Exception as error:
-                raise TaskFault(backward_fault(self.task, error)) from error
-        problem = fits.sparse_gradients(
-            self.experiment, [name for name, layout in gradients.items() if layout is not torch.strided]
-        )
-        if problem:
-            raise TaskFault(problem)
-        if not gradients:
-            raise TaskFault("no parameter gets a gradient from the loss: the model's output does not depend on any")
-        return frozenset(gradients)
-
-    def _check_graph(self, batch: Batch, output: Tensor, loss: Tensor) -> None:
-        """Raise TaskFault if the loss depends on tensors that are not trained, or reads parameters it cannot reach."""
-        if not self.user_code:
-            return
-        for name, value in batch.items():
-            if value.requires_grad:
-                remedy = f"give it without ({name}.detach())"
-                raise TaskFault(f"{name} of train requires a gradient, which no optimizer would use: {remedy}")
-        fault = leaves.untrained_leaf(self.task, loss) or leaves.parameter_in_loss(
-            self.experiment, self.task, output, loss
-        )
-        if fault:
-            raise TaskFault(fault)
-
-    def _output(self, batch: Batch, indices: list[int], what: str) -> Tensor:
-        model, mode = self.task.model, "training" if self.task.model.training else "evaluation"
-        place = f"the model fails in {mode} on {samples_of(indices, what)}"
-        try:
-            x = self.runtime.place(_fresh(batch))["x"]
-            ids = self.ids.checked(x, indices, what) if self.ids is not None else _nothing()
-            with self.runtime.accelerator.autocast(), ids:
-                output = model(x)
-        except TaskFault:
-            raise
-        except Exception as error:
-            raise TaskFault(
-                f"{place} (x is {shape_of(batch['x'])}): {describe_error(error)}{hint(batch, model)}"
-            ) from error
-        if not isinstance(output, Tensor):
-            raise TaskFault(
-                f"in {mode} the model returns {describe(output)}: it must return one tensor, the scores that loss and "
-                "metric are computed from"
-            )
-        return output
-
-    def _loss(self, output: Tensor, batch: Batch, indices: list[int], what: str) -> Tensor:
-        try:
-            loss: Any = self.task.loss(widen(output), self.runtime.place(_fresh(batch)))
-        except Exception as error:
-            targets = ", ".join(f"{name} is {shape_of(value)}" for name, value in batch.items() if name != "x")
-            inputs = f"the output is {describe(output)}" + (f", {targets}" if targets else "")
-            raise TaskFault(
-                f"the loss fails on {samples_of(indices, what)} ({inputs}): {describe_error(error)}"
-            ) from error
-        if not isinstance(loss, Tensor):
-            raise TaskFault(f"the loss is {describe(loss)}, it must be a tensor with one number")
-        if loss.dim():
-            raise TaskFault(
-                f"the loss has the shape {list(loss.shape)}, it must be one number: the mean over the samples"
-            )
-        if loss.is_complex() or not loss.is_floating_point():
-            raise TaskFault(
-                f"the loss is a number of {str(loss.dtype).removeprefix('torch.')}, it must be a real number"
-            )
-        return loss
-
-    @torch.no_grad()
-    def _evaluate(self) -> None:
-        """Compute the held-out metrics of a few samples, up to the numbers that are shown."""
-        if self.experiment.training.evaluate_every == 0:
-            return
-        task = self.task
-        indices = list(range(min(SAMPLES, len(task.test))))
-        self.phase("evaluation")
-        batch = fetch_checked(task.test, indices, "test")
-        task.model.eval()
-        with _alone(task.model):
-            output = self._output(batch, indices, "test")
-        try:
-            sums = task.evaluate(widen(output), self.runtime.place(_fresh(batch)))
-            numbers = {name: float(value) for name, value in sums.items()}
-            metrics = task.metrics(numbers)
-        except TaskFault:
-            raise
-        except Exception as error:
-            place = f"{samples_of(indices, 'test')} (the output is {describe(output)})"
-            raise TaskFault(f"the held-out metric fails on {place}: {describe_error(error)}") from error
-        missing = [name for name in ("count",) if name not in numbers]
-        missing += [name for name in ("loss", task.metric.key) if name not in metrics]
-        if missing:
-            raise TaskFault(f"the held-out sums or metrics lack {' and '.join(missing)}")
-
-    def _scan_data(self) -> None:
-        """Read samples of a user's own data set one by one for `SCAN_S`, to name bad ones before the first step."""
-        self.phase("data")
-        deadline = time.perf_counter() + SCAN_S
-        for what, data in (("train", self.task.train), ("test", self.task.test)):
-            assert self.ids is not None
-            self.ids.check_all(data, what)
-            if self.experiment.workload.name not in _BUILT_IN:
-                _scan(data, what, deadline, self.ids)
-
-
-def _scan(data: Data, what: str, deadline: float, ids: Ids) -> None:
-    first: dict[str, Any] = {}
-    count = min(len(data), MAX_SCANNED)
-    for index in sorted({int(position) for position in np.linspace(0, len(data) - 1, count)}):
-        if time.perf_counter() > deadline:
-            return
-        batch = fetch_checked(data, [index], what)
-        ids.check_samples(batch["x"], index, what)
-        for name, value in batch.items():
-            first.setdefault(name, (index, value))
-            first_index, first_value = first[name]
-            if value.shape[1:] != first_value.shape[1:]:
-                fetch(data, [first_index, index], what)  # a user's data set may pad the samples of a batch
-
-
-# -- helpers ----------------------------------------------------------------------------------------------------------
-
-
-def _fresh(batch: Batch) -> Batch:
-    """Return a copy of a batch, because a model or a loss may write to its input, as in training."""
-    return {name: value.detach().clone() for name, value in batch.items()}
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _alone(model: nn.Module) -> Iterator[None]:
-    """Keep layers that communicate in evaluation mode inside the context: a rank that fails must not block others."""
-    communicating = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
-    modes = [module.training for module in communicating]
-    for module in communicating:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in zip(communicating, modes, strict=True):
-            module.training = mode
+    return experiment.workload.name not in BUILT_IN or may_be_dynamic(model)

@@ -1,0 +1,33 @@
+"""What a rank has learned from its rehearsal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class RehearsalResult:
+    """Findings of the rehearsal on one rank."""
+
+    notes: list[str] = field(default_factory=list)
+    """Sentences for the run's warnings."""
+    unused: list[str] = field(default_factory=list)
+    """Names of trainable parameters that got no gradient in some pass on some rank."""
+    dynamic: bool = False
+    """Whether the control flow may depend on the samples, on chance or on the number of the pass, on some rank."""
+    user_code: bool = True
+    """Whether the task, or a module of its model, is not labkit's own."""
+    task_hash: str = ""
+    """Hash of the task that the rank has built: equal if two runs train the same task."""
+    seconds: float = 0.0
+    """Duration of the rehearsal (s)."""
+
+    def event(self) -> dict[str, Any]:
+        """Return the fields of the event `rehearsal`."""
+        return {"seconds": round(self.seconds, 4), "unused": self.unused[:20], "built": self.task_hash}
+
+    @property
+    def irregular(self) -> bool:
+        """Whether a pass may leave parameters without a gradient."""
+        return self.dynamic or bool(self.unused)
