@@ -53,6 +53,7 @@ def start(data: RunData, rank: int, event: dict[str, Any]) -> bool:
         threads=event.get("threads"),
         parameters=event.get("parameters"),
         steps=event.get("steps"),
+        host_bytes=event.get("host_bytes"),
         time_to_first_step_seconds=None,
         effective=event.get("effective", {}),
         warnings=event.get("warnings", []),

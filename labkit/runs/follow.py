@@ -112,8 +112,9 @@ def _summary_text(summary: dict[str, Any]) -> str:
     network = summary.get("network") or {}
     if network.get("bytes_per_step"):
         add_line("slow link", f"{network['bytes_per_step'] / 1e6:.3g} MB per step at {network['rate_mbit']:g} Mbit/s")
-    peaks = [peak for peak in summary.get("peak_memory_bytes") or [] if peak]
-    add_line("peak memory per rank", max(peaks) / 2**20 if peaks else None, "{:.0f} MiB")
+    for name, key in (("host memory at start", "start_memory_bytes"), ("peak memory per rank", "peak_memory_bytes")):
+        peaks = [peak for peak in summary.get(key) or [] if peak]
+        add_line(name, max(peaks) / 2**20 if peaks else None, "{:.0f} MiB")
     if summary.get("speedup"):
         low, high = summary["speedup_interval"]
         add_line("speed-up", f"{summary['speedup']:.2f} ({low:.2f} to {high:.2f}) over {summary['baseline_run_id']}")

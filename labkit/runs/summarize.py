@@ -83,6 +83,7 @@ def summarize(directory: RunDirectory, state: str | None = None, baseline: str |
         staleness=_staleness(data),
         experts={name: _fractions(load) for name, load in data.experts.items()},
         peak_memory_bytes=[data.peak_memory.get(rank) for rank in range(ranks)],
+        start_memory_bytes=[rank_start.get("host_bytes") for rank_start in data.rank_starts[:ranks]],
         parameters=start.get("parameters"),
         effective=start.get("effective", {}) | _sparsity(data) | _multiplied(data),
         quantized=figure_or_words(data.quantized) or None,

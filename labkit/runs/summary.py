@@ -122,7 +122,9 @@ class Summary:
     experts: dict[str, list[float]]
     """By block, the share of all routed tokens that each expert got."""
     peak_memory_bytes: list[int | None]
-    """Peak memory of each rank (bytes)."""
+    """Peak memory of each rank (bytes): of its GPU, or of its process on a CPU."""
+    start_memory_bytes: list[int | None]
+    """Peak memory of each rank's process on the host before step 1, when it built, tried and cut the model (bytes)."""
     parameters: int | None
     """Number of parameters of the model."""
     effective: dict[str, Any]
