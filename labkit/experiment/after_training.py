@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from labkit.experiment.problem import Problem
+from labkit.experiment.registry import registry
 
 if TYPE_CHECKING:
     from labkit.experiment.schema import Experiment
@@ -27,7 +28,7 @@ def first_rank_problems(experiment: Experiment, field: str, off: str, verb: str,
         yield Problem(field, reason, off)
     if experiment.launch.isolated:
         yield Problem(field, "copies that do not train together have nothing to keep (launch.isolated)", off)
-    if training in ("bitnet", "fp8"):
+    if not registry("quantization.training")[training].load().computes_with_stored_weights:
         yield Problem(field, f"layers trained in {training} compute something other than those {participle}", off)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from labkit.experiment.layout import Layout
 from labkit.experiment.machine import Machine
 from labkit.experiment.problem import Problem
+from labkit.experiment.registry import registry
 from labkit.experiment.schema import Experiment
 from labkit.experiment.update_rule import update_rule
 
@@ -52,7 +53,7 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
     usual = type(quantization).model_fields["calibration"].default
     if quantization.calibration != usual and quantization.after_training != "int8_static":
         yield Problem("quantization.calibration", "has no effect: only int8_static (after_training) is calibrated")
-    of_layers = quantization.training in ("int8", "int8_weights", "bitnet")
+    of_layers = registry("quantization.training")[quantization.training].load().layers_from == "labkit"
     if quantization.head and not (of_layers or quantization.qat != "none" or quantization.after_training != "none"):
         yield Problem("quantization.head", "has no effect: no format of linear layers is chosen")
     if experiment.sparsity.method == "none" and experiment.sparsity.target > 0:

@@ -27,6 +27,9 @@ FIELD = "quantization.training"
 class BitNet(Single):
     """Trains with ternary weights and int8 inputs."""
 
+    layers_from = "labkit"
+    computes_with_stored_weights = False
+
     @staticmethod
     def arithmetic(settings: Quantization) -> Callable[[], QuantizedLinearOp] | None:
         """Return a factory of products of ternary weights and int8 inputs."""

@@ -26,6 +26,9 @@ LEAST = (8, 9)
 class Float8(Single):
     """8-bit floating point by Accelerate and torchao."""
 
+    layers_from = "torchao"
+    computes_with_stored_weights = False
+
     mixed_precision = "fp8"
 
     @staticmethod

@@ -25,6 +25,10 @@ class Single:
     """Value of Accelerate's `mixed_precision`."""
     own_optimizer: ClassVar[bool] = False
     """Whether weights need an optimizer that rounds them (labkit.quantization.optimizers)."""
+    layers_from: ClassVar[str] = ""
+    """Library whose layers take the place of torch's linear layers (`labkit`, `torchao`); empty if none do."""
+    computes_with_stored_weights: ClassVar[bool] = True
+    """Whether layers compute with the weights that they store, and not with rounded ones."""
 
     @staticmethod
     def prepare() -> None:

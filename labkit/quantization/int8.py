@@ -29,6 +29,8 @@ FIELD = "quantization.training"
 class Int8(Single):
     """Trains with int8 matrix products."""
 
+    layers_from = "labkit"
+
     @staticmethod
     def arithmetic(settings: Quantization) -> Callable[[], QuantizedLinearOp] | None:
         """Return a factory of int8 products: three per layer, or two without `weight_gradient`."""

@@ -28,6 +28,8 @@ FIELD = "quantization.training"
 class Int8Weights(Single):
     """Trains with weights on the int8 grid (emulated)."""
 
+    layers_from = "labkit"
+
     @staticmethod
     def arithmetic(settings: Quantization) -> Callable[[], QuantizedLinearOp] | None:
         """Return a factory of float products with weights that are rounded to the grid after each optimizer step."""

@@ -197,13 +197,10 @@ def synchronous_only(experiment: Experiment) -> Iterator[Problem]:
         yield Problem("sparsity.method", reason, "static")
 
 
-IN_ROUNDS = ("synchronous", "local_sgd", "post_local_sgd", "diloco", "streaming_diloco", "delayed")
-"""Update rules under which the trainer itself calls the optimizer, after `before_update`."""
-
-
 def masked_gradient_problems(experiment: Experiment) -> Iterator[Problem]:
     """Yield a problem if the update rule calls the optimizer itself, with unmasked gradients."""
     update = update_rule(experiment)
-    if update.key not in IN_ROUNDS:
+    rule, _ = update.load()
+    if not rule.masks_reach_optimizer:
         reason = f"under {update.key} gradients reach the optimizer unmasked, so zero weights would not stay zero"
         yield Problem(update.field, reason, update.synchronous)

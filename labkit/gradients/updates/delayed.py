@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 class Delayed(UpdateRule):
     """Applies each mean gradient a fixed number of steps late."""
 
+    masks_reach_optimizer = True
     one_batch = True
 
     class Options(BaseOptions):

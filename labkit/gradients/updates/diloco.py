@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 class DiLoCo(UpdateRule):
     """Lets ranks take local steps, then applies an outer optimizer to their mean change."""
 
+    masks_reach_optimizer = True
     replicas_diverge = True
 
     class Options(LocalStepOptions):

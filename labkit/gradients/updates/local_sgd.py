@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class LocalSGD(UpdateRule):
     """Averages the weights of all ranks every few steps."""
 
+    masks_reach_optimizer = True
     replicas_diverge = True
 
     class Options(LocalStepOptions):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class Synchronous(UpdateRule):
     """Lets all ranks wait for the mean of all gradients before they change a weight."""
 
+    masks_reach_optimizer = True
     uses_ddp = one_batch = True
 
     class Options(BaseOptions):

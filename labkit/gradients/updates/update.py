@@ -71,6 +71,8 @@ class UpdateRule:
     """Whether gradients are reduced by DistributedDataParallel."""
     one_batch: ClassVar[bool] = False
     """Whether in each step all ranks compute parts of the gradient of one batch."""
+    masks_reach_optimizer: ClassVar[bool] = False
+    """Whether every optimizer step uses gradients from which sparsity has removed those of zero weights."""
     uses_work_queue: bool = False
     """Whether ranks take their work from a work queue (tickets.py)."""
     max_step_skew: int = 0

@@ -110,10 +110,15 @@ def _complex(experiment: Experiment, model: nn.Module, trained: dict[str, nn.Par
         yield f"{names[0]} is complex, which ZeRO 3 cannot shard: set layout.zero_stage to 1 or 2"
     layers = {f"{name}.weight" for name, _ in chosen(model, quantization.head)} & set(names)
     converts = quantization.qat != "none" or quantization.after_training != "none"
-    if layers and (converts or quantization.training in ("int8", "int8_weights", "bitnet", "fp8")):
+    if layers and (converts or _replaces_layers(experiment)):
         yield f"{min(layers)} is complex, and low-precision layers are real: set quantization to full precision"
     if experiment.sparsity.method != "none" and (complex_names := sorted(set(prunable(model, True)) & set(names))):
         yield f"{complex_names[0]} is complex, and sparsity chooses among real weights only (sparsity.method)"
+
+
+def _replaces_layers(experiment: Experiment) -> bool:
+    """Return whether training computes in layers other than those of the model."""
+    return bool(registry("quantization.training")[experiment.quantization.training].load().layers_from)
 
 
 def copies(experiment: Experiment) -> str | None:
@@ -125,7 +130,7 @@ def copies(experiment: Experiment) -> str | None:
         return f"quantization.after_training={quantization.after_training}"
     if quantization.qat != "none":
         return f"quantization.qat={quantization.qat}"
-    if quantization.training in ("int8", "int8_weights", "bitnet", "fp8"):
+    if _replaces_layers(experiment):
         return f"quantization.training={quantization.training}"
     return "sparsity.export" if sparsity.export else None
 
