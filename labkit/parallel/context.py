@@ -17,7 +17,8 @@ and every rank has the same work in every turn. torch's own context parallelism 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from labkit.parallel import collectives
 from labkit.parallel.mesh import Mesh
+from labkit.workloads.base import plan_of
 
 SEQUENCE = 1
 """Dimension of the sequence in activations [N, T, width]."""
@@ -92,8 +94,8 @@ class _RingAttention(torch.autograd.Function):
             keys, values = _half(block, columns)
             own = _half(query, rows), _half(grad, rows), _half(correction, rows), _half(log_sum.unsqueeze(-1), rows)
             partials = _attend_backward(*own, keys, values, scale, masked)
-            for total, partial in zip((query_grad, *block_grad), partials, strict=True):
-                _half(total, rows if total is query_grad else columns).add_(partial)
+            for total, part in zip((query_grad, *block_grad), partials, strict=True):
+                _half(total, rows if total is query_grad else columns).add_(part)
         key_grad, value_grad = _pass_on(block_grad, group)
         return query_grad.to(query.dtype), key_grad.to(key.dtype), value_grad.to(value.dtype), None, None, None
 
@@ -184,36 +186,39 @@ def _start(block: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[dist.W
 
 
 def apply(module: nn.Module, mesh: Mesh) -> None:
-    """Shard the sequence where it enters the model and replace every attention by ring attention, in place."""
-    from labkit.workloads.models.decoder import DecoderEmbedding, DecoderLayer
-    from labkit.workloads.models.experts import MixtureOfExperts
-    from labkit.workloads.models.gpt import TokenEmbedding
-    from labkit.workloads.models.transformer import Attention
-    from labkit.workloads.models.vit import MeanHead, PatchEmbedding
+    """Shard the sequence where it enters the model and replace every attention by ring attention, in place.
 
+    Modules say what to do with their parts (`cp_plan`).
+    """
     group = mesh.group("cp")
     assert group is not None
-    index, ranks = mesh.index("cp"), mesh.size("cp")
+    styles = _styles(group, mesh.index("cp"), mesh.size("cp"))
+    for owner in list(module.modules()):
+        for name, style in plan_of(owner, "cp_plan"):
+            styles[style](owner, name)
+
+
+def _styles(group: dist.ProcessGroup, index: int, ranks: int) -> dict[str, Callable[[nn.Module, str], Any]]:
+    """Return what can be done with a part of a module, by the name that plans use: functions of owner and name."""
 
     def own(x: Tensor, dim: int) -> Tensor:
         return zigzag(x, dim, index, ranks)
 
-    for part in module.modules():
-        if isinstance(part, Attention):
-            part.mix = Ring(group)
-        elif isinstance(part, TokenEmbedding | DecoderEmbedding):
-            part.shard_sequence = own
-        elif isinstance(part, DecoderLayer):
-            part.positions = lambda x: own(torch.arange(x.shape[1] * ranks, device=x.device), 0)
-            _in_transformers(part.layer.self_attn, Ring(group))
-        elif isinstance(part, MixtureOfExperts):
-            part.sum_over_sequence_ranks = lambda counts: collectives.all_reduce_no_grad(counts, group)
-        elif isinstance(part, PatchEmbedding):
-            part.register_forward_hook(lambda m, i, out: own(out, SEQUENCE))
-        elif isinstance(part, MeanHead):  # its mean over the patches needs all of them, in any order
-            part.register_forward_pre_hook(
-                lambda m, i: (collectives.gather_from_sequence_region(i[0], group, SEQUENCE),)
-            )
+    def positions(x: Tensor) -> Tensor:
+        return own(torch.arange(x.shape[1] * ranks, device=x.device), 0)
+
+    def gather(module: nn.Module, inputs: Any) -> tuple[Tensor]:
+        return (collectives.gather_from_sequence_region(inputs[0], group, SEQUENCE),)
+
+    return {
+        "ring": lambda owner, name: setattr(owner, name, Ring(group)),
+        "ring_of_transformers": lambda owner, name: _in_transformers(owner.get_submodule(name), Ring(group)),
+        "own_part": lambda owner, name: setattr(owner, name, own),
+        "own_positions": lambda owner, name: setattr(owner, name, positions),
+        "sum": lambda owner, name: setattr(owner, name, partial(collectives.all_reduce_no_grad, group=group)),
+        "shard_output": lambda owner, name: owner.register_forward_hook(lambda m, i, out: own(out, SEQUENCE)),
+        "gather_input": lambda owner, name: owner.register_forward_pre_hook(gather),
+    }
 
 
 def _in_transformers(attention: Any, ring: Ring) -> None:

@@ -10,52 +10,16 @@ from labkit.experiment.layout import Layout
 from labkit.experiment.machine import Machine
 from labkit.experiment.problem import Problem
 from labkit.experiment.schema import Experiment
-from labkit.workloads.language import BYTES, is_chain
-
-
-def _options(experiment: Experiment) -> Any:
-    return experiment.workload.load()[1]
-
-
-def network_kind(experiment: Experiment) -> str:
-    """Return the kind of network: gpt, transformers, resnet, vit, driver or custom."""
-    kinds = {"driving": "driver", "custom": "custom"}
-    name = experiment.workload.name
-    return kinds[name] if name in kinds else str(_options(experiment).model)
-
-
-def num_blocks(experiment: Experiment) -> int | None:
-    """Return the length of the chain of blocks; None if only the ranks know it."""
-    kind, options = network_kind(experiment), _options(experiment)
-    if kind == "resnet":
-        return int(3 * options.network_depth + 2)
-    if kind == "vit":
-        return int(options.network_depth + 2)
-    if kind == "transformers" and isinstance(layers := _known_config(options).get("num_hidden_layers"), int):
-        return layers + 2
-    return int(options.depth + 2) if kind in ("gpt", "driver") else None
-
-
-def _known_config(options: Any) -> dict[str, Any]:
-    """Return the known config of a model of transformers; empty for a pretrained one, which only the ranks read."""
-    return dict(options.transformers_config or {})
-
-
-def unsplittable_model(experiment: Experiment) -> str | None:
-    """Name the model if it cannot be split into blocks; None if it can, or if only the ranks know."""
-    kind, options = network_kind(experiment), _options(experiment)
-    if kind != "transformers" or options.pretrained or is_chain(_known_config(options), options.context):
-        return None
-    return f"a {_known_config(options).get('model_type')} model of transformers"
-
+from labkit.workloads.network import Network
 
 NO_SEQUENCE = "this network has no sequence to cut"
 
 
-def sequence_length(experiment: Experiment) -> int:
-    """Return the length of the sequence that the network attends to."""
-    options = _options(experiment)
-    return int((options.image_size // options.patch) ** 2 if network_kind(experiment) == "vit" else options.context)
+def network_of(experiment: Experiment) -> Network:
+    """Return what the workload of an experiment tells about its network; nothing for one that tells nothing."""
+    workload, options = experiment.workload.load()
+    describe: Any = getattr(workload, "describe", None)
+    return Network(has_plans=False) if describe is None else describe(options)
 
 
 def _nearest(size: int, *numbers: int) -> int:
@@ -76,45 +40,24 @@ class Shard:
             )
 
 
-def _cut_by_tp(experiment: Experiment) -> dict[str, int]:
-    """Map each thing that tensor parallelism distributes over ranks, in words, to how many of it there are."""
-    kind, options = network_kind(experiment), _options(experiment)
-    if kind == "transformers":
-        names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
-        config = _known_config(options)
-        sizes = {"vocab_size": BYTES} | config if config else {}
-        return {f"{name} {size}": size for name in names if isinstance(size := sizes.get(name), int)}
-    if kind == "resnet":
-        width = options.network_width
-        return {f"the {gcd(width, 8)} channel groups of a width of {width}": gcd(width, 8)}
-    if kind == "driver":
-        return {f"a width of {options.width}": options.width}
-    vocabulary = {f"a vocabulary of {BYTES}": BYTES} if kind == "gpt" else {}
-    return {f"the {options.heads} attention heads": options.heads} | vocabulary
-
-
 class TensorAxis:
     """The axis tp: layers sharded over ranks."""
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        kind, tp, field = network_kind(experiment), experiment.layout.tp, "layout.tp"
-        model = "your own model" if kind == "custom" else unsplittable_model(experiment)
-        if model is not None:
-            yield Problem(field, f"labkit has no plan for cutting the layers of {model}", 1)
+        network, tp, field = network_of(experiment), experiment.layout.tp, "layout.tp"
+        if network.name:
+            yield Problem(field, f"labkit has no plan for cutting the layers of {network.name}", 1)
             return
-        sizes = _cut_by_tp(experiment)
-        for words, size in sizes.items():
+        for words, size in network.tp_sizes.items():
             if size % tp:
-                yield Problem(field, f"{tp} ranks do not divide {words}", _nearest(tp, *sizes.values()))
+                yield Problem(field, f"{tp} ranks do not divide {words}", _nearest(tp, *network.tp_sizes.values()))
         if not experiment.layout.sequence_parallel:
             return
-        if kind not in ("gpt", "vit"):
-            why = "labkit does not cut the norms of a model of transformers" if kind == "transformers" else NO_SEQUENCE
-            yield Problem("layout.sequence_parallel", why, "false")
-            return
-        length = sequence_length(experiment)
-        if length % tp:
+        length = network.sequence
+        if length is None or network.keeps_norms_whole:
+            yield Problem("layout.sequence_parallel", network.keeps_norms_whole or NO_SEQUENCE, "false")
+        elif length % tp:
             yield Problem("layout.sequence_parallel", f"{tp} ranks do not divide a sequence of {length}", "false")
 
 
@@ -123,15 +66,14 @@ class ContextAxis:
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        kind, cp, field = network_kind(experiment), experiment.layout.cp, "layout.cp"
-        model = "your own model" if kind == "custom" else unsplittable_model(experiment)
-        if model is not None or kind in ("resnet", "driver"):
-            yield Problem(field, f"labkit has no ring for the attention of {model}" if model else NO_SEQUENCE, 1)
+        network, cp, field = network_of(experiment), experiment.layout.cp, "layout.cp"
+        length = network.sequence
+        if network.name or length is None:
+            reason = f"labkit has no ring for the attention of {network.name}" if network.name else NO_SEQUENCE
+            yield Problem(field, reason, 1)
             return
-        options = _options(experiment)
-        if kind == "transformers" and _known_config(options).get("attention_dropout"):
+        if network.attention_dropout:
             yield Problem("workload.transformers_config", "the ring has no dropout: set attention_dropout to 0")
-        length = sequence_length(experiment)
         chunks = 2 * cp * (experiment.layout.tp if experiment.layout.sequence_parallel else 1)
         if length % chunks:
             yield Problem(
@@ -140,7 +82,7 @@ class ContextAxis:
                 f"{length}",
                 max(1, _nearest(chunks, length) * cp // chunks),
             )
-        if kind == "gpt" and options.experts and options.capacity:
+        if network.experts and network.expert_capacity:
             yield Problem(
                 "workload.capacity",
                 "an expert's capacity is counted over whole sequences, but cp cuts them into parts",
@@ -153,8 +95,7 @@ class ExpertAxis:
 
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        options, ep, field = _options(experiment), experiment.layout.ep, "layout.ep"
-        experts = options.experts if network_kind(experiment) == "gpt" else 0
+        experts, ep, field = network_of(experiment).experts, experiment.layout.ep, "layout.ep"
         if not experts:
             yield Problem(field, "this network has no experts to distribute (workload.experts of the GPT)", 1)
         elif experts % ep:
@@ -167,11 +108,11 @@ class PipelineAxis:
     @staticmethod
     def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         layout = experiment.layout
-        model = unsplittable_model(experiment)
-        if model is not None:
-            yield Problem("layout.pp", f"labkit cannot split {model} into blocks", 1)
+        network = network_of(experiment)
+        if network.unsplittable:
+            yield Problem("layout.pp", f"labkit cannot split {network.unsplittable} into blocks", 1)
             return
-        blocks = num_blocks(experiment)
+        blocks = network.blocks
         count = layout.pp * layout.stages_per_rank
         by_hand = layout.stage_blocks
         if by_hand is not None and (

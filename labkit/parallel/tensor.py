@@ -13,16 +13,22 @@ only a part of the tokens: their gradient is marked as partial along `tp`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from labkit.parallel import collectives
 from labkit.parallel.cut import add_partial, shard_parameter
 from labkit.parallel.mesh import Mesh
+from labkit.workloads.base import plan_of
 
 SEQUENCE = 1
 """Dimension of the sequence in activations [N, T, width]."""
+Style = Callable[["Place"], None]
+"""Shards the part of a module at a place."""
 
 
 class RowParallelLinear(nn.Module):
@@ -104,101 +110,116 @@ def enter_region_at_input(module: nn.Module, mesh: Mesh, sequence: bool, name: s
 
 
 def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
-    """Shard every layer of `module` that has a plan, in place."""
-    from labkit.workloads.models.decoder import DecoderEmbedding, DecoderHead, DecoderLayer
-    from labkit.workloads.models.driver import Surroundings
-    from labkit.workloads.models.experts import Experts, MixtureOfExperts
-    from labkit.workloads.models.gpt import TokenEmbedding, TokenHead
-    from labkit.workloads.models.resnet import ResidualBlock
-    from labkit.workloads.models.transformer import MLP, Attention, Layer
-    from labkit.workloads.models.vit import MeanHead, PatchEmbedding
-
-    group = mesh.group("tp")
-    assert group is not None
+    """Shard every part of `module` that has a plan (`tp_plan`), in place; ValueError for a style that is not known."""
     for part in list(module.modules()):
-        if isinstance(part, Attention):
-            assert part.heads % mesh.size("tp") == 0, "refused by a rule"
-            for layer in (part.query, part.key, part.value):
-                column_parallel(layer, mesh)
-            part.out = RowParallelLinear(part.out, mesh, sequence)  # type: ignore[assignment]
-            enter_region_at_input(part, mesh, sequence)
-        elif isinstance(part, MLP):
-            column_parallel(part.up, mesh)
-            part.down = RowParallelLinear(part.down, mesh, sequence)  # type: ignore[assignment]
-            enter_region_at_input(part, mesh, sequence)
-        elif isinstance(part, Layer) and sequence:
-            for norm in (part.attention_norm, part.mlp_norm):
-                for parameter in norm.parameters():
-                    add_partial(parameter, "tp")
-        elif isinstance(part, TokenEmbedding):
-            part.token = VocabParallelEmbedding(part.token, mesh, sequence)  # type: ignore[assignment]
-            if sequence:
-                add_partial(part.position.weight, "tp")
-                part.shard_positions = lambda x, dim: x.chunk(mesh.size("tp"), dim)[mesh.index("tp")]
-        elif isinstance(part, TokenHead):
-            column_parallel(part.score, mesh)
-            enter_region_at_input(part.score, mesh, sequence)  # the logits stay sharded: labkit.parallel.loss
-            if sequence:
-                for parameter in part.norm.parameters():
-                    add_partial(parameter, "tp")
-        elif isinstance(part, PatchEmbedding) and sequence:
-            part.register_forward_hook(lambda m, i, out: collectives.split(out, group, SEQUENCE))
-        elif isinstance(part, MeanHead) and sequence:
-            # Before a hook of context parallelism, which sharded the sequence first.
-            part.register_forward_pre_hook(lambda m, i: (collectives.all_gather(i[0], group, SEQUENCE),), prepend=True)
-        elif isinstance(part, Experts):
-            part.up, part.down = shard_parameter(part.up, mesh, "tp", 1), shard_parameter(part.down, mesh, "tp", 2)
-            enter_region_at_input(part, mesh, False)
-            part.register_forward_hook(lambda m, i, out: collectives.reduce_from_region(out, group))
-        elif isinstance(part, MixtureOfExperts) and sequence:
-            # Every rank routes all tokens: otherwise the router would see other shares of an expert's queue.
-            part.register_forward_pre_hook(lambda m, i: (collectives.all_gather(i[0], group, SEQUENCE),))
-            part.register_forward_hook(lambda m, i, out: collectives.split(out, group, SEQUENCE))
-        elif isinstance(part, DecoderEmbedding):
-            part.token = VocabParallelEmbedding(part.token, mesh, False)  # type: ignore[assignment]
-        elif isinstance(part, DecoderLayer):
-            _by_plan(part.layer, part.tp_plan, mesh)
-        elif isinstance(part, DecoderHead):
-            column_parallel(part.score, mesh)
-            enter_region_at_input(part.score, mesh, False)
-        elif isinstance(part, ResidualBlock):
-            _residual_block(part, mesh)
-        elif isinstance(part, Surroundings):
-            column_parallel(part.each[0], mesh)  # type: ignore[arg-type]
-            part.each[2] = RowParallelLinear(part.each[2], mesh, False)  # type: ignore[arg-type]
-            enter_region_at_input(part.each, mesh, False)
+        for name, style in plan_of(part, "tp_plan"):
+            shard = STYLES.get(style)
+            if shard is None:
+                raise ValueError(f"labkit does not know how to shard {name} {style}, as the plan of the model asks")
+            shard(Place(part, name, mesh, sequence))
 
 
-def _residual_block(block: nn.Module, mesh: Mesh) -> None:
-    """Shard a residual block: column-parallel convolution, group norm by whole groups, row-parallel convolution."""
-    convs: Any = block.convs
-    first, norm, _, second, _ = convs
-    size = mesh.size("tp")
+@dataclass(frozen=True)
+class Place:
+    """The part of a module that a style applies to."""
+
+    owner: nn.Module
+    name: str
+    """Dotted name of a submodule or attribute of the owner; empty for the owner itself."""
+    mesh: Mesh
+    sequence: bool
+    """Whether activations are sharded along the sequence."""
+
+    @property
+    def part(self) -> Any:
+        """The submodule or attribute itself."""
+        return attrgetter(self.name)(self.owner) if self.name else self.owner
+
+    def replace(self, part: Any) -> None:
+        """Put `part` in the place of the submodule or attribute."""
+        parent, _, attribute = self.name.rpartition(".")
+        setattr(self.owner.get_submodule(parent), attribute, part)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """Process group of the tensor-parallel ranks."""
+        group = self.mesh.group("tp")
+        assert group is not None
+        return group
+
+
+def _group_norm(place: Place) -> None:
+    """Keep this rank's whole groups of a group norm."""
+    norm, size = place.part, place.mesh.size("tp")
     assert norm.num_groups % size == 0, "refused by a rule"
-    column_parallel(first, mesh)
-    norm.weight, norm.bias = shard_parameter(norm.weight, mesh, "tp", 0), shard_parameter(norm.bias, mesh, "tp", 0)
+    norm.weight, norm.bias = (shard_parameter(value, place.mesh, "tp", 0) for value in (norm.weight, norm.bias))
     norm.num_groups, norm.num_channels = norm.num_groups // size, norm.num_channels // size
-    convs[3] = RowParallelLinear(second, mesh, False)
-    enter_region_at_input(convs, mesh, False)
 
 
-def _by_plan(layer: nn.Module, plan: dict[str, str], mesh: Mesh) -> None:
-    """Shard a layer of transformers as its own `plan` says; ValueError for a style that labkit does not know."""
-    parents: set[str] = set()
-    for name, style in plan.items():
-        parent, _, attribute = name.rpartition(".")
-        part = layer.get_submodule(name)
-        if style == "colwise":
-            assert isinstance(part, nn.Linear)
-            column_parallel(part, mesh)
-            parents.add(parent)
-        elif style == "rowwise":
-            assert isinstance(part, nn.Linear)
-            setattr(layer.get_submodule(parent), attribute, RowParallelLinear(part, mesh, False))
-        elif style == "replicated_with_grad_allreduce":  # e.g. a norm of single heads, of which each rank has some
-            for parameter in part.parameters():
-                add_partial(parameter, "tp")
-        else:
-            raise ValueError(f"labkit does not know how to shard {name} {style}, as its plan in transformers asks")
-    for parent in sorted(parents):
-        enter_region_at_input(layer.get_submodule(parent), mesh, False, "hidden_states")
+def _partial_gradients(place: Place) -> None:
+    """Record that this rank computes only a part of the gradient of all parameters of the part."""
+    for parameter in place.part.parameters():
+        add_partial(parameter, "tp")
+
+
+def _own_positions(place: Place) -> None:
+    """Set a function that returns this rank's part of the positions."""
+    size, index = place.mesh.size("tp"), place.mesh.index("tp")
+    place.replace(lambda x, dim: x.chunk(size, dim)[index])
+
+
+def _gather_input(place: Place) -> None:
+    """All-gather the input along the sequence, before a hook of context parallelism, which sharded it first."""
+    group = place.group
+    place.part.register_forward_pre_hook(lambda m, i: (collectives.all_gather(i[0], group, SEQUENCE),), prepend=True)
+
+
+def _shard_output(place: Place) -> None:
+    """Keep this rank's part of the output along the sequence."""
+    group = place.group
+    place.part.register_forward_hook(lambda m, i, out: collectives.split(out, group, SEQUENCE))
+
+
+def _reduce_output(place: Place) -> None:
+    """Sum the output over the ranks."""
+    group = place.group
+    place.part.register_forward_hook(lambda m, i, out: collectives.reduce_from_region(out, group))
+
+
+def _enter(place: Place) -> None:
+    enter_region_at_input(place.part, place.mesh, place.sequence, "hidden_states")
+
+
+def _dim(dim: int) -> Style:
+    """Return the style that shards a parameter along a dimension."""
+    return lambda place: place.replace(shard_parameter(place.part, place.mesh, "tp", dim))
+
+
+def _if_sequence(style: Style) -> Style:
+    """Return the style that does the same under sequence parallelism only."""
+    return lambda place: style(place) if place.sequence else None
+
+
+STYLES: dict[str, Style] = {
+    "colwise": lambda place: column_parallel(place.part, place.mesh),
+    "rowwise": lambda place: place.replace(RowParallelLinear(place.part, place.mesh, place.sequence)),
+    "vocabulary": lambda place: place.replace(VocabParallelEmbedding(place.part, place.mesh, place.sequence)),
+    "group_norm": _group_norm,
+    "dim 1": _dim(1),
+    "dim 2": _dim(2),
+    "enter": _enter,
+    "enter_whole": lambda place: enter_region_at_input(place.part, place.mesh, False),
+    "reduce_output": _reduce_output,
+    "replicated_with_grad_allreduce": _partial_gradients,
+    "sequence_parallel": _if_sequence(_partial_gradients),
+    "own_positions": _if_sequence(_own_positions),
+    "shard_output": _if_sequence(_shard_output),
+    "gather_input": _if_sequence(_gather_input),
+}
+"""What can be done with a part of a module, by the name that plans use. Those of transformers are among them.
+
+`colwise`, `rowwise`, `vocabulary`, `group_norm`, `dim 1` and `dim 2` shard parameters. `enter` and `enter_whole` begin
+the region in which activations differ between ranks; it ends in row-parallel layers, or with `reduce_output`, and all
+that enters must leave that way: the gradient of an input is the sum over the ranks. The last five say which gradients
+and activations are partial; but for `replicated_with_grad_allreduce` they apply under sequence parallelism only.
+"""

@@ -21,6 +21,16 @@ import torch
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
+Plan = tuple[tuple[str, str], ...]
+"""How a module is sharded: pairs of a part of it (the dotted name of a submodule or attribute, or "" for the module
+itself) and what is done with that part. A class declares `tp_plan` (styles: labkit.parallel.tensor) and `cp_plan`
+(labkit.parallel.context)."""
+
+
+def plan_of(module: nn.Module, name: str) -> Plan:
+    """Return the plan that a module declares; empty if it has none, or one of another library (a dict)."""
+    plan: Any = getattr(module, name, ())
+    return plan if isinstance(plan, tuple) else ()
 
 
 class Data(Protocol):

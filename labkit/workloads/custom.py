@@ -31,6 +31,7 @@ from labkit.experiment.cell_source import NotSelfContainedError, check, self_con
 from labkit.experiment.own_code import method_from_cell
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options
+from labkit.workloads.network import Network
 
 if TYPE_CHECKING:
     from labkit.experiment.machine import Machine
@@ -97,6 +98,11 @@ class Custom:
             return sha256(file.read_bytes()).hexdigest() if file is not None else ""
         except OSError:
             return ""
+
+    @classmethod
+    def describe(cls, options: CustomOptions) -> Network:
+        """Return what layouts need to know of the network: only the ranks build it."""
+        return Network(has_plans=False)
 
     @classmethod
     def build(cls, options: Any, seed: int) -> Task:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options
+from labkit.workloads.network import Network
 
 if TYPE_CHECKING:
     from labkit.experiment.machine import Machine
@@ -50,6 +51,11 @@ class Driving:
             )
         if options.episodes and find_spec("highway_env") is None:
             yield Problem("workload.episodes", "the simulated road needs highway-env: pip install highway-env", 0)
+
+    @classmethod
+    def describe(cls, options: DrivingOptions) -> Network:
+        """Return what layouts need to know of the network."""
+        return Network(options.depth + 2, tp_sizes={f"a width of {options.width}": options.width})
 
     @classmethod
     def build(cls, options: Any, seed: int) -> Task:

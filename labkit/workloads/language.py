@@ -13,6 +13,7 @@ from pydantic import Field, JsonValue
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options
+from labkit.workloads.network import Network
 from labkit.workloads.rules import extra_missing, hub_data, is_path, nearest_divisor, without_effect
 from labkit.workloads.sizes import SMALL_LLAMA, gpt_parameters, needed_bytes, transformers_parameters
 
@@ -93,6 +94,19 @@ class Language:
             yield from without_effect(options, ("mlp_growth",), "experts take the place of the MLPs")
 
     @classmethod
+    def describe(cls, options: LanguageOptions) -> Network:
+        """Return what layouts need to know of the network."""
+        if options.model == "transformers":
+            return _describe_transformers(options)
+        return Network(
+            options.depth + 2,
+            tp_sizes={f"the {options.heads} attention heads": options.heads, f"a vocabulary of {BYTES}": BYTES},
+            sequence=options.context,
+            experts=options.experts,
+            expert_capacity=options.capacity > 0,
+        )
+
+    @classmethod
     def build(cls, options: Any, seed: int) -> Task:
         """Read the text and build the network from a LanguageOptions, a dict of its fields, or a workload section."""
         from labkit.workloads.language_task import LanguageTask
@@ -134,6 +148,22 @@ class Language:
         corpus = Corpus.from_text(text, held_out, encode, vocabulary)
         _refuse_leak(options, model, vocabulary)
         return LanguageTask(model, corpus, options.context, data=options.data, about=about)
+
+
+def _describe_transformers(options: LanguageOptions) -> Network:
+    """Return what layouts need to know of a model of transformers; only ranks read the sizes of a pretrained one."""
+    config = dict(options.transformers_config or {})
+    if not options.pretrained and not is_chain(config, options.context):
+        return Network(unsplittable=f"a {config.get('model_type')} model of transformers")
+    layers, sizes = config.get("num_hidden_layers"), {"vocab_size": BYTES} | config if config else {}
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    return Network(
+        layers + 2 if isinstance(layers, int) else None,
+        tp_sizes={f"{name} {size}": size for name in names if isinstance(size := sizes.get(name), int)},
+        sequence=options.context,
+        keeps_norms_whole="labkit does not cut the norms of a model of transformers",
+        attention_dropout=bool(config.get("attention_dropout")),
+    )
 
 
 def _refuse_leak(options: LanguageOptions, model: nn.Module, vocabulary: int) -> None:

@@ -6,12 +6,14 @@ The form and the command line import this file too: torch and the data libraries
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import gcd
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options
+from labkit.workloads.network import Network
 from labkit.workloads.rules import hub_data, nearest_divisor, without_effect
 
 if TYPE_CHECKING:
@@ -98,6 +100,16 @@ class Vision:
             yield from without_effect(options, ("patch", "heads"), "the residual network has no patches and no heads")
         if options.data == DIGITS:
             yield from without_effect(options, ("image_column", "label_column"), "the digits have no columns")
+
+    @classmethod
+    def describe(cls, options: VisionOptions) -> Network:
+        """Return what layouts need to know of the network."""
+        width, depth = options.network_width, options.network_depth
+        if options.model == "resnet":
+            groups = gcd(width, 8)
+            return Network(3 * depth + 2, tp_sizes={f"the {groups} channel groups of a width of {width}": groups})
+        patches = (options.image_size // options.patch) ** 2
+        return Network(depth + 2, tp_sizes={f"the {options.heads} attention heads": options.heads}, sequence=patches)
 
     @classmethod
     def build(cls, options: Any, seed: int) -> ClassificationTask:

@@ -54,6 +54,16 @@ for name, changes in added.items():
 sent = runs["scaled_half"].summary()["communication"]
 assert sent["counted_bytes_per_step"] == sent["formula_bytes_per_step"]
 assert abs(runs["checkerboard"].summary()["effective"]["sparsity"] - 0.5) < 0.02
+exact = {"quantization.training": "fp64", "training.gradient_norm": True}
+exact = labkit.Experiment().set(small | added["xor"] | exact)
+layouts = {"one": {}, "tp": {"tp": 2}, "pp": {"pp": 2, "microbatches": 2}}
+cut = {name: labkit.run(exact.set({"layout": layout}), baseline=None) for name, layout in layouts.items()}
+for run in cut.values():
+    run.result(timeout=120)
+    assert abs(run.data().loss - cut["one"].data().loss).max() < 1e-9, "the layout computes what one process computes"
+    assert abs(run.data().grad_norm - cut["one"].data().grad_norm).max() < 1e-9
+[problem] = exact.set({"layout.tp": 3, "layout.dp_replicate": 1}).problems()
+assert problem.reason == "3 ranks do not divide 16 hidden units", problem
 picture = last_losses(list(runs.values()))
 assert len(picture.rows) == len(runs)
 print("all recipes work")

@@ -37,6 +37,7 @@ from labkit.parallel.pipeline import SCHEDULES
 from labkit.parallel.stages import minimal_maximum, split_into_stages
 from labkit.parallel.sync import GradientSync
 from labkit.proofs.cases import FAMILIES
+from labkit.workloads import driving, language, vision
 from labkit.workloads.base import Blocks
 from labkit.workloads.models.experts import MixtureOfExperts
 from labkit.workloads.models.gpt import gpt
@@ -401,12 +402,15 @@ def test_every_reason_in_the_source_of_the_rules() -> None:
     tree = ast.parse(Path(rules.__file__).read_text())
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Problem"]
     reasons = {reason for call in calls for reason in said(call.args[1])}
-    # One sentence for all that tp deals out; what that is stands in a table.
+    # One sentence for all that tp distributes over ranks; what that is, the workloads describe.
     reasons.remove(tp := "1 ranks do not divide 1")
-    (table,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "_cut_by_tp")
-    for node in ast.walk(table):
-        keys = {ast.Dict: lambda n: n.keys, ast.DictComp: lambda n: [n.key]}.get(type(node), lambda n: [])(node)
-        reasons |= {tp[:-1] + words for key in keys if isinstance(key, ast.JoinedStr) for words in said(key)}
+    sources = [ast.parse(Path(file.__file__).read_text()) for file in (vision, language, driving)]
+    for node in (node for source in sources for node in ast.walk(source) if isinstance(node, ast.keyword)):
+        if node.arg == "tp_sizes":
+            keys = node.value.keys if isinstance(node.value, ast.Dict) else [node.value.key]
+            reasons |= {tp[:-1] + words for key in keys for words in said(key)}
+        elif node.arg == "keeps_norms_whole":
+            reasons |= set(said(node.value))
     assert len(reasons) >= 15
     for reason in reasons:
         assert evidence_for(reason), f"no evidence for: {reason}"

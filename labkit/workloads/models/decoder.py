@@ -8,17 +8,20 @@ rotary positions and a plain causal mask → norm → output layer (`language.CH
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from labkit.workloads.base import Blocks
+from labkit.workloads.base import Blocks, Plan
 from labkit.workloads.models.gpt import ShardFunction
 
 
 class DecoderEmbedding(nn.Module):
     """Tokens [N, T] to [N, T, width]."""
+
+    tp_plan: ClassVar[Plan] = (("token", "vocabulary"),)
+    cp_plan: ClassVar[Plan] = (("shard_sequence", "own_part"),)
 
     def __init__(self, token: nn.Embedding) -> None:
         super().__init__()
@@ -32,13 +35,21 @@ class DecoderEmbedding(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One layer of the library with the rotary positions of the local tokens: [N, T, width] to the same."""
+    """One layer of the library with the rotary positions of the local tokens: [N, T, width] to the same.
+
+    `tp_plan` is the library's own tensor-parallel plan of the layer: name of a module to a parallel style.
+    """
+
+    cp_plan: ClassVar[Plan] = (("positions", "own_positions"), ("layer.self_attn", "ring_of_transformers"))
 
     def __init__(self, layer: nn.Module, rotary: nn.Module, tp_plan: dict[str, str]) -> None:
         super().__init__()
         self.layer, self.rotary = layer, rotary
-        self.tp_plan = tp_plan
-        """The library's own tensor-parallel plan of the layer: name of a module to a parallel style."""
+        parents = sorted({name.rpartition(".")[0] for name, style in tp_plan.items() if style == "colwise"})
+        self.tp_plan: Plan = (
+            *((f"layer.{name}", style) for name, style in tp_plan.items()),
+            *((f"layer.{name}", "enter") for name in parents),
+        )
         self.positions: Callable[[Tensor], Tensor] = lambda x: torch.arange(x.shape[1], device=x.device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,6 +67,8 @@ class DecoderLayer(nn.Module):
 
 class DecoderHead(nn.Module):
     """Normalise and compute logits: [N, T, width] to [N, T, vocabulary]."""
+
+    tp_plan: ClassVar[Plan] = (("score", "colwise"), ("score", "enter"))
 
     def __init__(self, norm: nn.Module, score: nn.Linear) -> None:
         super().__init__()

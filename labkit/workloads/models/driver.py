@@ -6,14 +6,18 @@ the maximum over the vehicles (Zaheer et al. 2017, "Deep Sets", arXiv:1703.06114
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from labkit.workloads.base import Blocks
+from labkit.workloads.base import Blocks, Plan
 
 
 class Surroundings(nn.Module):
     """Observation [N, vehicles · features] to [N, width]: each vehicle paired with the driver, then the maximum."""
+
+    tp_plan: ClassVar[Plan] = (("each.0", "colwise"), ("each.2", "rowwise"), ("each", "enter"))
 
     def __init__(self, vehicles: int, features: int, width: int) -> None:
         super().__init__()

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from labkit.workloads.base import Plan
 
 Run = Callable[[Tensor, list[int]], Tensor]
 """Function from (tokens sorted by expert [rows, width], number of rows of each expert) to results [rows, width]."""
@@ -23,6 +25,8 @@ Run = Callable[[Tensor, list[int]], Tensor]
 
 class Experts(nn.Module):
     """A batch of `experts` two-layer networks without biases, so that they can be distributed over ranks."""
+
+    tp_plan: ClassVar[Plan] = (("up", "dim 1"), ("down", "dim 2"), ("", "enter_whole"), ("", "reduce_output"))
 
     def __init__(self, width: int, experts: int) -> None:
         super().__init__()
@@ -46,6 +50,10 @@ class MixtureOfExperts(nn.Module):
     `balance_loss`: factor of E/(k·T) · Σ_e (tokens that chose e) · (mean probability of e), summed over sequences. It
     affects the gradient only; the reported loss stays comparable.
     """
+
+    tp_plan: ClassVar[Plan] = (("", "gather_input"), ("", "shard_output"))
+    """Every rank routes all tokens: otherwise the router would see other shares of an expert's queue."""
+    cp_plan: ClassVar[Plan] = (("sum_over_sequence_ranks", "sum"),)
 
     def __init__(
         self, width: int, experts: int, experts_per_token: int, capacity: float = 0.0, balance_loss: float = 0.0

@@ -9,11 +9,12 @@ time.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from labkit.workloads.base import Blocks
+from labkit.workloads.base import Blocks, Plan
 from labkit.workloads.models.experts import MixtureOfExperts
 from labkit.workloads.models.transformer import MLP, Attention, Layer
 
@@ -23,6 +24,12 @@ ShardFunction = Callable[[Tensor, int], Tensor]
 
 class TokenEmbedding(nn.Module):
     """A vector for each token plus one for its position: [N, T] int64 to [N, T, width], T at most `context`."""
+
+    tp_plan: ClassVar[Plan] = (
+        *(("token", "vocabulary"), ("position", "sequence_parallel")),
+        ("shard_positions", "own_positions"),
+    )
+    cp_plan: ClassVar[Plan] = (("shard_sequence", "own_part"),)
 
     def __init__(self, vocabulary: int, context: int, width: int) -> None:
         super().__init__()
@@ -41,6 +48,8 @@ class TokenEmbedding(nn.Module):
 
 class TokenHead(nn.Module):
     """Normalise and compute the logits of the vocabulary: [N, T, width] to [N, T, vocabulary]."""
+
+    tp_plan: ClassVar[Plan] = (("score", "colwise"), ("score", "enter"), ("norm", "sequence_parallel"))
 
     def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__()

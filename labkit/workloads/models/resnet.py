@@ -12,10 +12,11 @@ within twenty optimizer steps. With SiLU they stay within 1e-6, so that parity c
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from labkit.workloads.base import Blocks
+from labkit.workloads.base import Blocks, Plan
 
 MAP_SIDE = 4
 
@@ -26,6 +27,11 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 class ResidualBlock(nn.Module):
     """silu(shortcut(x) + norm(conv(silu(norm(conv(x)))))): [N, in, H, W] to [N, out, H/stride, W/stride]."""
+
+    tp_plan: ClassVar[Plan] = (
+        *(("convs.0", "colwise"), ("convs.1", "group_norm")),
+        *(("convs.3", "rowwise"), ("convs", "enter")),
+    )
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()

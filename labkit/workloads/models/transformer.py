@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 from torch import Tensor, nn
+
+from labkit.workloads.base import Plan
 
 Mix = Callable[..., Tensor]
 
@@ -15,6 +18,12 @@ class Attention(nn.Module):
     With `causal`, position t attends to positions 0 … t only. `mix` computes the attention: query, key and value [N, H,
     T, D] to [N, H, T, D]; context parallelism replaces it by ring attention.
     """
+
+    tp_plan: ClassVar[Plan] = (
+        *(("query", "colwise"), ("key", "colwise"), ("value", "colwise")),
+        *(("out", "rowwise"), ("", "enter")),
+    )
+    cp_plan: ClassVar[Plan] = (("mix", "ring"),)
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
@@ -40,6 +49,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Linear to `hidden` (default 4·width), GELU, linear back, at each position separately."""
 
+    tp_plan: ClassVar[Plan] = (("up", "colwise"), ("down", "rowwise"), ("", "enter"))
+
     def __init__(self, width: int, hidden: int | None = None) -> None:
         super().__init__()
         hidden = hidden or 4 * width
@@ -52,6 +63,8 @@ class MLP(nn.Module):
 
 class Layer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): [N, T, width] to [N, T, width]."""
+
+    tp_plan: ClassVar[Plan] = (("attention_norm", "sequence_parallel"), ("mlp_norm", "sequence_parallel"))
 
     def __init__(self, width: int, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from labkit.workloads.base import Blocks
+from labkit.workloads.base import Blocks, Plan
 from labkit.workloads.models.transformer import MLP, Attention, Layer
 
 
 class PatchEmbedding(nn.Module):
     """Cut images into patches and embed each with its position: [N, channels, H, W] to [N, patches, width]."""
+
+    tp_plan: ClassVar[Plan] = (("", "shard_output"),)
+    cp_plan: ClassVar[Plan] = (("", "shard_output"),)
 
     def __init__(self, channels: int, image_size: int, patch: int, width: int) -> None:
         super().__init__()
@@ -26,6 +31,10 @@ class PatchEmbedding(nn.Module):
 
 class MeanHead(nn.Module):
     """Normalise, average over the patches, classify: [N, patches, width] to [N, classes]."""
+
+    tp_plan: ClassVar[Plan] = (("", "gather_input"),)
+    cp_plan: ClassVar[Plan] = (("", "gather_input"),)
+    """The mean needs all patches, in any order."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
