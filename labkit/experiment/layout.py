@@ -136,7 +136,7 @@ class Layout(BaseModel):
 
     @property
     def shards_weights(self) -> bool:
-        """True if no rank keeps all weights of the model between its uses."""
+        """True if some weights are sharded or cut into stages, so that no rank keeps the whole model."""
         return self.pp > 1 or self.tp > 1 or self.ep > 1 or (self.dp_shard > 1 and self.zero_stage == 3)
 
     @property

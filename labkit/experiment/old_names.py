@@ -11,15 +11,33 @@ from labkit.experiment.layout import Layout
 MOMENTUM = 0.9
 """Default momentum of SGD."""
 PIPEDREAM = "pipedream"
+DEFAULT: str = Layout.model_fields["schedule"].default
 _OF_PIPEDREAM = {"stash": "weight_stashing", "predict": "weight_prediction"}
 """Settings of the layout by the names that they had as options of the update rule."""
 
 
 def with_new_names(data: dict[str, Any], assigned: Iterable[str]) -> dict[str, Any]:
     """Return the data of an experiment with settings that were assigned by an old name under their new one."""
-    if "optimizer.momentum" in assigned and "optimizer.beta1" not in assigned and isinstance(data["optimizer"], dict):
-        return data | {"optimizer": beta1_from_momentum(data["optimizer"])}
+    fields = set(assigned)
+    if "optimizer.momentum" in fields and "optimizer.beta1" not in fields and isinstance(data["optimizer"], dict):
+        data = data | {"optimizer": beta1_from_momentum(data["optimizer"])}
+    rules = fields & {"gradients", "gradients.update", "gradients.update.method"}
+    layout = _layout_fields(data.get("layout", {}))
+    if rules and not fields & {"layout", "layout.schedule"} and layout and layout.get("schedule") == PIPEDREAM:
+        return data | {"layout": _without_pipedream(data, layout)}
     return data
+
+
+def _without_pipedream(data: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
+    """Return the layout for an update rule that was chosen in the place of PipeDream, as if that were one, too."""
+    if data["gradients"]["update"].get("method") == PIPEDREAM:
+        return layout
+    text = (
+        "PipeDream is a pipeline schedule, not an update rule: choosing another rule sets layout.schedule to "
+        f"{DEFAULT}; set it yourself"
+    )
+    warnings.warn(text, FutureWarning, stacklevel=3)
+    return layout | {"schedule": DEFAULT}
 
 
 def beta1_from_momentum(optimizer: dict[str, Any]) -> dict[str, Any]:

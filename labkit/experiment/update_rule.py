@@ -23,7 +23,7 @@ class UpdateRuleInForce:
     """Its name: that of the rule, or of the schedule that brings it."""
     field: str
     """The setting that chooses it."""
-    synchronous: str
+    nearest_synchronous: str
     """The nearest value of that setting with which training is synchronous."""
     load: Callable[[], tuple[Any, Any]]
     """Imports the class and returns it with its options, an instance of its `Options`."""

@@ -110,7 +110,7 @@ class Sweep:
         ValueError if another process runs the sweep of this name. Afterwards `problem` is not empty if it could not
         continue.
         """
-        report = progress or _print
+        report = progress or _ProgressLine()
         with as_interrupts(replace=False):
             self.start()
             try:
@@ -144,9 +144,7 @@ class Sweep:
         self._stopping.set()
         current = self._current
         if current is not None:
-            with contextlib.suppress(
-                TimeoutError
-            ):  # the machine is busy: `wait` below lets the thread save the outcome
+            with contextlib.suppress(TimeoutError):  # on a busy machine; `wait` below lets the thread save the outcome
                 current.stop()
         return self.wait(STOP_WAIT_S)
 
@@ -385,10 +383,18 @@ def _label_part(field: str, value: Any) -> str:
     return str(value) if isinstance(value, str) else f"{field.rpartition('.')[2]} {value}"
 
 
-def _print(sweep: Sweep) -> None:
-    """Print the progress on one line, which the next call overwrites."""
-    done, total = sum(point.done for point in sweep.points), len(sweep.points)
-    now = next((point.label for point in sweep.points if point.state == "running"), "")
-    end = "\n" if not sweep.running else ""
-    sys.stdout.write(f"\r{done}/{total} {safe_files.printable(now):60.60}{end}")
-    sys.stdout.flush()
+class _ProgressLine:
+    """Prints the progress of a sweep on one line and overwrites it when it changes: a notebook keeps all of it."""
+
+    def __init__(self) -> None:
+        self._printed = ""
+
+    def __call__(self, sweep: Sweep) -> None:
+        done, total = sum(point.done for point in sweep.points), len(sweep.points)
+        now = next((point.label for point in sweep.points if point.state == "running"), "")
+        end = "\n" if not sweep.running else ""
+        line = f"\r{done}/{total} {safe_files.printable(now):60.60}{end}"
+        if line != self._printed:
+            self._printed = line
+            sys.stdout.write(line)
+            sys.stdout.flush()

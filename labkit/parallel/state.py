@@ -18,7 +18,7 @@ from labkit.parallel.cut import ShardSpec
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.shard import to_local
 from labkit.parallel.sync import Zero1Bucket
-from labkit.workloads.mapped import LARGE, LEAST, mapped_copy
+from labkit.workloads.mapped import LARGE_MODEL, LARGE_TENSOR, MappedFiles
 
 State = dict[str, Tensor]
 
@@ -54,7 +54,7 @@ def gather(
     """
     keeps = own or model.mesh.rank == model.mesh.writer
     weights, moments = State(), State()
-    total = 0
+    files, total = MappedFiles(folder) if folder is not None else None, 0
 
     def keep(state: State, key: str, name: str, value: Tensor) -> None:
         nonlocal total
@@ -62,8 +62,8 @@ def gather(
         if keeps:
             value = _as_stored(value.detach().cpu())
             total += (size := value.numel() * value.element_size())
-            if folder is not None and total > LARGE and size >= LEAST:
-                state[key] = mapped_copy(value, folder)
+            if files is not None and total > LARGE_MODEL and size >= LARGE_TENSOR:
+                state[key] = files.copy_if_possible(value)
             else:
                 state[key] = value.clone(memory_format=torch.contiguous_format)
 

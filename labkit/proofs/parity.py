@@ -172,7 +172,7 @@ def parity_not_applicable(experiment: Experiment) -> Problem | None:
     if not rule.is_synchronous:
         why = "lets replicas diverge or uses stale gradients and claims no parity"
         reason = f"{class_name(rule.key)} {why}: compare its loss with synchronous training"
-        return Problem(rule.field, reason, rule.synchronous)
+        return Problem(rule.field, reason, rule.nearest_synchronous)
     return None
 
 

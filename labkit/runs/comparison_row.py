@@ -18,7 +18,7 @@ class ComparisonRow(Mapping[str, Any]):
     workload: str
     """What it trained: `vision`, `language`, `driving` or `custom`."""
     layout: str
-    """Layout in short form, such as `dp2×tp2`."""
+    """Layout in short form, such as `dp2·tp2`."""
     method: str
     """Compressor, update rule and other methods in short form; `plain` without any."""
     world_size: int

@@ -76,7 +76,7 @@ class Summary:
     status: str
     """How it ended: `finished`, `stopped` or `failed`."""
     layout: str
-    """Layout in short form, such as `dp2×tp2`."""
+    """Layout in short form, such as `dp2·tp2`."""
     world_size: int
     """Number of ranks."""
     device: str

@@ -203,4 +203,4 @@ def masked_gradient_problems(experiment: Experiment) -> Iterator[Problem]:
     rule, _ = update.load()
     if not rule.masks_reach_optimizer:
         reason = f"under {update.key} gradients reach the optimizer unmasked, so zero weights would not stay zero"
-        yield Problem(update.field, reason, update.synchronous)
+        yield Problem(update.field, reason, update.nearest_synchronous)

@@ -5,7 +5,7 @@ full state is gathered by name (labkit.parallel.state) and stored as safetensors
 random in a step follows from seed, step and rank.
 
 State that only one rank has (error-feedback buffers, weights between two averages) is stored in a file of that rank. It
-is used if the run resumes on the same ranks; on other ranks it is ignored, and the run says so (launch/resume.py).
+is used if the run resumes on the same ranks; on other ranks it is ignored, and the run says so (launch/resuming.py).
 
 The files of a checkpoint, and how they are published and verified: labkit.experiment.checkpoint_files.
 """
@@ -53,7 +53,7 @@ def save(
     """Write the state after `step` optimizer steps and return the folder.
 
     If several ranks write, all of them call `barrier` before and after; rank 0 creates and completes the folder. For
-    `unscheduled` and `code` see Contents. When this returns on rank 0, the checkpoint is on the disk; only then are
+    `unscheduled` and `code` see Manifest. When this returns on rank 0, the checkpoint is on the disk; only then are
     older ones removed.
     """
     final = directory.checkpoint(step)

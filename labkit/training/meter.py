@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import threading
 import time
 from collections import deque
@@ -20,11 +19,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from labkit.experiment.process_memory import peak_resident_bytes, resident_bytes
 from labkit.experiment.run_directory import PHASES
 from labkit.gradients.exchange import Counters
 from labkit.training.clock import PassClock, clock
 from labkit.training.events import EventWriter
-from labkit.workloads.mapped import resident_bytes
 
 FLUSH_S = 0.25
 SPANS = ("data", "forward", "backward", "optimizer")
@@ -312,9 +311,4 @@ def peak_bytes(device: torch.device) -> int:
     """Return the peak memory in bytes: of the GPU for CUDA, otherwise the resident memory of this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return host_bytes()
-
-
-def host_bytes() -> int:
-    """Return the peak resident memory of this process on the host (bytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()

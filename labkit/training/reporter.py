@@ -6,9 +6,9 @@ import os
 
 import torch
 
+from labkit.experiment.process_memory import peak_resident_bytes
 from labkit.netem.counters import LinkCounter
 from labkit.training.counting import CommunicationCount
-from labkit.training.meter import host_bytes
 from labkit.training.setup import TrainingSetup
 
 
@@ -30,7 +30,7 @@ class Reporter:
             threads=torch.get_num_threads(),
             first=first,
             steps=setup.steps,
-            host_bytes=host_bytes(),
+            host_bytes=peak_resident_bytes(),
             metric={
                 "key": metric.key,
                 "title": metric.title,

@@ -31,7 +31,7 @@ class Checkpoints:
     def save(self, step: int, unscheduled: bool = False) -> None:
         """Save a checkpoint after `step` steps and write the event `checkpoint` (collective).
 
-        `unscheduled` says that no checkpoint was due: the run was stopped.
+        `unscheduled` says that the run was stopped at a step after which no evaluation was due.
         """
         begin = time.perf_counter()
         setup, experiment = self._setup, self._setup.experiment

@@ -1,19 +1,26 @@
 """Weights in files that are mapped into memory, so that no rank holds a whole model that its layout shards.
 
 Every rank builds the whole model: only then does every layout begin with the weights of one process, bit for bit,
-whatever the code of the model does. The parameters of a large model are moved into files without a name as soon as a
-module registers them, and are initialised there. Pages that were read or written are dropped from memory every few
-milliseconds; the file keeps their contents. Once a layout has decided what this rank keeps, `into_memory` copies that,
-and a file is gone with the last tensor that uses it. A checkpoint gathers full tensors into such files, too.
+whatever the code of the model does. The parameters of a large model are moved into temporary files, which have no name
+any more, as soon as a module registers them, and are initialised there. Pages that were read or written are dropped
+from memory every few milliseconds; the file keeps their contents. Once a layout has decided what this rank keeps,
+`into_memory` copies that, and a file is gone with the last tensor that uses it. A checkpoint gathers full tensors into
+such files, too. Each rank needs as much room on a disk as the model has bytes, twice while it is tried; what does not
+fit stays in memory.
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import ctypes
+import errno
 import mmap
 import os
+import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +32,17 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parameter import is_lazy
 
-LARGE = 2**28
+from labkit.experiment.process_memory import resident_bytes
+
+LARGE_MODEL = 2**28
 """Size of the parameters of a model from which further ones are mapped (bytes)."""
-LEAST = 2**20
+LARGE_TENSOR = 2**20
 """Size of a tensor from which it is mapped (bytes)."""
-RESIDENT = 2**26
+CHUNK = 2**28
+"""Size of a file (bytes): it holds several tensors, because a process may have a thousand open files only."""
+RESERVE = 2**28
+"""Room that stays free on the disk (bytes)."""
+GROWTH = 2**26
 """How much a process may grow before pages are dropped (bytes)."""
 PERIOD_S = 0.01
 """Seconds between two checks of its size."""
@@ -37,60 +50,99 @@ _MMAP_THRESHOLD, _OWN_MAPPING = -3, 2**22
 """Option of glibc's mallopt(3), and the size from which a block is returned to the system when it is freed (bytes)."""
 
 
-class _Mapping(mmap.mmap):
-    """A file without a name, mapped into memory."""
+class _Chunk(mmap.mmap):
+    """A temporary file without a name, mapped into memory."""
 
-    folder: Path
-    """Folder on whose disk the file is."""
-
-
-_MAPPINGS: WeakValueDictionary[int, _Mapping] = WeakValueDictionary()
-"""Mapped files by the address of the tensor's storage."""
+    files: MappedFiles
+    """What it was made by."""
 
 
-def mapped_copy(tensor: Tensor, folder: Path) -> Tensor:
-    """Return a contiguous copy of a tensor in a new file without a name in `folder`, which should be on a disk.
+_CHUNKS: list[weakref.ref[_Chunk]] = []
+"""All files that some tensor still uses, and some that none does any more."""
+_CHUNK_OF: WeakValueDictionary[int, _Chunk] = WeakValueDictionary()
+"""Mapped file by the address of the tensor's storage."""
 
-    Raises OSError if there is no room for it.
-    """
-    size = tensor.numel() * tensor.element_size()
-    with tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, size)  # otherwise a full disk would end the process (SIGBUS)
-        mapping = _Mapping(file.fileno(), size)
-    mapping.folder = folder
-    copy = torch.frombuffer(mapping, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
-    _MAPPINGS[copy.data_ptr()] = mapping
-    with torch.no_grad():
-        return copy.copy_(tensor)
+
+class MappedFiles:
+    """Temporary files in a folder, in which tensors are stored one after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._chunk: _Chunk | None = None
+        self._used = 0
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Return a contiguous copy of a tensor in a file; raises OSError if the disk has no room for it."""
+        size = tensor.numel() * tensor.element_size()
+        chunk, offset = self._allocate(size)
+        copy = torch.frombuffer(chunk, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape)
+        _CHUNK_OF[copy.data_ptr()] = chunk
+        with torch.no_grad():
+            return copy.copy_(tensor)
+
+    def copy_if_possible(self, tensor: Tensor) -> Tensor:
+        """Return a contiguous copy of a tensor, in memory if the disk has no room for it."""
+        try:
+            return self.copy(tensor)
+        except OSError:
+            return tensor.clone(memory_format=torch.contiguous_format)
+
+    def _allocate(self, size: int) -> tuple[_Chunk, int]:
+        """Return a file and the offset of `size` unused bytes in it, which the disk has."""
+        if shutil.disk_usage(self.folder).free < max(size, CHUNK) + RESERVE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
+        if self._chunk is None or self._used + size > len(self._chunk):
+            length = max(size, CHUNK)
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                # Without blocks of its own on a full disk, the first write to a page would end the process (SIGBUS).
+                os.posix_fallocate(file.fileno(), 0, length)
+                self._chunk, self._used = _Chunk(file.fileno(), length), 0
+            self._chunk.files = self
+            _CHUNKS[:] = [reference for reference in _CHUNKS if reference() is not None]
+            _CHUNKS.append(weakref.ref(self._chunk))
+        offset = self._used
+        self._used += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        return self._chunk, offset
 
 
 def is_mapped(tensor: Tensor) -> bool:
-    """Return whether the storage of the tensor is a mapped file."""
-    return _mapping_of(tensor) is not None
+    """Return whether the storage of the tensor is in a mapped file."""
+    return _chunk_of(tensor) is not None
+
+
+def mapped_like(tensor: Tensor, original: Tensor) -> Tensor:
+    """Return a copy of `tensor`: in a file if `original` is mapped, else in memory. OSError if the disk has no room."""
+    chunk = _chunk_of(original)
+    return tensor.clone() if chunk is None or tensor.device.type != "cpu" else chunk.files.copy(tensor)
 
 
 def converted(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return `tensor.to(device, dtype)`; what is mapped stays mapped on the CPU, also in another dtype."""
-    result, mapping = tensor.to(device, dtype), _mapping_of(tensor)
-    if mapping is None or result is tensor or device.type != "cpu":
+    result = tensor.to(device, dtype)
+    if result is tensor or device.type != "cpu" or not is_mapped(tensor):
         return result
-    return mapped_copy(result, mapping.folder)
+    with contextlib.suppress(OSError):  # the disk has no room
+        return mapped_like(result, tensor)
+    return result
 
 
 def into_memory(module: nn.Module) -> None:
-    """Copy the mapped parameters of a module into ordinary memory, one after the other."""
-    for parameter in module.parameters():
-        if type(parameter) is nn.Parameter and is_mapped(parameter):
-            parameter.data = parameter.data.clone()
+    """Copy the mapped parameters of a module into ordinary memory, one after the other; views of them follow."""
+    tensors: dict[int, list[Tensor]] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if is_mapped(tensor):
+            tensors.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+    for same_storage in tensors.values():
+        storage = same_storage[0].untyped_storage().clone()
+        for tensor in same_storage:
+            where = tensor.storage_offset(), tensor.shape, tensor.stride()
+            tensor.data = torch.empty(0, dtype=tensor.dtype).set_(storage, *where)
 
 
 @contextmanager
 def mapped_parameters(folder: Path) -> Iterator[None]:
-    """Map the parameters that modules register inside the context, once those of a model are `LARGE`.
-
-    Those for which the disk has no room stay in memory.
-    """
-    total = 0
+    """Map the parameters that modules register inside the context, once those of a model are large."""
+    files, total = MappedFiles(folder), 0
 
     def move(module: nn.Module, name: str, parameter: Any) -> None:
         nonlocal total
@@ -98,17 +150,14 @@ def mapped_parameters(folder: Path) -> Iterator[None]:
             return
         size = parameter.numel() * parameter.element_size()
         total += size
-        if total > LARGE and size >= LEAST:
-            try:
-                parameter.data = mapped_copy(parameter.data, folder)
-            except OSError:
-                return
+        if total > LARGE_MODEL and size >= LARGE_TENSOR and not _is_shared(parameter):
+            with contextlib.suppress(OSError):  # the disk has no room
+                parameter.data = files.copy(parameter.data)
             _return_freed_blocks()
 
     handle = register_module_parameter_registration_hook(move)
     try:
-        with pages_dropped():
-            yield
+        yield
     finally:
         handle.remove()
 
@@ -121,9 +170,11 @@ def pages_dropped() -> Iterator[None]:
     def watch() -> None:
         before = resident_bytes()
         while not ended.wait(PERIOD_S):
-            if _MAPPINGS and resident_bytes() - before > RESIDENT:
+            now = resident_bytes()
+            if _CHUNKS and now - before > GROWTH:
                 _drop_pages()
-                before = resident_bytes()
+                now = before = resident_bytes()
+            before = min(before, now)
 
     thread = threading.Thread(target=watch, name="drop mapped pages", daemon=True)
     thread.start()
@@ -132,34 +183,36 @@ def pages_dropped() -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        if _MAPPINGS:
+        if _CHUNKS:
             _drop_pages()
 
 
 def scratch_folder(run: Path) -> Path:
-    """Return the folder for large files of a process: the temporary folder, or, if that is in memory, the run's."""
-    return _folder_on_disk(Path(tempfile.gettempdir()), run)
+    """Return the folder for large files of a process: the temporary folder or the run's.
+
+    It is the one with more room, but one on a disk rather than one in memory.
+    """
+    folders = (Path(tempfile.gettempdir()), run)
+    on_disk = [folder for folder in folders if not _is_in_memory(folder)]
+    return max(on_disk or [run], key=lambda folder: shutil.disk_usage(folder).free)
 
 
-def _folder_on_disk(*folders: Path) -> Path:
-    """Return the first of the folders whose files are not kept in memory (tmpfs); the last one if all of them are."""
-    with open("/proc/self/mounts", encoding="utf-8", errors="replace") as file:
+def _is_in_memory(folder: Path) -> bool:
+    """Return whether the files of a folder are kept in memory (tmpfs)."""
+    folder, kind, depth = folder.resolve(), "", -1
+    with open("/proc/self/mounts", "rb") as file:
         mounts = [line.split()[1:3] for line in file]
-    for folder in folders:
-        above = [(place, kind) for place, kind in mounts if folder.resolve().is_relative_to(_unescaped(place))]
-        if above and max(above, key=lambda mount: len(mount[0]))[1] not in ("tmpfs", "ramfs"):
-            return folder
-    return folders[-1]
-
-
-def _unescaped(place: str) -> str:
-    """Return a mount point as it is: spaces and the like are written as octal numbers (proc(5))."""
-    return place.encode().decode("unicode_escape")
+    for escaped, kind_of_mount in mounts:
+        place = Path(os.fsdecode(codecs.escape_decode(escaped)[0]))  # spaces are octal numbers (proc(5))
+        if folder.is_relative_to(place) and len(place.parts) >= depth:  # of two at one place the later is in force
+            kind, depth = kind_of_mount.decode(), len(place.parts)
+    return kind in ("tmpfs", "ramfs")
 
 
 def _drop_pages() -> None:
-    for mapping in list(_MAPPINGS.values()):
-        mapping.madvise(mmap.MADV_DONTNEED)
+    for chunk in [reference() for reference in tuple(_CHUNKS)]:
+        if chunk is not None:
+            chunk.madvise(mmap.MADV_DONTNEED)
     _call_libc("malloc_trim", 0)
 
 
@@ -175,16 +228,10 @@ def _call_libc(name: str, *arguments: int) -> None:
         function(*arguments)
 
 
-def resident_bytes() -> int:
-    """Return the memory of this process that is resident (bytes)."""
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * mmap.PAGESIZE
-
-
-def _mapping_of(tensor: Tensor) -> _Mapping | None:
-    if not _MAPPINGS or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+def _chunk_of(tensor: Tensor) -> _Chunk | None:
+    if not _CHUNKS or tensor.device.type != "cpu" or tensor.layout is not torch.strided or is_lazy(tensor):
         return None
-    return _MAPPINGS.get(tensor.untyped_storage().data_ptr())
+    return _CHUNK_OF.get(tensor.untyped_storage().data_ptr())
 
 
 def _is_ordinary(parameter: Any) -> bool:
@@ -198,3 +245,11 @@ def _is_ordinary(parameter: Any) -> bool:
         and parameter.is_contiguous()
         and not is_mapped(parameter)
     )
+
+
+def _is_shared(parameter: Tensor) -> bool:
+    """Return whether another tensor uses the storage of a parameter: it would not follow into the file."""
+    count: Any = getattr(torch._C, "_storage_Use_Count", None)
+    storage = parameter.untyped_storage()
+    own = 2  # the parameter, and `storage` itself
+    return count is None or count(storage._cdata) > own

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from labkit.workloads.mapped import is_mapped
+from labkit.workloads.mapped import LARGE_TENSOR, is_mapped, mapped_like
 from labkit.workloads.seed import unchanged_generators
 
 MAX_WEIGHT_BYTES = 2**29
-"""Size of the parameters up to which they are copied (bytes); a pass cannot change those of a larger model."""
+"""Size of the parameters up to which they are copied (bytes); beyond it only small ones are copied and restored."""
 MAX_COPY_BYTES = 2**29
 """Maximum memory for copies of other tensors and arrays (bytes); the rest is restored by reference only."""
 MAX_OBJECTS, MAX_ITEMS, MAX_DEPTH = 20_000, 10_000, 6
@@ -52,10 +52,10 @@ def restored(*roots: Any, device: torch.device, weights: bool = True) -> Iterato
     """Restore what the `roots` (a task, a module, a data set) contain, and all random generators, at the end.
 
     Yields the snapshot, which says whether a plain attribute of a module has changed and can restore everything
-    earlier. Without `weights`, parameters are not copied: for passes that cannot change them. Those of a model beyond
-    `MAX_WEIGHT_BYTES`, and those in mapped files, never are.
+    earlier. Without `weights`, parameters are not copied: for passes that cannot change them. The large ones of a
+    model beyond `MAX_WEIGHT_BYTES` never are; those in mapped files are copied into such files.
     """
-    snapshot = Snapshot(weights and _weights_fit(roots))
+    snapshot = Snapshot(weights, weights and _weights_fit(roots))
     for root in roots:
         snapshot.record(root, 0)
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -80,9 +80,10 @@ def undisturbed(*parts: Any, weights: bool = True) -> Iterator[Snapshot]:
 class Snapshot:
     """The recorded state of the roots, as functions that restore it."""
 
-    def __init__(self, weights: bool = True) -> None:
-        self.has_weights = weights
-        """Whether parameters were copied, so that a pass may change them."""
+    def __init__(self, weights: bool = True, large_weights: bool = True) -> None:
+        self._weights = weights
+        self.has_weights = large_weights
+        """Whether all parameters were copied, so that a pass may change them."""
         self._undo: list[Callable[[], Any]] = []
         self._generators: list[Callable[[], Any]] = []
         self._counts: list[tuple[Tensor, Tensor]] = []
@@ -227,10 +228,18 @@ class Snapshot:
         if not plain or value.is_inference() or _overlaps(value):
             return
         version = value._version
-        if not (self.has_weights if is_weight else self._room_for(size)):
+        is_large_weight = is_weight and size >= LARGE_TENSOR
+        if is_weight and not self._weights:
+            return
+        if not (self.has_weights if is_large_weight else is_weight or self._room_for(size)):
             self._not_copied.append((value, version))
             return
-        copy = value.detach().clone()
+        try:
+            copy = mapped_like(value.detach(), value)
+        except OSError:  # the disk has no room for copies of mapped weights
+            self.has_weights = False
+            self._not_copied.append((value, version))
+            return
         if value.numel() == 1 and not is_weight:
             self._counts.append((value, copy))
 
@@ -277,11 +286,10 @@ class Snapshot:
 
 
 def _weights_fit(roots: Iterable[Any]) -> bool:
-    """Return whether the parameters of the modules among the roots are few enough to be copied."""
+    """Return whether the parameters of the modules among the roots that are in memory are few enough to be copied."""
     modules = (root for root in roots if isinstance(root, nn.Module))
     parameters = {id(p): p for module in modules for p in module.parameters() if not is_lazy(p)}.values()
-    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    return size <= MAX_WEIGHT_BYTES and not any(map(is_mapped, parameters))
+    return sum(value.numel() * value.element_size() for value in parameters if not is_mapped(value)) <= MAX_WEIGHT_BYTES
 
 
 def _hooks_of(tensor: Tensor) -> list[Any]:

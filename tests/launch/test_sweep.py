@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import pytest
 from labkit.cli import main
 from labkit.experiment.run_directory import home
 from labkit.launch import sweep as sweep_module
-from labkit.launch.sweep import Sweep, combinations, sweep
+from labkit.launch.sweep import Sweep, _ProgressLine, combinations, sweep
 from labkit.plots import plot_pareto
 from labkit.plots.pareto import front
 from labkit.runs import Run
@@ -152,6 +153,22 @@ def at_work(name: str, steps: int = 20) -> Run | None:
 
 def finish(name: str, steps: int = 600) -> int:
     return main(words(name, steps))
+
+
+def test_progress_is_printed_when_it_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    """A notebook keeps what is printed, and a sweep of hours asks twice a second."""
+    ended, active = (SimpleNamespace(done=done, state="running", label="b") for done in (True, False))
+    ended.state, points = "finished", [ended, active]
+    running = SimpleNamespace(points=points, running=True)
+    show = _ProgressLine()
+    for _ in range(100):
+        show(running)
+    active.done, active.state, running.running = True, "finished", False
+    show(running)
+    shown = capsys.readouterr().out
+    assert shown.count("\r") == 2
+    assert shown.startswith("\r1/2 b")
+    assert shown.rstrip(" \n").endswith("2/2")
 
 
 def test_one_process_at_a_time_runs_a_sweep(labkit_home: Path, capsys: pytest.CaptureFixture[str]) -> None:

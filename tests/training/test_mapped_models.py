@@ -16,9 +16,9 @@ from tests.training.test_rehearsal import custom
 
 MAPPED = """
 import labkit.workloads.mapped as mapped
-mapped.LARGE, mapped.LEAST, mapped.RESIDENT = 0, 1, 0
+mapped.LARGE_MODEL, mapped.LARGE_TENSOR, mapped.GROWTH, mapped.CHUNK = 0, 1, 0, 2**16
 import labkit.parallel.state as state
-state.LARGE, state.LEAST = 0, 1
+state.LARGE_MODEL, state.LARGE_TENSOR = 0, 1
 """
 UNMAPPED = """
 import labkit.parallel.model as model

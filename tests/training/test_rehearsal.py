@@ -281,7 +281,9 @@ def test_weights_that_are_too_large_to_be_copied_stay_as_they_are(tmp_path: Path
     with changed_ranks(tmp_path), pytest.MonkeyPatch.context() as patched:
         patched.setenv("LABKIT_TEST_CHANGE", WITHOUT)
         plain = [run(case) for case in cases]
-        patched.setenv("LABKIT_TEST_CHANGE", "import labkit.workloads.restore as r; r.MAX_WEIGHT_BYTES = 300")
+        patched.setenv(
+            "LABKIT_TEST_CHANGE", "import labkit.workloads.restore as r; r.MAX_WEIGHT_BYTES = r.LARGE_TENSOR = 300"
+        )
         rehearsed = [run(case) for case in cases]
     for before, after in zip(plain, rehearsed, strict=True):
         assert before.state == after.state == "finished", (before.cause, after.cause)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from labkit.workloads import mapped
-from labkit.workloads.mapped import converted, into_memory, is_mapped, mapped_copy, mapped_parameters, pages_dropped
+from labkit.workloads.mapped import MappedFiles, converted, into_memory, is_mapped, mapped_parameters, pages_dropped
 from labkit.workloads.models.gpt import gpt
 
 CPU = torch.device("cpu")
@@ -19,12 +19,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(mapped, "LARGE", 0)
-    monkeypatch.setattr(mapped, "LEAST", 1)
+    monkeypatch.setattr(mapped, "LARGE_MODEL", 0)
+    monkeypatch.setattr(mapped, "LARGE_TENSOR", 1)
+    monkeypatch.setattr(mapped, "CHUNK", 2**14)
     monkeypatch.setattr(mapped, "_return_freed_blocks", lambda: None)  # it would last for the whole session
     yield
     gc.collect()
-    assert not mapped._MAPPINGS, "files remain after the test"
+    assert not any(reference() for reference in mapped._CHUNKS), "files remain after the test"
 
 
 def build() -> nn.Module:
@@ -62,9 +63,9 @@ def test_pages_that_were_written_leave_the_memory(tmp_path: Path) -> None:
     """Six times 32 MB are written; at most 64 MB and what one period allows stay."""
     before, most = mapped.resident_bytes(), 0
     with pages_dropped():
-        tensors = []
+        tensors, files = [], MappedFiles(tmp_path)
         for number in range(6):
-            tensors.append(mapped_copy(torch.full((2**23,), float(number)), tmp_path))
+            tensors.append(files.copy(torch.full((2**23,), float(number))))
             most = max(most, mapped.resident_bytes() - before)
     assert mapped.resident_bytes() - before < 40e6
     assert most < 160e6
@@ -72,7 +73,7 @@ def test_pages_that_were_written_leave_the_memory(tmp_path: Path) -> None:
 
 
 def test_another_dtype_stays_in_a_file(tmp_path: Path) -> None:
-    tensor = mapped_copy(torch.randn(40), tmp_path)
+    tensor = MappedFiles(tmp_path).copy(torch.randn(40))
     half = converted(tensor, CPU, torch.bfloat16)
     assert is_mapped(half)
     assert torch.equal(half, tensor.to(torch.bfloat16))
@@ -103,11 +104,48 @@ def test_what_cannot_be_moved_is_left_alone(tmp_path: Path) -> None:
     assert not is_mapped(shared)
 
 
-def test_large_files_are_put_on_a_disk(tmp_path: Path) -> None:
+def test_what_shares_its_storage_is_left_alone(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            start = torch.zeros(4)
+            self.later = nn.Parameter(start)
+            start.fill_(2)  # a model may go on with the tensor from which it made a parameter
+            flat = torch.zeros(8)
+            self.first, self.second = nn.Parameter(flat[:4]), nn.Parameter(flat[4:])
+            flat.fill_(3)
+
+    with mapped_parameters(tmp_path):
+        model = Tied()
+    assert [float(value.detach().sum()) for value in model.parameters()] == [8, 12, 12]
+
+
+def test_views_of_a_mapped_parameter_follow_it_into_memory(tmp_path: Path) -> None:
+    with mapped_parameters(tmp_path):
+        model = nn.Linear(3, 3)
+    model.register_buffer("row", model.weight.data[1])
+    into_memory(model)
+    assert not is_mapped(model.row)
+    with torch.no_grad():
+        model.weight.fill_(5)
+    assert model.row.tolist() == [5, 5, 5]
+
+
+def test_many_tensors_need_few_open_files(tmp_path: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with mapped_parameters(tmp_path):
+        model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(400)))
+    assert all(map(is_mapped, model.parameters()))
+    assert len(list(Path("/proc/self/fd").iterdir())) < before + 210, "a file of 16 KiB holds four pages"
+
+
+def test_large_files_are_put_on_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_memory = Path("/dev/shm")
     if not in_memory.is_dir():
         pytest.skip("there is no file system in memory")
-    assert mapped._folder_on_disk(in_memory, tmp_path) == tmp_path
-    assert mapped._folder_on_disk(tmp_path, in_memory) == tmp_path
-    assert mapped._folder_on_disk(in_memory) == in_memory
-    assert mapped._unescaped(r"/mnt/two\040words") == "/mnt/two words"
+    assert mapped._is_in_memory(in_memory)
+    assert not mapped._is_in_memory(tmp_path)
+    monkeypatch.setattr(mapped.tempfile, "gettempdir", lambda: str(in_memory))
+    assert mapped.scratch_folder(tmp_path) == tmp_path
+    monkeypatch.setattr(mapped.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert mapped.scratch_folder(in_memory) == tmp_path

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from labkit.workloads import restore
 from labkit.workloads.restore import restored, undisturbed
 
 CPU = torch.device("cpu")
@@ -115,9 +116,15 @@ def test_generators_may_go_on_while_the_rest_is_put_back() -> None:
         assert torch.rand((), generator=model.draws) == drawn
 
 
-def test_what_is_too_large_to_be_copied_and_changes_all_the_same_is_named() -> None:
+def test_what_is_too_large_to_be_copied_and_changes_all_the_same_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restore, "MAX_WEIGHT_BYTES", 10)
+    monkeypatch.setattr(restore, "LARGE_TENSOR", 10)
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    with undisturbed(model, weights=False) as snapshot, torch.no_grad():
+    before = model[1].bias.clone()
+    with undisturbed(model) as snapshot, torch.no_grad():
+        assert not snapshot.has_weights
         assert not snapshot.lost()
         model[1].weight.add_(1)
+        model[1].bias.add_(1)
         assert [id(tensor) for tensor in snapshot.lost()] == [id(model[1].weight)]
+    assert torch.equal(model[1].bias, before), "small ones are copied"

@@ -16,8 +16,9 @@ from labkit.workloads.mapped import is_mapped
 def gradients_freed(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, torch.layout]]:
     """Yield a dict that holds, after the context, the layout of each parameter's gradient by name, for those with one.
 
-    All gradients are freed: those of mapped parameters each as soon as it is complete, the others at the end.
+    All gradients are freed: those of a model with mapped parameters each as soon as it is complete, others at the end.
     """
+    one_by_one = any(map(is_mapped, parameters.values()))
     layouts: dict[str, torch.layout] = {}
 
     def free(name: str, parameter: torch.Tensor) -> None:
@@ -27,7 +28,7 @@ def gradients_freed(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str
 
     with ExitStack() as hooks:
         for name, parameter in parameters.items():
-            if is_mapped(parameter):
+            if one_by_one:
                 handle = parameter.register_post_accumulate_grad_hook(partial(free, name))
                 hooks.callback(handle.remove)
         yield layouts

@@ -47,7 +47,7 @@ class MovingState:
                 f"{changed_parameters[0]} is changed in the forward pass although it is not trained, and ZeRO 3 would "
                 "lose the change: register it as a buffer (register_buffer), or set layout.zero_stage to 1 or 2"
             )
-        passes = experiment.gradients.accumulation * (layout.microbatches if layout.pp > 1 else 1)
+        passes = experiment.gradients.accumulation * (layout.microbatches_per_pass if layout.pp > 1 else 1)
         if passes == 1:
             return []
         return [

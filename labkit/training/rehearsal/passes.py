@@ -299,7 +299,7 @@ def _gradients_fit(model: nn.Module, device: torch.device) -> bool:
     """Return whether gradients of the whole model fit in memory; the layout may never hold them all on one rank."""
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if size < LARGE or any(map(is_mapped, model.parameters())):
-        return True  # gradients of a mapped model are freed one by one
+        return True  # gradients of a mapped model are freed one by one (freed.py)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] > 2 * size
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > 2 * size

@@ -86,8 +86,8 @@ def _lost(model: nn.Module, snapshot: Snapshot) -> list[str]:
     if not names:
         return []
     return [
-        f"{names[0]} is changed in the forward pass and too large to be restored after the rehearsal, so training "
-        "begins with the changed values"
+        f"{names[0]} is changed in the forward pass, and the model is too large to be restored after the rehearsal, so "
+        "training begins with the changed values"
     ]
 
 

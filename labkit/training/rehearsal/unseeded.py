@@ -19,7 +19,7 @@ CLOCKS = {
     *(time.localtime, time.gmtime, time.strftime, time.ctime),
 }
 _TODAY = {("now", datetime), ("utcnow", datetime), ("today", datetime), ("today", date)}
-_LIBRARIES = ("torch.", "accelerate.", "labkit.", "logging", "warnings", "threading", "tqdm.")
+_LIBRARIES = sys.stdlib_module_names | {"torch", "accelerate", "labkit", "tqdm"}
 """Packages that read the clock for their own messages and time limits."""
 
 
@@ -51,7 +51,7 @@ class ClockWatch:
     def _see(self, frame: FrameType, event: str, called: Any) -> None:
         if event != "c_call" or not _is_clock(called):
             return
-        if not f"{frame.f_globals.get('__name__', '')}.".startswith(_LIBRARIES):
+        if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in _LIBRARIES:
             owner = called.__self__.__name__  # the module `time`, or the class `datetime`
             self.reader = self.reader or f"{frame.f_code.co_qualname} calls {owner}.{called.__name__}"
 
