@@ -1,7 +1,7 @@
 """The events of a run: the name of each, what it means, and its fields with types, bounds and units.
 
 Ranks write an event as one line of JSON in `rank-N.jsonl` (training/events.py); every event has the fields of `HEAD`
-too. JSON has neither NaN nor infinity: null stands for a figure that is not finite. Readers believe nothing: a field
+too. JSON has neither NaN nor infinity: null stands for a figure that is not finite. Readers trust nothing: a field
 whose value is not of its kind counts as missing (`checked_fields` in runs/checked.py). Fields with a structure of their
 own, and columns, are checked where they are read (runs/events.py, runs/steps.py).
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 MAX_STEPS = 10_000_000
-"""Steps of a run that are read at most."""
+"""Maximum number of steps of a run that are read."""
 MAX_BYTES = 2**62
 MAX_COUNT = 2**40
 
@@ -42,7 +42,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Text:
-    """A text, of which readers keep the first characters, or with `keeps_end` the last."""
+    """A text, of which readers keep the first characters, or the last ones with `keeps_end`."""
 
     limit: int = 100
     keeps_end: bool = False
@@ -169,15 +169,15 @@ _VOCABULARY = (
         EVERY_RANK,
         "A rank is ready to train.",
         (
-            Field("device", Text(), "Its device."),
-            Field("pid", Integer(high=2**31), "Its process id."),
-            Field("threads", Integer(high=2**16), "Threads that it computes with."),
-            Field("host_bytes", BYTES, "Peak resident memory of its process on the host so far (bytes)."),
+            Field("device", Text(), "Device of the rank."),
+            Field("pid", Integer(high=2**31), "Process id of the rank."),
+            Field("threads", Integer(high=2**16), "Number of threads that the rank computes with."),
+            Field("host_bytes", BYTES, "Peak resident memory of the rank's process on the host so far (bytes)."),
             Field("parameters", BYTES, "Number of parameters of the whole model."),
-            Field("first", STEP, "Steps done before this run; above 0 when it was resumed."),
-            Field("steps", Integer(1), "Steps at the end of the run."),
+            Field("first", STEP, "Steps completed before this run; above 0 if it was resumed."),
+            Field("steps", Integer(1), "Total number of steps at the end of the run."),
             Field("metric", Structure("{name: value}"), "The main metric: key, title, higher_is_better, unit."),
-            Field("facts", Structure("{name: value}"), "What the task says of its data: counts, files, classes."),
+            Field("facts", Structure("{name: value}"), "What the task reports about its data: counts, files, classes."),
             Field("warnings", Texts(), "What the rehearsal noticed."),
             Field("effective", Words(), "Settings in force: types, compressor, kernels, backend."),
         ),
@@ -191,24 +191,24 @@ _VOCABULARY = (
     Event(
         "steps",
         EVERY_RANK,
-        "A batch of consecutive steps, or of pieces of work from a queue, as columns.",
+        "Several consecutive steps, or work items from a queue, as columns.",
         (
-            Field("first", STEP, "Number of the first of them, counted from 0."),
+            Field("first", STEP, "Number of the first step, counted from 0."),
             Field("loss", Column(), "Mean loss over this rank's samples."),
-            Field("samples", Column(), "Samples of this rank."),
+            Field("samples", Column(), "Number of samples of this rank."),
             Field("seconds", Column(), "Duration (s)."),
-            Field("data", Column(), "Waiting for data (s)."),
+            Field("data", Column(), "Time spent waiting for data (s)."),
             Field("forward", Column(), "Forward passes (s)."),
-            Field("backward", Column(), "Backward passes, with the reductions that they do not hide (s)."),
+            Field("backward", Column(), "Backward passes, including reductions that are not overlapped (s)."),
             Field("optimizer", Column(), "Optimizer step (s)."),
-            Field("compute", Column(), "Time in which this rank computes and does not wait for others (s)."),
+            Field("compute", Column(), "Time in which this rank computes instead of waiting for others (s)."),
             Field("grad_norm", Column(), "Global norm of the gradient."),
-            Field("bytes", Column(), "Bytes that combining gradients sent."),
-            Field("exposed", Column(), "Time of combining gradients in which nothing was computed (s)."),
+            Field("bytes", Column(), "Bytes sent to combine gradients."),
+            Field("exposed", Column(), "Time spent combining gradients while nothing was computed (s)."),
             Field("compression", Column(), "Compression and decompression (s)."),
             Field("lr", Column(), "Learning rate (rank 0)."),
-            Field("ticket", Column(), "Number of the piece in the work queue, for asynchronous updates."),
-            Field("ended", Column(), "When the piece was done, on the monotonic clock (s)."),
+            Field("ticket", Column(), "Number of the item in the work queue, for asynchronous updates."),
+            Field("ended", Column(), "When the step or item was completed, on the monotonic clock (s)."),
             Field("staleness", Column(), "Age of the gradients when they were used (optimizer steps)."),
         ),
     ),
@@ -238,15 +238,15 @@ _VOCABULARY = (
         "One step was traced.",
         (
             Field("step", Integer(1), "The step, counted from 1."),
-            Field("memory", Structure("{kind: bytes}"), "Memory as measured, by kind of state, and of activations."),
-            Field("formula", Structure("{kind: bytes}"), "The same by formulas, without activations."),
+            Field("memory", Structure("{kind: bytes}"), "Measured memory by kind of state, and of activations."),
+            Field("formula", Structure("{kind: bytes}"), "The same memory by formula, without activations."),
             Field("traffic", _TRAFFIC, "Per axis: calls, bytes, wire_bytes and exposed_seconds of the step."),
             Field(
                 "timeline",
                 Structure("rows"),
-                "Actions of a pipeline: F, B, I or W; stage; micro-batch; begin and end on the monotonic clock (s).",
+                "Actions of a pipeline: F, B, I or W; stage; micro-batch; start and end on the monotonic clock (s).",
             ),
-            Field("experts", Structure("{block: list}"), "By block, how many choices fell on each expert."),
+            Field("experts", Structure("{block: list}"), "By block, how many routing choices each expert got."),
         ),
     ),
     Event(
@@ -254,10 +254,10 @@ _VOCABULARY = (
         EVERY_RANK,
         "What this rank communicated, per optimizer step.",
         (
-            Field("bytes_per_step", Number(), "Bytes that leave the rank, by the formula of each collective."),
-            Field("exposed_seconds_per_step", Number(), "Time in which nothing was computed meanwhile (s)."),
-            Field("counted_bytes_per_step", Number(), "Bytes sent to combine gradients or weights, as counted."),
-            Field("formula_bytes_per_step", Number(), "The same by formula."),
+            Field("bytes_per_step", Number(), "Bytes that the rank sends, by the formula of each collective."),
+            Field("exposed_seconds_per_step", Number(), "Communication time during which nothing was computed (s)."),
+            Field("counted_bytes_per_step", Number(), "Counted bytes sent to combine gradients or weights."),
+            Field("formula_bytes_per_step", Number(), "The same bytes by formula."),
             Field("compression_seconds", Number(), "Compression and decompression (s)."),
             Field("method", Text(), "The compressor."),
             Field("axes", _TRAFFIC, "Per axis: calls, bytes, wire_bytes and exposed_seconds."),
@@ -266,7 +266,7 @@ _VOCABULARY = (
     Event(
         "sparsity",
         RANK_0,
-        "Masks have changed, or the training has ended with masks.",
+        "Masks have changed, or a training run with masks has ended.",
         (
             Field("step", STEP, "Steps done."),
             Field("layers", Structure("{weight: [zeros, size, churn]}"), "Churn: share of kept weights that are new."),
@@ -277,29 +277,29 @@ _VOCABULARY = (
         "one rank of each emulated host",
         "What the kernel counted on the emulated network during training.",
         (
-            Field("interface", Text(), "The interface to the slow link."),
-            Field("bytes", COUNTED, "Bytes sent through it, with headers and acknowledgements."),
+            Field("interface", Text(), "Network interface of the slow link."),
+            Field("bytes", COUNTED, "Bytes sent through it, including headers and acknowledgements."),
             Field("loopback_bytes", COUNTED, "Bytes sent within the host."),
-            Field("seconds", COUNTED, "Duration of the count (s)."),
+            Field("seconds", COUNTED, "Time over which bytes were counted (s)."),
             Field("updates", COUNTED, "Optimizer steps of this run."),
         ),
     ),
     Event(
         "effective",
         EVERY_RANK,
-        "Settings in force, as measured over the training.",
+        "Settings that took effect, as measured during training.",
         (Field("found", Words(), "Types, products, scales and skipped steps by name."),),
     ),
     Event(
         "numbers",
         "the first rank of each stage",
-        "Operands of the layers with a matrix product in an evaluation.",
+        "Operands of the layers with matrix products, during an evaluation.",
         (
             Field("step", STEP, "Steps done."),
             Field("samples", COUNT, "Samples of the evaluation."),
             Field("layers", Structure("list"), "Evenly spaced layers: name, shape, types, histograms of the operands."),
-            Field("of_layers", COUNT, "Number of all layers."),
-            Field("multiplied", Structure("{words: number}"), "Number of layers by what they multiply."),
+            Field("of_layers", COUNT, "Total number of these layers."),
+            Field("multiplied", Structure("{words: number}"), "Number of layers by the formats that they multiply."),
             Field("unseen", Words(), "Why a layer could not be observed, by layer."),
         ),
     ),
@@ -311,7 +311,7 @@ _VOCABULARY = (
             Field("seconds", Number(), "Duration (s)."),
             Field("method", Text(), "Method of quantization after training."),
             Field("qat", Text(), "Method of quantization-aware training."),
-            Field("layers", COUNT, "Converted layers."),
+            Field("layers", COUNT, "Number of converted layers."),
             Field("samples", COUNT, "Held-out samples of the comparison."),
             Field("metrics", Structure("{`float` or `quantized`: {key: number}}"), "Held-out metrics of both."),
             Field("bytes", _BY_NETWORK, "Bytes of both networks."),
@@ -321,23 +321,23 @@ _VOCABULARY = (
                 Structure("{batch size: {`float` or `quantized`: number}}"),
                 "Median time of a forward pass (s).",
             ),
-            Field("sensitivity", Structure("list of [layer, number]"), "Change of the loss by quantizing one layer."),
+            Field("sensitivity", Structure("list of [layer, number]"), "Change in loss when one layer is quantized."),
         ),
     ),
     Event(
         "exported",
         RANK_0,
-        "The trained sparse network was compared in several forms.",
+        "Several forms of the trained sparse network were compared.",
         (
             Field("seconds", Number(), "Duration (s)."),
             Field("samples", BYTES, "Held-out samples of the comparison."),
             Field("metrics", Structure("{form: {key: number}}"), "Held-out metrics."),
             Field("bytes", Structure("{form: number}"), "Bytes of the network."),
-            Field("layers", Structure("{form: number}"), "Layers that the form changes."),
-            Field("csr_layers", Structure("{batch size: number}"), "Layers for which the CSR form is faster."),
+            Field("layers", Structure("{form: number}"), "Number of layers that the form changes."),
+            Field("csr_layers", Structure("{batch size: number}"), "Number of layers that are faster in CSR form."),
             Field("latency_seconds", Structure("{batch size: {form: number}}"), "Median time of a forward pass (s)."),
             Field("fastest", Structure("{batch size: form}"), "The fastest form."),
-            Field("saved", Text(), "The form in the file."),
+            Field("saved", Text(), "The form that was saved."),
             Field("file_bytes", BYTES, "Size of the file (bytes)."),
         ),
     ),
@@ -348,7 +348,7 @@ _VOCABULARY = (
         (
             Field("seconds", Number(), "Duration (s)."),
             Field("kinds", Structure("list"), "Shape, rows, weights, bytes, seconds and dense_seconds of each kind."),
-            Field("left_out", Integer(high=2**20), "Layers that were not measured."),
+            Field("left_out", Integer(high=2**20), "Number of layers that were not measured."),
             Field("samples", Number(), "Samples per pass of a rank."),
         ),
     ),
@@ -363,15 +363,15 @@ _VOCABULARY = (
         EVERY_RANK,
         "An exception ended this rank.",
         (
-            Field("type", Text(200, keeps_end=True), "Its class."),
-            Field("message", Text(2000, keeps_end=True), "Its message."),
-            Field("traceback", Text(20_000, keeps_end=True), "Its traceback."),
+            Field("type", Text(200, keeps_end=True), "Class of the exception."),
+            Field("message", Text(2000, keeps_end=True), "Message of the exception."),
+            Field("traceback", Text(20_000, keeps_end=True), "Traceback of the exception."),
         ),
     ),
     Event(
         "end",
         EVERY_RANK,
-        "This rank is done.",
+        "This rank has finished.",
         (
             Field("step", STEP, "Steps done."),
             Field("reason", Text(), "`finished` or `stopped`."),

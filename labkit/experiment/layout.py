@@ -49,7 +49,7 @@ class Layout(BaseModel):
     zero_stage: Literal[1, 2, 3] = 3
     """What dp_shard shards: 1 optimizer state, 2 also gradients, 3 also parameters."""
     schedule: str = "1f1b"
-    """Order of forward and backward passes in the pipeline; in pipedream no stage waits until a step is over."""
+    """Order of forward and backward passes in the pipeline; in pipedream, no stage waits for a step to end."""
     microbatches: int = Field(default=1, ge=1, le=1_000_000)
     """Micro-batches per step in the pipeline."""
     stages_per_rank: int = Field(default=1, ge=1, le=1_000_000)
@@ -59,13 +59,13 @@ class Layout(BaseModel):
     stage_blocks: tuple[Annotated[int, Field(le=1_000_000)], ...] | None = None
     """Number of blocks of each stage, set by hand; empty to let `balance` decide."""
     weight_stashing: bool = True
-    """With pipedream, keep the weights of a forward pass for its backward pass; off shows why that is needed."""
+    """With pipedream, keep the weights of a forward pass for its backward pass; turn off to see why that is needed."""
     weight_prediction: float = Field(default=2.0, ge=0, le=10)
-    """With weight stashing, how far ahead weights are predicted, in multiples of the staleness; PipeDream itself: 0."""
+    """With weight stashing, how far ahead weights are predicted, in multiples of the staleness; 0 in the paper."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Which activations are recomputed in the backward pass: none, all but matrix products, or all within a block."""
     cpu_offload: bool = False
-    """Keep sharded parameters, gradients and optimizer state in the memory of the host (ZeRO 3 on GPUs)."""
+    """Keep sharded parameters, gradients and optimizer state in host memory (ZeRO 3 on GPUs)."""
 
     @model_validator(mode="before")
     @classmethod

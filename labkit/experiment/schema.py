@@ -68,7 +68,7 @@ class Experiment(Section):
     schema_version: int = SCHEMA_VERSION
     """Version of this format."""
     name: str = Field(default="", max_length=200)
-    """A title for people; free text."""
+    """A title in free text."""
     workload: Workload = Field(default_factory=Workload)
     layout: Layout = Layout()
     gradients: Gradients = Field(default_factory=Gradients)
@@ -78,7 +78,7 @@ class Experiment(Section):
     training: Training = Training(steps=100)
     launch: Launch = Launch()
     code: dict[str, str] = Field(default_factory=dict)
-    """Source of the notebook cells that define methods of this experiment, by method; filled in by itself."""
+    """Source of the notebook cells that define methods of this experiment, by method; filled in automatically."""
 
     @model_validator(mode="before")
     @classmethod

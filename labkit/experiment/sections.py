@@ -74,7 +74,7 @@ class Sparsity(Choice):
     KNOB: ClassVar[str] = "sparsity"
 
     method: str = "none"
-    """How the weights to be set to zero are chosen."""
+    """How the weights to be zeroed are chosen."""
     target: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the weights that are zero at the end."""
     export: bool = False
@@ -93,11 +93,11 @@ class Quantization(Section):
     head: bool = False
     """Quantize the last linear layer, which computes the logits, too."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
-    """How gradients are rounded in int8 training; rounding to nearest loses small values every time."""
+    """How gradients are rounded in int8 training; rounding to nearest always loses small values."""
     weight_gradient: bool = True
     """In int8 training, compute the gradients of weights with int8 products too, otherwise in float32."""
     qat_start: float = Field(default=0.0, ge=0, lt=1)
-    """Fraction of the training before quantization-aware training starts; a late start (fine-tuning) loses least."""
+    """Fraction of the training before quantization-aware training starts; a late start (fine-tuning) costs least."""
     calibration: float = Field(default=0.9999, gt=0.5, le=1)
     """Fraction of a layer's inputs that int8_static does not clip, measured by calibration on training samples."""
 
@@ -131,11 +131,11 @@ class Optimizer(Section):
     momentum: float = Field(default=MOMENTUM, ge=0, lt=1)
     """Momentum of SGD."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay rate of AdamW's mean of the gradients."""
+    """Decay rate of AdamW's first moment, the mean of the gradients."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
-    """Decay rate of AdamW's mean of their squares."""
+    """Decay rate of AdamW's second moment, the mean of their squares."""
     eps: float = Field(default=1e-8, gt=0, le=1)
-    """Constant added to AdamW's denominator; gradients far below it hardly move a weight."""
+    """Constant added to AdamW's denominator; gradients far below it hardly change a weight."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """How the learning rate decays after the warm-up."""
     warmup_steps: int = Field(default=0, ge=0, le=10_000_000)
@@ -176,7 +176,7 @@ class Training(Section):
     shares: Literal["equal", "speed"] = "equal"
     """How a batch is divided among replicas: evenly, or in proportion to the speed of each rank."""
     loader_workers: int = Field(default=0, ge=0, le=256)
-    """Processes per rank that prepare batches ahead; with 0 the rank prepares them itself."""
+    """Processes per rank that prepare batches in advance; with 0, the rank prepares them itself."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the weights, of the order of the samples and of everything else that is random."""
 
@@ -195,7 +195,7 @@ class Network(Section):
     delay_ms: float = Field(default=0.0, ge=0, le=10_000)
     """Delay of the link (ms)."""
     hosts: int = Field(default=1, ge=1, le=1_000_000)
-    """Emulated machines: 1 puts the slow link between all ranks; with more, only links between machines are slow."""
+    """Emulated machines: with 1, the slow link connects all ranks; with more, only links between machines are slow."""
 
     @property
     def interface(self) -> str:
@@ -225,7 +225,7 @@ class Launch(Section):
     isolated: bool = False
     """Ranks train side by side without communication: measures the machine's ceiling, not a training run."""
     max_duration_s: float = Field(default=3600.0, gt=0, le=30 * 86400)
-    """Maximum duration of the run (s); it is stopped then."""
+    """Maximum duration of the run (s), after which it is stopped."""
     timeout_s: float = Field(default=60.0, ge=1, le=86400)
     """Maximum time without a heartbeat from a rank before the run is ended and the rank named (s)."""
     grace_s: float = Field(default=10.0, ge=0, le=600)

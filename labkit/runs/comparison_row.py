@@ -16,11 +16,11 @@ class ComparisonRow(Mapping[str, Any]):
     title: str
     """Title of the run; its id if it has none."""
     workload: str
-    """What it trained: `vision`, `language`, `driving` or `custom`."""
+    """Workload of the run: `vision`, `language`, `driving` or `custom`."""
     layout: str
     """Layout in short form, such as `dp2·tp2`."""
     method: str
-    """Compressor, update rule and other methods in short form; `plain` without any."""
+    """Compressor, update rule and other methods in short form; `plain` if there are none."""
     world_size: int
     """Number of ranks."""
     device: str
@@ -34,17 +34,17 @@ class ComparisonRow(Mapping[str, Any]):
     metric: str | None
     """Key of the main metric; null if the task has not reported it."""
     final: float | None
-    """Main metric in the last evaluation; null before it, and for runs that measure the ceiling."""
+    """Main metric of the last evaluation; null before the first one and for runs that measure the ceiling."""
     loss: float | None
-    """Held-out loss in the last evaluation; null before it, and for runs that measure the ceiling."""
+    """Held-out loss of the last evaluation; null before the first one and for runs that measure the ceiling."""
     samples_per_second: float | None
     """Median throughput over all ranks after the warm-up."""
     step_seconds: float | None
     """Median time of a step after the warm-up (s)."""
     warmup_steps: int | None
-    """First steps that the medians leave out."""
+    """Number of first steps that the medians leave out."""
     speedup: float | None
-    """Throughput divided by that of the baseline; null if it cannot be claimed, for which `notes` gives the reason."""
+    """Throughput divided by that of the baseline; null if no speed-up can be claimed (`notes` gives the reason)."""
     speedup_low: float | None
     """Lower end of the 95 % interval of the speed-up (moving-block bootstrap)."""
     speedup_high: float | None
@@ -52,15 +52,15 @@ class ComparisonRow(Mapping[str, Any]):
     efficiency: float | None
     """Speed-up divided by the ratio of ranks."""
     ceiling: float | None
-    """Speed-up of as many independent copies on this machine, which it can give at most; null if not measured."""
+    """Speed-up of as many independent copies on this machine, the most that it can give; null if not measured."""
     baseline_run_id: str | None
-    """The run that the speed-up refers to."""
+    """The run to which the speed-up refers."""
     is_baseline: bool
     """Whether this run is the baseline, or can be one."""
     is_ceiling: bool
-    """Whether this run measures the ceiling: independent copies that run at once (`launch.isolated`)."""
+    """Whether this run measures the ceiling: independent copies that run at the same time (`launch.isolated`)."""
     notes: list[str]
-    """Why a figure is missing or to be read with care, one sentence each."""
+    """Why a figure is missing or must be read with care, one sentence each."""
 
     def __getitem__(self, key: str) -> Any:
         if key not in self.__dataclass_fields__:

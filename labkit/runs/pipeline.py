@@ -42,15 +42,15 @@ class Bubble:
     """Idle fractions of (ranks × span), and the spans in seconds."""
 
     measured: float
-    """Bubble as measured."""
+    """Measured bubble."""
     own: float
     """Bubble of the schedule itself, simulated with the measured durations of the stages."""
     textbook: float | None
-    """Bubble by the formula for equally long stages; None if the schedule has none."""
+    """Bubble by the formula for stages that take equally long; null if the schedule has no such formula."""
     measured_seconds: float
-    """Span from the first to the last action of the pipeline (s), as measured."""
+    """Measured time from the first to the last action of the pipeline (s)."""
     own_seconds: float
-    """That span in the simulation (s)."""
+    """The same time in the simulation (s)."""
 
 
 def bubble_of(timeline: Timeline, experiment: Experiment) -> Bubble:

@@ -22,9 +22,9 @@ class Straggler:
     """The slowest rank, and how many times as long as the median of the others it computes (median over steps)."""
 
     rank: int
-    """Its number."""
+    """Number of the rank."""
     factor: float
-    """How many times as long as the median of the others it computes."""
+    """How many times as long as the median of the other ranks it computes."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} is the straggler: it computes {self.factor:.1f} times as long as the others (median)"

@@ -1,7 +1,7 @@
 """The summary of a run that has ended, as its supervisor writes it to `summary.json`: every key, its type and unit.
 
-`summarize` builds it (summarize.py). A stored summary may come from another version or machine, so readers take it as
-the dict that it is, in which keys may be missing or unknown.
+`summarize` builds it (summarize.py). A stored summary may come from another version or machine, so readers treat
+it as a plain dict, in which keys may be missing or unknown.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class StepSeconds:
     p90: float | None
     """90th percentile."""
     warmup_steps: int
-    """First steps, which are left out."""
+    """Number of first steps that are left out."""
     samples: int
     """Number of steps measured."""
 
@@ -36,9 +36,9 @@ class TracedMemory:
     step: int | None
     """The traced step, counted from 1."""
     measured: list[dict[str, int] | None]
-    """By rank, as measured; null for a rank that wrote no trace."""
+    """By rank, measured; null for a rank that wrote no trace."""
     formula: list[dict[str, int] | None]
-    """By rank, by the formulas of the layout, without activations."""
+    """By rank, according to the formulas of the layout, without activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,9 @@ class KernelSpeedup:
     """Speed-up of a sparse or low-precision network's layers over dense float32."""
 
     theory: float | None
-    """By the operations and bytes that they need."""
+    """In theory, by the operations and bytes that the layers need."""
     kernel: float | None
-    """As measured layer by layer."""
+    """Measured layer by layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,9 @@ class Summary:
     title: str
     """Title of the experiment."""
     workload: str
-    """What it trained: `vision`, `language`, `driving` or `custom`."""
+    """Workload of the run: `vision`, `language`, `driving` or `custom`."""
     status: str
-    """How it ended: `finished`, `stopped` or `failed`."""
+    """How the run ended: `finished`, `stopped` or `failed`."""
     layout: str
     """Layout in short form, such as `dp2·tp2`."""
     world_size: int
@@ -90,11 +90,11 @@ class Summary:
     accuracy: float | None
     """Held-out accuracy of the last evaluation."""
     metrics: dict[str, float | str]
-    """Held-out metrics of the last evaluation by key; words for one that is not finite."""
+    """Held-out metrics of the last evaluation by key; a metric that is not finite is a word."""
     metric: dict[str, Any]
     """The main metric: `key`, `title`, `higher_is_better` and `unit`; empty if the task has not reported it."""
     facts: dict[str, Any]
-    """What the task says of its data: counts, files, columns, classes."""
+    """What the task reports about its data: counts, files, columns, classes."""
     samples_per_second: float | None
     """Median throughput over all ranks after the warm-up; null if there were too few steps."""
     step_seconds: StepSeconds
@@ -104,52 +104,52 @@ class Summary:
     time_to_first_step_seconds: float | None
     """Time from the request to the end of the first step (s)."""
     communication: dict[str, Any] | None
-    """Per optimizer step, the largest over the ranks: `bytes_per_step` on the wire, `exposed_seconds_per_step`, and of
-    combining gradients `counted_bytes_per_step`, `formula_bytes_per_step` and `compression_seconds`;
-    `counted_bytes_of_all_ranks`; `method`, the compressor; and `axes`, per axis `calls`, `bytes`, `wire_bytes` and
+    """Per optimizer step, the maximum over the ranks: `bytes_per_step` on the wire, `exposed_seconds_per_step`, and for
+    combining gradients `counted_bytes_per_step`, `formula_bytes_per_step` and `compression_seconds`. Also
+    `counted_bytes_of_all_ranks`; `method`, the compressor; and `axes`: per axis `calls`, `bytes`, `wire_bytes` and
     `exposed_seconds`."""
     network: dict[str, Any] | None
-    """The emulated network as in the experiment, and what the kernel counted on it: `bytes` over slow links by all
-    ranks together, `loopback_bytes` within hosts, both `per_host`, `updates`, `bytes_per_step` and `seconds`."""
+    """The emulated network as in the experiment, and what the Linux kernel counted on it: `bytes` over slow links by
+    all ranks together, `loopback_bytes` within hosts, both `per_host`, `updates`, `bytes_per_step` and `seconds`."""
     straggler: Straggler | None
-    """The rank that computes clearly longer than the others."""
+    """The rank that takes clearly longer to compute than the others."""
     memory: TracedMemory | None
     """Memory of each rank in the traced step (bytes); null if no step was traced."""
     bubble: Bubble | None
-    """Share of time in which the ranks of the first pipeline did not compute, in the traced step."""
+    """Share of the traced step in which the ranks of the first pipeline did not compute."""
     staleness: Staleness | None
     """Age of gradients when they were used (optimizer steps)."""
     experts: dict[str, list[float]]
     """By block, the share of all routed tokens that each expert got."""
     peak_memory_bytes: list[int | None]
-    """Peak memory of each rank (bytes): of its GPU, or of its process on a CPU."""
+    """Peak memory of each rank (bytes): on its GPU, or of its process if it runs on a CPU."""
     start_memory_bytes: list[int | None]
-    """Peak memory of each rank's process on the host before step 1, when it built, tried and cut the model (bytes)."""
+    """Peak host memory of each rank's process before step 1, while it built, tried and sharded the model (bytes)."""
     parameters: int | None
     """Number of parameters of the model."""
     effective: dict[str, Any]
-    """What was in force, as measured: types, kernels, backends, compiled blocks, and `sparsity`, the share of the
-    prunable weights that is zero."""
+    """What took effect, as measured: dtypes, kernels, backends, compiled blocks, and `sparsity`, the share of the
+    prunable weights that are zero."""
     quantized: dict[str, Any] | None
     """The trained network compared with its quantized copy."""
     kernels: KernelSpeedup | None
-    """Speed-up of its layers over dense float32; null for runs that are dense and in full precision."""
+    """Speed-up of the network's layers over dense float32; null for dense runs in full precision."""
     exported: dict[str, Any] | None
-    """The trained sparse network in several forms."""
+    """The trained sparse network compared in several forms."""
     baseline_run_id: str | None
-    """The run of one process that the speed-up refers to."""
+    """The run with one process to which the speed-up refers."""
     speedup: float | None
-    """Throughput divided by that of the baseline; null if it cannot be claimed, for which `notes` gives the reason."""
+    """Throughput divided by that of the baseline; null if no speed-up can be claimed (`notes` gives the reason)."""
     speedup_interval: list[float | None] | None
     """The 95 % interval of the speed-up, [low, high] (moving-block bootstrap)."""
     efficiency: float | None
     """Speed-up divided by the number of ranks."""
     ceiling: float | None
-    """Speed-up of as many independent copies on this machine, which it can give at most."""
+    """Speed-up of as many independent copies on this machine: the most that the machine can give."""
     notes: list[str]
-    """What a reader of the figures must know, one sentence each."""
+    """What readers of the figures must know, one sentence each."""
     warnings: list[str]
-    """Warnings of the rules about the experiment."""
+    """Warnings about the experiment, from the rules."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the summary as a dict of JSON values, as it is stored."""

@@ -32,7 +32,7 @@ class Cubic(Sparsifier):
         end: float = Field(default=0.7, gt=0, le=1)
         """Fraction of the training after which the target is reached."""
         every: int | None = Field(default=None, ge=1, le=1_000_000)
-        """Optimizer steps between two cuts; empty: a hundredth of the training."""
+        """Optimizer steps between two pruning steps; empty: a hundredth of the training."""
 
         @model_validator(mode="after")
         def _in_order(self) -> Cubic.Options:

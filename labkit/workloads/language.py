@@ -35,7 +35,7 @@ class LanguageOptions(Options):
     model: Literal["gpt", "transformers"] = "gpt"
     """The network: labkit's own GPT, or a causal model of the transformers library."""
     data: str = Field(default=DOCUMENTATION, min_length=1, max_length=500)
-    """Text: python-docs (no download), a file or folder of text, JSON, CSV or parquet, or a data set of the hub."""
+    """Text: python-docs (no download), a file or folder of text, JSON, CSV or parquet, or a data set from the Hub."""
     context: int = Field(default=64, ge=4, le=65536)
     """Context length: tokens per sample."""
     width: int = Field(default=128, ge=8, le=8192)
@@ -53,13 +53,13 @@ class LanguageOptions(Options):
     balance_loss: float = Field(default=0.0, ge=0, le=100)
     """Weight of the load-balancing loss of the experts; it affects the gradient, but not the reported loss."""
     mlp_growth: float = Field(default=1.0, ge=1, le=64)
-    """Width of the last layer's MLP as a multiple of the first one's; above 1 the layers cost unequal time."""
+    """Width of the last layer's MLP as a multiple of the first one's; above 1, the layers take unequal time."""
     tied: bool = False
     """Tie the GPT's output layer to its token embedding: both share one weight."""
     transformers_config: dict[str, JsonValue] | None = None
     """Configuration of a transformers model, e.g. {"model_type": "llama", "hidden_size": 128, ...}."""
     pretrained: str = Field(default="", max_length=500)
-    """Pretrained transformers model: a local folder or an id of the hub; it brings its own tokenizer."""
+    """Pretrained transformers model: a local folder or an id on the Hub; it brings its own tokenizer."""
     text_column: str = Field(default="", max_length=200)
     """Column with the text; empty to detect it."""
     max_characters: int = Field(default=10_000_000, ge=1000, le=10**10)

@@ -32,13 +32,13 @@ class VisionOptions(Options):
     model: Literal["resnet", "vit"] = "resnet"
     """The network: a residual network with group normalisation, or a small vision transformer."""
     data: str = Field(default=DIGITS, min_length=1, max_length=500)
-    """Images: digits (no download), a folder with one subfolder per class, a parquet file, or a data set of the hub."""
+    """Images: digits (no download), a folder with a subfolder per class, a parquet file, or a data set from the Hub."""
     image_size: int = Field(default=32, ge=8, le=512)
-    """Side to which images are resized (pixels)."""
+    """Height and width to which images are resized (pixels)."""
     shift: int = Field(default=3, ge=0, le=16)
     """Also train on images shifted by up to this many pixels each way: (2·shift + 1)² samples from each image."""
     width: int | None = Field(default=None, ge=4, le=2048)
-    """Channels of the first stage (resnet) or embedding size (vit); empty for 24 and 64."""
+    """Channels of the first stage (resnet) or embedding size (vit); if empty, 24 and 64."""
     depth: int | None = Field(default=None, ge=1, le=64)
     """Residual blocks per stage (resnet) or layers (vit); empty for 1 and 4."""
     patch: int = Field(default=8, ge=1, le=64)

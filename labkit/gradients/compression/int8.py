@@ -35,7 +35,7 @@ class Int8(Compressor):
         """Options of int8 compression."""
 
         levels: int = Field(default=127, ge=1, le=32767)
-        """Quantization levels between zero and the scale; above 127 an element takes 16 bits."""
+        """Quantization levels between zero and the scale; above 127, each element takes 16 bits."""
         chunk: int = Field(default=0, ge=0, le=2**31 - 1)
         """Number of elements that share a scale; 0 for one scale per bucket."""
 

@@ -48,7 +48,7 @@ class LateOptions(BaseOptions):
     start_step: int | None = Field(default=None, ge=0, le=10_000_000)
     """Optimizer steps with uncompressed gradients before compression starts; empty for a twentieth of the training."""
     freeze: bool = True
-    """With AdamW: freeze its mean squares when compression starts (unless it starts at once)."""
+    """With AdamW: freeze its second moments when compression starts (unless it starts at once)."""
 
 
 class LateCompressor(Compressor):

@@ -62,7 +62,7 @@ class OneBitAdam(LateCompressor):
         """Options of 1-bit Adam."""
 
         warmup_steps: int | None = Field(default=None, ge=1, le=10_000_000)
-        """Optimizer steps of plain AdamW before the mean squares are frozen; empty for a twentieth of the training."""
+        """Optimizer steps of plain AdamW before its second moments are frozen; empty: a twentieth of the training."""
 
         @property
         def freeze(self) -> bool:

@@ -30,7 +30,7 @@ class DiLoCo(UpdateRule):
 
     class Options(LocalStepOptions):
         every: int = Field(default=2, ge=1, le=1_000_000)
-        """Local steps between two steps of the outer optimizer (H); a run needs some hundred outer steps.
+        """Local steps between two steps of the outer optimizer (H); a run needs a few hundred outer steps.
 
         The paper's runs of 88,000 steps use 500; in 400 steps of the language recipe the loss is 0.4 % worse with 2,
         and 3 to 5 % worse with 4 to 10.

@@ -47,11 +47,11 @@ class ParameterServer(AsyncUpdateRule):
 
     class Options(BaseOptions):
         staleness: int = Field(default=16, ge=-1, le=1_000_000)
-        """Maximum number of updates by which a gradient may be stale: 0 is synchronous, -1 has no bound."""
+        """Maximum number of updates by which a gradient may be stale: 0 is synchronous, -1 means no bound."""
         scaled: bool = False
         """Weight a gradient that is τ updates old by 1/(1+τ)."""
         momentum: float | None = Field(default=None, ge=0, lt=1)
-        """Momentum of the server's optimizer (first beta of AdamW); empty: lower than usual unless synchronous."""
+        """Momentum of the server's optimizer (first beta of AdamW); if empty, lower than usual unless synchronous."""
         backup: int = Field(default=0, ge=0, le=1000)
         """Number of ranks that a synchronous update does not wait for."""
 
