@@ -1,4 +1,4 @@
-"""Options that do nothing in an experiment: whoever has set one should know."""
+"""Options that have no effect in an experiment, so that whoever has set one is warned."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from labkit.experiment.update_rule import update_rule
 
 
 def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-    """Warn about every option that does nothing in this experiment."""
+    """Warn about every option that has no effect in this experiment."""
     layout = experiment.layout
     if layout.pp == 1:
         for name in ("microbatches", "stages_per_rank", "balance", "stage_blocks"):
@@ -24,17 +24,17 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
     if not layout.order.asynchronous:
         for name in ("weight_stashing", "weight_prediction"):
             if getattr(layout, name) != Layout.model_fields[name].default:
-                reason = f"has no effect: the {layout.schedule} schedule needs no old weights, because its stages wait"
+                reason = f"has no effect: the {layout.schedule} schedule keeps no old weights, because its stages wait"
                 yield Problem(f"layout.{name}", reason)
     if experiment.launch.transport == "shared_memory" and layout.world_size != layout.dp_replicate:
-        yield Problem("launch.transport", "has no effect: only plain data parallelism exchanges through shared memory")
+        yield Problem("launch.transport", "has no effect: only plain data parallelism uses shared memory")
     if not experiment.gradients.overlap and (why := _never_overlaps(experiment)):
         yield Problem("gradients.overlap", f"has no effect: {why}")
     if experiment.gradients.hierarchical and layout.world_size == host_count(experiment):
-        yield Problem("gradients.hierarchical", "has no effect: every host has one rank")
+        yield Problem("gradients.hierarchical", "has no effect: every host has only one rank")
     if layout.cpu_offload and (experiment.launch.device == "cpu" or layout.dp_shard == 1):
         on_cpu = experiment.launch.device == "cpu"
-        why = "everything is in the host's memory already" if on_cpu else "nothing is sharded (layout.dp_shard is 1)"
+        why = "everything is already in host memory" if on_cpu else "nothing is sharded (layout.dp_shard is 1)"
         yield Problem("layout.cpu_offload", f"has no effect: {why}")
     if layout.sequence_parallel and layout.tp == 1:
         yield Problem("layout.sequence_parallel", "has no effect without tensor parallelism (layout.tp is 1)")
@@ -55,7 +55,7 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
         yield Problem("quantization.calibration", "has no effect: only int8_static (after_training) is calibrated")
     of_layers = registry("quantization.training")[quantization.training].load().layers_from == "labkit"
     if quantization.head and not (of_layers or quantization.qat != "none" or quantization.after_training != "none"):
-        yield Problem("quantization.head", "has no effect: no format of linear layers is chosen")
+        yield Problem("quantization.head", "has no effect: no number format for linear layers is chosen")
     if experiment.sparsity.method == "none" and experiment.sparsity.target > 0:
         yield Problem("sparsity.target", "has no effect while sparsity.method is none")
     if experiment.training.shares == "speed" and (layout.world_size == 1 or experiment.launch.isolated):
@@ -64,11 +64,11 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
         yield Problem("launch.isolated", "has no effect on one rank")
     steps = experiment.training.steps
     if steps is not None and experiment.optimizer.warmup_steps >= steps:
-        yield Problem("optimizer.warmup_steps", f"the learning rate never reaches its value in {steps} steps")
+        yield Problem("optimizer.warmup_steps", f"the learning rate does not reach its peak in {steps} steps")
 
 
 def _never_overlaps(experiment: Experiment) -> str | None:
-    """Return why no gradient is exchanged during computation anyway; None if one may be."""
+    """Return why gradients are never exchanged during computation; None if they may be."""
     layout, launch = experiment.layout, experiment.launch
     if layout.world_size == 1 or launch.isolated or not exchanges_gradients(experiment):
         return "no gradients are exchanged"
@@ -84,7 +84,7 @@ def _never_overlaps(experiment: Experiment) -> str | None:
 
 
 def exchanges_gradients(experiment: Experiment) -> bool:
-    """Return True if gradients are exchanged, False if the update rule combines the replicas in another way."""
+    """Return whether gradients are exchanged, rather than the replicas being combined in another way."""
     rule, _ = update_rule(experiment).load()
     return bool(rule.uses_ddp)
 

@@ -66,7 +66,7 @@ def own_methods_exist(experiment: Experiment, machine: Machine) -> Iterator[Prob
 
 
 def _why_no_class(key: str, source: str | None) -> str:
-    """Return why the class of an own method cannot be loaded on the ranks; empty if it seems that it can."""
+    """Return why the class of an own method cannot be loaded on the ranks; empty if nothing speaks against it."""
     if not own_methods.from_cell(key):
         return why_not(key)
     name = own_methods.class_name(key)
@@ -82,7 +82,7 @@ def _why_no_class(key: str, source: str | None) -> str:
 
 
 def _methods_in_force(experiment: Experiment) -> Iterator[tuple[str, Method]]:
-    """Yield field and method of each choice, except an update rule in whose place a schedule brings its own."""
+    """Yield field and method of each choice, without an update rule that an asynchronous schedule replaces."""
     replaced = "gradients.update" if experiment.layout.order.asynchronous else ""
     for knob, field in CHOICES.items():
         if knob != replaced:
@@ -96,10 +96,10 @@ def method_rules(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
 
 
 def one_update_rule(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-    """Refuse an update rule in whose place the pipeline schedule brings its own."""
+    """Refuse an update rule that the pipeline schedule replaces with its own."""
     layout, method = experiment.layout, experiment.gradients.update.method
     if layout.order.asynchronous and method != SYNCHRONOUS:
-        reason = f"the schedule {layout.schedule} decides itself when a stage steps, so {method} has no place beside it"
+        reason = f"the schedule {layout.schedule} has its own update rule, so it cannot be combined with {method}"
         yield Problem("gradients.update.method", reason, SYNCHRONOUS)
 
 
@@ -110,7 +110,7 @@ def emulated_network(experiment: Experiment, machine: Machine) -> Iterator[Probl
 
 
 def network_warnings(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-    """Say what the emulated network is, so that nobody takes it for a real one."""
+    """Describe the emulated network, so that nobody mistakes it for a real one."""
     if experiment.launch.network is not None:
         yield from network_rules().warnings(experiment, machine)
 
@@ -148,9 +148,7 @@ def point_to_point_on_shared_gpus(experiment: Experiment, machine: Machine) -> I
     if experiment.launch.device != "cuda" or not 0 < gpus < ranks:
         return
     # torch's gloo has no send and receive for tensors on GPUs, and NCCL refuses ranks that share one.
-    reason = (
-        f"needs messages between two ranks, and {ranks} ranks that share {gpus} GPU(s) cannot send any: use the CPU"
-    )
+    reason = f"must send tensors from rank to rank, which {ranks} ranks that share {gpus} GPU(s) cannot do: use the CPU"
     if experiment.layout.pp > 1 or experiment.layout.cp > 1:
         axes = " and ".join(axis for axis in ("pp", "cp") if getattr(experiment.layout, axis) > 1)
         yield Problem("launch.device", f"{axes} {reason}", "cpu")
@@ -164,7 +162,8 @@ def compiled_blocks_are_whole(experiment: Experiment, machine: Machine) -> Itera
     layout = experiment.layout
     if experiment.launch.compile == "blocks" and layout.world_size > layout.dp_replicate * layout.dp_shard:
         reason = (
-            "blocks are compiled under data parallelism and ZeRO only: elsewhere ranks exchange activations in them"
+            "blocks can be compiled only under data parallelism and ZeRO: in other layouts, ranks exchange activations "
+            "inside a block"
         )
         yield Problem("launch.compile", reason, "off")
 
@@ -172,7 +171,7 @@ def compiled_blocks_are_whole(experiment: Experiment, machine: Machine) -> Itera
 def shared_memory_is_for_the_cpu(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """Refuse the shared-memory transport for gradients on GPUs."""
     if experiment.launch.transport == "shared_memory" and experiment.launch.device == "cuda":
-        yield Problem("launch.transport", "gradients on GPUs are not exchanged through the host's memory", "auto")
+        yield Problem("launch.transport", "gradients on GPUs cannot be exchanged through host memory", "auto")
 
 
 def hierarchical_sums(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
@@ -182,11 +181,11 @@ def hierarchical_sums(experiment: Experiment, machine: Machine) -> Iterator[Prob
         return
     field, hosts = "gradients.hierarchical", host_count(experiment)
     if layout.world_size != layout.dp_replicate:
-        yield Problem(field, "hierarchical sums are defined for plain data parallelism only", "false")
+        yield Problem(field, "hierarchical reduction is defined only for plain data parallelism", "false")
     elif not exchanges_gradients(experiment):
-        yield Problem(field, f"{update_rule(experiment).key} exchanges no gradients", "false")
+        yield Problem(field, f"{update_rule(experiment).key} does not exchange gradients", "false")
     elif hosts < 2:
-        yield Problem(field, "there is one host only (launch.network.hosts)", "false")
+        yield Problem(field, "there is only one host (launch.network.hosts)", "false")
     elif layout.world_size % hosts:
         yield Problem(
             "layout", f"{hosts} hosts do not divide {layout.world_size} ranks", layout.world_size // hosts * hosts
@@ -208,7 +207,7 @@ def shares_follow_speed(experiment: Experiment, machine: Machine) -> Iterator[Pr
 
 
 def ranks_fit(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-    """Limit oversubscription, so that a typing error does not take the machine down."""
+    """Limit oversubscription, so that a typo does not bring down the machine."""
     slots = max(1, machine.slots(experiment.launch.device))
     maximum = slots * MAX_RANKS_PER_SLOT
     ranks = experiment.layout.world_size
@@ -224,37 +223,39 @@ def ranks_fit(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
 def isolated_is_data_parallel(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """Refuse independent copies for anything but plain data parallelism."""
     if experiment.launch.isolated and experiment.layout.world_size != experiment.layout.dp_replicate:
-        yield Problem("launch.isolated", "independent copies are defined for plain data parallelism only", "false")
+        yield Problem("launch.isolated", "independent copies are defined only for plain data parallelism", "false")
 
 
 def slowed_ranks_exist(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """Refuse slowdowns of ranks that do not exist."""
     ranks = experiment.layout.world_size
     for rank in sorted(rank for rank in experiment.launch.slowdown if rank >= ranks):
-        yield Problem("launch.slowdown", f"there is no rank {rank}: the {ranks} ranks are numbered from 0 on")
+        yield Problem("launch.slowdown", f"there is no rank {rank}: the {ranks} ranks are numbered from 0")
 
 
 def eight_bit_state(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-    """Yield the reasons why the optimizer state cannot have 8 bits: other parts cannot read its packed moments."""
+    """Yield the reasons why the optimizer state cannot have 8 bits; most are parts that cannot read packed moments."""
     if experiment.optimizer.state_bits == 32:
         return
     field, update, layout = "optimizer.state_bits", update_rule(experiment), experiment.layout
     if experiment.optimizer.name != "adamw":
-        yield Problem("optimizer.name", "only AdamW has an 8-bit state", "adamw")
+        yield Problem("optimizer.name", "only AdamW supports 8-bit state", "adamw")
     if experiment.quantization.training == "fp64":
-        yield Problem(field, "a proof in float64 does not use 8-bit moments", 32)
+        yield Problem(field, "a parity check in float64 does not use 8-bit moments", 32)
     if experiment.quantization.training == "fp16":
-        yield Problem(field, "only the fused AdamW, which keeps 32 bits, skips steps that overflow", 32)
+        yield Problem(field, "fp16 skips steps that overflow, which only the fused AdamW with 32-bit state can do", 32)
     if not update.is_synchronous:
         yield Problem(
-            field, f"{update.key} averages or moves the optimizer's moments, which 8 bits would not survive", 32
+            field, f"{update.key} averages or transfers the optimizer's moments, which 8 bits do not allow", 32
         )
     if experiment.sparsity.method != "none":
-        yield Problem(field, "pruning weights clears their moments, which are packed in blocks of 256", 32)
+        yield Problem(
+            field, "pruning clears the moments of single weights, but 8-bit moments come in blocks of 256", 32
+        )
     compression = experiment.gradients.compression
     _, options = compression.load()
     if getattr(options, "freeze", False):
-        yield Problem(field, f"{compression.method} brings its own AdamW, which keeps 32 bits", 32)
+        yield Problem(field, f"{compression.method} uses its own AdamW, which has 32-bit state", 32)
     if layout.pp > 1 and experiment.workload.options.get("tied"):
         reason = "copies of the tied weight on two stages would be updated differently and drift apart (workload.tied)"
         yield Problem(field, reason, 32)
@@ -286,11 +287,11 @@ def oversubscribed(experiment: Experiment, machine: Machine) -> Iterator[Problem
     if device == "cuda" and 0 < len(machine.gpus) < ranks:
         yield Problem(
             "layout",
-            f"{ranks} ranks share {len(machine.gpus)} GPU(s) over gloo: good for checking, speed not meaningful",
+            f"{ranks} ranks share {len(machine.gpus)} GPU(s) over gloo: fine for checks, but speeds mean nothing",
         )
     threads = ranks * experiment.launch.threads_per_rank
     if device == "cpu" and threads > machine.cores:
-        yield Problem("layout", f"oversubscribed: {threads} threads on {machine.cores} cores, speed not meaningful")
+        yield Problem("layout", f"oversubscribed: {threads} threads on {machine.cores} cores, so speeds mean nothing")
 
 
 def method_warnings(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
@@ -298,7 +299,7 @@ def method_warnings(experiment: Experiment, machine: Machine) -> Iterator[Proble
     for field, method in _methods_in_force(experiment):
         yield from getattr(method.load(), "warnings", _none)(experiment, machine)
         if not method.is_loaded:
-            yield Problem(field, f"{method.key} is checked on the ranks: its code does not run before")
+            yield Problem(field, f"{method.key} is checked only on the ranks, because its code does not run before")
 
 
 def _none(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
@@ -310,7 +311,7 @@ def slow_on_purpose(experiment: Experiment, machine: Machine) -> Iterator[Proble
     """Warn about ranks that are slowed down on purpose."""
     for rank, factor in sorted(experiment.launch.slowdown.items()):
         if factor > 1:
-            yield Problem("launch.slowdown", f"rank {rank} computes {factor:g} times slower, on purpose")
+            yield Problem("launch.slowdown", f"rank {rank} is slowed down on purpose, by a factor of {factor:g}")
 
 
 WARNINGS: list[Rule] = [oversubscribed, options_without_effect, network_warnings, slow_on_purpose, method_warnings]

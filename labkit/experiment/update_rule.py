@@ -1,4 +1,4 @@
-"""The update rule in force: the one that is set, or the one that an asynchronous pipeline schedule brings."""
+"""The update rule in effect: the one that is set, or that of an asynchronous pipeline schedule."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ if TYPE_CHECKING:
     from labkit.experiment.schema import Experiment
 
 SYNCHRONOUS = "synchronous"
-"""The rule under which all ranks take every step together, with the mean of their gradients."""
+"""The rule by which all ranks take every step together, with the mean of their gradients."""
 
 
 @dataclass(frozen=True)
 class UpdateRuleInForce:
-    """An update rule, and the setting that chooses it."""
+    """The update rule in effect, and the setting that selects it."""
 
     key: str
-    """Its name: that of the rule, or of the schedule that brings it."""
+    """Name of the rule, or of the schedule that includes it."""
     field: str
-    """The setting that chooses it."""
+    """The setting that selects it."""
     nearest_synchronous: str
     """The nearest value of that setting with which training is synchronous."""
     load: Callable[[], tuple[Any, Any]]
-    """Imports the class and returns it with its options, an instance of its `Options`."""
+    """Function that imports the class and returns it with its options, an instance of its `Options`."""
 
     @property
     def is_synchronous(self) -> bool:
-        """Whether it is the rule of synchronous training."""
+        """Whether this is the rule of synchronous training."""
         return self.key == SYNCHRONOUS
 
 

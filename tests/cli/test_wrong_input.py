@@ -128,7 +128,7 @@ CASES = [
     sets(
         "two update rules",
         ["layout=pp2", "layout.schedule=pipedream", "gradients.update.method=diloco"],
-        "diloco has no place beside it; nearest legal value: synchronous",
+        "cannot be combined with diloco; nearest legal value: synchronous",
     ),
     sets("shares without replicas", ["layout=tp2", "training.shares=speed"], "training.shares: "),
     sets("network without a rate", "launch.network.delay_ms=1", "launch.network.rate_mbit: is required"),

@@ -88,7 +88,7 @@ def test_rules(changes: str, machine: Machine, fields: list[str]) -> None:
         ("launch.isolated=true", CPU, ["no effect on one rank"]),
         ("layout.sequence_parallel=true", CPU, ["no effect without tensor parallelism"]),
         ("layout=pp2 layout.schedule=naive layout.microbatches=4", CPU, ["the naive schedule has a single microbatch"]),
-        ("optimizer.warmup_steps=200", CPU, ["never reaches its value in 100 steps"]),
+        ("optimizer.warmup_steps=200", CPU, ["does not reach its peak in 100 steps"]),
     ],
 )
 def test_an_option_that_does_nothing_warns(changes: str, machine: Machine, said: list[str]) -> None:

@@ -107,10 +107,10 @@ def test_what_changes_gradients_claims_no_parity(key: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "field", "words"),
     [
-        ({}, "gradients.hierarchical", "one host only"),
+        ({}, "gradients.hierarchical", "only one host"),
         (HOSTS | {"ranks": 3}, "layout", "2 hosts do not divide 3 ranks"),
         (HOSTS | {"layout": {"dp_replicate": 2, "tp": 2}}, "gradients.hierarchical", "plain data parallelism"),
-        (HOSTS | {"gradients__update": {"method": "diloco"}}, "gradients.hierarchical", "exchanges no gradients"),
+        (HOSTS | {"gradients__update": {"method": "diloco"}}, "gradients.hierarchical", "does not exchange gradients"),
     ],
 )
 def test_sums_in_two_storeys_need_hosts(changes: dict[str, Any], field: str, words: str) -> None:

@@ -65,7 +65,7 @@ def test_a_compressor_of_a_cell_trains_and_sends_the_bytes_of_its_formula() -> N
 def test_a_file_and_an_earlier_run_need_no_cell() -> None:
     experiment = tiny(steps=6).set({"gradients.compression": {"method": f"{FILE}:Halves", "scale": 512.0}})
     assert experiment.problems() == []
-    assert any("checked on the ranks" in str(warning) for warning in experiment.warnings())
+    assert any("checked only on the ranks" in str(warning) for warning in experiment.warnings())
     by_file = start(experiment).wait(60)
     assert by_file.state == "finished", by_file.cause
     by_cell = tiny(steps=6).set({"gradients.compression": {**labkit.from_notebook(Halves), "scale": 512.0}})

@@ -100,7 +100,7 @@ def test_the_reason_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> N
             "layout=dp2 launch.isolated=true launch.network.rate_mbit=10",
             "no effect: independent copies do not communicate",
         ),
-        ('layout=dp2 launch.slowdown={"1":4,"0":1}', "rank 1 computes 4 times slower, on purpose"),
+        ('layout=dp2 launch.slowdown={"1":4,"0":1}', "rank 1 is slowed down on purpose, by a factor of 4"),
     ],
 )
 def test_it_is_said_what_is_emulated(changes: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:

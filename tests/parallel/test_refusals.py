@@ -315,7 +315,7 @@ def a_rank_without_samples_has_no_loss() -> None:
     assert str(loss.item()) == str(nan), "and one NaN is enough to spoil the sum of all ranks"
 
 
-@protects_from("independent copies are defined for plain data parallelism only")
+@protects_from("independent copies are defined only for plain data parallelism")
 def a_part_of_a_model_would_be_alone() -> None:
     with pytest.raises(KeyError):
         Mesh(Layout(tp=2), 0, "cpu", connect=False).group("tp")
@@ -323,7 +323,7 @@ def a_part_of_a_model_would_be_alone() -> None:
 
 BOUNDS = (
     r"\d+ ranks are more than \d+ times the \d+ (cores|GPUs)",  # what the machine bears
-    "gradients on GPUs are not exchanged through the host's memory",  # tests/parallel/test_shared_memory.py
+    "gradients on GPUs cannot be exchanged through host memory",  # tests/parallel/test_shared_memory.py
 )
 
 

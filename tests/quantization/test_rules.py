@@ -148,7 +148,7 @@ def test_fp8_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         ("quantization.weight_gradient=false", CPU, ["only int8 training"]),
         ("quantization.training=int8 quantization.rounding=nearest", CPU, []),
         ("quantization.qat_start=0.5", CPU, ["without quantization.qat"]),
-        ("quantization.head=true", CPU, ["no format of linear layers"]),
+        ("quantization.head=true", CPU, ["no number format for linear layers"]),
         ("quantization.head=true quantization.qat=int4", CPU, []),
         ("quantization.qat=int4 layout=tp2", CPU, ["its own scales"]),
     ],

@@ -115,7 +115,7 @@ def test_an_isolated_rank_takes_so_many_times_as_long() -> None:
     normal, slowed = (float(column(run, rank, "seconds").min()) for rank in (0, 1))
     assert LOW < slowed / normal < HIGH
     said = [text for text in run.summary()["warnings"] if "on purpose" in text]
-    assert said == ["launch.slowdown: rank 1 computes 4 times slower, on purpose."]
+    assert said == ["launch.slowdown: rank 1 is slowed down on purpose, by a factor of 4."]
 
 
 @pytest.mark.parametrize(
