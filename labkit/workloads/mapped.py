@@ -1,12 +1,12 @@
-"""Weights in files that are mapped into memory, so that no rank holds a whole model that its layout shards.
+"""Weights in memory-mapped files, so that no rank holds the whole of a model that its layout shards.
 
-Every rank builds the whole model: only then does every layout begin with the weights of one process, bit for bit,
-whatever the code of the model does. The parameters of a large model are moved into temporary files, which have no name
-any more, as soon as a module registers them, and are initialised there. Pages that were read or written are dropped
-from memory every few milliseconds; the file keeps their contents. Once a layout has decided what this rank keeps,
-`into_memory` copies that, and a file is gone with the last tensor that uses it. A checkpoint gathers full tensors into
-such files, too. Each rank needs as much room on a disk as the model has bytes, twice while it is tried; what does not
-fit stays in memory.
+Every rank builds the whole model: only then does every layout start from the weights of one process, bit for bit,
+whatever the code of the model does. The parameters of a large model are moved into unnamed temporary files as soon as a
+module registers them, and are initialised there. Pages that were read or written are dropped from memory every few
+milliseconds; the file keeps their contents. Once the layout has determined what this rank keeps, `into_memory` copies
+it, and a file is deleted with the last tensor that uses it. A checkpoint also gathers full tensors into such files.
+Each rank needs as much disk space as the model has bytes, and twice that during the rehearsal; what does not fit stays
+in memory.
 """
 
 from __future__ import annotations

@@ -55,10 +55,10 @@ COUPLED = [(Centring(), "1"), (InTrainingOnly(), "1"), (AmongSamples(), "1.atten
 def test_samples_that_change_what_others_give_are_named(layer: nn.Module, name: str) -> None:
     task = a_task(layer)
     assert non_parity_modules(task.model, 2, 1, task) == [
-        f"{name}: mixes the samples of a batch and sees one rank's samples, so ranks differ from one process"
+        f"{name}: mixes the samples of a batch but sees only one rank's, so ranks differ from one process"
     ]
     assert non_parity_modules(task.model, 1, 2, task) == [
-        f"{name}: mixes the samples of a batch and sees one pass's samples, so passes differ from a batch in one piece"
+        f"{name}: mixes the samples of a batch but sees only one pass's, so passes differ from a whole batch"
     ]
     assert non_parity_modules(task.model, 1, 1, task) == []
 

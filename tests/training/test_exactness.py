@@ -107,7 +107,7 @@ def test_a_random_part_is_found_by_trying(layer: nn.Module) -> None:
     task = a_task(layer)
     (reason,) = non_parity_modules(task.model, 2, 1, task)
     assert reason.startswith("1")
-    assert "draws different numbers on every rank, so ranks differ from one process" in reason
+    assert "draws different random numbers on every rank, so ranks differ from one process" in reason
     (reason,) = non_parity_modules(task.model, 1, 4, task)
     assert "on every pass, so passes differ" in reason
     assert non_parity_modules(task.model, 1, 1, task) == []
@@ -122,7 +122,7 @@ def test_what_is_not_random_is_not_said_to_be(layer: nn.Module) -> None:
 def test_batch_normalisation_with_several_passes_on_one_rank_is_named() -> None:
     for layer in (nn.BatchNorm1d(4), nn.SyncBatchNorm(4)):
         (reason,) = non_parity_modules(nn.Sequential(layer), ranks=1, passes=2)
-        assert reason == "0: batch normalisation sees one pass's samples, so passes differ from a batch in one piece"
+        assert reason == "0: batch normalisation sees only one pass's samples, so passes differ from a whole batch"
 
 
 class Reassigned(nn.Module):
@@ -164,10 +164,10 @@ class Augmented(torch.utils.data.Dataset):
 def test_samples_that_are_others_each_time_are_noticed() -> None:
     task = a_task(nn.Identity(), train=Augmented())
     (reason,) = non_parity_modules(task.model, 1, 1, task)
-    assert reason.startswith("the training samples are different each time they are read")
+    assert reason.startswith("the training samples differ each time they are read")
     task = a_task(nn.Identity(), test=Augmented())
     (reason,) = non_parity_modules(task.model, 2, 1, task)
-    assert reason.startswith("the held-out samples are different each time they are read")
+    assert reason.startswith("the held-out samples differ each time they are read")
 
 
 def masked(output: Tensor, target: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ def test_dropout_that_begins_late_is_noticed(kept_in: str) -> None:
     layer = Late()
     task = a_task(layer)
     (reason,) = non_parity_modules(task.model, 2, 1, task)
-    assert reason.startswith("1: a random part draws different numbers on every rank")
+    assert reason.startswith("1: a random part draws different random numbers on every rank")
     assert layer.passes == 0
 
 
@@ -319,4 +319,4 @@ def test_a_generator_of_ones_own_is_random() -> None:
 
     task = a_task(Own())
     (reason,) = non_parity_modules(task.model, 2, 1, task)
-    assert reason.startswith("1: a random part draws different numbers")
+    assert reason.startswith("1: a random part draws different random numbers")

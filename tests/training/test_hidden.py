@@ -20,7 +20,7 @@ from tests.training.test_rehearsal import run, sentence
 
 TASKS = Path(hidden_tasks.__file__)
 UNTRAINED = ", which no optimizer would train: it is not a parameter of the model, so register it there"
-KEPT = " is kept from one pass for the next together with its graph, which the first backward pass has used up: "
+KEPT = " is kept from one pass to the next together with its graph, which the first backward pass has freed: "
 
 
 def custom(function: str, layout: str = "dp1", **changes: Any) -> Experiment:
@@ -91,7 +91,7 @@ def test_a_hook_that_is_lost_in_any_other_way_is_named() -> None:
     assert list(before) == ["body.weight"]
     assert hooks.lost_in(before, [model]) is None
     model.body.weight = nn.Parameter(model.body.weight.detach().clone())
-    assert str(hooks.lost_in(before, [model])).startswith("body.weight has a hook (register_hook), and this experiment")
+    assert str(hooks.lost_in(before, [model])).startswith("body.weight has a hook (register_hook), but this experiment")
 
 
 LOSSES_DIFFER = "although weights, buffers and samples are equal: something else in the model or the loss differs; draw"

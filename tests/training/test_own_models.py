@@ -174,7 +174,7 @@ def test_every_rule_trains_imaginary_parts(update: dict[str, Any]) -> None:
         ),
         (
             {"optimizer.state_bits": 8, "quantization.training": "fp32"},
-            "layer.weight is complex, and moments of 8 bits",
+            "layer.weight is complex, and 8-bit moments",
         ),
         ({"quantization.training": "int8"}, "layer.weight is complex, and low-precision layers are real"),
         (
@@ -412,7 +412,7 @@ def test_a_hook_that_is_not_linear_is_noted() -> None:
         note for note in finished(experiment("clipping_hook", {"dp_replicate": 2})).summary()["notes"] if "hook" in note
     ]
     assert note == (
-        "blocks.block_1.weight: its hook sees the gradient of one rank's samples, so ranks differ from one process"
+        "blocks.block_1.weight: its hook sees only the gradient of one rank's samples, so ranks differ from one process"
     )
     for name in ("hooked", "hooked_afterwards"):
         notes = finished(experiment(name, {"dp_replicate": 2})).summary()["notes"]

@@ -77,17 +77,17 @@ def sentence(experiment: Experiment) -> str:
 SHARDED = "shard2"
 WRONG: list[tuple[str, str, str]] = [
     ("everything_frozen", "dp1", "nothing to train: all 4 parameters are frozen"),
-    ("lazy", "dp2", "0.weight has no shape yet \\(a lazy layer\\): call the model once on a sample"),
+    ("lazy", "dp2", "0.weight has no shape yet \\(a lazy layer\\): call the model once on a few samples"),
     ("lazy_convolution", "dp1", "1.weight has no shape yet \\(a lazy layer\\): call the model once"),
     ("lazy_norm", SHARDED, "1.running_mean has no shape yet \\(a lazy layer\\): call the model once"),
     ("lazy_buffer", "dp1", "scale has no shape yet \\(a lazy layer\\): call the model once"),
     ("synchronized_norm", "dp2", "1 is a SyncBatchNorm, which works on GPUs only: use nn.BatchNorm"),
-    ("one_number", SHARDED, "temperature is a single number without a dimension, .*give it the shape \\(1,\\)"),
+    ("one_number", SHARDED, "temperature is a scalar \\(no dimensions\\), .*give it the shape \\(1,\\)"),
     ("empty_parameter", SHARDED, "nothing is empty \\(shape \\[0, 4\\]\\), which ZeRO 3 cannot shard"),
     ("integer_parameter", SHARDED, "places is a parameter of int64, .* make it a buffer"),
-    ("sparse_rows", "dp1", "0.weight has sparse gradients .* leave sparse=True out, the numbers stay the same"),
-    ("sparse_rows", "dp2", "0.weight has sparse gradients .* leave sparse=True out, the numbers stay the same"),
-    ("sparse_rows", SHARDED, "0.weight has sparse gradients .* leave sparse=True out"),
+    ("sparse_rows", "dp1", "0.weight has sparse gradients .* remove sparse=True; the results stay the same"),
+    ("sparse_rows", "dp2", "0.weight has sparse gradients .* remove sparse=True; the results stay the same"),
+    ("sparse_rows", SHARDED, "0.weight has sparse gradients .* remove sparse=True"),
     ("two_outputs", "dp2", "must give one tensor in eval mode, but it gives a tuple of 2: return the logits alone"),
     ("two_outputs_in_training", "dp2", "in training mode, but it gives a tuple of 2: return the logits alone"),
     ("two_outputs_in_training", "dp1", "must give one tensor in training mode, but it gives a tuple of 2"),
@@ -96,7 +96,7 @@ WRONG: list[tuple[str, str, str]] = [
     ("loss_as_float", "dp1", "must give the mean over the samples, one number; it gives float"),
     ("detached_loss", "dp1", "the loss does not depend on any parameter that is trained"),
     ("loss_twice", "dp1", "loss_fn from loss_twice fails for outputs"),
-    ("input_of_bytes", "dp1", "x is uint8: give numbers in float32"),
+    ("input_of_bytes", "dp1", "x is uint8: convert it to float32"),
     (
         "label_missing",
         "dp2",
@@ -136,7 +136,7 @@ def test_sparse_gradients_train_as_dense_ones_where_they_can() -> None:
     )
     assert sparse.state == dense.state == "finished", (sparse.cause, dense.cause)
     assert np.abs(sparse.data().loss - dense.data().loss).max() < 1e-12
-    assert "leave sparse=True out" in sentence(custom("sparse_rows", {"dp_shard": 2, "zero_stage": 2}))
+    assert "remove sparse=True" in sentence(custom("sparse_rows", {"dp_shard": 2, "zero_stage": 2}))
 
 
 def test_a_sample_that_breaks_in_a_loader_process_is_named() -> None:
@@ -173,7 +173,7 @@ def test_so_are_they_where_ranks_hold_parts_or_send_later() -> None:
 def test_augmentation_that_no_seed_reaches_is_noted() -> None:
     ended = run(custom("other_augmentation", training__evaluate_every=0))
     assert ended.state == "finished", ended.cause
-    assert any("samples of train come from a generator without a seed" in note for note in ended.summary()["notes"])
+    assert any("samples of train come from an unseeded generator" in note for note in ended.summary()["notes"])
 
 
 def test_a_model_that_reads_the_clock_is_noted() -> None:

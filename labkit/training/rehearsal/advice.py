@@ -1,4 +1,4 @@
-"""Wording of what goes wrong when a user's own task is tried, and of what to do about it."""
+"""Descriptions of what goes wrong when a user's own task is tried, with advice on what to do."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def hint(batch: Batch, model: nn.Module) -> str:
     x = batch["x"]
     embeds = any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in model.modules())
     if not (x.is_floating_point() or x.is_complex() or embeds):
-        return f"; x is {str(x.dtype).removeprefix('torch.')}: give numbers in float32 (x.float())"
+        return f"; x is {str(x.dtype).removeprefix('torch.')}: convert it to float32 (x.float())"
     if model.training and len(x) == 1:
-        return "; a pass of this rank holds one sample: raise training.global_batch or lower gradients.accumulation"
+        return "; a pass of this rank has only one sample: raise training.global_batch or lower gradients.accumulation"
     return ""
 
 
 def backward_fault(task: Task, error: Exception) -> str:
-    """Return in one sentence why the backward pass fails."""
+    """Return one sentence on why the backward pass fails."""
     if "backward through the graph a second time" not in str(error):
         return f"the backward pass from the loss fails: {describe_error(error)}"
     place = kept_graph(task)
     subject = place or "something"
     return (
-        f"{subject} is kept from one pass for the next together with its graph, which the first backward pass has used "
-        "up: detach it before keeping it (detach())"
+        f"{subject} is kept from one pass to the next together with its graph, which the first backward pass has "
+        "freed: call detach() on it before keeping it"
     )

@@ -1,4 +1,4 @@
-"""Detect whether the control flow of a model depends on its input, on random draws, or on the number of calls."""
+"""Detect whether the control flow of a model depends on its input, on random numbers, or on the number of calls."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class ControlFlowProbe(TorchDispatchMode):
-    """Dispatch mode that detects whether the model's control flow may depend on values, on chance or on the call count.
+    """Dispatch mode that detects whether the model's control flow may depend on values, chance or the call count.
 
-    It watches for what a branch in Python needs: a number read out of a tensor, a draw from the generator of numpy or
-    Python, an attribute that the pass changed (`changed` returns True).
+    It watches for anything that a branch in Python could depend on: a number read from a tensor, a draw from the random
+    generator of numpy or Python, an attribute changed by the pass (`changed` returns True).
     """
 
     def __init__(self, changed: Callable[[], bool]) -> None:
@@ -40,6 +40,6 @@ class ControlFlowProbe(TorchDispatchMode):
 
 
 def _generator_state() -> tuple[Any, ...]:
-    """Return the state of the generators of Python and numpy, which every draw changes."""
+    """Return the state of the random generators of Python and numpy, which every draw changes."""
     state: Any = np.random.get_state()
     return random.getstate(), state[2], state[1][0]

@@ -1,9 +1,9 @@
-"""Detect models that mix the samples of a batch: with them, ranks and passes compute something else than one process.
+"""Detect models that mix the samples of a batch, so that ranks and passes do not compute what one process computes.
 
-Detected by experiment, whatever the reason: statistics over the batch, attention among samples, a layer that takes the
-batch dimension for the time dimension. Some samples of a batch are replaced by others, and the outputs of the rest must
-not change; random numbers are the same in both passes. Batch normalisation is recognised by its class and stays in
-evaluation mode.
+Mixing is detected by experiment, whatever its cause: statistics over the batch, attention among samples, a layer that
+mistakes the batch dimension for the time dimension. Some samples of a batch are replaced
+by others, and the outputs of the rest must not change; random numbers are the same in both passes. Batch normalisation
+is recognised by its class and stays in evaluation mode.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from labkit.workloads.restore import Snapshot, undisturbed
 from labkit.workloads.seed import seed_generators
 
 SAMPLES, KEPT = 4, 2
-"""Number of samples in a pass, and how many of them stay while the others are replaced."""
+"""Number of samples in a pass, and number of them that stay while the others are replaced."""
 ROUNDINGS = 64
-"""Tolerance for two passes of the same shape, in units of eps times the largest value; most agree to the last bit."""
+"""Tolerance for two passes of the same shape, in units of eps times the largest value; most agree bit for bit."""
 LOOSE = 1e-2
 """Tolerance relative to the largest value for passes of two shapes, which sum in different orders, even in 16 bits."""
 

@@ -1,4 +1,4 @@
-"""Find the parts of a task that make several ranks or micro-batches compute something else than one process does.
+"""Find the parts of a task due to which several ranks or micro-batches do not compute what one process computes.
 
 Random parts are found by experiment: passes over the same samples in training mode must agree, and so must samples that
 are read again. Batch normalisation uses statistics over a rank's samples and is recognised by its class; whatever else
@@ -24,7 +24,7 @@ SAMPLES = 4
 PASSES = 3
 """Number of passes over the same samples that must agree."""
 PASSES_IF_SUSPECTED = 12
-"""Number of these passes if a setting of the model is named like dropout."""
+"""Number of these passes if a setting of the model has a name like dropout."""
 LATER = 10**6
 """Number of passes by which a model's own counters are advanced, to detect randomness that starts late."""
 
@@ -32,9 +32,9 @@ LATER = 10**6
 def non_parity_modules(
     model: nn.Module, ranks: int, passes: int = 1, task: Task | None = None, place: Place = lambda batch: batch
 ) -> list[str]:
-    """Return one sentence for each reason why `ranks` ranks of `passes` passes differ from one process; [] for none.
+    """Return one sentence for each reason why `ranks` ranks with `passes` passes each differ from one process.
 
-    With `task`, whose batches `place` moves to the model's device, random parts are proved by experiment; without it,
+    With `task`, whose batches `place` moves to the model's device, random parts are found by experiment; without it,
     they are recognised by the names of their settings. The model, its buffers and all generators of random numbers are
     restored.
     """
@@ -44,21 +44,21 @@ def non_parity_modules(
     if ranks * passes == 1:
         return reasons
     where = "rank" if ranks > 1 else "pass"
-    differ = "so ranks differ from one process" if ranks > 1 else "so passes differ from a batch in one piece"
+    differ = "so ranks differ from one process" if ranks > 1 else "so passes differ from a whole batch"
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and not (isinstance(module, nn.SyncBatchNorm) and passes == 1):
-            reasons.append(f"{name}: batch normalisation sees one {where}'s samples, {differ}")
+            reasons.append(f"{name}: batch normalisation sees only one {where}'s samples, {differ}")
             break
     mixing_module = coupled_module(model, task, place) if task is not None else None
     if mixing_module is not None:
-        reasons.append(f"{mixing_module}: mixes the samples of a batch and sees one {where}'s samples, {differ}")
+        reasons.append(f"{mixing_module}: mixes the samples of a batch but sees only one {where}'s, {differ}")
     hooked_parameter = hooks.nonlinear(model)
     if hooked_parameter is not None:
-        reasons.append(f"{hooked_parameter}: its hook sees the gradient of one {where}'s samples, {differ}")
+        reasons.append(f"{hooked_parameter}: its hook sees only the gradient of one {where}'s samples, {differ}")
     culprit = random_part(model, task, place)
     if culprit is not None:
         name, kind = culprit
-        reasons.append(f"{name}: {kind} draws different numbers on every {where}, {differ}")
+        reasons.append(f"{name}: {kind} draws different random numbers on every {where}, {differ}")
     return reasons
 
 
@@ -121,7 +121,7 @@ class _Passes:
         return None
 
     def first_random_later(self) -> str | None:
-        """Do the same after `LATER` passes, since some dropout starts late; None if the model has no pass counters."""
+        """Do the same after `LATER` passes, as some dropout starts late; None if the model has no pass counters."""
         counters = self.snapshot.counters()
         try:
             return self.first_random(2, counters) if counters else None
@@ -130,7 +130,7 @@ class _Passes:
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Return whether two outputs agree to the last bit; tensors in tuples, lists and dicts are compared one by one."""
+    """Return whether two outputs agree bit for bit; tensors in tuples, lists and dicts are compared one by one."""
     if isinstance(first, Tensor):
         return (
             isinstance(second, Tensor)
@@ -155,13 +155,13 @@ def _comparable(tensor: Tensor) -> Tensor:
 
 
 def _random_data(task: Task) -> Iterator[str]:
-    """Yield a sentence for each data set whose samples are different when they are read again."""
+    """Yield a sentence for each data set whose samples differ when they are read again."""
     for data, name, meaning in (
-        (task.train, "training", "so ranks and repeated runs differ from one process unless they draw the same"),
-        (task.test, "held-out", "so metrics do not repeat"),
+        (task.train, "training", "so ranks and repeated runs differ unless they draw the same numbers"),
+        (task.test, "held-out", "so metrics are not reproducible"),
     ):
         indices = list(range(min(SAMPLES, len(data))))
         with undisturbed(data):
             first = data.__getitems__(indices)
             if any(not _same(first, data.__getitems__(indices)) for _ in range(PASSES - 1)):
-                yield f"the {name} samples are different each time they are read (random augmentation?), {meaning}"
+                yield f"the {name} samples differ each time they are read (random augmentation?), {meaning}"

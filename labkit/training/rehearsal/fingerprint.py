@@ -1,7 +1,7 @@
-"""Fingerprints of the task, compared before step 1: all ranks must have built the same (issue 11, A4, B 01, B 02).
+"""Fingerprints of the task, compared before step 1: all ranks must have built the same task (issue 11, A4, B 01, B 02).
 
 Every rank builds model and data for itself. Any value that does not come from a generator seeded by the experiment (but
-from an unseeded one, the time, the process number, the order of a set) makes ranks train different models, or train on
+from an unseeded one, the time, the process id, the order of a set) makes ranks train different models, or train on
 samples that other ranks hold out. The whole model is compared, before a layout shards it.
 """
 
@@ -34,13 +34,13 @@ MOST_S = 1.0
 MORE_SAMPLES, MORE_S = 250, 0.03
 """Number of further samples that are compared if the data is not in memory, and the time limit for them (s)."""
 MOST_BYTES = 2**28
-"""Size up to which every value of a tensor is hashed (bytes); larger ones are sampled at `PLACES` equal distances."""
+"""Size up to which every value of a tensor is hashed (bytes); larger ones are sampled at `PLACES` even intervals."""
 PLACES = 2**15
 _ROW = 1024
 """Number of 64-bit words that are summed with random weights before they are hashed, which is six times as fast."""
 SEEDED = (
-    "draw what is random from the global generator of torch, numpy or random, which start from training.seed, or let "
-    "the function take a parameter seed"
+    "draw random numbers from the global generators of torch, numpy or random, which are seeded with training.seed, or "
+    "give the function a parameter seed"
 )
 
 
@@ -190,7 +190,7 @@ def compare(mine: Fingerprint, again: Callable[[], Fingerprint]) -> list[str]:
         differing = [name for name in names if parts.get(name) != first.get(name)]
         if differing:
             raise TaskFault(_sentence(differing, first, parts, rank))
-    return ["samples of train come from a generator without a seed: this run cannot be repeated"] if unseeded else []
+    return ["samples of train come from an unseeded generator: this run cannot be reproduced"] if unseeded else []
 
 
 def _agree(mine: dict[str, str], theirs: dict[str, str]) -> bool:

@@ -1,6 +1,6 @@
-"""Models that an experiment cannot train as they are, as far as inspection shows it without a pass.
+"""Models that an experiment cannot train as they are, as far as inspection can tell without a pass.
 
-Each rule gives parameter sentence with what to change (issue 11, A15, B 05 to 07, 12, 14, 24).
+Each rule gives a sentence that says what to change (issue 11, A15, B 05 to 07, 12, 14, 24).
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ def unfinished(model: nn.Module) -> str | None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             return (
-                f"{name} has no shape yet (a lazy layer): call the model once on a sample in the function that makes "
-                "the task, e.g. model(x[:2])"
+                f"{name} has no shape yet (a lazy layer): call the model once on a few samples in the function that "
+                "creates the task, e.g. model(x[:2])"
             )
         if tensor.is_meta:
-            return f"{name} is on the device meta and has no values: give it some before the task is returned"
+            return f"{name} is on the meta device and has no values: give it values before you return the task"
     return None
 
 
 def misfits(experiment: Experiment, model: nn.Module) -> Iterator[str]:
-    """Yield parameter sentence for each reason why this model cannot be trained as the experiment asks."""
+    """Yield a sentence for each reason why this model cannot be trained as the experiment asks."""
     parameters = dict(model.named_parameters())
     trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     if not trained:
         frozen = f"all {len(parameters)} parameters are frozen" if parameters else "it has no parameters"
-        yield f"the model has nothing to train: {frozen} (set requires_grad of some)"
+        yield f"the model has nothing to train: {frozen} (set requires_grad=True for some)"
         return
     for name, parameter in trained.items():
         if any(size > 1 and not step for size, step in zip(parameter.shape, parameter.stride(), strict=True)):
-            yield f"{name} stores several elements at one address (expand): make it a tensor of its own with clone()"
+            yield f"{name} stores several elements at one address (expand): make it an independent tensor with clone()"
             return
     yield from _normalization(experiment, model)
     yield from _sharded(experiment, parameters, trained)
@@ -71,7 +71,7 @@ def _sharded(
     for name, parameter in parameters.items():
         if not parameter.dim():
             yield (
-                f"{name} is a single number without a dimension, which ZeRO 3 cannot shard: give it the shape (1,), "
+                f"{name} is a scalar (no dimensions), which ZeRO 3 cannot shard: give it the shape (1,), "
                 "or set layout.zero_stage to 1 or 2"
             )
             return
@@ -91,7 +91,7 @@ def _sharded(
             (str(kind).removeprefix("torch."), name) for kind, name in kinds.items()
         )
         yield (
-            f"{name} is {dtype} and {other_name} is {other_dtype}: ZeRO 3 shards parameters of one type together, "
+            f"{name} is {dtype} and {other_name} is {other_dtype}: ZeRO 3 shards parameters of one dtype together, "
             "so set layout.zero_stage to 1 or 2"
         )
 
@@ -105,7 +105,7 @@ def _complex(experiment: Experiment, model: nn.Module, trained: dict[str, nn.Par
     if registry("gradients.compression")[compression].load().lossy:
         yield f"{names[0]} is complex, and {compression} compresses real gradients only (gradients.compression.method)"
     if experiment.optimizer.state_bits != 32:
-        yield f"{names[0]} is complex, and moments of 8 bits are real: set optimizer.state_bits to 32"
+        yield f"{names[0]} is complex, and 8-bit moments are real: set optimizer.state_bits to 32"
     if experiment.layout.dp_shard > 1 and experiment.layout.zero_stage == 3:
         yield f"{names[0]} is complex, which ZeRO 3 cannot shard: set layout.zero_stage to 1 or 2"
     layers = {f"{name}.weight" for name, _ in chosen(model, quantization.head)} & set(names)
@@ -144,7 +144,7 @@ def _copied(experiment: Experiment, model: nn.Module) -> Iterator[str]:
             if type(hook).__module__ in ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm"):
                 old = type(hook).__module__.rpartition(".")[2]
                 yield (
-                    f"{name or 'the model'} has the old torch.nn.utils.{old}, which {setting} cannot work with: "
+                    f"{name or 'the model'} uses the old torch.nn.utils.{old}, which {setting} does not support: "
                     f"use torch.nn.utils.parametrizations.{old}"
                 )
                 return
@@ -174,7 +174,7 @@ def sparse_gradients(experiment: Experiment, names: list[str]) -> str | None:
         return None
     return (
         f"{names[0]} has sparse gradients (sparse=True), which neither {experiment.optimizer.name} nor the reduction "
-        "of gradients supports here: leave sparse=True out, the numbers stay the same"
+        "of gradients supports here: remove sparse=True; the results stay the same"
     )
 
 
@@ -182,10 +182,10 @@ def unsaved(state: dict[str, object]) -> str | None:
     """Return a sentence about the first entry of a model's `state_dict()` that a checkpoint cannot store, or None."""
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
-            return f"{name} of the model's state is a {type(value).__name__}: a checkpoint holds tensors only"
+            return f"{name} of the model's state is a {type(value).__name__}: a checkpoint stores only tensors"
         if value.layout is not torch.strided or value.is_quantized or value.dtype not in _savable():
             kind = f"{value.layout}, {value.dtype}".replace("torch.", "")
-            return f"{name} of the model's state ({kind}) is a kind of tensor that a checkpoint cannot hold"
+            return f"{name} of the model's state ({kind}) is a kind of tensor that a checkpoint cannot store"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Which parameters a backward pass reaches, without keeping the gradients of a model that no rank holds as a whole."""
+"""Which parameters a backward pass reaches, without keeping all gradients of a model that no rank holds as a whole."""
 
 from __future__ import annotations
 

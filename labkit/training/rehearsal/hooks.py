@@ -1,8 +1,8 @@
-"""Hooks that a user has registered on a parameter: `register_hook`, `register_post_accumulate_grad_hook`.
+"""Hooks that a user has registered on parameters with `register_hook` or `register_post_accumulate_grad_hook`.
 
-They belong to the tensor. If a layout replaces the tensor, or bypasses autograd's own accumulation of gradients, they
-would be lost silently. Otherwise they see the gradient of one rank's pass: the result is that of one process only if
-the hook is linear, which is tested by calling it.
+Hooks belong to the tensor. If a layout replaces the tensor, or bypasses autograd's own accumulation of gradients, they
+would be lost silently. Otherwise they see the gradient of one rank's pass: the result equals that of one process only
+if the hook is linear, which is tested by calling it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from labkit.experiment import Experiment
 from labkit.gradients.parameter_hooks import accumulated_hooks, gradient_hooks
 from labkit.workloads.restore import undisturbed
 
-_WITHOUT = "leave the hook out, or do its work in the model (a mask, a parametrization)"
+_WITHOUT = "remove the hook, or do its work in the model (a mask, a parametrization)"
 
 
 def hooks_of(parameter: Tensor) -> list[Callable[[Tensor], Any]]:
@@ -31,7 +31,7 @@ def hooked(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def lost_by(experiment: Experiment, model: nn.Module) -> str | None:
-    """Return in one sentence why a hook of this model would be lost in this layout; None if all hooks work."""
+    """Return one sentence on why a hook of this model would be lost in this layout; None if all hooks work."""
     parameters, layout = hooked(model), experiment.layout
     if not parameters:
         return None
@@ -68,7 +68,7 @@ def lost_in(before: Mapping[str, nn.Parameter], stages: Iterable[nn.Module]) -> 
         for name, parameter in stage.named_parameters():
             if name in before and before[name] is not parameter:
                 return (
-                    f"{name} has a hook ({_kind(before[name])}), and this experiment trains another tensor in its "
+                    f"{name} has a hook ({_kind(before[name])}), but this experiment trains another tensor in its "
                     f"place: {_WITHOUT}"
                 )
     return None

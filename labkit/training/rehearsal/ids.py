@@ -20,7 +20,7 @@ from labkit.workloads.text import Windows
 
 
 class Ids:
-    """Range check of the ids that embeddings look up; it notes which embeddings receive the samples' x itself."""
+    """Range check of the ids that embeddings look up; it records which embeddings receive the samples' x itself."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -29,7 +29,7 @@ class Ids:
 
     @contextmanager
     def checked(self, x: Tensor, indices: list[int], what: str) -> Iterator[None]:
-        """Check all lookups of a pass over x, the samples `indices` of `what`; raise TaskFault if an id is bad."""
+        """Check all lookups of a pass over x, the samples `indices` of `what`; raise TaskFault if an id is invalid."""
 
         def check(name: str) -> Callable[[nn.Module, Any], None]:
             def hook(module: Any, positional: Any) -> None:
@@ -43,7 +43,7 @@ class Ids:
         handles = [
             module.register_forward_pre_hook(check(name or "the embedding"))
             for name, module in self._model.named_modules()
-            # A subclass may interpret its input as something else than ids, such as the number of positions.
+            # A subclass may interpret its input as something other than ids, such as the number of positions.
             if type(module).forward in (nn.Embedding.forward, nn.EmbeddingBag.forward)
         ]
         try:
