@@ -223,13 +223,15 @@ def test_a_loss_that_takes_whole_batches_only_is_said_to_be_unproved() -> None:
     proof = prove_loss(task)
     assert proof.violation is None
     (note,) = proof.notes
-    assert note.startswith("not proved that the loss is a mean over samples: it fails on every part of 40 samples (")
+    assert note.startswith(
+        "could not verify that the loss is a mean over samples: it fails on every part of 40 samples ("
+    )
     assert "RuntimeError: shape '[40, 3]' is invalid" in note
 
 
 def test_a_loss_without_a_finite_value_is_said_to_be_unproved() -> None:
     (note,) = prove_loss(a_task(nn.Identity(), lambda output, target: output.sum() * float("inf"))).notes
-    assert note == "not proved that the loss is a mean over samples: that of 40 samples is not finite"
+    assert note == "could not verify that the loss is a mean over samples: the loss of 40 samples is not finite"
 
 
 class Centred(nn.Module):
@@ -253,7 +255,7 @@ def test_a_loss_with_a_buffer_of_its_own_is_not_called_random(seed: int) -> None
     proof = prove_loss(task)
     assert proof.violation is None
     assert proof.notes == [
-        "the loss keeps state from one pass to the next, and every rank keeps that of its own samples, "
+        "the loss keeps state from one pass to the next, and every rank keeps state of its own samples, "
         "so ranks differ from one process"
     ]
     assert torch.equal(task.loss_fn.center, before)

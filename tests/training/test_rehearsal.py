@@ -106,8 +106,8 @@ WRONG: list[tuple[str, str, str]] = [
     ("ragged", "dp1", "samples \\d+ and \\d+ of train from ragged cannot be stacked: their x have the shapes"),
     ("broken_file", "dp1", "sample 29 of train from broken_file cannot be read: image file is truncated"),
     ("inputs_in_a_dict", "dp1", "sample 0 of train .* its x must be a tensor, an array or a number, but it is dict"),
-    ("sometimes", SHARDED, "extra.* is used by some ranks and not by others in the same pass, and ZeRO 3"),
-    ("by_chance", SHARDED, "extra.* is used by some ranks and not by others in the same pass, and ZeRO 3"),
+    ("sometimes", SHARDED, "extra.* is used by some ranks and not by others in the same pass, so ZeRO 3"),
+    ("by_chance", SHARDED, "extra.* is used by some ranks and not by others in the same pass, so ZeRO 3"),
 ]
 
 
@@ -182,7 +182,7 @@ def test_a_model_that_reads_the_clock_is_noted() -> None:
     assert ended.state == "finished", ended.cause
     notes = [note for note in ended.summary()["notes"] if "datetime.now" in note]
     assert len(notes) == 1
-    assert "Net2.forward calls datetime.now, which no seed sets" in notes[0]
+    assert "Net2.forward calls datetime.now, which no seed controls" in notes[0]
 
 
 @pytest.mark.parametrize(

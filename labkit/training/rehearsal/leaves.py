@@ -1,7 +1,7 @@
 """Find tensors besides the model's parameters that a loss depends on: no optimizer would train them.
 
-They are found in the autograd graph of a pass, so it does not matter where a parameter is hidden: in the closure of a
-loss, in a partial, in a plain list of layers, in an object, in the module's file. Tensors that a loss reads without
+They are found in the autograd graph of a pass, so it does not matter where a parameter is stored: in the closure of a
+loss, in a partial, in a plain list of layers, in an object, or in a global variable. Tensors that a loss reads without
 gradients, such as those of a frozen teacher, are not in the graph.
 """
 
@@ -21,7 +21,7 @@ MOST_NODES = 50_000
 
 
 def leaves(end: Iterable[Tensor], until: Iterable[Tensor] = ()) -> Iterator[Tensor]:
-    """Yield the leaf tensors with gradients in the autograd graph of the tensors `end`, not beyond those in `until`."""
+    """Yield the leaf tensors with gradients in the autograd graph of the tensors `end`, up to those in `until`."""
     visited = {tensor.grad_fn for tensor in until}
     stack: list[Any] = [tensor.grad_fn for tensor in end]
     while stack and len(visited) < MOST_NODES:
@@ -47,7 +47,7 @@ def untrained_leaf(task: Task, loss: Tensor) -> str | None:
     culprit = next((leaf for leaf in foreign if isinstance(leaf, nn.Parameter) or id(leaf) in places), None)
     if culprit is None:
         return None
-    name = places.get(id(culprit)) or f"a tensor of shape {list(culprit.shape)} that is created in the pass"
+    name = places.get(id(culprit)) or f"a tensor of shape {list(culprit.shape)} created in the pass"
     return (
         f"the loss depends on {name}, which no optimizer would train: it is not a parameter of the model, so register "
         "it there (nn.Parameter, nn.ModuleList), or freeze it with requires_grad_(False)"
@@ -83,13 +83,13 @@ def parameter_in_loss(experiment: Experiment, task: Task, output: Any, loss: Ten
     names = {id(parameter): name for name, parameter in task.model.named_parameters()}
     parameter_name = next((names[id(leaf)] for leaf in leaves([loss], outputs) if id(leaf) in names), None)
     return parameter_name and (
-        f"the loss reads {parameter_name} of the model in addition to its output, and {setting} keeps that where the "
-        "loss does not look: use layout.dp_replicate or layout.zero_stage 1 or 2, or leave it to optimizer.weight_decay"
+        f"the loss reads {parameter_name} of the model in addition to its output, but under {setting} the loss "
+        "cannot read it: use layout.dp_replicate or layout.zero_stage 1 or 2, or use optimizer.weight_decay"
     )
 
 
 def kept_graph(task: Task) -> str:
-    """Return the place of a tensor that the model or the loss keeps after a pass with its graph; '' if none is seen."""
+    """Return the place of a tensor that the model or the loss keeps with its graph after a pass; '' for none."""
     for place, tensor in _places(task):
         if tensor.grad_fn is not None:
             return place

@@ -1,7 +1,7 @@
 """Check that the task's loss is the mean that `batch_weight` claims: the losses of parts must average to the whole.
 
-With a loss that is a mean over something else, ranks or micro-batches, which see parts of a batch, train something else
-than one process does (issue 11, A6).
+With a loss that is a mean over something else, ranks or micro-batches, which see parts of a batch, do not train what
+one process trains (issue 11, A6).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from labkit.workloads.weights import is_torch_loss
 SAMPLES = 64
 TOLERANCE = 1e-3
 """Relative tolerance of the loss: far above rounding, even in 16 bits; far below the effect of a different divisor."""
-_UNPROVED = "not proved that the loss is a mean over samples:"
+_UNPROVED = "could not verify that the loss is a mean over samples:"
 
 Place = Callable[[Batch], Batch]
 
@@ -38,7 +38,7 @@ class LossProof:
     violation: str | None = None
     """Why several ranks or micro-batches cannot train with this loss, in one sentence; None if they can."""
     notes: list[str] = field(default_factory=list)
-    """What could not be proved, and other reasons why ranks differ from one process."""
+    """What could not be verified, and other reasons why ranks differ from one process."""
 
 
 def prove_loss(task: Task, place: Place = lambda batch: batch) -> LossProof:
@@ -58,7 +58,7 @@ def prove_loss(task: Task, place: Place = lambda batch: batch) -> LossProof:
             output = task.model(batch["x"])
         except Exception as error:  # the user's own code; the rehearsal has tried the training mode
             return LossProof(
-                notes=[f"{_UNPROVED} {count} samples cannot be tried in evaluation ({describe_error(error, 120)})"]
+                notes=[f"{_UNPROVED} {count} samples fail in evaluation mode ({describe_error(error, 120)})"]
             )
         with undisturbed(*_holders(task)) as snapshot:
             return _Trial(task, output, batch, snapshot).proof()
@@ -95,7 +95,7 @@ class _Trial:
         except Exception as error:
             return LossProof(notes=[f"{_UNPROVED} it fails on {self.count} samples ({describe_error(error, 120)})"])
         if not np.isfinite(whole):
-            return LossProof(notes=[f"{_UNPROVED} that of {self.count} samples is not finite"])
+            return LossProof(notes=[f"{_UNPROVED} the loss of {self.count} samples is not finite"])
         if not _close(whole, again, 1e-6):
             return LossProof("the loss draws random numbers: it differs each time it is computed on the same outputs")
         # The state is compared too: one pass may move it so little that the next loss hardly differs.
@@ -141,13 +141,13 @@ class _Trial:
         parts = "by themselves" if len(cuts) == self.count + 1 else f"in {len(cuts) - 1} parts"
         return (
             f"the loss is not a mean over samples: {self.count} samples give {whole:.6g} together, but {average:.6g} "
-            f"{parts}, so the parts of a batch do not add up to it; give batch_weight, which says what a batch's "
+            f"{parts}, so the parts of a batch do not average to it; define batch_weight, which says what the "
             "loss is a mean over, or train on one rank without accumulation"
         )
 
 
 _KEEPS = (
-    "the loss keeps state from one pass to the next, and every rank keeps that of its own samples, "
+    "the loss keeps state from one pass to the next, and every rank keeps state of its own samples, "
     "so ranks differ from one process"
 )
 

@@ -1,6 +1,6 @@
-"""State that a training pass changes by itself: buffers, and parameters that the optimizer does not train.
+"""State that a training pass changes without the optimizer: buffers, and parameters that are not trained.
 
-Examples are a teacher that follows the model by a moving average, a codebook, or running statistics. They change once
+Examples are a teacher that is a moving average of the model, a codebook, or running statistics. They change once
 per pass, so several passes in one step change them more often than one process does with the whole batch. ZeRO 3, which
 gathers parameters for a pass and frees them afterwards, loses what was written to them (issue 11).
 """
@@ -57,7 +57,7 @@ class MovingState:
 
 
 def _untrained(model: nn.Module) -> dict[str, Tensor]:
-    """Return buffers and untrained parameters by name, without those of batch normalisation, which has its own note."""
+    """Return buffers and untrained parameters by name, except those of batch normalisation, which has its own note."""
     normalised = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, _BatchNorm) and name)
     state: dict[str, Tensor] = dict(model.named_buffers())
     state |= {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}

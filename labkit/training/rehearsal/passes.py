@@ -33,7 +33,7 @@ from labkit.workloads.restore import Snapshot
 from labkit.workloads.seed import seed_generators
 
 SAMPLES = 2
-"""Number of samples in a pass; with one alone, batch normalisation would fail, which never gets so few in the run."""
+"""Number of samples in a pass; with one, batch normalisation would fail, though it never gets so few in the run."""
 MORE_PASSES = 8
 """Number of passes over other samples if the control flow of the model may depend on its input."""
 SCAN_S = 0.25
@@ -91,12 +91,12 @@ class RehearsalPasses:
         try:
             json.dumps(task.facts())
         except Exception as error:
-            raise TaskFault(f"the facts of the task cannot be written as JSON: {describe_error(error)}") from error
+            raise TaskFault(f"the facts of the task cannot be stored as JSON: {describe_error(error)}") from error
         if probe is not None:
             if probe.differs_when_repeated and self.experiment.layout.activation_checkpointing != "none":
                 raise TaskFault(
-                    "the model counts its passes, or draws from numpy or random, so activations cannot be recomputed "
-                    "as they were: set layout.activation_checkpointing to none, or draw from torch"
+                    "the model counts its passes, or draws from numpy or random, so recomputed activations would "
+                    "differ: set layout.activation_checkpointing to none, or draw random numbers from torch"
                 )
             if probe.detected or len(used[0]) < len(self.trained):
                 used += [self._train(*further, probe) for further in self._further_batches()]
@@ -107,7 +107,7 @@ class RehearsalPasses:
     def _moving_state(self, batch: Batch, indices: list[int]) -> list[str]:
         """Return a note if a training pass changes untrained state; raise TaskFault if that change would be lost.
 
-        The trained weights are perturbed a little first, if they can be restored, because a teacher that equals them
+        If the trained weights can be restored, they are perturbed a little first, because a teacher that equals them
         would not change.
         """
         moving, model = MovingState(self.task.model), self.task.model
@@ -166,7 +166,7 @@ class RehearsalPasses:
             return
         for name, value in batch.items():
             if value.requires_grad:
-                remedy = f"give it without ({name}.detach())"
+                remedy = f"detach it ({name}.detach())"
                 raise TaskFault(f"{name} of train requires a gradient, which no optimizer would use: {remedy}")
         fault = leaves.untrained_leaf(self.task, loss) or leaves.parameter_in_loss(
             self.experiment, self.task, output, loss
@@ -190,8 +190,8 @@ class RehearsalPasses:
             ) from error
         if not isinstance(output, Tensor):
             raise TaskFault(
-                f"in {mode} the model returns {describe(output)}: it must return one tensor, the scores that loss and "
-                "metric are computed from"
+                f"in {mode} the model returns {describe(output)}: it must return one tensor, from which loss and "
+                "metric are computed"
             )
         return output
 
@@ -205,20 +205,20 @@ class RehearsalPasses:
                 f"the loss fails on {samples_of(indices, what)} ({inputs}): {describe_error(error)}"
             ) from error
         if not isinstance(loss, Tensor):
-            raise TaskFault(f"the loss is {describe(loss)}, it must be a tensor with one number")
+            raise TaskFault(f"the loss is {describe(loss)}; it must be a tensor with one number")
         if loss.dim():
             raise TaskFault(
-                f"the loss has the shape {list(loss.shape)}, it must be one number: the mean over the samples"
+                f"the loss has the shape {list(loss.shape)}; it must be one number, the mean over the samples"
             )
         if loss.is_complex() or not loss.is_floating_point():
             raise TaskFault(
-                f"the loss is a number of {str(loss.dtype).removeprefix('torch.')}, it must be a real number"
+                f"the loss has dtype {str(loss.dtype).removeprefix('torch.')}; it must be a real floating-point number"
             )
         return loss
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        """Compute the held-out metrics of a few samples, up to the numbers that are shown."""
+        """Compute the held-out metrics of a few samples as the run will."""
         if self.experiment.training.evaluate_every == 0:
             return
         task = self.task
@@ -243,7 +243,7 @@ class RehearsalPasses:
             raise TaskFault(f"the held-out sums or metrics lack {' and '.join(missing)}")
 
     def _scan_data(self) -> None:
-        """Read samples of a user's own data set one by one for `SCAN_S`, to name bad ones before the first step."""
+        """Read samples of a user's own data set one by one for `SCAN_S`, to report bad ones before the first step."""
         self.phase("data")
         deadline = time.perf_counter() + SCAN_S
         for what, data in (("train", self.task.train), ("test", self.task.test)):
@@ -272,7 +272,7 @@ def _scan(data: Data, what: str, deadline: float, ids: Ids) -> None:
 
 
 def _fresh(batch: Batch) -> Batch:
-    """Return a copy of a batch, because a model or a loss may write to its input, as in training."""
+    """Return a copy of a batch, because a model or a loss may write to its input."""
     return {name: value.detach().clone() for name, value in batch.items()}
 
 

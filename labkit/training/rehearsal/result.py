@@ -1,4 +1,4 @@
-"""What a rank has learned from its rehearsal."""
+"""The result of a rank's rehearsal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class RehearsalResult:
     """Findings of the rehearsal on one rank."""
 
     notes: list[str] = field(default_factory=list)
-    """Sentences for the run's warnings."""
+    """Sentences to be added to the run's warnings."""
     unused: list[str] = field(default_factory=list)
     """Names of trainable parameters that got no gradient in some pass on some rank."""
     dynamic: bool = False
@@ -19,7 +19,7 @@ class RehearsalResult:
     user_code: bool = True
     """Whether the task, or a module of its model, is not labkit's own."""
     task_hash: str = ""
-    """Hash of the task that the rank has built: equal if two runs train the same task."""
+    """Hash of the task that the rank has built; runs of the same task have equal hashes."""
     seconds: float = 0.0
     """Duration of the rehearsal (s)."""
 

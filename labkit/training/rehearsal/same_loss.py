@@ -1,7 +1,7 @@
 """Check that all ranks compute the same loss for the same samples: weights, buffers and samples are already compared.
 
-A plain attribute, a factor in the loss, a buffer of the loss's module: if each rank draws its own, the ranks train
-different models, and a fingerprint of weights, buffers and samples does not show it (issue 11).
+If each rank draws its own value of a plain attribute, a factor in the loss or a buffer of the loss's module, the ranks
+train different models, which a fingerprint of weights, buffers and samples does not reveal (issue 11).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from labkit.workloads.seed import seed_generators
 
 SAMPLES = 16
 TOLERANCE = 1e-3
-"""Relative difference up to which losses count as equal: far above the rounding of other kernels in 16 bits."""
+"""Relative difference up to which losses count as equal: far above rounding differences of kernels in 16 bits."""
 
 
 def loss_of_first_samples(task: Task, runtime: Runtime, snapshot: Snapshot, seed: int) -> float | None:
-    """Return the loss of the first samples in a training pass; None if it is not the same twice, or cannot be computed.
+    """Return the loss of the first samples in a training pass; None if it is not repeatable or cannot be computed.
 
     Every pass begins with the state in `snapshot` and with all generators seeded, so only values that come from other
     generators, or state that is kept elsewhere, can differ.

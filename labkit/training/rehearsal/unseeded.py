@@ -1,7 +1,7 @@
-"""Detect that a model reads the clock, which no seed sets: ranks and repeated runs may then compute different numbers.
+"""Detect models that read the clock, which no seed controls: ranks and repeated runs may compute different numbers.
 
-What a clock changes from pass to pass is found by comparing passes (exactness.py). A phase that lasts for hours is not,
-so calls are watched instead (issue 11).
+If the clock changes results from pass to pass, comparing passes shows it (exactness.py). That cannot show a phase that
+lasts for hours, so calls are watched instead (issue 11).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ClockWatch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the calls of this thread inside the context, unless a debugger or profiler watches already."""
+        """Watch the calls of this thread inside the context, unless a debugger or profiler is already watching."""
         if self.reader or sys.getprofile() is not None:
             yield
             return
@@ -46,7 +46,7 @@ class ClockWatch:
         """Return a sentence about the call; [] if there was none."""
         if not self.reader:
             return []
-        return [f"{self.reader}, which no seed sets: if the output depends on it, ranks and repeated runs differ"]
+        return [f"{self.reader}, which no seed controls: if the output depends on it, ranks and repeated runs differ"]
 
     def _see(self, frame: FrameType, event: str, called: Any) -> None:
         if event != "c_call" or not _is_clock(called):
