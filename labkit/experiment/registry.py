@@ -1,13 +1,13 @@
-"""Methods by name. A new method is one file in one room and one line in that room's `registry.py`.
+"""Methods by name. A new method is one file in one package and one line in that package's `registry.py`.
 
-A room's registry is a plain table that imports nothing heavy:
+A registry is a plain table that imports nothing heavy:
 
     COMPRESSION = Registry("gradients.compression.method", "compression method", [
         Method("none", "gradients are sent as they are", "labkit.gradients.compression.plain:Uncompressed"),
         ...
     ], base="labkit.gradients.compression.compressor:Compressor")
 
-The experiment layer finds a room by its dotted name and imports it only when a choice has to be checked, so that
+The package `experiment` finds a registry by its dotted name and imports it only to check a choice, so that
 `import labkit` stays free of torch. The target class carries the method's `Options` (an `Options` model), its
 `problems(experiment, machine)` and its worker code; the file imports torch inside its worker functions.
 
@@ -152,7 +152,7 @@ class Registry:
         return self[key].options()
 
 
-# Where each knob's registry is defined. The only list of rooms.
+# Where the registry of each knob is defined. This is the only list of registries.
 ROOMS: dict[str, str] = {
     "workload": "labkit.workloads.registry:WORKLOADS",
     "layout.axes": "labkit.parallel.registry:AXES",

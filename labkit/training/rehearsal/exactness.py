@@ -1,4 +1,4 @@
-"""Find the parts of a task due to which several ranks or micro-batches do not compute what one process computes.
+"""Find the parts of a task that prevent several ranks or micro-batches from computing what one process computes.
 
 Random parts are found by experiment: passes over the same samples in training mode must agree, and so must samples that
 are read again. Batch normalisation uses statistics over a rank's samples and is recognised by its class; whatever else
@@ -157,7 +157,7 @@ def _comparable(tensor: Tensor) -> Tensor:
 def _random_data(task: Task) -> Iterator[str]:
     """Yield a sentence for each data set whose samples differ when they are read again."""
     for data, name, meaning in (
-        (task.train, "training", "so ranks and repeated runs differ unless they draw the same numbers"),
+        (task.train, "training", "so ranks and repeated runs differ from one process unless all draw the same numbers"),
         (task.test, "held-out", "so metrics are not reproducible"),
     ):
         indices = list(range(min(SAMPLES, len(data))))

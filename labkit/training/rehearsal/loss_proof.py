@@ -1,7 +1,7 @@
 """Check that the task's loss is the mean that `batch_weight` claims: the losses of parts must average to the whole.
 
-With a loss that is a mean over something else, ranks or micro-batches, which see parts of a batch, do not train what
-one process trains (issue 11, A6).
+With a loss that is a mean over something else, ranks or micro-batches, which see parts of a batch, do not train the
+same as one process (issue 11, A6).
 """
 
 from __future__ import annotations
