@@ -2,7 +2,7 @@
 
 A few samples go through the data set, the model in both modes, the loss, a backward pass and the held-out metric, and
 the state is checked for values that a checkpoint cannot store. Every failure is reported in one sentence (TaskFault).
-Everything is restored afterwards (restore.py), so that the results of the run do not change in the last bit. Then the
+Everything is restored afterwards (restore.py), so that the results of the run stay the same bit for bit. Then the
 ranks compare what they have built and observed: a rank that built a different task is named (fingerprint.py), and
 parameters that some passes do not use are identified before DDP and `fully_shard` wait for their gradients.
 """
@@ -59,7 +59,7 @@ def rehearse(
             used = rehearsal.run(rehearsed)
         else:
             used = [frozenset(rehearsal.trained)]
-            rehearsed.notes.append("the task was not tried before step 1: gradients of the whole model would not fit")
+            rehearsed.notes.append("the task was not tried before step 1: its gradients would not fit in memory")
         phase("forward")
         rehearsed.notes += _proofs(experiment, task, runtime, rehearsed.user_code)
         if runtime.ranks > 1 and not runtime.isolated:
@@ -80,7 +80,7 @@ def rehearse(
 
 
 def _lost(model: nn.Module, snapshot: Snapshot) -> list[str]:
-    """Return a sentence if passes have changed tensors of a large model, which were not copied before."""
+    """Return a sentence if passes have changed tensors of a large model, of which no copies were kept."""
     tensors = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     names = [tensors[id(tensor)] for tensor in snapshot.lost() if id(tensor) in tensors]
     if not names:
@@ -113,7 +113,7 @@ def _compare(
     used: list[frozenset[str]],
     mine: fingerprint.Fingerprint,
 ) -> None:
-    """Compare with the other ranks, and update `rehearsed` with what holds on any of them."""
+    """Compare with the other ranks, and add to `rehearsed` what applies to any of them."""
     rehearsed.notes += fingerprint.compare(mine, lambda: fingerprint.Fingerprint.of(task, experiment.training.seed))
     gathered: list[Any] = [None] * dist.get_world_size()
     if not rehearsed.irregular and not may_be_dynamic(task.model):
@@ -132,7 +132,7 @@ def _compare(
         )
     if sometimes and layout.dp_shard > 1 and layout.zero_stage == 3:
         raise TaskFault(
-            f"{sometimes[0]} is used by some ranks and not by others in the same pass, and ZeRO 3 would wait for ever "
+            f"{sometimes[0]} is used by some ranks and not by others in the same pass, so ZeRO 3 would wait forever "
             "for its gradient: set layout.zero_stage to 1 or 2, or use layout.dp_replicate"
         )
 
