@@ -239,7 +239,7 @@ def eight_bit_state(experiment: Experiment, machine: Machine) -> Iterator[Proble
         return
     field, update, layout = "optimizer.state_bits", update_rule(experiment), experiment.layout
     if experiment.optimizer.name != "adamw":
-        yield Problem("optimizer.name", "only AdamW supports 8-bit state", "adamw")
+        yield Problem("optimizer.name", "only AdamW supports an optimizer state of 8 bits", "adamw")
     if experiment.quantization.training == "fp64":
         yield Problem(field, "a parity check in float64 does not use 8-bit moments", 32)
     if experiment.quantization.training == "fp16":
