@@ -103,6 +103,7 @@ class Structure:
 Kind = Integer | Number | Text | Texts | Words | Figures | Column | Structure
 
 BYTES = Integer(high=MAX_BYTES)
+LARGE_COUNT = Integer(high=MAX_BYTES)
 COUNT = Integer(high=MAX_COUNT)
 STEP = Integer()
 SECONDS = Number(0, 1e9)
@@ -138,11 +139,6 @@ class Event:
     meaning: str
     fields: tuple[Field, ...]
 
-    @property
-    def field_names(self) -> frozenset[str]:
-        """Names of the fields, without those of `HEAD`."""
-        return frozenset(field.name for field in self.fields)
-
     @cached_property
     def kinds(self) -> dict[str, Kind]:
         """Kinds of all fields by name, those of `HEAD` first."""
@@ -173,7 +169,7 @@ _VOCABULARY = (
             Field("pid", Integer(high=2**31), "Process id of the rank."),
             Field("threads", Integer(high=2**16), "Number of threads that the rank computes with."),
             Field("host_bytes", BYTES, "Peak resident memory of the rank's process on the host so far (bytes)."),
-            Field("parameters", BYTES, "Number of parameters of the whole model."),
+            Field("parameters", LARGE_COUNT, "Number of parameters of the whole model."),
             Field("first", STEP, "Steps completed before this run; above 0 if it was resumed."),
             Field("steps", Integer(1), "Total number of steps at the end of the run."),
             Field("metric", Structure("{name: value}"), "The main metric: key, title, higher_is_better, unit."),
@@ -330,7 +326,7 @@ _VOCABULARY = (
         "Several forms of the trained sparse network were compared.",
         (
             Field("seconds", Number(), "Duration (s)."),
-            Field("samples", BYTES, "Held-out samples of the comparison."),
+            Field("samples", LARGE_COUNT, "Held-out samples of the comparison."),
             Field("metrics", Structure("{form: {key: number}}"), "Held-out metrics."),
             Field("bytes", Structure("{form: number}"), "Bytes of the network."),
             Field("layers", Structure("{form: number}"), "Number of layers that the form changes."),

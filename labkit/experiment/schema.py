@@ -16,20 +16,16 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from labkit.experiment import own_methods, safe_files
 from labkit.experiment.assignment import assign, parse_assignment
 from labkit.experiment.layout import Layout
-from labkit.experiment.old_names import MOMENTUM, schedule_from_update_rule, with_new_names
+from labkit.experiment.old_names import schedule_from_update_rule, with_new_names
 from labkit.experiment.problem import ExperimentError, Problem, explain, unknown
 from labkit.experiment.sections import (
-    MOST_SLOWDOWN,
-    Compression,
     Gradients,
     Launch,
-    Network,
     Optimizer,
     Quantization,
     Section,
     Sparsity,
     Training,
-    Update,
     Workload,
 )
 
@@ -39,27 +35,6 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 MAX_SOURCE = 1_000_000
-
-__all__ = [
-    "MAX_SOURCE",
-    "MOMENTUM",
-    "MOST_SLOWDOWN",
-    "SCHEMA_VERSION",
-    "Compression",
-    "Experiment",
-    "Gradients",
-    "Launch",
-    "Layout",
-    "Network",
-    "Optimizer",
-    "Quantization",
-    "Section",
-    "Sparsity",
-    "Training",
-    "Update",
-    "Workload",
-    "parse_assignment",
-]
 
 
 class Experiment(Section):

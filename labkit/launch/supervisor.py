@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from typing import Any
 
 from labkit.experiment import Experiment
 from labkit.experiment.failures import message_of
+from labkit.experiment.periodically import periodically
 from labkit.experiment.run_directory import EXIT_STOPPED, RunDirectory, read_json, write_json
 from labkit.launch import rendezvous
 from labkit.launch.board import HeartbeatTable
@@ -248,21 +248,12 @@ def supervise(order: dict[str, Any]) -> int:
 
 @contextmanager
 def _keep_beating(lock: liveness.Lock | None) -> Iterator[None]:
-    """Keep the lock's heartbeat going: the summary of a long run may take longer than readers wait.
-
-    It uses a thread, so nothing may be forked in this context.
-    """
-    ended = threading.Event()
+    """Keep the lock's heartbeat going: the summary of a long run may take longer than readers wait."""
 
     def beat() -> None:
-        while lock is not None and not ended.wait(PROGRESS_EVERY_S):
-            with suppress(OSError):
+        with suppress(OSError):
+            if lock is not None:
                 lock.beat()
 
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
+    with periodically(beat, PROGRESS_EVERY_S, "labkit-heartbeat"):
         yield
-    finally:
-        ended.set()
-        thread.join()

@@ -17,7 +17,7 @@ and every rank has the same work in every turn. torch's own context parallelism 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from labkit.parallel import collectives
 from labkit.parallel.mesh import Mesh
-from labkit.workloads.base import plan_of
+from labkit.parallel.plan import Style, apply_plans
 
 SEQUENCE = 1
 """Dimension of the sequence in activations [N, T, width]."""
@@ -192,13 +192,10 @@ def apply(module: nn.Module, mesh: Mesh) -> None:
     """
     group = mesh.group("cp")
     assert group is not None
-    styles = _styles(group, mesh.index("cp"), mesh.size("cp"))
-    for owner in list(module.modules()):
-        for name, style in plan_of(owner, "cp_plan"):
-            styles[style](owner, name)
+    apply_plans(module, "cp_plan", _styles(group, mesh.index("cp"), mesh.size("cp")))
 
 
-def _styles(group: dist.ProcessGroup, index: int, ranks: int) -> dict[str, Callable[[nn.Module, str], Any]]:
+def _styles(group: dist.ProcessGroup, index: int, ranks: int) -> dict[str, Style]:
     """Return what can be done with a part of a module, by the name that plans use: functions of owner and name."""
 
     def own(x: Tensor, dim: int) -> Tensor:

@@ -6,7 +6,6 @@ All ranks gather together; the rank with index 0 along every axis but pp keeps t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -44,25 +43,25 @@ class ShardedModel(Protocol):
 
 
 def gather(
-    model: ShardedModel, optimizer: torch.optim.Optimizer, own: bool = False, folder: Path | None = None
+    model: ShardedModel, optimizer: torch.optim.Optimizer, own: bool = False, files: MappedFiles | None = None
 ) -> tuple[State, State]:
     """Gather full weights and buffers by name, and the optimizer state by `state.NAME.KEY`, on the CPU (collective).
 
     They are those of this rank's stages. Both are empty on ranks whose stages another rank saves, unless a rank asks
-    for its `own` state: under some update rules every rank has a different one. Large states are kept in unnamed
-    files in `folder`, if it is given.
+    for its `own` state: under some update rules every rank has a different one. Large states are kept in
+    `files`, if they are given.
     """
     keeps = own or model.mesh.rank == model.mesh.writer
     weights, moments = State(), State()
-    files, total = MappedFiles(folder) if folder is not None else None, 0
+    total = 0
 
     def keep(state: State, key: str, name: str, value: Tensor) -> None:
         nonlocal total
         value = full_tensor(value, _shard_spec(model, name), model.mesh) if value.dim() else value
         if keeps:
             value = _as_stored(value.detach().cpu())
-            total += (size := value.numel() * value.element_size())
-            if files is not None and total > LARGE_MODEL and size >= LARGE_TENSOR:
+            total += value.nbytes
+            if files is not None and total > LARGE_MODEL and value.nbytes >= LARGE_TENSOR:
                 state[key] = files.copy_if_possible(value)
             else:
                 state[key] = value.clone(memory_format=torch.contiguous_format)

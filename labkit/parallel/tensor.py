@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from labkit.parallel import collectives
 from labkit.parallel.cut import add_partial, shard_parameter
 from labkit.parallel.mesh import Mesh
-from labkit.workloads.base import plan_of
+from labkit.parallel.plan import apply_plans
 
 SEQUENCE = 1
 """Dimension of the sequence in activations [N, T, width]."""
@@ -111,12 +111,11 @@ def enter_region_at_input(module: nn.Module, mesh: Mesh, sequence: bool, name: s
 
 def apply(module: nn.Module, mesh: Mesh, sequence: bool) -> None:
     """Shard every part of `module` that has a plan (`tp_plan`), in place; ValueError for a style that is not known."""
-    for part in list(module.modules()):
-        for name, style in plan_of(part, "tp_plan"):
-            shard = STYLES.get(style)
-            if shard is None:
-                raise ValueError(f"labkit does not know how to shard {name} {style}, as the plan of the model asks")
-            shard(Place(part, name, mesh, sequence))
+
+    def at(style: Style) -> Callable[[nn.Module, str], None]:
+        return lambda owner, name: style(Place(owner, name, mesh, sequence))
+
+    apply_plans(module, "tp_plan", {name: at(style) for name, style in STYLES.items()})
 
 
 @dataclass(frozen=True)

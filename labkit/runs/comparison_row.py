@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRow(Mapping[str, Any]):
-    """One run in a comparison. It can be read like a dict too: `row["speedup"]` is `row.speedup`."""
+    """One run in a comparison. `row["speedup"]` is `row.speedup`; `as_dict()` makes a dict of it, e.g. for JSON."""
 
     run_id: str
     """Id of the run."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 from labkit.experiment import Experiment
@@ -12,7 +11,7 @@ from labkit.experiment.run_directory import RunDirectory
 from labkit.parallel import state
 from labkit.training import checkpoint
 from labkit.training.setup import TrainingSetup
-from labkit.workloads.mapped import pages_dropped, scratch_folder
+from labkit.workloads.mapped import mapped_files, pages_dropped
 
 
 class Checkpoints:
@@ -39,10 +38,9 @@ class Checkpoints:
         mesh, rank = setup.runtime.mesh, setup.runtime.rank
         own = self._local_state(unscheduled)
         setup.update.average_replicas(step)
-        in_files = experiment.layout.shards_weights
-        scratch = scratch_folder(self._directory.path) if in_files else None
-        with pages_dropped() if in_files else nullcontext():
-            weights, moments = state.gather(setup.model, setup.optimizer, folder=scratch)
+        files = mapped_files(experiment.layout, self._directory.path)
+        with pages_dropped(files):
+            weights, moments = state.gather(setup.model, setup.optimizer, files=files)
             part = mesh.coordinates["pp"] if mesh.rank == mesh.writer else None
             folder = checkpoint.save(
                 self._directory,

@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from labkit.training.meter import Board, Meter
 from labkit.training.runtime import Runtime
 from labkit.training.trainer import Trainer
 from labkit.workloads.base import Task
-from labkit.workloads.mapped import mapped_parameters, pages_dropped, scratch_folder
+from labkit.workloads.mapped import mapped_files, mapped_parameters, pages_dropped
 from labkit.workloads.seed import seed_generators
 
 _LIBRARIES = tuple(
@@ -69,8 +69,10 @@ def main(
             meter.set_device(runtime.device)
             workload, options = experiment.workload.load()
             seed_generators(experiment.training.seed)  # also for random numbers that a user's file draws on import
-            with pages_dropped() if experiment.layout.shards_weights else nullcontext():
-                task = _build(workload, options, experiment, directory)
+            files = mapped_files(experiment.layout, directory.path)
+            with pages_dropped(files):
+                with mapped_parameters(files):
+                    task = _build(workload, options, experiment.training.seed)
                 with _refusals():
                     trainer = Trainer(experiment, directory, task, runtime, meter, board, resume)
             stopped = trainer.run() if train else False
@@ -93,14 +95,10 @@ def rehearse(**arguments: Any) -> None:
     main(**arguments, train=False)
 
 
-def _build(workload: Any, options: Any, experiment: Experiment, directory: RunDirectory) -> Task:
-    """Return the task that the workload builds; raise TaskFault with one sentence if that fails.
-
-    A large model of which every rank keeps a part only is built in files, not in memory.
-    """
+def _build(workload: Any, options: Any, seed: int) -> Task:
+    """Return the task that the workload builds; raise TaskFault with one sentence if that fails."""
     try:
-        with mapped_parameters(scratch_folder(directory.path)) if experiment.layout.shards_weights else nullcontext():
-            task: Task = workload.build(options, experiment.training.seed)
+        task: Task = workload.build(options, seed)
     except TaskFault:
         raise
     except (Exception, SystemExit) as error:

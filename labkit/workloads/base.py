@@ -27,12 +27,6 @@ itself) and what is done with that part. A class declares `tp_plan` (styles: lab
 (labkit.parallel.context)."""
 
 
-def plan_of(module: nn.Module, name: str) -> Plan:
-    """Return the plan that a module declares; empty if it has none, or one of another library (a dict)."""
-    plan: Any = getattr(module, name, ())
-    return plan if isinstance(plan, tuple) else ()
-
-
 class Data(Protocol):
     """Samples by index, fetched several at a time."""
 

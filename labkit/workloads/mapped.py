@@ -19,7 +19,6 @@ import mmap
 import os
 import shutil
 import tempfile
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +31,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parameter import is_lazy
 
+from labkit.experiment.layout import Layout
+from labkit.experiment.periodically import periodically
 from labkit.experiment.process_memory import resident_bytes
 
 LARGE_MODEL = 2**28
@@ -54,7 +55,7 @@ class _Chunk(mmap.mmap):
     """A temporary file without a name, mapped into memory."""
 
     files: MappedFiles
-    """What it was made by."""
+    """The files that it is one of."""
 
 
 _CHUNKS: list[weakref.ref[_Chunk]] = []
@@ -73,8 +74,7 @@ class MappedFiles:
 
     def copy(self, tensor: Tensor) -> Tensor:
         """Return a contiguous copy of a tensor in a file; raises OSError if the disk has no room for it."""
-        size = tensor.numel() * tensor.element_size()
-        chunk, offset = self._allocate(size)
+        chunk, offset = self._allocate(tensor.nbytes)
         copy = torch.frombuffer(chunk, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape)
         _CHUNK_OF[copy.data_ptr()] = chunk
         with torch.no_grad():
@@ -98,6 +98,7 @@ class MappedFiles:
                 os.posix_fallocate(file.fileno(), 0, length)
                 self._chunk, self._used = _Chunk(file.fileno(), length), 0
             self._chunk.files = self
+            _return_freed_blocks()
             _CHUNKS[:] = [reference for reference in _CHUNKS if reference() is not None]
             _CHUNKS.append(weakref.ref(self._chunk))
         offset = self._used
@@ -140,20 +141,25 @@ def into_memory(module: nn.Module) -> None:
 
 
 @contextmanager
-def mapped_parameters(folder: Path) -> Iterator[None]:
-    """Map the parameters that modules register inside the context, once those of a model are large."""
-    files, total = MappedFiles(folder), 0
+def mapped_parameters(files: MappedFiles | None) -> Iterator[None]:
+    """Map the parameters that modules register inside the context, once those of a model are large.
+
+    Does nothing without files. Parameters of modules that are copied (`copy.deepcopy`) are not registered and stay in
+    memory.
+    """
+    if files is None:
+        yield
+        return
+    total = 0
 
     def move(module: nn.Module, name: str, parameter: Any) -> None:
         nonlocal total
         if not _is_ordinary(parameter):
             return
-        size = parameter.numel() * parameter.element_size()
-        total += size
-        if total > LARGE_MODEL and size >= LARGE_TENSOR and not _is_shared(parameter):
+        total += parameter.nbytes
+        if total > LARGE_MODEL and parameter.nbytes >= LARGE_TENSOR and not _is_shared(parameter):
             with contextlib.suppress(OSError):  # the disk has no room
                 parameter.data = files.copy(parameter.data)
-            _return_freed_blocks()
 
     handle = register_module_parameter_registration_hook(move)
     try:
@@ -163,35 +169,42 @@ def mapped_parameters(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def pages_dropped() -> Iterator[None]:
-    """Return memory whenever this process has grown, inside the context: pages of mapped tensors and freed blocks."""
-    ended = threading.Event()
+def pages_dropped(files: MappedFiles | None) -> Iterator[None]:
+    """Return memory whenever this process has grown, inside the context: pages of mapped tensors and freed blocks.
 
-    def watch() -> None:
-        before = resident_bytes()
-        while not ended.wait(PERIOD_S):
-            now = resident_bytes()
-            if _CHUNKS and now - before > GROWTH:
-                _drop_pages()
-                now = before = resident_bytes()
-            before = min(before, now)
-
-    thread = threading.Thread(target=watch, name="drop mapped pages", daemon=True)
-    thread.start()
-    try:
+    Does nothing without files.
+    """
+    if files is None:
         yield
+        return
+    before = resident_bytes()
+
+    def check() -> None:
+        nonlocal before
+        now = resident_bytes()
+        if _CHUNKS and now - before > GROWTH:
+            _drop_pages()
+            before = resident_bytes()
+        before = min(before, now)
+
+    try:
+        with periodically(check, PERIOD_S, "labkit-mapped-pages"):
+            yield
     finally:
-        ended.set()
-        thread.join()
         if _CHUNKS:
             _drop_pages()
 
 
-def scratch_folder(run: Path) -> Path:
-    """Return the folder for large files of a process: the temporary folder or the run's.
+def mapped_files(layout: Layout, run: Path) -> MappedFiles | None:
+    """Return the files for the tensors of a large model, if the layout shards its weights; else None.
 
-    It is the one with more room, but one on a disk rather than one in memory.
+    They are in the temporary folder or in that of the run, whichever has more room, but rather on a disk than in
+    memory.
     """
+    return MappedFiles(_scratch_folder(run)) if layout.shards_weights else None
+
+
+def _scratch_folder(run: Path) -> Path:
     folders = (Path(tempfile.gettempdir()), run)
     on_disk = [folder for folder in folders if not _is_in_memory(folder)]
     return max(on_disk or [run], key=lambda folder: shutil.disk_usage(folder).free)

@@ -289,7 +289,7 @@ def _weights_fit(roots: Iterable[Any]) -> bool:
     """Return whether the parameters of the modules among the roots that are in memory are few enough to be copied."""
     modules = (root for root in roots if isinstance(root, nn.Module))
     parameters = {id(p): p for module in modules for p in module.parameters() if not is_lazy(p)}.values()
-    return sum(value.numel() * value.element_size() for value in parameters if not is_mapped(value)) <= MAX_WEIGHT_BYTES
+    return sum(value.nbytes for value in parameters if not is_mapped(value)) <= MAX_WEIGHT_BYTES
 
 
 def _hooks_of(tensor: Tensor) -> list[Any]:

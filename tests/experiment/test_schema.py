@@ -16,12 +16,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from labkit.experiment import Experiment, ExperimentError, Layout
+from labkit.experiment.assignment import parse_assignment
 from labkit.experiment.choice import Choice
 from labkit.experiment.fields import fields
 from labkit.experiment.layout import AXES
 from labkit.experiment.recipes import RECIPES, recipe
 from labkit.experiment.registry import registries, registry
-from labkit.experiment.schema import Training, parse_assignment
+from labkit.experiment.sections import Training
 
 reals = st.floats(allow_nan=False, allow_infinity=False)
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from labkit.experiment import Sparsity
 from labkit.experiment.registry import registry
-from labkit.experiment.schema import Sparsity
 from labkit.sparsity import export, two_four
 from labkit.sparsity.csr import CsrLinear
 from labkit.sparsity.n_m import n_of_m

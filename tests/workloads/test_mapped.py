@@ -35,7 +35,7 @@ def build() -> nn.Module:
 
 def test_initial_weights_are_those_of_a_model_in_memory(tmp_path: Path) -> None:
     plain = build().state_dict()
-    with mapped_parameters(tmp_path):
+    with mapped_parameters(MappedFiles(tmp_path)):
         model = build()
     assert all(map(is_mapped, model.parameters()))
     assert all(torch.equal(value, plain[name]) for name, value in model.state_dict().items())
@@ -49,7 +49,7 @@ def test_initial_weights_are_those_of_a_model_in_memory(tmp_path: Path) -> None:
 
 
 def test_a_model_trains_in_its_files(tmp_path: Path) -> None:
-    with mapped_parameters(tmp_path):
+    with mapped_parameters(MappedFiles(tmp_path)):
         model = build()
     plain, x = build(), torch.randint(50, (2, 8))
     for each in (model, plain):
@@ -62,7 +62,7 @@ def test_a_model_trains_in_its_files(tmp_path: Path) -> None:
 def test_pages_that_were_written_leave_the_memory(tmp_path: Path) -> None:
     """Six times 32 MB are written; at most 64 MB and what one period allows stay."""
     before, most = mapped.resident_bytes(), 0
-    with pages_dropped():
+    with pages_dropped(MappedFiles(tmp_path)):
         tensors, files = [], MappedFiles(tmp_path)
         for number in range(6):
             tensors.append(files.copy(torch.full((2**23,), float(number))))
@@ -86,14 +86,14 @@ def test_a_full_disk_leaves_the_weights_in_memory(tmp_path: Path, monkeypatch: p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(mapped.os, "posix_fallocate", full)
-    with mapped_parameters(tmp_path):
+    with mapped_parameters(MappedFiles(tmp_path)):
         model = build()
     assert not any(map(is_mapped, model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), build().parameters(), strict=True))
 
 
 def test_what_cannot_be_moved_is_left_alone(tmp_path: Path) -> None:
-    with mapped_parameters(tmp_path):
+    with mapped_parameters(MappedFiles(tmp_path)):
         lazy, meta = nn.LazyLinear(3), nn.Linear(3, 3, device="meta")
         shared = nn.Parameter(torch.zeros(2, 3).t())
         holder = nn.Module()
@@ -115,13 +115,13 @@ def test_what_shares_its_storage_is_left_alone(tmp_path: Path) -> None:
             self.first, self.second = nn.Parameter(flat[:4]), nn.Parameter(flat[4:])
             flat.fill_(3)
 
-    with mapped_parameters(tmp_path):
+    with mapped_parameters(MappedFiles(tmp_path)):
         model = Tied()
     assert [float(value.detach().sum()) for value in model.parameters()] == [8, 12, 12]
 
 
 def test_views_of_a_mapped_parameter_follow_it_into_memory(tmp_path: Path) -> None:
-    with mapped_parameters(tmp_path):
+    with mapped_parameters(MappedFiles(tmp_path)):
         model = nn.Linear(3, 3)
     model.register_buffer("row", model.weight.data[1])
     into_memory(model)
@@ -133,7 +133,7 @@ def test_views_of_a_mapped_parameter_follow_it_into_memory(tmp_path: Path) -> No
 
 def test_many_tensors_need_few_open_files(tmp_path: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
-    with mapped_parameters(tmp_path):
+    with mapped_parameters(MappedFiles(tmp_path)):
         model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(400)))
     assert all(map(is_mapped, model.parameters()))
     assert len(list(Path("/proc/self/fd").iterdir())) < before + 210, "a file of 16 KiB holds four pages"
@@ -146,6 +146,6 @@ def test_large_files_are_put_on_a_disk(tmp_path: Path, monkeypatch: pytest.Monke
     assert mapped._is_in_memory(in_memory)
     assert not mapped._is_in_memory(tmp_path)
     monkeypatch.setattr(mapped.tempfile, "gettempdir", lambda: str(in_memory))
-    assert mapped.scratch_folder(tmp_path) == tmp_path
+    assert mapped._scratch_folder(tmp_path) == tmp_path
     monkeypatch.setattr(mapped.tempfile, "gettempdir", lambda: str(tmp_path))
-    assert mapped.scratch_folder(in_memory) == tmp_path
+    assert mapped._scratch_folder(in_memory) == tmp_path

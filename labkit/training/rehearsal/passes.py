@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from labkit.training.runtime import Runtime
 from labkit.training.sampling import BatchOrder, Indices
 from labkit.workloads.base import Batch, Data, Task
 from labkit.workloads.fetch import fetch, fetch_checked
-from labkit.workloads.mapped import is_mapped
+from labkit.workloads.mapped import LARGE_MODEL, is_mapped
 from labkit.workloads.restore import Snapshot
 from labkit.workloads.seed import seed_generators
 
@@ -40,8 +40,6 @@ SCAN_S = 0.25
 """Time limit for reading further samples of a user's own data set (s)."""
 MAX_SCANNED = 512
 """Maximum number of these samples."""
-LARGE = 2**28
-"""Size of the weights from which free memory is checked before gradients of the whole model are computed (bytes)."""
 _STATIC = ("labkit.workloads", "torch.nn.modules")
 """Packages whose modules have the same control flow for every input."""
 BUILT_IN = ("vision", "language", "driving")
@@ -136,7 +134,7 @@ class RehearsalPasses:
         model.train()
         with _alone(model):
             self.phase("forward")
-            with probe or _nothing():
+            with probe or nullcontext():
                 output = self._output(batch, indices, "train")
                 loss = self._loss(output, batch, indices, "train")
             if not loss.requires_grad:
@@ -179,7 +177,7 @@ class RehearsalPasses:
         place = f"the model fails in {mode} on {samples_of(indices, what)}"
         try:
             x = self.runtime.place(_fresh(batch))["x"]
-            ids = self.ids.checked(x, indices, what) if self.ids is not None else _nothing()
+            ids = self.ids.checked(x, indices, what) if self.ids is not None else nullcontext()
             with self.runtime.accelerator.autocast(), ids:
                 output = model(x)
         except TaskFault:
@@ -277,11 +275,6 @@ def _fresh(batch: Batch) -> Batch:
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
 def _alone(model: nn.Module) -> Iterator[None]:
     """Keep layers that communicate in evaluation mode inside the context: a rank that fails must not block others."""
     communicating = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
@@ -297,8 +290,8 @@ def _alone(model: nn.Module) -> Iterator[None]:
 
 def _gradients_fit(model: nn.Module, device: torch.device) -> bool:
     """Return whether gradients of the whole model fit in memory; the layout may never hold them all on one rank."""
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if size < LARGE or any(map(is_mapped, model.parameters())):
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if size < LARGE_MODEL or any(map(is_mapped, model.parameters())):
         return True  # gradients of a mapped model are freed one by one (freed.py)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] > 2 * size
