@@ -21,23 +21,21 @@ def with_new_names(data: dict[str, Any], assigned: Iterable[str]) -> dict[str, A
     fields = set(assigned)
     if "optimizer.momentum" in fields and "optimizer.beta1" not in fields and isinstance(data["optimizer"], dict):
         data = data | {"optimizer": beta1_from_momentum(data["optimizer"])}
-    rules = fields & {"gradients", "gradients.update", "gradients.update.method"}
-    layout = _layout_fields(data.get("layout", {}))
-    if rules and not fields & {"layout", "layout.schedule"} and layout and layout.get("schedule") == PIPEDREAM:
-        return data | {"layout": _without_pipedream(data, layout)}
-    return data
+    chooses_rule = fields & {"gradients", "gradients.update", "gradients.update.method"}
+    return _without_pipedream(data) if chooses_rule and not fields & {"layout", "layout.schedule"} else data
 
 
-def _without_pipedream(data: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
-    """Return the layout for an update rule that was chosen in the place of PipeDream, as if that were one, too."""
-    if data["gradients"]["update"].get("method") == PIPEDREAM:
-        return layout
+def _without_pipedream(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the data with the default schedule if another update rule was chosen in the place of PipeDream."""
+    update, layout = _update_fields(data), _layout_fields(data.get("layout", {}))
+    if update is None or layout is None or layout.get("schedule") != PIPEDREAM or update.get("method") == PIPEDREAM:
+        return data
     text = (
         "PipeDream is a pipeline schedule, not an update rule: choosing another rule sets layout.schedule to "
         f"{DEFAULT}; set it yourself"
     )
     warnings.warn(text, FutureWarning, stacklevel=3)
-    return layout | {"schedule": DEFAULT}
+    return data | {"layout": layout | {"schedule": DEFAULT}}
 
 
 def beta1_from_momentum(optimizer: dict[str, Any]) -> dict[str, Any]:
@@ -51,10 +49,8 @@ def beta1_from_momentum(optimizer: dict[str, Any]) -> dict[str, Any]:
 
 def schedule_from_update_rule(data: dict[str, Any]) -> dict[str, Any]:
     """Return the data of an experiment with PipeDream, which was an update rule, as the schedule of the layout."""
-    gradients = data.get("gradients")
-    update = gradients.get("update") if isinstance(gradients, dict) else None
-    layout = _layout_fields(data.get("layout", {}))
-    if not isinstance(gradients, dict) or not isinstance(update, dict) or layout is None:
+    update, layout = _update_fields(data), _layout_fields(data.get("layout", {}))
+    if update is None or layout is None:
         return data
     method = update.get("method", "synchronous")
     moved = {new: update[old] for old, new in _OF_PIPEDREAM.items() if old in update}
@@ -67,7 +63,17 @@ def schedule_from_update_rule(data: dict[str, Any]) -> dict[str, Any]:
     )
     warnings.warn(text, FutureWarning, stacklevel=2)
     rest = {name: value for name, value in update.items() if name != "method" and name not in _OF_PIPEDREAM}
-    return data | {"layout": layout | {"schedule": PIPEDREAM} | moved, "gradients": gradients | {"update": rest}}
+    return data | {
+        "layout": layout | {"schedule": PIPEDREAM} | moved,
+        "gradients": data["gradients"] | {"update": rest},
+    }
+
+
+def _update_fields(data: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the fields of the update rule; None if there are none or they are refused anyway."""
+    gradients = data.get("gradients")
+    update = gradients.get("update") if isinstance(gradients, dict) else None
+    return update if isinstance(update, dict) else None
 
 
 def _layout_fields(layout: Any) -> dict[str, Any] | None:

@@ -73,7 +73,8 @@ def figures(value: Any, most: int, read: Callable[[Any], float | None] = figure)
     """
     if not isinstance(value, dict):
         return None
-    return {str(key)[:100]: number for key, item in list(value.items())[:most] if (number := read(item)) is not None}
+    read_items = ((str(key)[:100], read(item)) for key, item in list(value.items())[:most])
+    return {key: as_float for key, as_float in read_items if as_float is not None}
 
 
 def checked_fields(declared: Event, event: Mapping[str, Any]) -> dict[str, Any]:

@@ -318,3 +318,21 @@ def test_no_other_momentum_is_taken_for_it() -> None:
         Experiment.from_dict({"optimizer": {"name": "adamw", "momentum": 0.9}})
     [warning] = [warning for warning in back.warnings() if warning.field == "optimizer.momentum"]
     assert "has no effect with adamw" in warning.reason
+
+
+@pytest.mark.parametrize("rule", ["gradients.update.method=synchronous", "gradients.update.method=local_sgd"])
+def test_another_rule_in_the_place_of_pipedream_leaves_it_with_a_warning(rule: str) -> None:
+    pipedream = Experiment().set({"layout": {"pp": 2, "schedule": "pipedream"}})
+    with pytest.warns(FutureWarning, match="choosing another rule sets layout.schedule to 1f1b"):
+        changed = pipedream.replace(rule)
+    assert changed.layout.schedule == "1f1b"
+    assert changed.gradients.update.method == rule.rpartition("=")[2]
+    assert pipedream.replace("training.steps=5").layout.schedule == "pipedream"
+    assert pipedream.replace("layout.schedule=pipedream", rule).layout.schedule == "pipedream"
+
+
+@pytest.mark.parametrize("change", ["gradients=5", "gradients.update=null", 'gradients={"update": 3}'])
+def test_nonsense_in_the_place_of_pipedream_is_one_sentence(change: str) -> None:
+    pipedream = Experiment().set({"layout": {"pp": 2, "schedule": "pipedream"}})
+    with pytest.raises(ExperimentError, match="gradients"):
+        pipedream.replace(change)
