@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from labkit.experiment.problem import OptionError, closest
-from labkit.experiment.schedules import SCHEDULES, Schedule
+from labkit.experiment.registry import registry
+from labkit.experiment.schedules import SCHEDULES, Schedule, schedule_of
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp", "ep", "pp")
 # Outermost first: neighbours along the last axis are closest to each other.
@@ -92,9 +93,9 @@ class Layout(BaseModel):
     @field_validator("schedule")
     @classmethod
     def _schedule_exists(cls, schedule: str) -> str:
-        if schedule not in SCHEDULES:
-            reason = f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}"
-            raise OptionError("", reason, closest(schedule, SCHEDULES))
+        if schedule not in SCHEDULES and schedule not in registry("layout.schedule"):
+            names = registry("layout.schedule").names()
+            raise OptionError("", f"unknown schedule {schedule!r}; known: {', '.join(names)}", closest(schedule, names))
         return schedule
 
     @model_validator(mode="after")
@@ -192,7 +193,10 @@ class Layout(BaseModel):
         return share
 
     def stages(self, place: int) -> list[int]:
-        """Return the numbers of the pipeline stages at coordinate `place` along pp, in the order of the chain."""
+        """Return the numbers of the pipeline stages at coordinate `place` along pp, in the order of the chain.
+
+        Of a schedule that is not known in this process (`order.is_known`) it may be another distribution.
+        """
         count = self.pp * self.stages_per_rank
         if self.order.fold:
             return [place, count - 1 - place]
@@ -201,7 +205,7 @@ class Layout(BaseModel):
     @property
     def order(self) -> Schedule:
         """What labkit knows of the pipeline schedule."""
-        return SCHEDULES[self.schedule]
+        return schedule_of(self.schedule)
 
     @property
     def splits_backward(self) -> bool:

@@ -20,11 +20,13 @@ def options_without_effect(experiment: Experiment, machine: Machine) -> Iterator
             if getattr(layout, name) != Layout.model_fields[name].default:
                 yield Problem(f"layout.{name}", "has no effect without pipeline stages (layout.pp is 1)")
     elif layout.microbatches_per_pass != layout.microbatches:
-        yield Problem("layout.microbatches", f"has no effect: the {layout.schedule} schedule has a single microbatch")
+        yield Problem("layout.microbatches", f"has no effect: the {layout.order.name} schedule has a single microbatch")
     if not layout.order.asynchronous:
         for name in ("weight_stashing", "weight_prediction"):
             if getattr(layout, name) != Layout.model_fields[name].default:
-                reason = f"has no effect: the {layout.schedule} schedule keeps no old weights, because its stages wait"
+                reason = (
+                    f"has no effect: the {layout.order.name} schedule keeps no old weights, because its stages wait"
+                )
                 yield Problem(f"layout.{name}", reason)
     if experiment.launch.transport == "shared_memory" and layout.world_size != layout.dp_replicate:
         yield Problem("launch.transport", "has no effect: only plain data parallelism uses shared memory")

@@ -16,8 +16,9 @@ from labkit.experiment.schema import Experiment
 def method_from_cell(implementation: type) -> Any:
     """Let a class of a notebook cell be chosen as a method, and return what an experiment says of it.
 
-    The kind of method follows from its base class (`Compressor`, `UpdateRule`, `Sparsifier`, `Single`). Returns the
-    section, e.g. `{"method": "cell:Halves@1f0c2a9e"}`, or the key alone for a number format, which has no section.
+    The kind of method follows from its base class (`Compressor`, `UpdateRule`, `Sparsifier`, `Single`,
+    `PipelineSchedule`). Returns the section, e.g. `{"method": "cell:Halves@1f0c2a9e"}`, or the key alone for a number
+    format or a schedule, which have no section.
     Raises TypeError or NotSelfContainedError (a ValueError) with the reason why the class cannot be used.
     """
     methods = _registry_of(implementation)
@@ -86,6 +87,7 @@ def _insist_on_methods(implementation: type, methods: Registry) -> None:
 
 
 REQUIRED: dict[str, dict[str, str]] = {
+    "layout.schedule": {"actions": "it returns what a rank of the pipeline computes, in its order"},
     "gradients.compression": {
         "reduce": "it averages a bucket of gradients over the ranks",
         "bucket_bytes": "the formula of the bytes that one rank sends for a bucket; labkit counts and compares",

@@ -99,7 +99,7 @@ def one_update_rule(experiment: Experiment, machine: Machine) -> Iterator[Proble
     """Refuse an update rule that the pipeline schedule replaces with its own."""
     layout, method = experiment.layout, experiment.gradients.update.method
     if layout.order.asynchronous and method != SYNCHRONOUS:
-        reason = f"the schedule {layout.schedule} has its own update rule, so it cannot be combined with {method}"
+        reason = f"the schedule {layout.order.name} has its own update rule, so it cannot be combined with {method}"
         yield Problem("gradients.update.method", reason, SYNCHRONOUS)
 
 

@@ -48,7 +48,9 @@ def _assert_trainable(all_stages: dict[int, nn.Module], layout: Layout) -> None:
             raise ValueError(f"stage {numbers} has nothing to train; cut the model otherwise (layout.stage_blocks)")
     if layout.splits_backward and trained and 0 not in trained:
         # torch looks for a path from the loss to a stage's input, and there is none: the weights would get no gradient.
-        raise ValueError(f"under {layout.schedule} the first stage must have something to train (layout.stage_blocks)")
+        raise ValueError(
+            f"under {layout.order.name} the first stage must have something to train (layout.stage_blocks)"
+        )
 
 
 def offloads(experiment: Experiment) -> bool:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from labkit.experiment.problem import Problem
 from labkit.gradients.updates.update import UpdateRule
-from labkit.parallel.rules import schedule_problems
+from labkit.parallel.schedule import schedule_problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

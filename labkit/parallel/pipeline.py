@@ -1,7 +1,7 @@
 """Pipeline parallelism: each rank holds some stages of the model, and micro-batches pass through them one by one.
 
-The schedules are those of `torch.distributed.pipelining`. `naive` is GPipe with a single micro-batch: one stage works
-while all others wait, the starting point of the idea.
+The schedules are those of `torch.distributed.pipelining`; its runtime also runs those of your own. `naive` is GPipe
+with a single micro-batch: one stage works while all others wait, the starting point of the idea.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from labkit.experiment.layout import Layout
-from labkit.experiment.schedules import SCHEDULES
+from labkit.parallel.action_order import read_order
 from labkit.parallel.cast import as_reals
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.stages import pp_rank_by_stage
@@ -65,6 +65,28 @@ class _StageModule(nn.Module):
         return out.contiguous()
 
 
+def _schedule_class(layout: Layout) -> Any:
+    """Return the class of torch that runs the schedule of a layout."""
+    own_class = layout.order.own_class
+    return getattr(torch_schedules, layout.order.torch_class) if own_class is None else _in_own_order(own_class, layout)
+
+
+def _in_own_order(own_class: Any, layout: Layout) -> type:
+    """Return a class that lets torch's runtime run the actions of an own schedule, which have been checked before."""
+
+    class InOwnOrder(torch_schedules._PipelineScheduleRuntime):
+        def __init__(self, stages: list[TimedStage], microbatches: int, **options: Any) -> None:
+            super().__init__(stages, microbatches, **options)  # type: ignore[no-untyped-call]
+            order = read_order(own_class.actions, layout)
+            self.pipeline_order = {
+                pp_rank: [torch_schedules._Action.from_str(str(action)) for action in actions]
+                for pp_rank, actions in order.items()
+            }
+            self._prepare_schedule_with_comms(self.pipeline_order)
+
+    return InOwnOrder
+
+
 class Pipeline:
     """The stages of one rank and the schedule that drives them."""
 
@@ -93,7 +115,7 @@ class Pipeline:
         Returns the losses of the micro-batches on the rank with the last stage, an empty list elsewhere.
         """
         if self._schedule is None:
-            schedule_class = getattr(torch_schedules, SCHEDULES[self.layout.schedule].torch_class)
+            schedule_class = _schedule_class(self.layout)
             single = issubclass(schedule_class, torch_schedules.PipelineScheduleSingle)
             timed_stages = [
                 TimedStage(

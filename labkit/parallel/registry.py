@@ -20,7 +20,8 @@ SCHEDULES = Registry(
     "layout.schedule",
     "pipeline schedule",
     [
-        Method(schedule.key, schedule.summary, schedule.update_rule or "labkit.parallel.rules:SynchronousSchedule")
+        Method(schedule.key, schedule.summary, schedule.update_rule or "labkit.parallel.schedule:SynchronousSchedule")
         for schedule in schedules.SCHEDULES.values()
     ],
+    base="labkit.parallel.schedule:PipelineSchedule",
 )

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from math import gcd
 from typing import Any
 
-from labkit.experiment.layout import Layout
 from labkit.experiment.machine import Machine
 from labkit.experiment.problem import Problem
 from labkit.experiment.schema import Experiment
@@ -138,39 +137,3 @@ class PipelineAxis:
                 f"{experiment.training.global_batch} samples",
                 -(-experiment.training.global_batch // pieces) * pieces,
             )
-
-
-class SynchronousSchedule:
-    """A pipeline schedule under which all stages finish a step before the next one begins."""
-
-    @staticmethod
-    def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
-        """Yield what it requires of stages and micro-batches, if there is a pipeline."""
-        return schedule_problems(experiment.layout) if experiment.layout.pp > 1 else iter(())
-
-
-def schedule_problems(layout: Layout) -> Iterator[Problem]:
-    """Yield the problems of the schedule with the number of stages and micro-batches."""
-    schedule, stages, order = layout.schedule, layout.stages_per_rank, layout.order
-    if order.splits_backward and layout.activation_checkpointing == "selective":
-        yield Problem(
-            "layout.activation_checkpointing",
-            f"{schedule} splits the backward pass of a block in two, but torch keeps what selective recomputation "
-            "needs for only one of them",
-            "full",
-        )
-    count = layout.pp * stages
-    if order.stages == "two" and stages != 2:
-        yield Problem("layout.stages_per_rank", f"{schedule} folds the pipeline and needs exactly 2 stages per rank", 2)
-    elif order.stages == "several" and stages < 2:
-        yield Problem("layout.stages_per_rank", f"{schedule} needs at least 2 stages per rank", 2)
-    elif order.stages == "one" and stages != 1:
-        yield Problem("layout.stages_per_rank", f"{schedule} runs one stage per rank", 1)
-    least = {"any": 1, "ranks": layout.pp, "stages": count}[order.least_microbatches]
-    if layout.microbatches < least:
-        yield Problem("layout.microbatches", f"{schedule} needs at least as many microbatches as stages", least)
-    elif order.whole_rounds:
-        rounds = max(1, layout.microbatches // layout.pp)
-        if layout.microbatches % rounds:
-            nearest = layout.microbatches // layout.pp * layout.pp
-            yield Problem("layout.microbatches", f"{schedule} needs a multiple of {layout.pp} microbatches", nearest)

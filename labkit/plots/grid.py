@@ -67,6 +67,8 @@ def _part_in_words(layout: Layout, axis: str, coordinates: dict[str, int], exper
 def _stages(layout: Layout, index: int) -> str:
     """Return the numbers of the stages that a pp rank has by the schedule, in words."""
     stages, count = layout.stages(index), layout.pp * layout.stages_per_rank
+    if len(stages) > 1 and not layout.order.is_known:
+        return f"{len(stages)} of {count} stages"
     if len(stages) == 1:
         return f"stage {stages[0]} of {count}"
     return f"stages {', '.join(map(str, stages[:-1]))} and {stages[-1]} of {count}"

@@ -22,7 +22,7 @@ def finding(schedule: Schedule, bubble: Bubble) -> str:
     textbook = f", {traced.percent(bubble.textbook)} with even stages (textbook)" if bubble.textbook is not None else ""
     steps = "these steps" if schedule.asynchronous else "the step"
     return (
-        f"{schedule.key}: ranks were idle for {traced.percent(bubble.measured)} of {steps}; the schedule's own bubble "
+        f"{schedule.name}: ranks were idle for {traced.percent(bubble.measured)} of {steps}; the schedule's own bubble "
         f"is {traced.percent(bubble.own)}{textbook}"
     )
 

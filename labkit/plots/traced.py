@@ -71,7 +71,7 @@ def _words(run: LabeledRun, links: bool) -> list[str]:
     if layout.tp > 1 and layout.sequence_parallel:
         words.append("sequence parallel")
     if layout.pp > 1:
-        words.append(layout.schedule)
+        words.append(layout.order.name)
         if not layout.order.single_microbatch:
             words.append(f"{layout.microbatches} microbatches")
         if layout.order.asynchronous:

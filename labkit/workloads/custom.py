@@ -121,8 +121,9 @@ def from_notebook(definition: Callable[..., Any]) -> Any:
     """Let an experiment use what a notebook cell defines: a function that makes a task, or the class of a method.
 
     Returns the section of the experiment that names it. A function becomes the workload; a subclass of `Compressor`,
-    `UpdateRule` or `Sparsifier` becomes a method, which forms list from now on (of a number format the key is
-    returned). Raises NotSelfContainedError (a ValueError) or TypeError with the reason if that is impossible.
+    `UpdateRule` or `Sparsifier` becomes a method, which forms list from now on (of a number format and of a pipeline
+    schedule, the key is returned). Raises NotSelfContainedError (a ValueError) or TypeError with the reason if that is
+    impossible.
 
     >>> experiment.replace(workload=from_notebook(make_task))                     # doctest: +SKIP
     >>> experiment.set({"gradients.compression": from_notebook(MyCompressor)})    # doctest: +SKIP

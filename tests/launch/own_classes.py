@@ -1,4 +1,6 @@
-"""Methods as a learner writes them in a cell or a file: a compressor, an update rule, a sparsity method, a format."""
+"""Methods as a learner writes them in a cell or a file: a compressor, an update rule, a sparsity method, a format,
+schedules.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from labkit.experiment.registry import Options as BaseOptions
 from labkit.gradients.compression.compressor import Compressor, CostContext, GradientBucket, InFlight, numel
 from labkit.gradients.cost import all_reduce_bytes
 from labkit.gradients.updates.update import UpdateRule
+from labkit.parallel.schedule import PipelineSchedule
 from labkit.quantization.full import Single
 from labkit.sparsity.method import Sparsifier
 
@@ -80,3 +83,40 @@ class Doubled(Single):
     def dtype() -> torch.dtype:
         """Return float64."""
         return torch.float64
+
+
+class LastFirst(PipelineSchedule):
+    """All forward passes, then all backward passes, the latest micro-batch first."""
+
+    stages = "one"
+
+    @staticmethod
+    def actions(pp_rank: int, pp: int, stages: Sequence[int], microbatches: int) -> Iterator[str]:
+        """Return the forward passes in their order and the backward passes in the opposite one."""
+        [stage] = stages
+        yield from (f"{stage}F{index}" for index in range(microbatches))
+        yield from (f"{stage}B{index}" for index in reversed(range(microbatches)))
+
+
+class FoldedGPipe(PipelineSchedule):
+    """GPipe in a V: the forward passes down and up, then the backward passes, with weight gradients at the end."""
+
+    fold = True
+    splits_backward = True
+
+    @staticmethod
+    def actions(pp_rank: int, pp: int, stages: Sequence[int], microbatches: int) -> list[str]:
+        """Return all F, then all I in the opposite order of stages, then all W."""
+        batches = range(microbatches)
+        forward = [f"{stage}F{index}" for stage in stages for index in batches]
+        inputs = [f"{stage}I{index}" for stage in reversed(stages) for index in batches]
+        return forward + inputs + [f"{stage}W{index}" for stage in stages for index in batches]
+
+
+class WaitsForever(PipelineSchedule):
+    """Backward passes before forward passes, which no pipeline can run."""
+
+    @staticmethod
+    def actions(pp_rank: int, pp: int, stages: Sequence[int], microbatches: int) -> list[str]:
+        """Return all B, then all F."""
+        return [f"{stage}{kind}{index}" for kind in "BF" for stage in stages for index in range(microbatches)]

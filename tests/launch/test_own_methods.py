@@ -18,11 +18,12 @@ from labkit.experiment import Experiment, ExperimentError, own_methods
 from labkit.experiment.cell_source import NotSelfContainedError
 from labkit.experiment.registry import registry
 from labkit.experiment.resume import carried_code
-from labkit.plots import plot_sparsity
+from labkit.plots import plot_grid, plot_sparsity, plot_timeline
 from labkit.plots.wording import method as method_in_words
+from labkit.proofs.cases import TEXT
 from labkit.ui.form import ExperimentForm
 from tests.launch.helpers import start, tiny
-from tests.launch.own_classes import Checkerboard, Doubled, EveryThird, Halves
+from tests.launch.own_classes import Checkerboard, Doubled, EveryThird, FoldedGPipe, Halves, LastFirst, WaitsForever
 
 FILE = Path(__file__).parent / "own_classes.py"
 
@@ -97,6 +98,43 @@ def test_a_number_format_of_a_cell_trains() -> None:
     assert run.data().loss.tolist() == double.data().loss.tolist()
 
 
+def pipeline(schedule: Any, ranks: int = 2, stages: int = 1, **changes: Any) -> Experiment:
+    """A pipeline of four micro-batches under a schedule."""
+    network = TEXT | {"width": 16, "depth": 4, "heads": 2, "context": 16}
+    layout = {"pp": ranks, "schedule": schedule, "stages_per_rank": stages, "microbatches": 4}
+    return tiny(steps=4).set({"workload": network, "layout": layout, "training.trace_step": 2, **changes})
+
+
+@pytest.mark.parametrize(("schedule", "stages"), [(LastFirst, 1), (FoldedGPipe, 2)])
+def test_a_schedule_of_a_cell_computes_what_one_process_computes(schedule: type, stages: int) -> None:
+    experiment = pipeline(labkit.from_notebook(schedule), stages=stages)
+    assert experiment.problems() == []
+    verdict = labkit.check(experiment, steps=4)
+    assert verdict["precisions"]["fp64"]["parity"] is True, verdict["text"]
+
+
+def test_a_schedule_of_a_cell_runs_in_its_own_order_and_is_drawn() -> None:
+    run = start(pipeline(labkit.from_notebook(LastFirst))).wait(60)
+    assert run.state == "finished", run.cause
+    for pp_rank, actions in run.data().timeline.items():
+        computed = [f"{action.stage}{action.kind}{action.microbatch}" for action in actions]
+        assert computed == list(LastFirst.actions(pp_rank, 2, [pp_rank], 4))
+    assert "LastFirst" in plot_timeline(run).summary
+
+
+def test_a_schedule_of_a_file_runs_and_one_that_is_not_loaded_requires_nothing() -> None:
+    experiment = pipeline(f"{FILE}:FoldedGPipe", stages=2)
+    assert experiment.problems() == []
+    assert "2 of 4 stages" in plot_grid(experiment.layout).to_json(), "which ones is not known here"
+    run = start(experiment).wait(60)
+    assert run.state == "finished", run.cause
+    own = pipeline(labkit.from_notebook(FoldedGPipe), stages=2)
+    assert "stages 0 and 3 of 4" in plot_grid(own.layout).to_json()
+    wrong = start(pipeline(f"{FILE}:FoldedGPipe")).wait(60)
+    assert wrong.cause is not None
+    assert "FoldedGPipe folds the pipeline and needs exactly 2 stages per rank" in wrong.cause["message"]
+
+
 def test_a_sparsity_method_of_a_cell_is_proved_and_drawn() -> None:
     small = {"name": "vision", "model": "vit", "image_size": 8, "depth": 1}
     method = {**labkit.from_notebook(Checkerboard), "target": 0.5}
@@ -128,6 +166,21 @@ def test_a_form_lists_it_and_shows_its_options() -> None:
     form.set("gradients.compression.scale", 2.0)
     assert form.value.gradients.compression.options == {"scale": 2.0, "mode": "mean"}
     assert "class Halves(Compressor)" in form.value.code[key]
+
+
+def test_a_form_lists_a_schedule_and_says_why_its_order_is_impossible() -> None:
+    key, impossible = labkit.from_notebook(FoldedGPipe), labkit.from_notebook(WaitsForever)
+    form = ExperimentForm(pipeline("1f1b"))
+    assert ("FoldedGPipe (yours)", key) in form.entries["layout.schedule"].widget.options
+    form.set("layout.schedule", key)
+    [problem] = form.problems
+    assert (problem.field, problem.nearest) == ("layout.stages_per_rank", 2)
+    form.set("layout.stages_per_rank", 2)
+    assert form.problems == []
+    form.set("layout.schedule", impossible)
+    [problem] = form.problems
+    assert problem.field == "layout.schedule"
+    assert "WaitsForever.actions: no rank can go on: rank 0 with 0B0 for 0F0" in problem.reason
 
 
 def test_a_form_keeps_the_options_of_a_class_that_it_must_not_load() -> None:

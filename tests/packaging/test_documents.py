@@ -54,10 +54,12 @@ def test_the_table_of_faults_names_tests_that_exist() -> None:
     assert not missing | {name for name in shortened if not any(full.startswith(name) for full in known)}
 
 
+OWN_METHODS = (ROOT / "notebooks" / "reference" / "own_methods.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.alone
-def test_the_example_of_an_own_method_runs(tmp_path: Path, labkit_home: Path) -> None:
-    page = (ROOT / "notebooks" / "reference" / "own_methods.md").read_text(encoding="utf-8")
-    [example] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+@pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", OWN_METHODS, re.DOTALL))
+def test_the_example_of_an_own_method_runs(example: str, tmp_path: Path, labkit_home: Path) -> None:
     (tmp_path / "cell.py").write_text(example)
     command = [sys.executable, str(tmp_path / "cell.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)

@@ -40,7 +40,7 @@ def lost_by(experiment: Experiment, model: nn.Module) -> str | None:
         ("ZeRO 3", layout.dp_shard > 1 and layout.zero_stage == 3, "set layout.zero_stage to 1 or 2"),
         ("tensor parallelism", layout.tp > 1, "set layout.tp to 1"),
         ("expert parallelism", layout.ep > 1, "set layout.ep to 1"),
-        (layout.schedule, layout.pp > 1 and layout.order.asynchronous, "set layout.schedule to 1f1b"),
+        (layout.order.name, layout.pp > 1 and layout.order.asynchronous, "set layout.schedule to 1f1b"),
     ):
         if replaces:
             return (
@@ -49,7 +49,7 @@ def lost_by(experiment: Experiment, model: nn.Module) -> str | None:
     late = next((name for name, parameter in parameters.items() if accumulated_hooks(parameter)), None)
     if late is not None and layout.splits_backward:
         return (
-            f"{late} has a hook (register_post_accumulate_grad_hook), which the schedule {layout.schedule} never "
+            f"{late} has a hook (register_post_accumulate_grad_hook), which the schedule {layout.order.name} never "
             f"calls: use register_hook, or set layout.schedule to 1f1b, or {_WITHOUT}"
         )
     return None
