@@ -18,40 +18,13 @@ import pytest
 
 from labkit.experiment.machine import Machine
 from tests.browser.find_browser import MISSING, find_browser
+from tests.tiers import SAMPLES
 
 # Every process that a test starts inherits this mark, whatever it does to its session, its parent or its name.
 MARK = "LABKIT_TEST_SESSION"
 SETTLE_S = 15.0
 BUSY = {"gradients", "parallel", "quantization", "sparsity", "training"}
 """Folders whose tests train on several ranks and so keep all cores busy: two at once take longer than one by one."""
-SAMPLED = {
-    "test_a_layout_computes_what_one_process_computes": 5,  # the second tier has a sample of all layouts, too
-    "test_half_precision_stays_close_to_itself_and_is_on": 3,
-    "test_passes_and_clipping_keep_it_equal": 3,
-    "test_so_does_that_of_a_pipeline_of_tied_weights_and_of_experts": 3,
-    "test_a_resumed_run_repeats_the_whole_one": 4,
-    "test_on_a_layout_it_learns_the_same_up_to_rounding_or_is_refused": 3,
-    "test_replicas_stay_equal": 4,
-    "test_a_sparse_run_leaves_its_forms": 3,
-    "test_so_do_the_other_methods": 3,
-    "test_as_many_weights_are_zero_as_were_asked_for": 3,
-    "test_a_killed_rank_ends_the_run_by_name": 4,
-    "test_stop_reaches_ranks_that_are_ahead_in_time": 4,
-    "test_stop_saves_what_all_have_done_and_a_resumed_run_goes_on_from_there": 3,
-    "test_its_limit_is_synchronous_training": 3,
-    "test_the_straggler_is_named_though_all_steps_take_as_long": 2,
-    "test_tracing_changes_no_number": 3,
-    "test_a_broken_average_fails_the_proof": 2,
-    "test_a_reported_metric_is_that_of_the_saved_model": 3,
-    "test_so_is_that_of_torchs_own_losses": 3,
-    "test_compressors_train_what_is_used_late_or_never": 3,
-    "test_what_no_rank_uses_in_an_update_stays_as_it_is": 2,
-    "test_a_running_mean_is_that_of_the_whole_batch": 2,
-    "test_every_layout_trains_the_same_sparse_network": 5,
-    "test_the_bytes_that_leave_are_those_of_the_formula": 2,
-    "test_losses_of_probabilities_are_computed_in_float32": 2,
-}
-"""Tests of which every n-th case runs in the first tier, and the others in the third (`make exhaustive`)."""
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 
@@ -86,9 +59,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_browser = "" if find_browser() else MISSING
     cases: Counter[str] = Counter()
     for item in items:
-        step, test = SAMPLED.get(getattr(item, "originalname", ""), 1), item.nodeid.partition("[")[0]
-        if cases[test] % step:
-            item.add_marker(pytest.mark.exhaustive)
+        test = item.nodeid.partition("[")[0]
+        sample = SAMPLES.get(getattr(item, "originalname", ""))
+        if sample is not None and (tier := sample.tier(cases[test])) > 1:
+            item.add_marker(pytest.mark.slow if tier == 2 else pytest.mark.exhaustive)
         cases[test] += 1
         if item.path.parent.name in BUSY:
             item.add_marker(pytest.mark.alone)

@@ -228,12 +228,27 @@ class CaseRules:
         base = Experiment().set({"workload": FAMILIES[family].workload} | COMMON)
         self.base = parity_config(base, STEPS, "fp64").set({"training.checkpoint_every": 0} | dict(changes))
         self._problems: dict[str, tuple[Problem, ...]] = {}
+        self._sections: dict[str, Any] = {}
 
     def experiment(self, row: Row) -> Experiment:
-        """Return the experiment of a row."""
-        layout = Layout.parse(row[PRODUCT]).model_dump()
-        layout |= {name.partition(".")[2]: value for name, value in row.items() if name.startswith("layout.")}
-        return self.base.set({"layout": layout} | {n: v for n, v in row.items() if not n.startswith("layout")})
+        """Return the experiment of a row.
+
+        Rows have few different sections, so each is checked once, and experiments are put together from them.
+        """
+        fields: dict[str, dict[str, Any]] = {"layout": {PRODUCT: row[PRODUCT]}}
+        for name, value in row.items():
+            fields.setdefault(name.partition(".")[0], {})[name] = value
+        return self.base.model_copy(update={name: self._section(name, chosen) for name, chosen in fields.items()})
+
+    def _section(self, name: str, fields: Mapping[str, Any]) -> Any:
+        key = repr(fields)
+        if key not in self._sections:
+            changes = dict(fields)
+            if name == "layout":
+                layout = Layout.parse(changes.pop(PRODUCT)).model_dump()
+                changes = {"layout": layout | {field.partition(".")[2]: value for field, value in changes.items()}}
+            self._sections[key] = getattr(self.base.set(changes), name)
+        return self._sections[key]
 
     def allowed(self, row: Row) -> bool:
         """Return whether a row may be a case; a partial row is allowed unless its settings already exclude that."""

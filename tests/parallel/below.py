@@ -19,9 +19,10 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from labkit.experiment import Layout
+from labkit.experiment.schedules import SCHEDULES
 from labkit.parallel.cut import shard_spec_of
 from labkit.parallel.mesh import Mesh
-from labkit.parallel.pipeline import SCHEDULES, Pipeline
+from labkit.parallel.pipeline import Pipeline
 from labkit.parallel.shard import FullySharded
 from labkit.parallel.stages import stages_of_rank
 from labkit.workloads.base import Blocks

@@ -28,12 +28,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from labkit.experiment import Experiment, Layout, Machine
 from labkit.experiment.layout import AXES
+from labkit.experiment.schedules import SCHEDULES
 from labkit.gradients.exchange import GradientReducer
 from labkit.parallel import context, expert, recompute, rules, tensor
 from labkit.parallel.context import Ring
 from labkit.parallel.cut import shard_spec_of
 from labkit.parallel.mesh import Mesh
-from labkit.parallel.pipeline import SCHEDULES
 from labkit.parallel.stages import minimal_maximum, split_into_stages
 from labkit.parallel.sync import GradientSync
 from labkit.proofs.cases import FAMILIES

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from labkit.cli import main
+from labkit.experiment import Experiment
 from labkit.experiment.layout import AXES, Layout
 from labkit.experiment.schedules import SCHEDULES
 from labkit.launch import warm
@@ -29,9 +30,19 @@ from tests.launch.helpers import FAULTY, wait_until
 pytestmark = pytest.mark.timeout(900)  # listing all cases takes minutes of processor time
 
 
+@pytest.fixture(scope="module", params=[4, pytest.param(8, marks=pytest.mark.slow)])
+def most_ranks(request: pytest.FixtureRequest) -> int:
+    """Up to how many ranks a layout of the matrix has."""
+    return int(request.param)
+
+
 @pytest.fixture(scope="module")
-def all_cases() -> list[Case]:
-    return matrix.cases()
+def all_cases(most_ranks: int) -> list[Case]:
+    return matrix.cases(ranks=most_ranks)
+
+
+with_4_ranks = pytest.mark.parametrize("most_ranks", [4], indirect=True, scope="module")
+"""For tests that run cases: they need no more."""
 
 
 def test_products_are_all_ordered_factorizations() -> None:
@@ -42,9 +53,20 @@ def test_products_are_all_ordered_factorizations() -> None:
     assert counts == {1: 1, 2: 6, 3: 6, 4: 21, 5: 6, 6: 36, 7: 6, 8: 56}
 
 
-def test_every_product_up_to_8_ranks_is_a_case(all_cases: list[Case]) -> None:
+def test_every_product_of_so_many_ranks_is_a_case(all_cases: list[Case], most_ranks: int) -> None:
     shown = {case.product for case in all_cases if case.family.startswith("gpt")}
-    assert shown >= set(made.products(8))
+    assert shown >= set(made.products(most_ranks))
+
+
+def test_the_experiment_of_a_case_is_the_one_that_its_settings_make(all_cases: list[Case]) -> None:
+    """Experiments are put together from sections that have been checked before."""
+    for case in all_cases[::20]:
+        checked = Experiment.from_dict(case.experiment.to_dict())
+        assert checked == case.experiment
+        assert checked.to_json() == case.experiment.to_json()
+        chosen = {name: value for name, value in case.settings.items() if name != made.PRODUCT}
+        assert {name: checked.get(name) for name in chosen} == chosen
+        assert str(checked.layout) == case.product
 
 
 def test_legal_cases_are_legal_and_the_others_are_refused(all_cases: list[Case]) -> None:
@@ -91,6 +113,7 @@ def test_a_sample_holds_every_setting(all_cases: list[Case]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@with_4_ranks
 def test_a_covering_sample_is_equal_to_one_process_or_refused(all_cases: list[Case]) -> None:
     warm(60)
     results = list(matrix.run(matrix.sample(all_cases)))
@@ -118,6 +141,7 @@ def outcome(case: Case, **changes: Any) -> Result:
     return result
 
 
+@with_4_ranks
 def test_a_layout_that_computes_something_else_differs(case: Case) -> None:
     path = Path(__file__).parent.parent / "training" / "odd_task.py"  # batch normalisation
     assert outcome(case).outcome == "equal"
@@ -129,6 +153,7 @@ def test_a_layout_that_computes_something_else_differs(case: Case) -> None:
     assert "DIFFERS from one process at step" in result.reason
 
 
+@with_4_ranks
 def test_a_crash_and_a_standstill_are_told_apart(case: Case) -> None:
     crash = outcome(case, workload={"name": "custom", "path": f"{FAULTY}:raises_beside_others"})
     assert (crash.outcome, crash.run_id is None) == ("FAILED", False)
@@ -137,6 +162,7 @@ def test_a_crash_and_a_standstill_are_told_apart(case: Case) -> None:
     assert "silent" in hung.reason
 
 
+@with_4_ranks
 def test_runs_that_are_equal_are_removed(case: Case, labkit_home: Path) -> None:
     assert outcome(case).run_id is None
     assert Run.all() == []
