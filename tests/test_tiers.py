@@ -20,6 +20,6 @@ def test_every_test_that_is_sampled_exists() -> None:
 
 def test_a_sample_takes_every_nth_case_and_leaves_the_others_to_a_later_tier() -> None:
     assert [Sample(3, 2).tier(index) for index in range(8)] == [1, 3, 2, 1, 2, 3, 1, 3]
-    assert [Sample(2).tier(index) for index in range(4)] == [1, 2, 1, 2]
-    assert [Sample(0).tier(index) for index in range(2)] == [2, 2]
-    assert [Sample(2, 0).tier(index) for index in range(4)] == [1, 3, 1, 3]
+    assert [Sample(2, 1).tier(index) for index in range(4)] == [1, 2, 1, 2]
+    assert [Sample(0, 1).tier(index) for index in range(2)] == [2, 2]
+    assert [Sample(2).tier(index) for index in range(4)] == [1, 3, 1, 3]
