@@ -86,7 +86,7 @@ SAMPLES = {
     "test_one_process_at_a_time_runs_a_sweep": Sample(0, 1),
     "test_a_run_whose_figures_cannot_be_printed_was_launched_all_the_same": Sample(3),
     "test_a_file_in_the_current_folder_stands_in_for_no_library": Sample(0, 1),
-    "test_the_counters_show_what_methods_send": Sample(4),
+    "test_the_counters_show_what_methods_send": Sample(10, 5),
     # Proofs of the proofs.
     "test_a_broken_average_fails_the_proof": Sample(4, 2),
     "test_a_model_that_float64_overflows_is_proved_in_float32": Sample(0, 1),
@@ -96,6 +96,7 @@ SAMPLES = {
     "test_ctrl_c_prints_what_is_there": Sample(0, 1),
     # Trainings that have to learn something.
     "test_it_learns_more_than_the_majority_action": Sample(0, 1),
+    "test_a_short_training_beats_the_unigram_entropy": Sample(0, 1),
     # Examples of the reference pages.
     "test_the_example_of_an_own_method_runs": Sample(2),
 }

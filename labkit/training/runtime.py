@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch.distributed import distributed_c10d
 
 from labkit.experiment import Experiment
 from labkit.experiment.registry import registry
@@ -71,6 +72,7 @@ class Runtime:
             if not alone:  # Accelerate uses the local rank as the index of the GPU; here ranks may share a GPU
                 os.environ["LOCAL_RANK"] = str(device.index)
         if not alone:
+            _use_for_all_groups(timedelta(seconds=timeout_s))
             dist.init_process_group(
                 ("cpu:gloo,cuda:" if offloads(experiment) else "") + backend(launch.device, ranks),
                 init_method=f"file://{rendezvous}",
@@ -167,6 +169,15 @@ class Runtime:
         """Destroy the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _use_for_all_groups(timeout: timedelta) -> None:
+    """Make `timeout` the default of the groups that torch and labkit make later.
+
+    They would have torch's own, 10 minutes for NCCL and 30 for gloo, whatever the first group has (issue 13, 17).
+    """
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
 
 
 def backend(device: str, ranks: int) -> str:

@@ -30,7 +30,10 @@ from tests.launch.helpers import FAULTY, wait_until
 pytestmark = pytest.mark.timeout(900)  # listing all cases takes minutes of processor time
 
 
-@pytest.fixture(scope="module", params=[4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.exhaustive)],
+)
 def most_ranks(request: pytest.FixtureRequest) -> int:
     """Up to how many ranks a layout of the matrix has."""
     return int(request.param)
@@ -42,7 +45,7 @@ def all_cases(most_ranks: int) -> list[Case]:
 
 
 with_4_ranks = pytest.mark.parametrize("most_ranks", [4], indirect=True, scope="module")
-"""For tests that run cases: they need no more."""
+"""For a test that runs cases: it needs no more."""
 
 
 def test_products_are_all_ordered_factorizations() -> None:
@@ -130,9 +133,10 @@ def test_a_covering_sample_is_equal_to_one_process_or_refused(all_cases: list[Ca
 # -- what is not good is said -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def case(all_cases: list[Case]) -> Case:
-    return next(case for case in all_cases if case.family == "resnet" and case.product == "dp2" and not case.problems)
+@pytest.fixture(scope="module")
+def case() -> Case:
+    few = matrix.cases(["resnet"], ranks=2)
+    return next(case for case in few if case.product == "dp2" and not case.problems)
 
 
 def outcome(case: Case, **changes: Any) -> Result:
@@ -141,7 +145,6 @@ def outcome(case: Case, **changes: Any) -> Result:
     return result
 
 
-@with_4_ranks
 def test_a_layout_that_computes_something_else_differs(case: Case) -> None:
     path = Path(__file__).parent.parent / "training" / "odd_task.py"  # batch normalisation
     assert outcome(case).outcome == "equal"
@@ -153,7 +156,6 @@ def test_a_layout_that_computes_something_else_differs(case: Case) -> None:
     assert "DIFFERS from one process at step" in result.reason
 
 
-@with_4_ranks
 def test_a_crash_and_a_standstill_are_told_apart(case: Case) -> None:
     crash = outcome(case, workload={"name": "custom", "path": f"{FAULTY}:raises_beside_others"})
     assert (crash.outcome, crash.run_id is None) == ("FAILED", False)
@@ -162,13 +164,13 @@ def test_a_crash_and_a_standstill_are_told_apart(case: Case) -> None:
     assert "silent" in hung.reason
 
 
-@with_4_ranks
 def test_runs_that_are_equal_are_removed(case: Case, labkit_home: Path) -> None:
     assert outcome(case).run_id is None
     assert Run.all() == []
 
 
-def test_the_table_names_counts_reasons_and_cases(all_cases: list[Case]) -> None:
+def test_the_table_names_counts_reasons_and_cases() -> None:
+    all_cases = matrix.cases(["vit"], ranks=2)
     refused = [Result(case, "refused", str(case.problems[0])) for case in all_cases if case.problems]
     text = matrix.markdown(
         [*refused, Result(all_cases[0], "HUNG", "rank 1 has been silent | still")], len(all_cases), "x", 60

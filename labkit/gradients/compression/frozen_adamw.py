@@ -111,7 +111,8 @@ class FrozenAdamW(torch.optim.AdamW):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                if self._mean_squares(parameter) is None:
+                # Reading v makes the host wait for a GPU: once it is frozen, it is known.
+                if parameter not in self._denominators and self._mean_squares(parameter) is None:
                     self._estimate(parameter, parameter.grad)
                 state = self.state[parameter]
                 state["step"] += 1

@@ -7,6 +7,7 @@ shifted together. The byte order is little-endian, which is that of all machines
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -37,11 +38,19 @@ def pack(digits: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, count: int, values: Sequence[float], dtype: torch.dtype) -> Tensor:
     """Unpack `count` digits and map digit d to values[d], of which there are 2, 4 or 16; the shape is [count]."""
+    return _table(tuple(values), dtype, packed.device).index_select(0, packed.int()).view(-1)[:count]
+
+
+@lru_cache(maxsize=64)
+def _table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the values of the digits in every byte, shape [256, digits per byte].
+
+    It is kept: the numbers come from the host, and copying them to a GPU makes the host wait for it.
+    """
     bits = len(values).bit_length() - 1
-    every_byte = torch.arange(256, device=packed.device)
+    every_byte = torch.arange(256, device=device)
     digits = torch.stack([every_byte >> index * bits & 2**bits - 1 for index in range(8 // bits)], dim=1)
-    table = torch.tensor(values, dtype=dtype, device=packed.device)[digits]
-    return table.index_select(0, packed.int()).view(-1)[:count]
+    return torch.tensor(values, dtype=dtype, device=device)[digits]
 
 
 def join_bytes(*parts: Tensor) -> Tensor:

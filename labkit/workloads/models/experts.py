@@ -12,15 +12,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from labkit.workloads.base import Plan
 
-Run = Callable[[Tensor, list[int]], Tensor]
-"""Function from (tokens sorted by expert [rows, width], number of rows of each expert) to results [rows, width]."""
+
+class Exchange(Protocol):
+    """One forward pass of the experts on other ranks."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of this rank's tokens for each of all experts."""
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Run tokens [rows, width], sorted by expert, through their experts and return the results [rows, width]."""
 
 
 class Experts(nn.Module):
@@ -64,8 +72,11 @@ class MixtureOfExperts(nn.Module):
         self.experts_per_token, self.capacity, self.balance_loss = experts_per_token, capacity, balance_loss
         self.router = nn.Linear(width, experts, bias=False)
         self.experts = Experts(width, experts)
-        self.run: Run | None = None
-        """Runs the experts on the ranks that have them; set by expert parallelism, None for local experts."""
+        self.exchange: Callable[[Tensor], Exchange] | None = None
+        """Prepares an exchange from the number of tokens for each expert, int64 [experts]; set by expert parallelism.
+
+        None for local experts.
+        """
         self.sample_weight = 1.0
         """Weight of one sample in the loss of the backward pass (1/global batch in one process)."""
         self.sum_over_sequence_ranks: Callable[[Tensor], Tensor] = lambda counts: counts
@@ -77,20 +88,22 @@ class MixtureOfExperts(nn.Module):
         scores = self.router(x)  # [N, T, E]
         best, chosen = scores.topk(self.experts_per_token, dim=-1)  # the best expert first
         if self.load is not None:
-            self.load += torch.bincount(chosen.flatten(), minlength=len(self.load))
+            self.load += _count(chosen.flatten(), len(self.load))
         if self.balance_loss and torch.is_grad_enabled():
             x = _with_auxiliary_loss(x, self._imbalance(scores, chosen), self.balance_loss * self.sample_weight)
         weights = best.softmax(-1).flatten(0, -2)  # [N·T, k]
         tokens, k = x.flatten(0, -2), self.experts_per_token
         # Sort the pairs of token and choice by expert, run each expert on its own slice, and put the results back.
         # Only permutations move data, so the backward pass adds nothing in an undefined order.
-        flat = chosen.flatten()
-        order = flat.argsort(stable=True)
-        if self.capacity:
-            order = order[self._within_capacity(chosen).flatten()[order]]
-        sizes = torch.bincount(flat[order], minlength=scores.shape[-1]).tolist()
+        flat, experts = chosen.flatten(), scores.shape[-1]
+        if self.capacity:  # what is dropped is sorted behind the last expert
+            flat = flat.where(self._within_capacity(chosen).flatten(), experts)
+        counts = _count(flat, experts + 1)[:experts]
+        exchange = None if self.exchange is None else self.exchange(counts)
+        sizes = counts.tolist() if exchange is None else exchange.sizes  # here the host waits for the device
+        order = flat.argsort(stable=True)[: sum(sizes)]
         copies = tokens.unsqueeze(1).expand(-1, k, -1).flatten(0, 1)[order]
-        results = (self.run or self.experts)(copies, sizes)
+        results = self.experts(copies, sizes) if exchange is None else exchange(copies)
         placed = results.new_zeros(len(flat), results.shape[-1]).index_copy(0, order, results)
         out: Tensor = (placed.unflatten(0, (-1, k)) * weights.unsqueeze(-1)).sum(1)
         return out.view_as(x)
@@ -113,6 +126,11 @@ class MixtureOfExperts(nn.Module):
         share, full_length = sizes[:, :-1], sizes[:, -1:]
         summed = scores.softmax(-1).sum(1)  # [N, E], this rank's tokens
         return (experts / self.experts_per_token * share * summed / full_length**2).sum()
+
+
+def _count(values: Tensor, kinds: int) -> Tensor:
+    """Return how often each of 0 … kinds-1 occurs, int64 [kinds]. On a GPU `bincount` would wait for its result."""
+    return values.new_zeros(kinds).scatter_add_(0, values, torch.ones_like(values))
 
 
 def _with_auxiliary_loss(x: Tensor, loss: Tensor, factor: float) -> Tensor:
