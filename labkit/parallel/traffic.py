@@ -13,7 +13,9 @@ Counted per axis:
 - `wire_bytes`: what leaves this rank by the formulas of a ring of n ranks (Patarasuk and Yuan, 2009): 2·(n-1)/n of an
   all-reduce, (n-1)/n of a reduce-scatter and an all-to-all, (n-1) times the local part of an all-gather, the bytes of
   a send (gloo's own reduce-scatter sends twice that: it runs a whole all-reduce and discards the rest);
-- `exposed_seconds`: how long computation waited: in the call and in waiting for its result.
+- `exposed_seconds`: how long computation waited: in the call and in waiting for its result. On a GPU that is the time
+  in which the stream of the training loop waited. `fully_shard` communicates on streams of its own, where nothing is
+  exposed; there, the waits of the loop's stream for others count, on the axis of the last such operation.
 """
 
 from __future__ import annotations
@@ -58,6 +60,8 @@ class Clock(Protocol):
 
     def now(self) -> Any: ...
 
+    def stream(self) -> Any: ...
+
     def seconds(self, begin: Any, end: Any) -> float: ...
 
 
@@ -72,12 +76,21 @@ class Traffic:
         self._names: dict[int, str] = {}
         self._works: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         self._replaced: list[tuple[type, str, Any]] = []
+        self._stream: Any = None
+        """The stream of the training loop; None on a CPU."""
+        self._axis_beside = ""
+        """The axis of the last operation on another stream."""
 
     def __enter__(self) -> Traffic:
         for name in (*_SENDS, *_RECEIVES, _GROUPED):
             if name in dist.ProcessGroup.__dict__:  # some have other names in other versions of torch
                 self._replace(dist.ProcessGroup, name, self._counting)
         self._replace(dist.Work, "wait", self._waiting)
+        self._stream = self._clock.stream()
+        if self._stream is not None:
+            for name in ("wait_event", "wait_stream"):
+                if name in type(self._stream).__dict__:
+                    self._replace(type(self._stream), name, self._waiting_for_stream)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -113,9 +126,7 @@ class Traffic:
                 size = _size(args[position])
                 count[1] += size
                 count[2] += share(group.size()) * size
-            begin = self._clock.now()
-            work = original(group, *args, **kwargs)
-            self._intervals.append((axis, begin, self._clock.now()))
+            work = self._timed(axis, lambda: original(group, *args, **kwargs))
             if work is not None:
                 self._works[work] = axis
             return work
@@ -127,12 +138,27 @@ class Traffic:
             axis = self._works.get(work)
             if axis is None:  # it began before the trace
                 return original(work, *args, **kwargs)
-            begin = self._clock.now()
-            result = original(work, *args, **kwargs)
-            self._intervals.append((axis, begin, self._clock.now()))
-            return result
+            return self._timed(axis, lambda: original(work, *args, **kwargs))
 
         return wait
+
+    def _waiting_for_stream(self, name: str, original: Any) -> Any:
+        def wait(stream: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._axis_beside or stream != self._stream:
+                return original(stream, *args, **kwargs)
+            return self._timed(self._axis_beside, lambda: original(stream, *args, **kwargs))
+
+        return wait
+
+    def _timed(self, axis: str, operation: Callable[[], Any]) -> Any:
+        """Run an operation and note how long the stream of the training loop waited in it."""
+        if self._clock.stream() != self._stream:
+            self._axis_beside = axis
+            return operation()
+        begin = self._clock.now()
+        result = operation()
+        self._intervals.append((axis, begin, self._clock.now()))
+        return result
 
     def _axis(self, group: Any) -> str:
         """Return the names of the axes along which the ranks of the group differ, joined by `+`."""

@@ -15,6 +15,9 @@ class HostClock:
     def now(self) -> Any:
         return time.perf_counter()
 
+    def stream(self) -> None:
+        """Return None: a CPU has no streams."""
+
     def passed(self, timestamp: Any) -> bool:
         """Return True if the device has reached this timestamp."""
         return True
@@ -30,6 +33,10 @@ class CudaClock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+    def stream(self) -> Any:
+        """Return the current stream; work on other streams is not in its way."""
+        return torch.cuda.current_stream()
 
     def passed(self, timestamp: Any) -> bool:
         return bool(timestamp.query())

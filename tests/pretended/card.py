@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -53,7 +53,9 @@ class Event:
 
 
 class Stream:
-    """A stream without work."""
+    """A stream without work. `current` is the one that work goes to."""
+
+    current: Stream
 
     def __init__(self, *args: Any, **options: Any) -> None:
         pass
@@ -77,6 +79,18 @@ class Stream:
         event = event or Event()
         event.record()
         return event
+
+
+Stream.current = Stream()
+
+
+@contextlib.contextmanager
+def _in_stream(stream: Stream | None) -> Iterator[None]:
+    before, Stream.current = Stream.current, stream or Stream.current
+    try:
+        yield
+    finally:
+        Stream.current = before
 
 
 class Properties:
@@ -136,9 +150,9 @@ def _replace_driver(index: int, count: int) -> None:
         "set_rng_state": lambda state, *device: torch.set_rng_state(state),
         "get_rng_state_all": list,
         "synchronize": _synchronize,
-        "current_stream": lambda *device: Stream(),
-        "default_stream": lambda *device: Stream(),
-        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda *device: Stream.current,
+        "default_stream": lambda *device: Stream.current,
+        "stream": _in_stream,
         "device": lambda *device: contextlib.nullcontext(),
     }
     for name in NOTHING:
