@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from labkit.experiment.problem import Problem
 from labkit.experiment.registry import Options as BaseOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import torch
 
+    from labkit.experiment.machine import Machine
+    from labkit.experiment.schema import Experiment
     from labkit.experiment.sections import Quantization
     from labkit.quantization.linear import QuantizedLinearOp
 
@@ -49,6 +52,16 @@ class Single:
     def handlers() -> list[Any]:
         """Return keyword handlers for Accelerate."""
         return []
+
+    @classmethod
+    def warnings(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+        """Yield a warning if float32, and not a format derived from it, keeps the tensor cores of a GPU idle."""
+        capability = machine.capability
+        has_tensor_cores = capability is not None and capability >= (8, 0)
+        if cls is Single and experiment.launch.device == "cuda" and has_tensor_cores:
+            yield Problem(
+                "quantization.training", "fp32 runs without tensor cores: tf32 and bf16 are many times faster"
+            )
 
     @staticmethod
     def arithmetic(settings: Quantization) -> Callable[[], QuantizedLinearOp] | None:

@@ -7,6 +7,7 @@ TRAINING = Registry(
     "number format",
     [
         Method("fp32", "single precision", "labkit.quantization.full:Single"),
+        Method("tf32", "single precision with TF32 products, on GPUs", "labkit.quantization.tf32:TensorFloat32"),
         Method("fp64", "double precision, for proofs", "labkit.quantization.full:Double"),
         Method("bf16", "brain half precision under autocast", "labkit.quantization.autocast:BFloat16"),
         Method("fp16", "half precision under autocast, on GPUs", "labkit.quantization.autocast:Float16"),

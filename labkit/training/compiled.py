@@ -21,7 +21,7 @@ from labkit.workloads.base import Blocks
 
 LEAST_PARAMETERS = 50_000_000
 """Minimum size of a model that `auto` compiles. Compiling takes about ten seconds, too much for a small run."""
-FORMATS = ("fp32", "bf16", "fp16", "fp8", "pure_bf16")
+FORMATS = ("fp32", "tf32", "bf16", "fp16", "fp8", "pure_bf16")
 """Precisions whose matrix products can be compiled; the others use generators and counters of labkit's own."""
 
 

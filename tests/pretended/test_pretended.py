@@ -31,6 +31,7 @@ PIPELINE = "layout=pp2 layout.microbatches=4 workload.depth=4"
 COVERING = [
     (1, ""),
     (1, "quantization.training=fp16 gradients.accumulation=2"),
+    (1, "quantization.training=tf32"),
     (1, "quantization.training=fp64 layout.activation_checkpointing=full training.loader_workers=2"),
     (1, "quantization.training=pure_bf16 layout.activation_checkpointing=selective"),
     (1, "quantization.training=bitnet optimizer.name=sgd"),

@@ -104,6 +104,7 @@ def test_refusals(changes: str, found: list[str]) -> None:
     [
         ("quantization.training=fp16", []),
         ("quantization.training=fp16 layout=dp2", []),
+        ("quantization.training=tf32 launch.device=cpu", ["quantization.training"]),
         ("quantization.training=fp16 launch.device=cpu", ["quantization.training"]),
         ("quantization.training=fp16 layout=tp2", ["quantization.training"]),
         ("quantization.training=fp16 layout=dp2 gradients.update.method=local_sgd", ["quantization.training"]),
@@ -135,6 +136,28 @@ def test_fp8_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [problem.field for problem in asked.replace("layout=tp2").problems(gpu)] == ["quantization.training"]
 
 
+def on_gpus(capability: tuple[int, int]) -> Machine:
+    return replace(GPU, gpus=tuple(replace(gpu, capability=capability) for gpu in GPU.gpus))
+
+
+def test_tf32_needs_tensor_cores_that_have_it_and_then_goes_with_every_layout() -> None:
+    asked = wanted("quantization.training=tf32", "launch.device=cuda")
+    [problem] = asked.problems(on_gpus((7, 5)))
+    assert "is 7.5" in problem.reason
+    assert problem.nearest == "fp32"
+    for layout in ("1", "dp2", "shard2", "tp2", "pp2 layout.microbatches=2"):
+        assert asked.replace(*f"layout={layout}".split()).problems(on_gpus((8, 0))) == []
+
+
+def test_float32_on_a_gpu_with_tensor_cores_is_warned_of_once() -> None:
+    asked = wanted("quantization.training=fp32", "launch.device=cuda")
+    [warning] = asked.warnings(on_gpus((9, 0)))
+    assert "tf32 and bf16 are many times faster" in warning.reason
+    assert asked.warnings(on_gpus((7, 0))) == []
+    for training in ("tf32", "fp64", "bf16", "int8"):
+        assert asked.replace(f"quantization.training={training}").warnings(on_gpus((9, 0))) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "machine", "said"),
     [
@@ -162,4 +185,4 @@ def test_warnings(changes: str, machine: Machine, said: list[str]) -> None:
 
 def test_every_format_says_what_it_is() -> None:
     assert "(emulated)" in registry("quantization.training")["int8_weights"].summary
-    assert len(ALL) == 9
+    assert len(ALL) == 10
