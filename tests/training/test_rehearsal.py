@@ -118,6 +118,21 @@ def test_what_cannot_be_trained_is_named_before_the_first_step(function: str, la
     assert re.search(says, sentence(custom(function, layout)))
 
 
+@pytest.mark.parametrize(
+    ("layout", "passes", "batch", "enough"), [("dp1", 3, 4, 6), (SHARDED, 2, 6, 8), ("dp2", 2, 7, 8)]
+)
+def test_a_pass_of_a_single_sample_that_comes_later_is_tried_before(
+    layout: str, passes: int, batch: int, enough: int
+) -> None:
+    """Passes of 2, 1 and 1 samples (random experiments of seed 11): batch normalisation fails in the second one."""
+    settings = {"gradients__accumulation": passes, "training__global_batch": batch}
+    words = sentence(custom("with_state", layout, **settings))
+    assert "Expected more than 1 value per channel when training" in words
+    assert f"passes of this run have only 1: set training.global_batch to {enough} or more (now {batch})" in words
+    settings["training__global_batch"] = enough
+    assert run(custom("with_state", layout, **settings)).state == "finished"
+
+
 def test_methods_that_copy_or_convert_a_model_name_what_they_cannot() -> None:
     copied = {"gradients__update__method": "parameter_server"}
     assert "the old torch.nn.utils.weight_norm" in sentence(custom("old_weight_norm", **copied))

@@ -33,7 +33,7 @@ from labkit.workloads.restore import Snapshot
 from labkit.workloads.seed import seed_generators
 
 SAMPLES = 2
-"""Number of samples in a pass; with one, batch normalisation would fail, though it never gets so few in the run."""
+"""Number of samples in a pass, unless passes of the run have fewer."""
 MORE_PASSES = 8
 """Number of passes over other samples if the control flow of the model may depend on its input."""
 SCAN_S = 0.25
@@ -78,6 +78,7 @@ class RehearsalPasses:
         used = [self._train(batch, indices, probe)]
         if rehearsed.user_code:
             used.append(self._train(batch, indices, probe))  # again, because state may be kept from pass to pass
+            self._train_smallest(len(indices))
             with (watch := ClockWatch()).watching():
                 rehearsed.notes += self._moving_state(batch, indices)
                 self._evaluate()
@@ -101,6 +102,26 @@ class RehearsalPasses:
             rehearsed.dynamic = probe.detected or len(set(used)) > 1
         rehearsed.unused = sorted(set(self.trained) - frozenset.intersection(*used))
         return used
+
+    def _train_smallest(self, tried: int) -> None:
+        """Try a pass of as few samples as some have in the run, if that is fewer than `tried`.
+
+        Batch normalisation fails with a single sample, and it may come in a later pass than the first one.
+        """
+        layout, training = self.experiment.layout, self.experiment.training
+        sizes = [len(indices) // layout.microbatches_per_pass for indices in self.passes(0)]
+        least = max(1, min(sizes))
+        if least >= tried:
+            return
+        indices = self.passes(0)[0].tolist()[:least]
+        try:
+            self._train(fetch_checked(self.task.train, indices, "train"), indices)
+        except TaskFault as fault:
+            pieces = layout.data_parallel * self.experiment.gradients.accumulation * layout.microbatches_per_pass
+            raise TaskFault(
+                f"{fault}; with {tried} samples it works, but passes of this run have only {least}: set "
+                f"training.global_batch to {tried * pieces} or more (now {training.global_batch}), or use fewer passes"
+            ) from fault
 
     def _moving_state(self, batch: Batch, indices: list[int]) -> list[str]:
         """Return a note if a training pass changes untrained state; raise TaskFault if that change would be lost.
