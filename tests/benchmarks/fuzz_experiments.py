@@ -42,6 +42,10 @@ TORCHS_WORDS = ("torch._C", "INTERNAL ASSERT", "LazyModule", "report a bug", "fi
 """No refusal of labkit has them: they are those of torch's own errors."""
 RISES = 1.5
 """How many times as large as in the beginning a loss may be at the end, on a rate of learning that is small."""
+VARYING = "other_weights"
+"""A task with weights of N(0, 1), other ones each time. Its losses of a few samples vary more than that: by hand in
+torch, 31 of 400 trainings of six steps of six samples end above the bound.
+"""
 
 
 def draw(seed: int, number: int) -> Experiment:
@@ -170,7 +174,8 @@ def implausible_end(run: Run) -> str:
     losses = [value for _, value in summary["loss"]]
     if not losses or any(value is None or not math.isfinite(value) for value in losses):
         return f"the loss is no finite number: {losses}"
-    if losses[-1] > RISES * losses[0] + 0.5:
+    varies = str(experiment.workload.options.get("path", "")).endswith(f":{VARYING}")
+    if not varies and losses[-1] > RISES * losses[0] + 0.5:
         return f"the loss rises from {losses[0]:.3g} to {losses[-1]:.3g}"
     accuracy = summary.get("accuracy")
     if accuracy is not None and not 0 <= accuracy <= 1:
