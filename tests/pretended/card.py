@@ -161,6 +161,9 @@ def _replace_driver(index: int, count: int) -> None:
         setattr(torch.cuda, name, stand_in)
     torch.cuda.graphs.is_current_stream_capturing = driver["is_current_stream_capturing"]  # type: ignore[assignment]
     torch.cuda.Event, torch.cuda.Stream = Event, Stream  # type: ignore[assignment, misc]
+    # A build for CUDA asks the driver here, which threads that pin memory do.
+    torch.accelerator.current_device_index = lambda: index  # type: ignore[assignment]
+    torch.accelerator.set_device_index = lambda device: None  # type: ignore[assignment]
     torch.Generator = _generator_of_the_host(torch.Generator)  # type: ignore[misc]
     future_init = torch.futures.Future.__init__
     torch.futures.Future.__init__ = lambda self, *, devices=None: future_init(self)  # type: ignore[method-assign]
