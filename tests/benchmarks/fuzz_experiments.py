@@ -42,9 +42,10 @@ TORCHS_WORDS = ("torch._C", "INTERNAL ASSERT", "LazyModule", "report a bug", "fi
 """No refusal of labkit has them: they are those of torch's own errors."""
 RISES = 1.5
 """How many times as large as in the beginning a loss may be at the end, on a rate of learning that is small."""
-VARYING = "other_weights"
-"""A task with weights of N(0, 1), other ones each time. Its losses of a few samples vary more than that: by hand in
-torch, 31 of 400 trainings of six steps of six samples end above the bound.
+VARYING = ("other_weights", "with_state")
+"""Tasks whose losses of a few samples vary more than that: weights of N(0, 1), other ones each time, or an output that
+a random number scales. By hand in torch, 31 of 400 trainings of the first (six steps of six samples) and 37 of 300 of
+the second (two steps of four) end above the bound, so only their finiteness is judged.
 """
 
 
@@ -174,7 +175,7 @@ def implausible_end(run: Run) -> str:
     losses = [value for _, value in summary["loss"]]
     if not losses or any(value is None or not math.isfinite(value) for value in losses):
         return f"the loss is no finite number: {losses}"
-    varies = str(experiment.workload.options.get("path", "")).endswith(f":{VARYING}")
+    varies = str(experiment.workload.options.get("path", "")).rpartition(":")[2] in VARYING
     if not varies and losses[-1] > RISES * losses[0] + 0.5:
         return f"the loss rises from {losses[0]:.3g} to {losses[-1]:.3g}"
     accuracy = summary.get("accuracy")
