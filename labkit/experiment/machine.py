@@ -72,6 +72,18 @@ class Machine:
         capabilities = [gpu.capability for gpu in self.gpus if gpu.capability is not None]
         return min(capabilities) if capabilities and len(capabilities) == len(self.gpus) else None
 
+    def lacks_capability(self, needs: str, least: tuple[int, int]) -> str:
+        """Return why the GPUs here have less than a compute capability; empty if all have it.
+
+        `needs` begins the sentence, e.g. "fp8 needs".
+        """
+        if not self.gpus:
+            return f"{needs} a GPU ({self.gpu_reason})"
+        if self.capability is not None and self.capability >= least:
+            return ""
+        lowest = "unknown" if self.capability is None else "{}.{}".format(*self.capability)
+        return f"{needs} a GPU of compute capability {least[0]}.{least[1]} or more, the lowest here is {lowest}"
+
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
         data["cpu_flags"] = sorted(flag for flag in self.cpu_flags if flag.startswith(("avx", "amx", "sse4", "fma")))

@@ -7,6 +7,7 @@ forward, B backward, and, in its place, I backward to the inputs and W backward 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, get_args
 
@@ -27,7 +28,7 @@ class SynchronousSchedule:
         return schedule_problems(experiment.layout) if experiment.layout.pp > 1 else iter(())
 
 
-class PipelineSchedule(SynchronousSchedule):
+class PipelineSchedule(SynchronousSchedule, ABC):
     """Base class of your own schedules: define `actions`, and set the attributes that differ.
 
     The stages are distributed over the ranks in a loop (rank r of p has the stages r, r+p, r+2p, …) or, with `fold`, in
@@ -60,13 +61,13 @@ class PipelineSchedule(SynchronousSchedule):
                 raise TypeError(f"{cls.__name__}.{name} is {getattr(cls, name)!r}; it must be {expected}")
 
     @staticmethod
+    @abstractmethod
     def actions(pp_rank: int, pp: int, stages: Sequence[int], microbatches: int) -> Iterable[str]:
         """Return the actions of rank `pp_rank` of `pp` in their order, e.g. `["0F0", "0F1", "0B0", "0B1"]`.
 
         `stages` are the numbers of the rank's own stages, in the order of the chain. Every stage has one forward pass
         of every micro-batch, and one backward pass, B or I and W. What another rank has to send first is waited for.
         """
-        raise NotImplementedError
 
     @classmethod
     def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:

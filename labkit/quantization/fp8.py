@@ -46,13 +46,10 @@ class Float8(Single):
     @staticmethod
     def missing(machine: Machine) -> str:
         """Return why this machine cannot offer it; empty if it can."""
-        if not machine.gpus:
-            return f"fp8 needs a GPU ({machine.gpu_reason})"
-        capability = machine.capability
-        if capability is None or capability < LEAST:
-            version = "unknown" if capability is None else ".".join(map(str, capability))
-            return f"fp8 needs a GPU of compute capability 8.9 or more, the lowest here is {version}"
-        return "" if find_spec("torchao") is not None else "fp8 needs the package torchao, which is not installed"
+        reason = machine.lacks_capability("fp8 needs", LEAST)
+        if reason or find_spec("torchao") is not None:
+            return reason
+        return "fp8 needs the package torchao, which is not installed"
 
     @classmethod
     def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:

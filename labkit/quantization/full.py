@@ -56,9 +56,7 @@ class Single:
     @classmethod
     def warnings(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         """Yield a warning if float32, and not a format derived from it, keeps the tensor cores of a GPU idle."""
-        capability = machine.capability
-        has_tensor_cores = capability is not None and capability >= (8, 0)
-        if cls is Single and experiment.launch.device == "cuda" and has_tensor_cores:
+        if cls is Single and experiment.launch.device == "cuda" and not machine.lacks_capability("TF32 needs", (8, 0)):
             yield Problem(
                 "quantization.training", "fp32 runs without tensor cores: tf32 and bf16 are many times faster"
             )

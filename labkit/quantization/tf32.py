@@ -35,12 +35,7 @@ class TensorFloat32(Single):
     @staticmethod
     def missing(machine: Machine) -> str:
         """Return why this machine cannot offer it; empty if it can."""
-        if not machine.gpus:
-            return f"TF32 needs a GPU ({machine.gpu_reason})"
-        if machine.capability is None or machine.capability < LEAST:
-            version = "unknown" if machine.capability is None else ".".join(map(str, machine.capability))
-            return f"TF32 needs a GPU of compute capability 8.0 or more, the lowest here is {version}"
-        return ""
+        return machine.lacks_capability("TF32 needs", LEAST)
 
     @classmethod
     def problems(cls, experiment: Experiment, machine: Machine) -> Iterator[Problem]:

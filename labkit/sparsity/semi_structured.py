@@ -27,12 +27,10 @@ FORMATS = ("bf16", "fp16")
 
 def missing(machine: Machine) -> str:
     """Return why this machine has no 2:4 kernels; empty if it should have them (a rank tries them before it trains)."""
-    if not machine.gpus:
-        return f"2:4 kernels need a GPU ({machine.gpu_reason})"
-    if machine.capability is None or machine.capability < LEAST:
-        capability = "unknown" if machine.capability is None else ".".join(map(str, machine.capability))
-        return f"2:4 kernels need a GPU of compute capability 8.0 or more, the lowest here is {capability}"
-    return "" if machine.torch_cuda else "2:4 kernels need a CUDA build of torch, this one is for CPUs"
+    reason = machine.lacks_capability("2:4 kernels need", LEAST)
+    if reason or machine.torch_cuda:
+        return reason
+    return "2:4 kernels need a CUDA build of torch, this one is for CPUs"
 
 
 def problems(experiment: Experiment, machine: Machine) -> Iterator[Problem]:

@@ -66,7 +66,7 @@ def _storage(tensor: Any) -> torch.UntypedStorage | None:
         tensor = tensor._values()
     try:
         storage: torch.UntypedStorage = tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):
+    except RuntimeError:  # it has none
         return None
     return storage
 
