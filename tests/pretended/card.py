@@ -161,6 +161,7 @@ def _replace_driver(index: int, count: int) -> None:
         setattr(torch.cuda, name, stand_in)
     torch.cuda.graphs.is_current_stream_capturing = driver["is_current_stream_capturing"]  # type: ignore[assignment]
     torch.cuda.Event, torch.cuda.Stream = Event, Stream  # type: ignore[assignment, misc]
+    torch.cuda.nccl.version = lambda: (2, 28, 9)  # type: ignore[assignment]  # torch says it with every error of a group
     # A build for CUDA asks the driver here, which threads that pin memory do.
     torch.accelerator.current_device_index = lambda: index  # type: ignore[assignment]
     torch.accelerator.set_device_index = lambda device: None  # type: ignore[assignment]

@@ -49,11 +49,15 @@ class Labels:
                 self._next_sweep = 2 * len(self.on_gpu()) + 10_000
 
     def on_gpu(self) -> list[Label]:
-        """Return the storages on the GPU that are still in use."""
-        expired = [address for address, label in self._by_address.items() if label.storage.expired()]
-        for address in expired:
-            del self._by_address[address]
-        return list(self._by_address.values())
+        """Return the storages on the GPU that are still in use; other threads may label some meanwhile."""
+        labels = list(self._by_address.items())  # one step for Python, so no thread changes it on the way
+        used = []
+        for address, label in labels:
+            if label.storage.expired():
+                self._by_address.pop(address, None)
+            else:
+                used.append(label)
+        return used
 
 
 def _storage(tensor: Any) -> torch.UntypedStorage | None:
