@@ -18,6 +18,7 @@ from torch import Tensor
 from labkit.experiment.layout import Layout
 from labkit.parallel import stages
 from labkit.parallel.cast import as_reals, widen
+from labkit.parallel.placement import on_device
 from labkit.workloads.base import Batch, Blocks, Task
 from labkit.workloads.same_buffers import same_buffers
 
@@ -55,29 +56,33 @@ def _measure_on_rank_0(task: Task, device: torch.device, sample: Sample) -> list
     costs = torch.zeros(len(task.model.blocks), dtype=torch.float64, device=device)
     if dist.get_rank() == 0:
         with same_buffers(task.model):
-            costs.copy_(torch.tensor(measure_blocks(task, sample()), dtype=torch.float64))
+            costs.copy_(torch.tensor(measure_blocks(task, sample(), device), dtype=torch.float64))
     dist.broadcast(costs, 0)
     return [float(cost) for cost in costs.tolist()]
 
 
-def measure_blocks(task: Task, batch: Batch) -> list[float]:
-    """Return the median seconds of a forward and a backward pass of every block over this batch."""
+def measure_blocks(task: Task, batch: Batch, device: torch.device) -> list[float]:
+    """Return the median seconds of a forward and a backward pass of every block over this batch, which is on `device`.
+
+    The device holds one block at a time: a pipeline may exist because it cannot hold all of them.
+    """
     assert isinstance(task.model, Blocks)
     blocks = list(task.model.blocks.values())
     measurements: list[list[float]] = [[] for _ in blocks]
     for _ in range(REPEATS):
         x: Tensor = batch["x"]
         for number, block in enumerate(blocks):
-            x = x.detach().requires_grad_(x.is_floating_point() or x.is_complex())
-            begun = _now(x)
-            out: Tensor = block(x)
-            last = number == len(blocks) - 1
-            loss = task.loss(widen(out), batch) if last else as_reals(out).sum()
-            loss.backward()
-            measurements[number].append(_now(x) - begun)
-            x = out
-            for parameter in block.parameters():
-                parameter.grad = None  # those of the whole model may not fit
+            with on_device(block, device):
+                x = x.detach().requires_grad_(x.is_floating_point() or x.is_complex())
+                begun = _now(x)
+                out: Tensor = block(x)
+                last = number == len(blocks) - 1
+                loss = task.loss(widen(out), batch) if last else as_reals(out).sum()
+                loss.backward()
+                measurements[number].append(_now(x) - begun)
+                x = out
+                for parameter in block.parameters():
+                    parameter.grad = None  # those of the whole model may not fit
     return [median(seconds[1:]) for seconds in measurements]
 
 

@@ -2,8 +2,8 @@
 arXiv:2310.01889).
 
 Every rank keeps its queries and gets the keys and values of all others, one after the other. Attention over a part of
-the keys is a weighted mean; two such means are merged by the logarithms of their denominators, so that no rank ever
-holds scores for the whole sequence (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135).
+the keys (attention.py) is a weighted mean; two such means are merged by the logarithms of their denominators, so that
+no rank ever holds scores for the whole sequence (Milakov & Gimelshein 2018, arXiv:1805.02867).
 
 With a causal mask early positions attend to few others. So the sequence is cut into 2·N chunks, and rank r takes the
 chunks r and 2N-1-r: a zig-zag. Whichever rank s the keys come from, exactly half of the scores are needed:
@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from labkit.parallel import collectives
+from labkit.parallel.attention import accumulation_dtype, kernel_for
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.plan import Style, apply_plans
 
@@ -52,9 +53,13 @@ class Ring:
     ) -> Tensor:
         """Return the attention [N, H, t, D] of this rank's queries over all keys.
 
-        `query`, `key`, `value`: [N, H, t, D] each, for the t positions of this rank.
+        `query`: [N, H, t, D] for the t positions of this rank; `key`, `value`: [N, G, t, D] for the same positions,
+        where H may be a multiple of G: each of them then belongs to H/G heads (Ainslie et al. 2023, arXiv:2305.13245).
         """
         scale = query.shape[-1] ** -0.5 if scale is None else scale
+        device = query.device.type
+        if torch.is_autocast_enabled(device):  # as torch does it for attention
+            query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
         out: Tensor = _RingAttention.apply(query, key, value, self.group, is_causal, scale)  # type: ignore[no-untyped-call]
         return out
 
@@ -64,26 +69,23 @@ class _RingAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, causal: bool, scale: float
     ) -> Tensor:
-        out = torch.zeros_like(query, dtype=_accumulation_dtype(query))
+        kernel, heads = kernel_for(query), query.shape[1]
+        out = torch.zeros_like(query, dtype=accumulation_dtype(query))
         log_sum = out.new_full(query.shape[:-1], -torch.inf)  # logarithm of the softmax's denominator
         for source, block in _ring(torch.stack([key, value]), group):
             rows, columns, masked = _needed(group.rank(), source, causal)
-            keys, values = _half(block, columns)
-            partial, partial_log_sum = _attend(_half(query, rows), keys, values, scale, masked)
-            total, total_log_sum = _half(out, rows), _half(log_sum.unsqueeze(-1), rows)
-            merged = torch.logaddexp(total_log_sum, partial_log_sum)
-            total.copy_(total * (total_log_sum - merged).exp() + partial * (partial_log_sum - merged).exp())
-            total_log_sum.copy_(merged)
+            keys, values = (_for_heads(x, heads) for x in _half(block, columns))
+            partial, partial_log_sum = kernel.forward(_half(query, rows), keys, values, masked, scale)
+            _merge(_half(out, rows), _half_rows(log_sum, rows), partial, partial_log_sum)
         result = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, result, log_sum)
-        ctx.group, ctx.causal, ctx.scale = group, causal, scale
+        ctx.group, ctx.causal, ctx.scale, ctx.kernel = group, causal, scale, kernel
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         query, key, value, out, log_sum = ctx.saved_tensors
-        group, scale, dtype = ctx.group, ctx.scale, _accumulation_dtype(query)
-        correction = (grad * out).sum(-1, keepdim=True, dtype=dtype)  # of the softmax's gradient, one number per row
+        group, dtype = ctx.group, accumulation_dtype(query)
         query_grad = torch.zeros_like(query, dtype=dtype)
         # The gradients of keys and values follow them one turn later, and reach their owner after the last turn.
         block_grad = torch.zeros((2, *key.shape), dtype=dtype, device=key.device)
@@ -91,18 +93,34 @@ class _RingAttention(torch.autograd.Function):
             if source != group.rank():
                 block_grad = _pass_on(block_grad, group)
             rows, columns, masked = _needed(group.rank(), source, ctx.causal)
-            keys, values = _half(block, columns)
-            own = _half(query, rows), _half(grad, rows), _half(correction, rows), _half(log_sum.unsqueeze(-1), rows)
-            partials = _attend_backward(*own, keys, values, scale, masked)
-            for total, part in zip((query_grad, *block_grad), partials, strict=True):
-                _half(total, rows if total is query_grad else columns).add_(part)
+            keys, values = (_for_heads(x, query.shape[1]) for x in _half(block, columns))
+            gradients = ctx.kernel.backward(
+                *(_half(grad, rows), _half(query, rows), keys, values),
+                *(_half(out, rows), _half_rows(log_sum, rows).contiguous(), masked, ctx.scale),  # as kernels read it
+            )
+            _half(query_grad, rows).add_(gradients[0])
+            for total, part in zip(_half(block_grad, columns), gradients[1:], strict=True):
+                total.add_(_sum_over_heads(part, total.shape[1], dtype))
         key_grad, value_grad = _pass_on(block_grad, group)
         return query_grad.to(query.dtype), key_grad.to(key.dtype), value_grad.to(value.dtype), None, None, None
 
 
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which to accumulate: at least float32."""
-    return torch.promote_types(x.dtype, torch.float32)
+def _merge(out: Tensor, log_sum: Tensor, partial: Tensor, partial_log_sum: Tensor) -> None:
+    """Merge the attention over further keys into `out`, and the logarithm of its denominator into `log_sum`."""
+    merged = torch.logaddexp(log_sum, partial_log_sum)
+    weights = ((x - merged).exp().unsqueeze(-1) for x in (log_sum, partial_log_sum))
+    out.copy_(out * next(weights) + partial * next(weights))
+    log_sum.copy_(merged)
+
+
+def _for_heads(x: Tensor, heads: int) -> Tensor:
+    """Return keys or values [N, G, s, D] repeated for all heads: [N, heads, s, D]."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _sum_over_heads(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """Return the gradient [N, groups, s, D] of what `_for_heads` has repeated."""
+    return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2, dtype=dtype)
 
 
 def _needed(rank: int, source: int, causal: bool) -> tuple[int, int, bool]:
@@ -120,35 +138,9 @@ def _half(x: Tensor, selection: int) -> Tensor:
     return (x, x[..., :middle, :], x[..., middle:, :])[selection]
 
 
-def _scores(query: Tensor, key: Tensor, scale: float, masked: bool) -> Tensor:
-    scores = (query @ key.transpose(-2, -1)).to(_accumulation_dtype(query)) * scale
-    if masked:
-        scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).triu(1), -torch.inf)
-    return scores
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, masked: bool) -> tuple[Tensor, Tensor]:
-    """Return the attention over some keys, and the logarithm of its denominator [..., t, 1]."""
-    scores = _scores(query, key, scale, masked)
-    log_sum = scores.logsumexp(-1, keepdim=True)
-    return (scores - log_sum).exp().to(value.dtype) @ value, log_sum
-
-
-def _attend_backward(
-    query: Tensor,
-    grad: Tensor,
-    correction: Tensor,
-    log_sum: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    masked: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value from these keys; `log_sum`: logarithm of the whole denominator."""
-    probabilities = (_scores(query, key, scale, masked) - log_sum).exp()
-    value_grad = probabilities.to(grad.dtype).transpose(-2, -1) @ grad
-    scores_grad = (probabilities * ((grad @ value.transpose(-2, -1)) - correction) * scale).to(query.dtype)
-    return scores_grad @ key, scores_grad.transpose(-2, -1) @ query, value_grad
+def _half_rows(x: Tensor, selection: int) -> Tensor:
+    """Return the same view of [..., t]."""
+    return _half(x.unsqueeze(-1), selection).squeeze(-1)
 
 
 def _ring(block: Tensor, group: dist.ProcessGroup) -> Iterator[tuple[int, Tensor]]:
@@ -236,5 +228,4 @@ def _ring_of_transformers(
 
     `query` is [N, H, t, D], `key` and `value` may have fewer heads; returns [N, t, H, D].
     """
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     return module.labkit_ring(query, key, value, is_causal=True, scale=scaling).transpose(1, 2).contiguous(), None

@@ -10,7 +10,7 @@ Losses are weighed so that gradients have to be *added up* over ranks, micro-bat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from labkit.experiment import Experiment, Layout
 from labkit.gradients.exchange import Counters, GradientReducer
-from labkit.parallel import balance, context, expert, loss, recompute, stages, tensor
+from labkit.parallel import balance, context, expert, loss, placement, recompute, stages, tensor
 from labkit.parallel.asynchronous import AsynchronousPipeline
 from labkit.parallel.cast import as_reals, at_least_float32, place_tensor, widen
 from labkit.parallel.communication import Axes, Communication
@@ -33,7 +33,6 @@ from labkit.parallel.tie import Ties
 from labkit.parallel.timeline import Timeline
 from labkit.parallel.weigh import counts_samples, is_zero, loss_of, weight_of
 from labkit.workloads.base import Batch, Blocks, Task
-from labkit.workloads.mapped import into_memory
 
 Phase = Callable[[str], None]
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -93,15 +92,14 @@ class ParallelModel:
         loss.shard_loss(task, mesh)
         fully_sharded = layout.dp_shard > 1 and layout.zero_stage == 3
         for module in () if fully_sharded else self.stages.values():
-            into_memory(module)  # `fully_shard` copies the rows that it keeps
-        named = [pair for module in self.stages.values() for pair in module.named_parameters()]
-        self.shard_specs = {name: shard_spec_of(parameter) for name, parameter in named}
+            placement.take(module, device)  # `fully_shard` itself moves one block after the other
+        self.shard_specs = {name: shard_spec_of(parameter) for name, parameter in self._named_parameters()}
         self._gradients: GradientSync | FullySharded
         if fully_sharded:
             self._gradients = FullySharded(self.stages.values(), self.shard_specs, mesh, offloads(experiment))
         else:
             stage = layout.zero_stage if layout.dp_shard > 1 else 0
-            trained = [(name, p, self.shard_specs[name]) for name, p in named if p.requires_grad]
+            trained = [(name, p, self.shard_specs[name]) for name, p in self._named_parameters() if p.requires_grad]
             tracks_use = not layout.order.asynchronous  # there, stashed weights replace the parameters
             self._gradients = GradientSync(trained, mesh, stage, experiment.gradients, reducer, tracks_use)
         self.averaged_over = self._gradients.averaged_over
@@ -147,6 +145,11 @@ class ParallelModel:
             )
         model.blocks.clear()  # the stages of other ranks take no memory here
         return {number: all_stages[number] for number in stages.stages_of_rank(layout, self.mesh.index("pp"))}
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield name and parameter of what this rank keeps; a list would keep what `fully_shard` wants to free."""
+        for module in self.stages.values():
+            yield from module.named_parameters()
 
     def _make_pipeline(self) -> Pipeline:
         runner = AsynchronousPipeline if self.layout.order.asynchronous else Pipeline
@@ -217,7 +220,7 @@ class ParallelModel:
     def _own_square(self) -> Tensor:
         """Return this rank's term of the squared norm."""
         terms = [
-            as_reals(gradient.detach()).double().square().sum() * factor
+            torch.linalg.vector_norm(as_reals(gradient.detach()), dtype=torch.float64).square() * factor
             for gradient, factor in self._gradients.norm_terms()
         ]
         return torch.stack(terms).sum().to(self._device)

@@ -122,10 +122,10 @@ def _shard(module: nn.Module, mesh: Mesh, offload: bool) -> FSDPModule:
         parameter.data = parameter.data.contiguous()  # FSDP accepts no others; most are contiguous already
     submesh = mesh.submesh(*(axis for axis in AXES if mesh.size(axis) > 1))
     blocks = list(module.blocks.values()) if isinstance(module, Blocks) else []
-    uses = Counter(parameter for block in blocks for parameter in block.parameters())
-    for block in blocks:
-        if all(uses[parameter] == 1 for parameter in block.parameters()):
-            fully_shard(block, mesh=submesh, offload_policy=policy)
+    uses = Counter(id(parameter) for block in blocks for parameter in block.parameters())
+    own = [block for block in blocks if all(uses[id(parameter)] == 1 for parameter in block.parameters())]
+    for block in own:  # nothing may refer to its parameters any more, or the full ones stay in memory
+        fully_shard(block, mesh=submesh, offload_policy=policy)
     return fully_shard(module, mesh=submesh, offload_policy=policy)
 
 

@@ -8,7 +8,7 @@ nothing listens beyond loopback.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,10 @@ class Runtime:
             Path(rendezvous).parent,
             timeout_s,
         )
+
+    def on_host(self) -> Runtime:
+        """Return the same runtime with the host's memory as its device, for a model that no single GPU can hold."""
+        return replace(self, device=torch.device("cpu"))
 
     def place(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Move a batch to the device and convert the model's input `x` to the dtype of the run.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from labkit.experiment import Experiment
@@ -116,9 +117,13 @@ class TrainingSetup:
         return learning_rate(self.experiment.optimizer, step, self.steps)
 
     def _place_task(self) -> nn.Module:
-        """Move the model, and the loss if it is a module, to this rank's device and dtype; return the model."""
+        """Cast the model, and the loss if it is a module, to the dtype of the run, and return the model.
+
+        Both are moved to this rank's device, but a model that ranks shard stays on the host until it is cut.
+        """
         device, dtype = self.runtime.device, self.runtime.dtype
-        module = place_module(self.task.model, device, dtype)
+        where = torch.device("cpu") if self.runtime.is_sharded else device
+        module = place_module(self.task.model, where, dtype)
         if isinstance(loss_module := getattr(self.task, "loss_module", None), nn.Module):
             place_module(loss_module, device, at_least_float32(dtype))
         return module

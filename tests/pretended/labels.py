@@ -19,9 +19,14 @@ class Label:
 
     storage: StorageWeakRef
     """As long as it exists, no other storage has the same address."""
-    n_bytes: int
     place: str
     """The line of labkit that allocated it."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the storage now (bytes): `fully_shard` frees the memory of storages that it keeps."""
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        return 0 if storage is None else storage.nbytes()
 
 
 class Labels:
@@ -44,7 +49,7 @@ class Labels:
         if device == CPU:
             self._by_address.pop(storage._cdata, None)
         elif storage._cdata not in self._by_address:
-            self._by_address[storage._cdata] = Label(StorageWeakRef(storage), storage.nbytes(), place)
+            self._by_address[storage._cdata] = Label(StorageWeakRef(storage), place)
             if len(self._by_address) > self._next_sweep:
                 self._next_sweep = 2 * len(self.on_gpu()) + 10_000
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from labkit.parallel.replicate import ReplicatedModel
 from labkit.training import runtime
 from labkit.training.runtime import Runtime
 from labkit.training.trainer import Trainer
+from tests.pretended.labels import CPU, LABELS
 
 
 def nothing() -> None:
@@ -20,6 +22,24 @@ def nothing() -> None:
 def batches_that_stay_on_the_host() -> None:
     """Leave the batches where the loader made them."""
     runtime.place_tensor = lambda tensor, device, dtype: tensor  # type: ignore[assignment]
+
+
+def card_of_6_mb() -> None:
+    """Give the GPU 6 MB, and let an operation fail that would need more."""
+    memory, put = 6_000_000, LABELS.put
+
+    def allocate(tensor: torch.Tensor, device: str, place: str = "") -> None:
+        put(tensor, device, place)
+        if device == CPU or tensor.nbytes < 16_384:  # to count all memory after each small tensor would take minutes
+            return
+        by_place: Counter[str] = Counter()
+        for label in LABELS.on_gpu():
+            by_place[label.place] += label.n_bytes
+        if by_place.total() > memory:
+            raise torch.OutOfMemoryError(f"{by_place.total()} bytes on a GPU of {memory}: {by_place.most_common(3)}")
+
+    LABELS.put = allocate  # type: ignore[method-assign]
+    torch.cuda.mem_get_info = lambda *device: (memory - torch.cuda.memory_allocated(), memory)
 
 
 def message_of_the_host() -> None:

@@ -135,6 +135,31 @@ def explained(text: str, changes: str) -> bool:
     return any(re.search(pattern, where) for pattern in EXPLAINED)
 
 
+LARGE = "workload.width=128 workload.depth=8 optimizer.name=sgd"
+"""A model of 6.6 MB, which trains where a GPU of 6 MB needs to hold no more than its own part."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "changes"),
+    [
+        (8, f"{LARGE} layout=shard8 layout.zero_stage=3"),
+        (8, f"{LARGE} layout=tp4·pp2 layout.microbatches=2 layout.balance=cost"),
+    ],
+    ids=case_id,
+)
+def test_a_model_trains_that_no_gpu_can_hold(gpus: PretendedGpus, count: int, changes: str) -> None:
+    report = gpus.run(count, experiment_of(count, changes), "card_of_6_mb")
+    assert report.errors == [""] * count
+    assert report.faults == []
+    assert len(report.losses) >= 8
+
+
+def test_the_small_gpu_does_not_hold_it(gpus: PretendedGpus) -> None:
+    report = gpus.run(1, experiment_of(1, LARGE), "card_of_6_mb")
+    assert "OutOfMemoryError" in report.errors[0]
+
+
 # -- the harness finds what is planted --------------------------------------------------------------------------------
 
 PLANTED = [

@@ -20,6 +20,7 @@ from torch import nn
 from labkit.experiment import Experiment
 from labkit.experiment.fault import TaskFault
 from labkit.experiment.update_rule import update_rule
+from labkit.parallel import placement
 from labkit.training.rehearsal import fingerprint, fits, hooks
 from labkit.training.rehearsal.exactness import non_parity_modules
 from labkit.training.rehearsal.loss_proof import prove_loss
@@ -38,8 +39,9 @@ def rehearse(
 ) -> RehearsalResult:
     """Try the task on this rank and compare it with that of the other ranks (collective).
 
-    The whole model must be on the device and in the dtype of the run. `phase` is called with the name of each phase, so
-    that a rank that hangs can be reported. Raise TaskFault with one sentence if the task cannot be trained.
+    The whole model must be in the dtype of the run; it is held on the device of the run meanwhile if it fits there.
+    `phase` is called with the name of each phase, so that a rank that hangs can be reported. Raise TaskFault with one
+    sentence if the task cannot be trained.
     """
     started = time.perf_counter()
     rehearsed = RehearsalResult(user_code=_has_user_code(experiment, task.model))
@@ -48,22 +50,31 @@ def rehearse(
     problem = problem or hooks.lost_by(experiment, task.model)
     if problem:
         raise TaskFault(problem)
-    with restored(task, task.model, task.train, task.test, device=runtime.device) as snapshot:
+    fits_device = _fits_device(task.model, runtime)
+    if not fits_device:
+        runtime = runtime.on_host()
+    with (
+        placement.on_device(task.model, runtime.device),
+        restored(task, task.model, task.train, task.test, device=runtime.device) as snapshot,
+    ):
         phase("data")
         mine = fingerprint.Fingerprint.of(task, seed)
         rehearsed.task_hash = mine.total
         seed_generators(seed)
         rehearsal = RehearsalPasses(experiment, task, runtime, phase, snapshot, order, rehearsed.user_code)
         loss: float | None = None
-        if rehearsal.fits:
+        tried = fits_device and rehearsal.fits
+        if tried:
             used = rehearsal.run(rehearsed)
         else:
             used = [frozenset(rehearsal.trained)]
-            rehearsed.notes.append("the task was not tried before step 1: its gradients would not fit in memory")
+            what = "its gradients would not fit in memory" if fits_device else "the whole model does not fit on one GPU"
+            rehearsed.notes.append(f"the task was not tried before step 1: {what}")
         phase("forward")
-        rehearsed.notes += _proofs(experiment, task, runtime, rehearsed.user_code)
+        if fits_device:
+            rehearsed.notes += _proofs(experiment, task, runtime, rehearsed.user_code)
         if runtime.ranks > 1 and not runtime.isolated:
-            if rehearsed.user_code and rehearsal.fits:
+            if rehearsed.user_code and tried:
                 loss = loss_of_first_samples(task, runtime, snapshot, seed)
                 snapshot.undo()
             phase("checkpoint")  # the last phase in the order: a rank that is behind is the one the others wait for
@@ -77,6 +88,16 @@ def rehearse(
         torch.cuda.reset_peak_memory_stats(runtime.device)
     rehearsed.seconds = time.perf_counter() - started
     return rehearsed
+
+
+def _fits_device(model: nn.Module, runtime: Runtime) -> bool:
+    """Return whether every rank can hold the whole model on its device (collective if ranks shard it)."""
+    if not runtime.is_sharded or runtime.device.type == "cpu":
+        return True
+    sharing = -(-runtime.ranks // torch.cuda.device_count())
+    fit = torch.tensor(float(placement.fits(model, runtime.device, sharing)), device=runtime.device)
+    dist.all_reduce(fit, dist.ReduceOp.MIN)
+    return bool(fit)
 
 
 def _lost(model: nn.Module, snapshot: Snapshot) -> list[str]:

@@ -1,0 +1,65 @@
+"""Where the tensors of a model are while a layout cuts it: on the host, so that a rank's GPU gets its own part only.
+
+A layout that shards a model exists because one GPU cannot hold it. So every rank builds, sparsifies and cuts the whole
+model in the host's memory, where a large one is in mapped files (labkit.workloads.mapped), and moves what it keeps.
+What needs the whole model on the device, the rehearsal and the measurement of blocks, borrows the device: afterwards
+the model has the tensors that it had before (issue 13, fault 15).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from labkit.workloads.mapped import into_memory
+
+TIMES = 3
+"""Room that a model needs on the device to be rehearsed, in times its size: weights, gradients, activations."""
+
+
+def fits(module: nn.Module, device: torch.device, sharing: int = 1) -> bool:
+    """Return whether a rank can hold the whole model on `device` for a rehearsal; `sharing` ranks use the device."""
+    if device.type != "cuda":
+        return True
+    size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    return torch.cuda.mem_get_info(device)[0] > TIMES * size * sharing
+
+
+def take(module: nn.Module, device: torch.device) -> None:
+    """Move the parameters and buffers that this rank keeps to its device, in place: on a CPU out of mapped files."""
+    if device.type == "cpu":
+        into_memory(module)
+    else:
+        module._apply(lambda tensor: tensor.to(device))
+
+
+@contextmanager
+def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Hold the parameters and buffers of a module on `device` inside the context.
+
+    Afterwards those of the host are back, with the values that they had before. Does nothing if they are there already.
+    """
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    """The tensor of the host, and the one that took its place, by the address of the latter's storage."""
+
+    def borrow(tensor: Tensor) -> Tensor:
+        moved = tensor.detach().to(device)
+        if tensor.device != moved.device:
+            kept[moved.untyped_storage()._cdata] = tensor.detach(), moved
+        return moved
+
+    def give_back(tensor: Tensor) -> Tensor:
+        original, _ = kept.get(tensor.untyped_storage()._cdata, (tensor, tensor))
+        return original if original.shape == tensor.shape else tensor.detach().to(original.device)
+
+    if all(tensor.device == device for tensor in (*module.parameters(), *module.buffers())):
+        yield
+        return
+    module._apply(borrow)
+    try:
+        yield
+    finally:
+        module._apply(give_back)
