@@ -1,4 +1,7 @@
-"""Ready-made experiments, as functions. Each one learns in well under a minute on one core of a laptop."""
+"""Ready-made experiments, as functions. Each one learns in well under a minute on one core of a laptop.
+
+On GPUs they train in bf16, which is several times as fast as fp32 there (`quantization.training=auto`).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable
 from labkit.experiment.layout import Layout
 from labkit.experiment.problem import ExperimentError, unknown
 from labkit.experiment.schema import Experiment
-from labkit.experiment.sections import Optimizer, Training, Workload
+from labkit.experiment.sections import Optimizer, Quantization, Training, Workload
 
 
 def vision_ddp() -> Experiment:
@@ -16,6 +19,7 @@ def vision_ddp() -> Experiment:
         workload=Workload(name="vision"),
         layout=Layout(dp_replicate=2),
         optimizer=Optimizer(lr=2e-3, weight_decay=0.05, warmup_steps=10),
+        quantization=Quantization(training="auto"),
         training=Training(steps=180, global_batch=64),
     )
 
@@ -31,6 +35,7 @@ def language_ddp() -> Experiment:
         workload=Workload(name="language"),
         layout=Layout(dp_replicate=2),
         optimizer=Optimizer(lr=5e-3, weight_decay=0.1, warmup_steps=20, clip_norm=1.0),
+        quantization=Quantization(training="auto"),
         training=Training(steps=400, global_batch=16),
     )
 
@@ -41,6 +46,7 @@ def driving_ddp() -> Experiment:
         workload=Workload(name="driving"),
         layout=Layout(dp_replicate=2),
         optimizer=Optimizer(lr=5e-3, weight_decay=0.05, warmup_steps=20),
+        quantization=Quantization(training="auto"),
         training=Training(steps=300, global_batch=512),
     )
 

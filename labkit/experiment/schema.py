@@ -185,7 +185,7 @@ class Experiment(Section):
         return value
 
     def resolve(self, machine: Machine | None = None, world_size: int | None = None) -> Experiment:
-        """Return a copy with nothing left open: the device is chosen and the axis that is -1 has its size.
+        """Return a copy with nothing left open: device and number format are chosen, the axis that is -1 has its size.
 
         Raises ExperimentError if the sizes do not make the number of ranks.
         """
@@ -201,7 +201,9 @@ class Experiment(Section):
                 layout = layout.resolve(max(1, machine.slots(device)))
         except ValueError as error:
             raise ExperimentError([Problem("layout", str(error))]) from None
-        return self.model_copy(update={"layout": layout, "launch": self.launch.model_copy(update={"device": device})})
+        launch = self.launch.model_copy(update={"device": device})
+        quantization = self.quantization.resolve(device, machine)
+        return self.model_copy(update={"layout": layout, "launch": launch, "quantization": quantization})
 
     # -- judgement --------------------------------------------------------------------------------------------------
 

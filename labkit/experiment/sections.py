@@ -9,12 +9,15 @@ importing the schema must load none (a method's own module imports the schema's 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from labkit.experiment.choice import Choice
 from labkit.experiment.old_names import MOMENTUM, beta1_from_momentum
+
+if TYPE_CHECKING:
+    from labkit.experiment.machine import Machine
 
 MOST_SLOWDOWN = 1000
 
@@ -81,11 +84,16 @@ class Sparsity(Choice):
     """After training, convert the network to its fastest form and compare it with the dense one."""
 
 
+AUTO = "auto"
+BF16_CAPABILITY = (8, 0)
+"""Compute capability of the first GPUs with products in bfloat16 (A100)."""
+
+
 class Quantization(Section):
     """The precision of weights, activations and gradients."""
 
     training: str = "fp32"
-    """Number format of the forward and backward passes."""
+    """Number format of the forward and backward passes; auto takes bf16 on GPUs that compute in it, else fp32."""
     qat: str = "none"
     """Simulate the later rounding during training (quantization-aware training with fake quantization)."""
     after_training: str = "none"
@@ -117,6 +125,15 @@ class Quantization(Section):
                     closest(value, methods.names()),
                 )
         return self
+
+    def resolve(self, device: str, machine: Machine) -> Quantization:
+        """Return a copy with a number format in place of `auto`, for training on this kind of device."""
+        if self.training != AUTO:
+            return self
+        computes_in_bf16 = device == "cuda" and not machine.lacks_capability("bf16 needs", BF16_CAPABILITY)
+        # Quantization-aware training simulates its rounding in fp32.
+        chosen = "bf16" if computes_in_bf16 and self.qat == "none" else "fp32"
+        return self.model_copy(update={"training": chosen})
 
 
 class Optimizer(Section):

@@ -96,7 +96,8 @@ class ParallelModel:
         self.shard_specs = {name: shard_spec_of(parameter) for name, parameter in self._named_parameters()}
         self._gradients: GradientSync | FullySharded
         if fully_sharded:
-            self._gradients = FullySharded(self.stages.values(), self.shard_specs, mesh, offloads(experiment))
+            offload, products = offloads(experiment), self._product_dtype()
+            self._gradients = FullySharded(self.stages.values(), self.shard_specs, mesh, offload, products)
         else:
             stage = layout.zero_stage if layout.dp_shard > 1 else 0
             trained = [(name, p, self.shard_specs[name]) for name, p in self._named_parameters() if p.requires_grad]
@@ -150,6 +151,12 @@ class ParallelModel:
         """Yield name and parameter of what this rank keeps; a list would keep what `fully_shard` wants to free."""
         for module in self.stages.values():
             yield from module.named_parameters()
+
+    def _product_dtype(self) -> torch.dtype | None:
+        """Return the dtype in which autocast computes products; None if nothing is autocast."""
+        with self._autocast():
+            kind = self._device.type
+            return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def _make_pipeline(self) -> Pipeline:
         runner = AsynchronousPipeline if self.layout.order.asynchronous else Pipeline

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from labkit.parallel.cut import ShardSpec
@@ -29,6 +29,8 @@ from labkit.workloads.base import Blocks
 
 AXES = ("dp_replicate", "dp_shard")
 """Axes over which `fully_shard` averages gradients."""
+_ABLE = ("torch.nn.", "labkit.", "transformers.")
+"""Packages whose layers compute with weights in bfloat16 under autocast."""
 FINALIZES = hasattr(FSDPModule, "finalize_backward")
 """True if the caller can mark the end of a backward pass (torch 2.15)."""
 
@@ -40,10 +42,15 @@ class FullySharded:
     """Always empty: `fully_shard` uses no buckets of labkit."""
 
     def __init__(
-        self, modules: Iterable[nn.Module], shard_specs: dict[str, ShardSpec], mesh: Mesh, offload: bool
+        self,
+        modules: Iterable[nn.Module],
+        shard_specs: dict[str, ShardSpec],
+        mesh: Mesh,
+        offload: bool,
+        products: torch.dtype | None = None,
     ) -> None:
         self._mesh, self._shard_specs = mesh, shard_specs
-        self._modules = [_shard(module, mesh, offload) for module in modules]
+        self._modules = [_shard(module, mesh, offload, products) for module in modules]
         self._scheduled = False
         self.averaged_over = mesh.size(*AXES)
 
@@ -111,11 +118,13 @@ class FullySharded:
                 yield tied, to_local(parameter.grad)
 
 
-def _shard(module: nn.Module, mesh: Mesh, offload: bool) -> FSDPModule:
+def _shard(module: nn.Module, mesh: Mesh, offload: bool, products: torch.dtype | None) -> FSDPModule:
     """Shard every block of a chain, then the rest of the module, in place; return the module.
 
     Blocks that share a weight belong to the rest, which is gathered once for both. With `offload`, this rank's shards
-    are kept in the host's memory and copied to the GPU for as long as a block is gathered.
+    are kept in the host's memory and copied to the GPU for as long as a block is gathered. With `products`, the dtype
+    in which autocast computes products, weights are gathered in it, which sends half of the bytes; the shards, their
+    gradients and the sums of these stay in float32.
     """
     policy = CPUOffloadPolicy() if offload else OffloadPolicy()
     for parameter in module.parameters():
@@ -124,9 +133,22 @@ def _shard(module: nn.Module, mesh: Mesh, offload: bool) -> FSDPModule:
     blocks = list(module.blocks.values()) if isinstance(module, Blocks) else []
     uses = Counter(id(parameter) for block in blocks for parameter in block.parameters())
     own = [block for block in blocks if all(uses[id(parameter)] == 1 for parameter in block.parameters())]
-    for block in own:  # nothing may refer to its parameters any more, or the full ones stay in memory
-        fully_shard(block, mesh=submesh, offload_policy=policy)
-    return fully_shard(module, mesh=submesh, offload_policy=policy)
+    precisions = [(part, _precision(part, products)) for part in (*own, module)]
+    for part, precision in precisions:  # nothing may refer to its parameters any more, or the full ones stay in memory
+        fully_shard(part, mesh=submesh, offload_policy=policy, mp_policy=precision)
+    return module  # type: ignore[return-value]
+
+
+def _precision(module: nn.Module, products: torch.dtype | None) -> MixedPrecisionPolicy:
+    """Return the policy by which weights are gathered in the dtype of products, if all layers can compute with that.
+
+    Layers of torch, labkit and transformers can, but for batch norms and recurrent layers; of others nothing is known.
+    """
+    unable = (nn.modules.batchnorm._BatchNorm, nn.RNNBase)
+    able = all(type(m).__module__.startswith(_ABLE) and not isinstance(m, unable) for m in module.modules())
+    if products is None or not able:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(products, torch.float32, cast_forward_inputs=False)
 
 
 def _sharded_parts(module: Any) -> Iterable[FSDPModule]:

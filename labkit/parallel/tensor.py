@@ -24,6 +24,7 @@ from labkit.parallel import collectives
 from labkit.parallel.cut import add_partial, shard_parameter
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.plan import apply_plans
+from labkit.workloads.models.stream import in_stream_dtype
 
 SEQUENCE = 1
 """Dimension of the sequence in activations [N, T, width]."""
@@ -55,7 +56,7 @@ class RowParallelLinear(nn.Module):
         else:
             total = collectives.reduce_from_region(partial, self._group)
         # The bias is added once, after the sum.
-        return total if self.bias is None else total + self.bias
+        return total if self.bias is None else total + self.bias.to(total.dtype)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -73,6 +74,7 @@ class VocabParallelEmbedding(nn.Module):
         local = tokens - self._first
         is_local = (local >= 0) & (local < len(self.weight))
         partial = nn.functional.embedding(local.where(is_local, 0), self.weight) * is_local.unsqueeze(-1)
+        partial = in_stream_dtype(partial)  # one rank's vector and zeros: their sum is exact in any format
         if self._sequence:
             return collectives.reduce_scatter_to_sequence_region(partial, self._group, SEQUENCE)
         return collectives.reduce_from_region(partial, self._group)
@@ -95,6 +97,7 @@ def enter_region_at_input(module: nn.Module, mesh: Mesh, sequence: bool, name: s
     assert group is not None
 
     def enter(x: Tensor) -> Tensor:
+        x = in_stream_dtype(x)  # as the products that follow would convert it: messages take half of the bytes
         return (
             collectives.gather_from_sequence_region(x, group, SEQUENCE)
             if sequence

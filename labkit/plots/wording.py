@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from labkit.experiment import Experiment, own_methods
 from labkit.experiment.registry import Registry, registry
-from labkit.experiment.sections import Gradients
+from labkit.experiment.sections import AUTO, Gradients
 from labkit.plots import theme
 
 PLAIN, DENSE = "plain averaging", "dense float32"
@@ -46,7 +46,7 @@ def low_precision(experiment: Experiment) -> list[str]:
     """Return what is not dense float32, or []: `["int8"]`, `["Static 90 % csr"]`, `["QAT int4", "8 bits of state"]`."""
     settings, sparsity = experiment.quantization, experiment.sparsity
     words = []
-    if settings.training != "fp32":
+    if settings.training not in (AUTO, "fp32"):
         words.append(_title(registry("quantization.training"), settings.training))
     if settings.qat != "none":
         words.append(f"QAT {settings.qat}")

@@ -21,6 +21,7 @@ from labkit.experiment.layout import Layout
 from labkit.experiment.registry import registry
 from labkit.experiment.rules import CHOICES
 from labkit.experiment.schedules import SCHEDULES
+from labkit.experiment.sections import AUTO
 from labkit.experiment.update_rule import update_rule
 from labkit.proofs.cases import is_noop, violations
 from labkit.proofs.covering import CoveringArray, Row, greedy_cover
@@ -94,7 +95,7 @@ def factors() -> dict[str, Sequence[Any]]:
     varied: dict[str, Sequence[Any]] = {LAYOUT: LAYOUTS, STAGE: (3, 1, 2)}
     choices = ("sparsity", "quantization.training", "gradients.compression", "gradients.update")
     for choice in (*choices, "quantization.qat", "quantization.after_training"):
-        varied[CHOICES[choice]] = registry(choice).names()
+        varied[CHOICES[choice]] = [name for name in registry(choice).names() if name != AUTO]  # it stands for another
     stale = [name for name, schedule in SCHEDULES.items() if schedule.asynchronous]
     schedules = (Layout.model_fields["schedule"].default, *stale)  # the others are proved equal to one process
     return varied | {"layout.schedule": schedules, "optimizer.state_bits": (32, 8)}

@@ -6,6 +6,7 @@ TRAINING = Registry(
     "quantization.training",
     "number format",
     [
+        Method("auto", "bf16 on GPUs that have it, else fp32", "labkit.quantization.full:Single"),
         Method("fp32", "single precision", "labkit.quantization.full:Single"),
         Method("tf32", "single precision with TF32 products, on GPUs", "labkit.quantization.tf32:TensorFloat32"),
         Method("fp64", "double precision, for proofs", "labkit.quantization.full:Double"),

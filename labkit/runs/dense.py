@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from labkit.experiment import Experiment
+from labkit.experiment.sections import AUTO
 
 SAME_SETTINGS = ("workload", "layout", "gradients", "optimizer.name", "training.global_batch", "launch.device")
 SAME_SPEED_SETTINGS = (
@@ -23,7 +24,7 @@ SAME_SPEED_SETTINGS = (
 def is_dense(experiment: Experiment) -> bool:
     """Return whether every weight is used and every tensor is float32."""
     settings = experiment.quantization
-    narrow = settings.training != "fp32" or settings.qat != "none" or experiment.optimizer.state_bits != 32
+    narrow = settings.training not in (AUTO, "fp32") or settings.qat != "none" or experiment.optimizer.state_bits != 32
     return not narrow and experiment.sparsity.method == "none"
 
 

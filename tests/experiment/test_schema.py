@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from labkit.experiment import Experiment, ExperimentError, Layout
+from labkit.experiment import Experiment, ExperimentError, Layout, Machine
 from labkit.experiment.assignment import parse_assignment
 from labkit.experiment.choice import Choice
 from labkit.experiment.fields import fields
 from labkit.experiment.layout import AXES
+from labkit.experiment.machine import Gpu
 from labkit.experiment.recipes import RECIPES, recipe
 from labkit.experiment.registry import registries, registry
 from labkit.experiment.sections import Training
@@ -94,6 +95,23 @@ def test_recipes_are_legal_and_say_what_they_are(name: str) -> None:
     assert Experiment.from_json(experiment.to_json()) == experiment
     assert not experiment.problems(), experiment.problems()
     assert (RECIPES[name].__doc__ or "").strip().endswith(".")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_train_in_bf16_on_gpus_that_compute_in_it(name: str) -> None:
+    experiment = recipe(name)
+
+    def chosen(experiment: Experiment, capability: tuple[int, int] | None) -> str:
+        gpus = (Gpu(0, "GPU-0", "a GPU", 1, 0, capability),) if capability else ()
+        return experiment.resolve(Machine(2, 2, 2**33, gpus)).quantization.training
+
+    assert [chosen(experiment, capability) for capability in (None, (7, 5), (8, 0), (9, 0))] == [
+        *("fp32", "fp32", "bf16", "bf16")
+    ]
+    assert chosen(experiment.replace("launch.device=cpu"), (9, 0)) == "fp32"
+    assert chosen(experiment.replace("quantization.qat=int8"), (9, 0)) == "fp32"
+    assert chosen(experiment.replace("quantization.training=tf32"), (9, 0)) == "tf32"
+    assert chosen(Experiment(), (9, 0)) == "fp32"
 
 
 @settings(deadline=None, max_examples=200)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from labkit.workloads.base import Blocks, Plan
 from labkit.workloads.models.gpt import ShardFunction
+from labkit.workloads.models.stream import in_stream_dtype
 
 
 class DecoderEmbedding(nn.Module):
@@ -30,8 +31,7 @@ class DecoderEmbedding(nn.Module):
         """Returns this rank's part of the sequence; set by context parallelism."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.token(self.shard_sequence(tokens, 1))
-        return out
+        return in_stream_dtype(self.token(self.shard_sequence(tokens, 1)))
 
 
 class DecoderLayer(nn.Module):

@@ -105,7 +105,7 @@ class MixtureOfExperts(nn.Module):
         copies = tokens.unsqueeze(1).expand(-1, k, -1).flatten(0, 1)[order]
         results = self.experts(copies, sizes) if exchange is None else exchange(copies)
         placed = results.new_zeros(len(flat), results.shape[-1]).index_copy(0, order, results)
-        out: Tensor = (placed.unflatten(0, (-1, k)) * weights.unsqueeze(-1)).sum(1)
+        out: Tensor = (placed.unflatten(0, (-1, k)) * weights.unsqueeze(-1)).sum(1).to(results.dtype)
         return out.view_as(x)
 
     def _within_capacity(self, chosen: Tensor) -> Tensor:

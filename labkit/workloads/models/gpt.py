@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from labkit.workloads.base import Blocks, Plan
 from labkit.workloads.models.experts import MixtureOfExperts
+from labkit.workloads.models.stream import in_stream_dtype
 from labkit.workloads.models.transformer import MLP, Attention, Layer
 
 ShardFunction = Callable[[Tensor, int], Tensor]
@@ -42,8 +43,7 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         positions = self.shard_positions(self.shard_sequence(self.position.weight[: tokens.shape[1]], 0), 0)
-        out: Tensor = self.token(self.shard_sequence(tokens, 1)) + positions
-        return out
+        return in_stream_dtype(self.token(self.shard_sequence(tokens, 1)) + positions)
 
 
 class TokenHead(nn.Module):

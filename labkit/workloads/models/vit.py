@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.workloads.base import Blocks, Plan
+from labkit.workloads.models.stream import in_stream_dtype
 from labkit.workloads.models.transformer import MLP, Attention, Layer
 
 
@@ -26,7 +27,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patches: Tensor = self.project(x).flatten(2).transpose(1, 2)
-        return patches + self.position
+        return in_stream_dtype(patches + self.position)
 
 
 class MeanHead(nn.Module):
