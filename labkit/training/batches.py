@@ -13,6 +13,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from labkit.experiment import Experiment
+from labkit.training.copy_stream import CopyStream
 from labkit.training.loaders import end_with_rank
 from labkit.training.runtime import Runtime
 from labkit.training.samples import MicroBatchDataset, SeededMicroBatches, no_collate, unwrap_batch
@@ -64,7 +65,8 @@ class MicroBatches:
             worker_init_fn=partial(end_with_rank, os.getpid()) if workers else None,
             pin_memory=cuda,
         )
-        return map(self._runtime.place, map(unwrap_batch, loader))
+        device, place = self._runtime.device, self._runtime.place
+        return map(CopyStream(device, place).place if cuda else place, map(unwrap_batch, loader))
 
     def _seeds_of_pass(self, first: int, number: int) -> tuple[int, int]:
         """Return the seeds of micro-batch `number` since step `first`: one for its samples, one for everything else."""

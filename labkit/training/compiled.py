@@ -25,20 +25,24 @@ FORMATS = ("fp32", "tf32", "bf16", "fp16", "fp8", "pure_bf16")
 """Precisions whose matrix products can be compiled; the others use generators and counters of labkit's own."""
 
 
-def compiles(experiment: Experiment, model: nn.Module, device: torch.device) -> bool:
-    """Return True if the blocks of this model are to be compiled (`launch.compile`)."""
-    if experiment.launch.compile != "auto":
-        return experiment.launch.compile == "blocks"
-    layout = experiment.layout
-    return (
-        device.type == "cuda"
-        and isinstance(model, Blocks)
-        and layout.world_size == layout.dp_replicate * layout.dp_shard
-        and experiment.quantization.training in FORMATS
-        and experiment.quantization.qat == "none"
-        and experiment.sparsity.method == "none"
-        and sum(parameter.numel() for parameter in model.parameters()) >= LEAST_PARAMETERS
-    )
+def obstacle(experiment: Experiment, model: nn.Module, device: torch.device) -> str:
+    """Return why the blocks of this model are not to be compiled (`launch.compile`); empty if they are."""
+    choice, layout = experiment.launch.compile, experiment.layout
+    if choice != "auto":
+        return "" if choice == "blocks" else "switched off"
+    axes = [axis for axis in ("tp", "pp", "cp", "ep") if getattr(layout, axis) > 1]
+    reasons = {
+        "not on a GPU": device.type != "cuda",
+        "the model is not a chain of blocks": not isinstance(model, Blocks),
+        f"blocks are split by {' and '.join(axes)}": bool(axes),
+        f"{experiment.quantization.training} computes with operations of labkit": (
+            experiment.quantization.training not in FORMATS
+        ),
+        "quantization-aware training": experiment.quantization.qat != "none",
+        "masks change the weights": experiment.sparsity.method != "none",
+        "the model is small": sum(parameter.numel() for parameter in model.parameters()) < LEAST_PARAMETERS,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 class Compiled:
@@ -46,7 +50,8 @@ class Compiled:
 
     def __init__(self, experiment: Experiment, model: nn.Module, device: torch.device) -> None:
         self.blocks = 0
-        if compiles(experiment, model, device):
+        self._obstacle = obstacle(experiment, model, device)
+        if not self._obstacle:
             parts: list[Any] = list(model.blocks.values()) if isinstance(model, Blocks) else [model]
             for part in parts:
                 part.compile()
@@ -57,5 +62,5 @@ class Compiled:
         return torch.compiler.set_stance("force_eager") if self.blocks else nullcontext()
 
     def effective(self) -> str:
-        """Return what is compiled, in words for the run's summary."""
-        return f"{self.blocks} blocks" if self.blocks else "none"
+        """Return what is compiled, or why nothing is, in words for the run's summary."""
+        return f"{self.blocks} blocks" if self.blocks else f"none ({self._obstacle})"

@@ -165,6 +165,7 @@ def _replace_driver(index: int, count: int) -> None:
     # A build for CUDA asks the driver here, which threads that pin memory do.
     torch.accelerator.current_device_index = lambda: index  # type: ignore[assignment]
     torch.accelerator.set_device_index = lambda device: None  # type: ignore[assignment]
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
     torch.Generator = _generator_of_the_host(torch.Generator)  # type: ignore[misc]
     future_init = torch.futures.Future.__init__
     torch.futures.Future.__init__ = lambda self, *, devices=None: future_init(self)  # type: ignore[method-assign]

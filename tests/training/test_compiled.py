@@ -10,7 +10,7 @@ from torch import nn
 
 from labkit.experiment import Experiment
 from labkit.training import compiled
-from labkit.training.compiled import Compiled, compiles
+from labkit.training.compiled import Compiled, obstacle
 from labkit.workloads.models.gpt import gpt
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -34,24 +34,26 @@ compile_ = nn.Module.compile
 @pytest.mark.parametrize(
     ("changes", "device", "least", "expected"),
     [
-        ("", GPU, 0, True),
-        ("", GPU, 10**9, False),  # too small to win back what compiling takes
-        ("", CPU, 0, False),
-        ("launch.compile=off", GPU, 0, False),
-        ("launch.compile=blocks", CPU, 10**9, True),
-        ("layout=shard2 quantization.training=bf16", GPU, 0, True),
-        ("layout=tp2", GPU, 0, False),
-        ("quantization.training=int8", GPU, 0, False),
-        ("sparsity.method=n_m", GPU, 0, False),
-        ("quantization.qat=int8", GPU, 0, False),
+        ("", GPU, 0, ""),
+        ("", GPU, 10**9, "the model is small"),  # too small to win back what compiling takes
+        ("", CPU, 0, "not on a GPU"),
+        ("launch.compile=off", GPU, 0, "switched off"),
+        ("launch.compile=blocks", CPU, 10**9, ""),
+        ("layout=shard2 quantization.training=bf16", GPU, 0, ""),
+        ("layout=tp2·pp2", GPU, 0, "blocks are split by tp and pp"),
+        ("quantization.training=int8", GPU, 0, "int8 computes with operations of labkit"),
+        ("sparsity.method=n_m", GPU, 0, "masks change the weights"),
+        ("quantization.qat=int8", GPU, 0, "quantization-aware training"),
     ],
 )
-def test_when_blocks_are_compiled(
-    changes: str, device: torch.device, least: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+def test_when_blocks_are_compiled_and_why_not(
+    changes: str, device: torch.device, least: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled, "LEAST_PARAMETERS", least)
     experiment = Experiment().set({"workload": {"name": "language"}}).replace(*changes.split())
-    assert compiles(experiment, model(), device) == expected
+    assert obstacle(experiment, model(), device) == expected
+    if expected:
+        assert Compiled(experiment, model(), device).effective() == f"none ({expected})"
 
 
 def test_compiled_blocks_have_the_same_gradients(light: None) -> None:
