@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from labkit.experiment import Experiment, Layout
+from labkit.experiment.registry import registry
 from labkit.gradients.exchange import Counters, GradientReducer
 from labkit.parallel import balance, context, expert, loss, placement, recompute, stages, tensor
 from labkit.parallel.asynchronous import AsynchronousPipeline
@@ -103,6 +104,11 @@ class ParallelModel:
             trained = [(name, p, self.shard_specs[name]) for name, p in self._named_parameters() if p.requires_grad]
             tracks_use = not layout.order.asynchronous  # there, stashed weights replace the parameters
             self._gradients = GradientSync(trained, mesh, stage, experiment.gradients, reducer, tracks_use)
+        self._overlaps_gather = self._may_overlap_gather(experiment)
+        """Whether the next forward pass waits for parameters block by block (ZeRO 1 and 2)."""
+        if self._overlaps_gather:
+            for module in self.stages.values():
+                module.before_block = self._gradients.wait_for_parameters  # type: ignore[assignment]
         self.averaged_over = self._gradients.averaged_over
         for module in self.stages.values():
             expert.set_sample_weight(module, self.averaged_over / experiment.training.global_batch)
@@ -146,6 +152,21 @@ class ParallelModel:
             )
         model.blocks.clear()  # the stages of other ranks take no memory here
         return {number: all_stages[number] for number in stages.stages_of_rank(layout, self.mesh.index("pp"))}
+
+    def _may_overlap_gather(self, experiment: Experiment) -> bool:
+        """Return whether the forward pass of a block is all that reads its parameters between two updates.
+
+        Sparse methods, labkit's own formats and asynchronous schedules read them at other times, too.
+        """
+        quantization = experiment.quantization
+        own_format = registry("quantization.training")[quantization.training].load().layers_from == "labkit"
+        return (
+            experiment.gradients.overlap
+            and bool(self._gradients.sharded)
+            and all(isinstance(module, Blocks) for module in self.stages.values())
+            and experiment.sparsity.method == "none"
+            and not (own_format or quantization.qat != "none" or self.layout.order.asynchronous)
+        )
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield name and parameter of what this rank keeps; a list would keep what `fully_shard` wants to free."""
@@ -247,9 +268,15 @@ class ParallelModel:
         return None if per_stage else norm
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """All-gather parameters and reset gradients after an optimizer step, then call `on_weights_updated`."""
+        """Start to all-gather parameters and reset gradients after an optimizer step; call `on_weights_updated`."""
         self._gradients.after_update()
+        if not self._overlaps_gather:
+            self.complete_update()
         self.on_weights_updated()
+
+    def complete_update(self) -> None:
+        """Wait until this rank has all weights of the last update: before anything but a forward pass reads them."""
+        self._gradients.wait_for_parameters()
 
     @property
     def tied(self) -> tuple[str, ...]:

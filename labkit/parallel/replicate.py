@@ -224,6 +224,9 @@ class ReplicatedModel:
             self.training_module.zero_grad()
         self.on_weights_updated()
 
+    def complete_update(self) -> None:
+        """Do nothing: every rank has all weights as soon as its optimizer has stepped."""
+
     def output(self, x: Tensor) -> Tensor:
         """Return the output of the model for evaluation, computed as in training, in at least float32."""
         from labkit.parallel.cast import widen

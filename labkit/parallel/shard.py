@@ -101,6 +101,9 @@ class FullySharded:
         for _, parameter in self._named_parameters():
             parameter.grad = None
 
+    def wait_for_parameters(self, module: nn.Module | None = None) -> None:
+        """Do nothing: `fully_shard` gathers parameters just before they are used."""
+
     def norm_terms(self) -> Iterable[tuple[Tensor, float]]:
         """Yield each gradient of this rank with the factor of its squared norm in the global one."""
         for name, parameter in self._named_parameters():

@@ -126,6 +126,7 @@ class Trainer:
                 self._step(self.done, batches)
             self.done += 1
             self._evaluate_and_save_if_due(self.done)
+        self.model.complete_update()
         self.link.pause()
         return stopped
 
@@ -182,6 +183,7 @@ class Trainer:
         """Train one step while tracing it, and write the event `trace`."""
         with self.trace as trace, self.compiled.uncompiled():
             self._step(step, batches, trace)
+            self.model.complete_update()  # what the step has begun to send belongs to its trace
         self.events.write("trace", step=step + 1, **trace.event_fields())
 
     def _begin_step(self, step: int, share: int, ticket: int | None = None) -> None:
@@ -262,6 +264,7 @@ class Trainer:
         evaluates, saves = self.setup.intervals.evaluates(step), self.setup.intervals.saves(step)
         if not (evaluates or saves):
             return
+        self.model.complete_update()
         with self.link.paused():
             if self.buffers is not None:
                 self.buffers.synchronize()

@@ -13,7 +13,7 @@ A workload's own file (`vision.py`, …) is imported by the form too, so it impo
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,11 +65,21 @@ class Blocks(nn.Module):
     def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.blocks = nn.ModuleDict(OrderedDict(blocks))
+        self.before_block: Callable[[nn.Module], None] | None = None
+        """Called with each block before it runs; set by a layout whose parameters may still be on their way.
+
+        It is no hook of torch's, because those of a compiled block are compiled with it. Copies do not have it.
+        """
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks.values():
+            if self.before_block is not None:
+                self.before_block(block)
             x = block(x)
         return x
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"before_block": None}
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ COVERING = [
     (2, "layout=shard2 layout.zero_stage=1 quantization.training=bf16"),
     (2, "layout=shard2 layout.zero_stage=2 sparsity.method=rigl sparsity.target=0.8"),
     (2, "layout=shard2 layout.zero_stage=3 layout.cpu_offload=true"),
+    (2, "layout=shard2 layout.zero_stage=3 quantization.training=bf16"),
     (2, "layout=tp2 quantization.training=bf16 layout.activation_checkpointing=full"),
     (2, "layout=cp2 quantization.training=bf16"),
     (2, PIPELINE + " layout.schedule=gpipe quantization.training=bf16"),

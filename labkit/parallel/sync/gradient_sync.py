@@ -62,6 +62,9 @@ class GradientSync:
         self._stopwatch = Stopwatch(reducer.clock)
         self.buckets: list[Bucket] = []
         self._reduces = self._hooks_reduce = False
+        self._gathers: dict[Zero1Bucket, dist.Work] = {}
+        """All-gathers of parameters that this rank has not waited for yet."""
+        self._buckets_of: dict[nn.Module, list[Zero1Bucket]] = {}
         max_bytes, bucket_class = gradients.bucket_mb * 2**20, BUCKETS[stage]
         open_buckets: dict[tuple[object, ...], NamedParameters] = {}
         # Gradients are computed in about the reverse order of the parameters.
@@ -158,11 +161,29 @@ class GradientSync:
         return [pair for bucket in self.buckets for pair in bucket.optimizer_parameters()]
 
     def after_update(self) -> None:
-        """After an optimizer step, all-gather the parameters of ZeRO and set the gradients to zero."""
-        for work in [bucket.all_gather_parameters() for bucket in self.sharded]:
-            work.wait()
+        """After an optimizer step, start to all-gather the parameters of ZeRO, and set the gradients to zero.
+
+        Nobody may read a parameter before `wait_for_parameters`. Those that the forward pass needs first come first.
+        """
+        self._gathers |= {sharded: sharded.all_gather_parameters() for sharded in reversed(self.sharded)}
         for bucket in self.buckets:
             bucket.clear()
+
+    def wait_for_parameters(self, module: nn.Module | None = None) -> None:
+        """Wait until this rank has the parameters of a module from all ranks; without a module, those of all."""
+        needed = list(self._gathers) if module is None or not self._gathers else self._sharded_buckets(module)
+        for bucket in needed:
+            if (work := self._gathers.pop(bucket, None)) is not None:
+                begun = self._stopwatch.now()
+                work.wait()
+                self._stopwatch.add(begun)
+
+    def _sharded_buckets(self, module: nn.Module) -> list[Zero1Bucket]:
+        """Return the buckets that hold parameters of a module."""
+        if module not in self._buckets_of:
+            own = set(map(id, module.parameters()))
+            self._buckets_of[module] = [b for b in self.sharded if not own.isdisjoint(map(id, b.parameters))]
+        return self._buckets_of[module]
 
     def counters(self) -> Counters:
         """Return the cost of reducing gradients so far, including the all-gather of parameters after updates."""
