@@ -23,6 +23,7 @@ from labkit.experiment.update_rule import update_rule
 from labkit.training.rehearsal import fingerprint, fits, hooks
 from labkit.training.rehearsal.exactness import non_parity_modules
 from labkit.training.rehearsal.loss_proof import prove_loss
+from labkit.training.rehearsal.model_flops import count_model_flops
 from labkit.training.rehearsal.passes import BUILT_IN, RehearsalPasses, may_be_dynamic
 from labkit.training.rehearsal.result import RehearsalResult
 from labkit.training.rehearsal.same_loss import compare_losses, loss_of_first_samples
@@ -60,6 +61,9 @@ def rehearse(
         else:
             used = [frozenset(rehearsal.trained)]
             rehearsed.notes.append("the task was not tried before step 1: its gradients would not fit in memory")
+        if runtime.rank == 0:
+            _count_flops(rehearsal, rehearsed)
+            snapshot.undo()
         phase("forward")
         rehearsed.notes += _proofs(experiment, task, runtime, rehearsed.user_code)
         if runtime.ranks > 1 and not runtime.isolated:
@@ -77,6 +81,12 @@ def rehearse(
         torch.cuda.reset_peak_memory_stats(runtime.device)
     rehearsed.seconds = time.perf_counter() - started
     return rehearsed
+
+
+def _count_flops(rehearsal: RehearsalPasses, rehearsed: RehearsalResult) -> None:
+    """Count the model FLOPs of one sample, or note why they are not known."""
+    rehearsed.model_flops, reason = count_model_flops(rehearsal.forward)
+    rehearsed.notes += [reason] if reason else []
 
 
 def _lost(model: nn.Module, snapshot: Snapshot) -> list[str]:
