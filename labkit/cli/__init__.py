@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from labkit.cli import inspect, prove, run
+from labkit.cli import inspect, profile, prove, run
 from labkit.cli.output import OutputError, UsageError, flush, give_up_output, refuse, say
 from labkit.cli.parser import Command, Commands
 from labkit.experiment import ExperimentError
@@ -21,7 +21,7 @@ from labkit.experiment import ExperimentError
 
 def _commands() -> Commands:
     commands = Commands()
-    for room in (run, prove, inspect):
+    for room in (run, prove, inspect, profile):
         room.add_to(commands)
     return commands
 

@@ -108,6 +108,7 @@ COUNT = Integer(high=MAX_COUNT)
 STEP = Integer()
 SECONDS = Number(0, 1e9)
 COUNTED = Number(0, 1e18)
+FLOPS = Number(0, 1e30)
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ _VOCABULARY = (
             Field("seconds", SECONDS, "Duration (s)."),
             Field("unused", Texts(), "Parameters that a pass left without a gradient."),
             Field("built", Text(), "Hash of weights, buffers and samples."),
+            Field("model_flops_per_sample", FLOPS, "3 × the products of one forward pass, per sample (rank 0)."),
         ),
     ),
     Event(
@@ -166,6 +168,7 @@ _VOCABULARY = (
         "A rank is ready to train.",
         (
             Field("device", Text(), "Device of the rank."),
+            Field("card", Text(), "Name of its GPU."),
             Field("pid", Integer(high=2**31), "Process id of the rank."),
             Field("threads", Integer(high=2**16), "Number of threads that the rank computes with."),
             Field("host_bytes", BYTES, "Peak resident memory of the rank's process on the host so far (bytes)."),
@@ -243,6 +246,19 @@ _VOCABULARY = (
                 "Actions of a pipeline: F, B, I or W; stage; micro-batch; start and end on the monotonic clock (s).",
             ),
             Field("experts", Structure("{block: list}"), "By block, how many routing choices each expert got."),
+        ),
+    ),
+    Event(
+        "profile",
+        EVERY_RANK,
+        "torch.profiler recorded one step, or could not.",
+        (
+            Field("step", Integer(1), "The step, counted from 1."),
+            Field("seconds", SECONDS, "Duration, including the cost of recording (s)."),
+            Field("file", Text(), "Its chrome trace, relative to the run directory."),
+            Field("bytes", BYTES, "Size of that file (bytes)."),
+            Field("busy_seconds", SECONDS, "Time in which at least one kernel ran on the GPU (s)."),
+            Field("note", Text(400), "Why there is no file."),
         ),
     ),
     Event(

@@ -220,6 +220,13 @@ def ranks_fit(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
         )
 
 
+def profiled_step_exists(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Refuse to profile a step after the last one; the steps of a run given in epochs are known on the ranks only."""
+    step, steps = experiment.training.profile_step, experiment.training.steps
+    if steps is not None and step > steps:
+        yield Problem("training.profile_step", f"the run has only {steps} steps, so step {step} never comes", steps)
+
+
 def isolated_is_data_parallel(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """Refuse independent copies for anything but plain data parallelism."""
     if experiment.launch.isolated and experiment.layout.world_size != experiment.layout.dp_replicate:
@@ -276,6 +283,7 @@ RULES: list[Rule] = [
     batch_covers_ranks,
     shares_follow_speed,
     isolated_is_data_parallel,
+    profiled_step_exists,
     emulated_network,
     slowed_ranks_exist,
 ]
@@ -314,7 +322,22 @@ def slow_on_purpose(experiment: Experiment, machine: Machine) -> Iterator[Proble
             yield Problem("launch.slowdown", f"rank {rank} is slowed down on purpose, by a factor of {factor:g}")
 
 
-WARNINGS: list[Rule] = [oversubscribed, options_without_effect, network_warnings, slow_on_purpose, method_warnings]
+def profiled_step_is_plain(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """Warn if the step to be profiled is the one that labkit traces, which is not a step like all others."""
+    step, traced = experiment.training.profile_step, experiment.training.trace_step
+    if step and step == min(traced, experiment.training.steps or traced):
+        reason = f"step {step} is also the traced step, so the profile shows labkit's probes and blocks uncompiled"
+        yield Problem("training.profile_step", reason)
+
+
+WARNINGS: list[Rule] = [
+    oversubscribed,
+    profiled_step_is_plain,
+    options_without_effect,
+    network_warnings,
+    slow_on_purpose,
+    method_warnings,
+]
 
 UNAVAILABLE: dict[str, Callable[[], str]] = {
     "launch.network": lambda: network_rules().possible().bucket,

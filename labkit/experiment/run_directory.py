@@ -11,6 +11,7 @@
         supervisor.log
         .alive                       locked by the supervisor for its life (labkit.runs.liveness); gone after the end
         checkpoints/step-00000100/   safetensors and JSON
+        profile/rank-N.json.gz       what torch.profiler recorded of one step (a chrome trace), if that was asked for
         exported.safetensors         the trained network in its fastest form, if that was asked for
         summary.json
 
@@ -176,6 +177,15 @@ class RunDirectory:
     def exported(self) -> Path:
         """File with the trained network in its fastest form, read by labkit.sparsity.export."""
         return self.path / "exported.safetensors"
+
+    @property
+    def profiles(self) -> Path:
+        """Folder of what torch.profiler recorded of one step."""
+        return self.path / "profile"
+
+    def profile(self, rank: int) -> Path:
+        """Return the path of a rank's profile: a chrome trace, compressed with gzip."""
+        return self.profiles / f"rank-{rank}.json.gz"
 
     @property
     def supervisor_log(self) -> Path:

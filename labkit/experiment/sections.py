@@ -190,6 +190,8 @@ class Training(Section):
     """Record the global gradient norm of every optimizer step."""
     trace_step: int = Field(default=4, ge=0, le=10_000_000)
     """The step, counted from 1, in which each rank records its memory, traffic and pipeline timeline; 0 for none."""
+    profile_step: int = Field(default=0, ge=0, le=10_000_000)
+    """The step, counted from 1, that torch.profiler records on each rank: a trace that Perfetto opens; 0 for none."""
     shares: Literal["equal", "speed"] = "equal"
     """How a batch is divided among replicas: evenly, or in proportion to the speed of each rank."""
     loader_workers: int = Field(default=0, ge=0, le=256)

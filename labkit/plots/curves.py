@@ -14,8 +14,9 @@ from labkit.plots.picture import Picture, Row
 from labkit.plots.shown import LabeledRun, labeled_runs
 from labkit.runs.data import RunData
 from labkit.runs.methods import period
+from labkit.runs.model_flops import model_flops_of
 from labkit.runs.smooth import smooth
-from labkit.runs.steady import rolling, warmup
+from labkit.runs.steady import rolling, steady_steps
 
 SMOOTHED_FROM = 60
 """From this many steps on, the loss is drawn as a running mean over a faint line of the single steps."""
@@ -72,11 +73,10 @@ def throughput(data: RunData, period_steps: int = 1) -> float | None:
     The median is taken over means of `period_steps` steps (labkit.runs.methods.period).
     """
     count = data.steps
-    skipped = warmup(count)
-    if count <= skipped:
+    steady = steady_steps(count, data.disturbed_steps)
+    if not steady.any():
         return None
-    seconds = _step_seconds(data, count)[skipped:]
-    samples = data.samples[skipped:count]
+    seconds, samples = _step_seconds(data, count)[steady], data.samples[:count][steady]
     finite = np.isfinite(seconds) & (samples > 0)
     if not finite.any():
         return None
@@ -130,8 +130,16 @@ def throughput_finding(runs: Sequence[LabeledRun]) -> str:
         if rate is not None:
             noun = "independent copies" if run.is_ceiling else "ranks"
             ranks = theme.ranks(run.world_size) if run.world_size == 1 else f"{run.world_size} {noun}"
-            return f"{theme.number(rate)} samples/s with {ranks} (median)"
+            return f"{theme.number(rate)} samples/s{_utilisation(run, rate)} with {ranks} (median)"
     return "Throughput: no step after the warm-up yet"
+
+
+def _utilisation(run: LabeledRun, samples_per_second: float) -> str:
+    """Return the MFU of a run at its throughput in words; empty on CPUs and for cards with an unknown peak."""
+    if run.experiment is None:
+        return ""
+    mfu = model_flops_of(run.data, run.experiment, samples_per_second).mfu
+    return "" if mfu is None else f", {100 * mfu:.0f} % MFU,"
 
 
 def metric_title(runs: Sequence[LabeledRun]) -> str:

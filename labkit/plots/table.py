@@ -14,6 +14,7 @@ MAX_ROWS = 200
 def runs_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of a comparison with titles, units and formatted numbers."""
     any_titles = any(_has_own_title(row) for row in rows)
+    any_flops, any_mfu = (any(row.get(key) for row in rows) for key in ("model_flops_per_second", "mfu"))
     any_methods = any(row.get("method", "plain") != "plain" for row in rows)
     return [
         {"Run": row["run_id"]}
@@ -28,6 +29,10 @@ def runs_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "Batch": row["global_batch"],
             "Steps": row["steps"],
             "Samples/s": theme.number(row["samples_per_second"]),
+        }
+        | ({"TFLOP/s": _tera(row.get("model_flops_per_second"))} if any_flops else {})
+        | ({"MFU": _percent(row.get("mfu"))} if any_mfu else {})
+        | {
             "Step (ms)": theme.number(_scaled(row["step_seconds"], 1000)),
             "Speed-up": _speedup(row),
             "Efficiency": _percent(row["efficiency"]),
@@ -46,6 +51,11 @@ def _has_own_title(row: Mapping[str, Any]) -> bool:
 
 def _scaled(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
+
+
+def _tera(rate: float | None) -> str:
+    """Return a rate of model FLOPs (FLOP/s) in TFLOP/s."""
+    return theme.number(_scaled(rate, 1e-12))
 
 
 def _percent(value: float | None) -> str:

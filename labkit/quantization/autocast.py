@@ -25,6 +25,7 @@ FIELD = "quantization.training"
 class BFloat16(Single):
     """Autocast to bfloat16 by Accelerate."""
 
+    products = "bf16"
     mixed_precision = "bf16"
 
     @staticmethod
@@ -36,6 +37,7 @@ class BFloat16(Single):
 class Float16(Single):
     """Autocast to float16 with a scaled loss by Accelerate; GPUs only."""
 
+    products = "fp16"
     mixed_precision = "fp16"
 
     @staticmethod

@@ -26,6 +26,7 @@ LEAST = (8, 9)
 class Float8(Single):
     """8-bit floating point by Accelerate and torchao."""
 
+    products = "fp8"
     layers_from = "torchao"
     computes_with_stored_weights = False
 

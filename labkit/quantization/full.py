@@ -26,6 +26,8 @@ class Single:
 
     mixed_precision: ClassVar[str] = "no"
     """Value of Accelerate's `mixed_precision`."""
+    products: ClassVar[str] = "fp32"
+    """Number format of most matrix products, as data sheets name it. A class declares its own and inherits none."""
     own_optimizer: ClassVar[bool] = False
     """Whether weights need an optimizer that rounds them (labkit.quantization.optimizers)."""
     layers_from: ClassVar[str] = ""

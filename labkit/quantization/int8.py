@@ -29,6 +29,7 @@ FIELD = "quantization.training"
 class Int8(Single):
     """Trains with int8 matrix products."""
 
+    products = "int8"
     layers_from = "labkit"
 
     @staticmethod

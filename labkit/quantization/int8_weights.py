@@ -28,6 +28,7 @@ FIELD = "quantization.training"
 class Int8Weights(Single):
     """Trains with weights on the int8 grid (emulated)."""
 
+    products = "fp32"
     layers_from = "labkit"
 
     @staticmethod

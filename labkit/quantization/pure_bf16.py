@@ -25,6 +25,7 @@ FIELD = "quantization.training"
 class PureBFloat16(Single):
     """Trains in bfloat16 throughout."""
 
+    products = "bf16"
     own_optimizer = True
 
     @staticmethod

@@ -24,6 +24,8 @@ LEAST = (8, 0)
 class TensorFloat32(Single):
     """Trains in float32 with TF32 products; GPUs only."""
 
+    products = "tf32"
+
     @staticmethod
     def prepare() -> None:
         """Let cuBLAS and cuDNN use TF32."""

@@ -7,7 +7,7 @@ in one process. The ceiling is the same ratio for as many independent copies tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -22,6 +22,7 @@ from labkit.runs import methods, steady
 from labkit.runs.checked import formatted
 from labkit.runs.comparison_row import ComparisonRow
 from labkit.runs.data import RunData
+from labkit.runs.model_flops import CONVENTION, ModelFlops, model_flops_of
 from labkit.runs.status import reconcile
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class RunMeasurement:
             experiment,
             reconcile(directory),
             data,
-            steady.SteadyState.of(seconds, methods.period(experiment)),
+            steady.SteadyState.of(seconds, methods.period(experiment), data.disturbed_steps),
         )
 
     @property
@@ -75,6 +76,11 @@ class RunMeasurement:
     def samples_per_second(self) -> float | None:
         """Median throughput over all ranks after the warm-up."""
         return self.experiment.training.global_batch / self.steady.median if self.steady.median else None
+
+    @property
+    def model_flops(self) -> ModelFlops:
+        """Model FLOPs per sample and second, and their share of what the GPUs can do."""
+        return model_flops_of(self.data, self.experiment, None if self.steady.reason else self.samples_per_second)
 
     @property
     def created(self) -> float:
@@ -208,6 +214,8 @@ class Comparison:
             "efficiency",
             "ceiling",
         ]
+        rates = [name for name, figures in _RATES.items() if any(figures(row) != "-" for row in self.rows)]
+        head[head.index("ms/step") : head.index("ms/step")] = rates
         metric = next((row.metric for row in self.rows if row.metric), "metric")
         lines = [[*head, metric]]
         for row in self.rows:
@@ -221,6 +229,7 @@ class Comparison:
                     row.state,
                     str(row.steps),
                     _number(row.samples_per_second, ".0f"),
+                    *(_RATES[name](row) for name in rates),
                     _number(row.step_seconds and 1000 * row.step_seconds, ".1f"),
                     _number(row.speedup, ".2f"),
                     interval,
@@ -235,6 +244,7 @@ class Comparison:
         ]
         table.insert(1, "  ".join("-" * width for width in widths))
         notes = [f"{row.run_id}: {note}" for row in self.rows for note in row.notes]
+        notes += [f"TFLOP/s of {CONVENTION}"] if rates else []
         return "\n".join([*table, "", *notes, self.text()])
 
 
@@ -244,6 +254,13 @@ def _count(ranks: int) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else formatted(value, form)
+
+
+_RATES: dict[str, Callable[[ComparisonRow], str]] = {
+    "TFLOP/s": lambda row: _number(row.model_flops_per_second and row.model_flops_per_second / 1e12, ".3g"),
+    "MFU": lambda row: _number(row.mfu, ".0%"),
+}
+"""Columns about model FLOPs, shown if any run has them."""
 
 
 def compare(runs: Iterable[Any], baseline: Any = None, skip_unreadable: bool = False) -> Comparison:
@@ -326,6 +343,8 @@ def _row(
         final=None if run.is_ceiling else final.get(metric or ""),
         loss=None if run.is_ceiling else final.get("loss"),
         samples_per_second=run.samples_per_second,
+        model_flops_per_second=run.model_flops.per_second,
+        mfu=run.model_flops.mfu,
         step_seconds=run.steady.median,
         warmup_steps=run.steady.warmup_steps,
         speedup=speedup,

@@ -39,6 +39,11 @@ class ComparisonRow(Mapping[str, Any]):
     """Held-out loss of the last evaluation; null before the first one and for runs that measure the ceiling."""
     samples_per_second: float | None
     """Median throughput over all ranks after the warm-up."""
+    model_flops_per_second: float | None
+    """Median model FLOPs per second over all ranks: 3 × the products of one forward pass, per sample; null if they are
+    not known."""
+    mfu: float | None
+    """Model FLOPs per second divided by the peak rate of the GPUs; null on CPUs and if that is not known."""
     step_seconds: float | None
     """Median time of a step after the warm-up (s)."""
     warmup_steps: int | None

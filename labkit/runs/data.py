@@ -69,6 +69,8 @@ class RunData(Steps):
         """By rank, the actions of its pipeline stages in order."""
         self.experts: dict[str, NDArray[np.int64]] = {}
         """By block, how many tokens each of its experts got, over all ranks that see different tokens."""
+        self.profiles: dict[int, dict[str, Any]] = {}
+        """By rank, what it reported about its profile: step, seconds, bytes, busy_seconds (on a GPU) and note."""
         self.sparsity: list[tuple[int, dict[str, tuple[int, int, float]]]] = []
         """(steps done, by weight: counted zeros, size, and churn, the fraction of kept weights that are new), one entry
         per change of the masks.
@@ -103,6 +105,8 @@ class RunData(Steps):
         """rank, type, message and traceback of every exception that ended a rank; text is untrusted."""
         self.rehearsal_seconds: dict[int, float] = {}
         """By rank, duration of the rehearsal before step 1 (s)."""
+        self.model_flops_per_sample: float | None = None
+        """Three times the products of one forward pass, per sample; None if they are not known."""
         self._reader = EventReader(directory, self._handle)
         self._stamps: dict[str, tuple[int, int, int]] = {}
 
@@ -140,6 +144,12 @@ class RunData(Steps):
     def set_end(self, rank: int, reason: str) -> None:
         """Record why a rank ended."""
         self._ranks[rank].end = reason
+
+    @property
+    def disturbed_steps(self) -> list[int]:
+        """Indices of steps that say nothing about speed: the profiled one, and the next, which waits for its files."""
+        profiled = {profile["step"] - 1 - self.first for profile in self.profiles.values()}
+        return sorted({index + later for index in profiled for later in (0, 1)})
 
     @property
     def skipped_lines(self) -> int:

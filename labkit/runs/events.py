@@ -49,6 +49,7 @@ def start(data: RunData, rank: int, event: dict[str, Any]) -> bool:
     data.set_first(event.get("first"))
     data.rank_starts[rank].update(
         device=event.get("device", ""),
+        card=event.get("card", ""),
         pid=event.get("pid"),
         threads=event.get("threads"),
         parameters=event.get("parameters"),
@@ -82,6 +83,8 @@ def rehearsal(data: RunData, rank: int, event: dict[str, Any]) -> bool:
     """Take in the duration of the rehearsal before step 1 (s); its findings are among the run's warnings."""
     if "seconds" in event:
         data.rehearsal_seconds[rank] = event["seconds"]
+    if rank == 0:
+        data.model_flops_per_sample = event.get("model_flops_per_sample") or None
     return rank in data.rehearsal_seconds
 
 
@@ -169,6 +172,14 @@ def trace(data: RunData, rank: int, event: dict[str, Any]) -> bool:
     loads = event.get("experts")
     for name, counts in list(loads.items())[:MAX_BLOCKS] if isinstance(loads, dict) else ():
         _add_load(data, str(name)[:100], counts)
+    return True
+
+
+def profile(data: RunData, rank: int, event: dict[str, Any]) -> bool:
+    """Take in which step a rank profiled, or why it could not."""
+    if "step" not in event or rank in data.profiles:
+        return False
+    data.profiles[rank] = {key: event.get(key) for key in ("step", "seconds", "bytes", "busy_seconds", "note")}
     return True
 
 
@@ -337,7 +348,20 @@ Handler = Callable[["RunData", int, dict[str, Any]], bool]
 HANDLERS: dict[str, Handler] = {
     function.__name__: function
     for function in (
-        *(rehearsal, start, first_step, steps, evaluation, checkpoint, trace, communication, sparsity, link, effective),
+        *(
+            rehearsal,
+            start,
+            first_step,
+            steps,
+            evaluation,
+            checkpoint,
+            trace,
+            profile,
+            communication,
+            sparsity,
+            link,
+            effective,
+        ),
         *(quantized, numbers, kernels, exported, memory, error, end),
     )
 }

@@ -6,6 +6,7 @@ import contextlib
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from labkit.runs.checked import NOT_FINITE, formatted
 from labkit.runs.data import RunData
 from labkit.runs.data_used import data_used
 from labkit.runs.interrupts import on_end_signals
+from labkit.runs.model_flops import CONVENTION, rate_text
 from labkit.runs.run import Run
 
 REFRESH_S = 0.2
@@ -89,6 +91,15 @@ def summary_text(summary: dict[str, Any]) -> str:
         return "  The summary of this run cannot be read."  # a directory from elsewhere may contain anything
 
 
+def _add_model_flops(summary: dict[str, Any], add_line: Callable[[str, Any], None]) -> None:
+    """Add the lines about model FLOPs, the rate with its convention and the MFU with its peak."""
+    rate, mfu, peak = (summary.get(key) for key in ("model_flops_per_second", "mfu", "peak_flops_per_second"))
+    if rate:
+        add_line("model FLOP/s", f"{rate_text(rate)} ({CONVENTION})")
+    if mfu and peak:
+        add_line("MFU", f"{mfu:.1%} of {rate_text(peak)} ({summary.get('peak_of')}, dense)")
+
+
 def _summary_text(summary: dict[str, Any]) -> str:
     lines = []
 
@@ -103,6 +114,7 @@ def _summary_text(summary: dict[str, Any]) -> str:
     for key, value in (summary.get("metrics") or {}).items():
         add_line(key.replace("_", " "), value, "{}" if value == NOT_FINITE else "{:.4g}")
     add_line("throughput", summary.get("samples_per_second"), "{:.1f} samples/s")
+    _add_model_flops(summary, add_line)
     step = summary.get("step_seconds") or {}
     if step.get("median"):
         left_out = f"{step['warmup_steps']} warm-up steps left out"

@@ -19,6 +19,8 @@ from labkit.runs.liveness import Life, check_lock
 if TYPE_CHECKING:
     import pandas as pd
 
+    from labkit.runs.profile import RunProfile
+
 POLL_S = 0.05
 OVERTIME_S = 10.0
 """Seconds after the grace period that a supervisor has to end its ranks before it is killed itself."""
@@ -177,6 +179,16 @@ class Run:
         from labkit.runs.summarize import summarize
 
         return summarize(self.directory).as_dict()
+
+    def profile(self) -> RunProfile:
+        """Return the step that torch.profiler recorded (`training.profile_step`): files, and the longest operations.
+
+        `paths` are chrome traces, which https://ui.perfetto.dev opens; `rows` has ten operations per rank, the longest
+        first; `notes` says what is missing and why.
+        """
+        from labkit.runs.profile import read_profile
+
+        return read_profile(self.data())
 
     def checkpoints(self) -> list[int]:
         """Return the steps of the complete checkpoints in ascending order."""

@@ -6,6 +6,7 @@ Step times are autocorrelated (a slow moment lasts several steps), so intervals 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,18 +25,32 @@ def warmup(steps: int) -> int:
     return min(steps, max(3, min(20, steps // 10)))
 
 
+def steady_steps(steps: int, disturbed: Sequence[int] = ()) -> NDArray[np.bool_]:
+    """Return which steps count, (steps,): those after the warm-up whose indices are not among `disturbed`."""
+    steady = np.arange(steps) >= warmup(steps)
+    steady[[index for index in disturbed if 0 <= index < steps]] = False
+    return steady
+
+
 @dataclass(frozen=True)
 class SteadyState:
     """Step times in seconds after the warm-up."""
 
     seconds: Floats
     warmup_steps: int
+    disturbed_steps: int = 0
+    """Number of further steps that are left out, because one of them was profiled."""
 
     @classmethod
-    def of(cls, seconds: Floats, period: int = 1) -> SteadyState:
-        """Leave the warm-up out of `seconds`; if ranks synchronise once in `period` steps, take means over a period."""
+    def of(cls, seconds: Floats, period: int = 1, disturbed: Sequence[int] = ()) -> SteadyState:
+        """Leave the warm-up and the steps with the indices `disturbed` out of `seconds`.
+
+        If ranks synchronise once in `period` steps, take means over a period.
+        """
         warmup_steps = warmup(len(seconds))
-        return cls(rolling(np.asarray(seconds[warmup_steps:], dtype=np.float64), period), warmup_steps)
+        steady = steady_steps(len(seconds), disturbed)
+        kept = np.asarray(seconds, dtype=np.float64)[steady]
+        return cls(rolling(kept, period), warmup_steps, len(seconds) - warmup_steps - len(kept))
 
     @property
     def median(self) -> float | None:
@@ -50,7 +65,7 @@ class SteadyState:
     def reason(self) -> str | None:
         """Why no claim can be made from these steps; None if they are enough."""
         if len(self.seconds) < MIN_STEPS:
-            needed = MIN_STEPS + self.warmup_steps
+            needed = MIN_STEPS + self.warmup_steps + self.disturbed_steps
             return f"not enough steps ({len(self.seconds)} after the warm-up; run at least {needed})"
         return None
 

@@ -13,6 +13,7 @@ from labkit.runs import kernels
 from labkit.runs.checked import figure_or_words, number
 from labkit.runs.compare import RunMeasurement, compare, find_baseline
 from labkit.runs.data import RunData
+from labkit.runs.model_flops import peak_of, why_no_mfu
 from labkit.runs.pipeline import Bubble, bubble_of, first_pipeline
 from labkit.runs.straggler import straggler
 from labkit.runs.summary import KernelSpeedup, Staleness, StepSeconds, Summary, TracedMemory
@@ -39,6 +40,9 @@ def summarize(directory: RunDirectory, state: str | None = None, baseline: str |
     start = data.rank_starts[0] if data.rank_starts else {}
     status_notes = measurement.status.get("notes")
     notes = [*(status_notes if isinstance(status_notes, list) else []), *row.notes, *start.get("warnings", [])]
+    flops = measurement.model_flops
+    if missing := why_no_mfu(flops):
+        notes = [*notes, missing]
     slowest = straggler(data)
     if slowest is not None:
         notes = [*notes, str(slowest)]
@@ -66,6 +70,11 @@ def summarize(directory: RunDirectory, state: str | None = None, baseline: str |
         metric=data.metric,
         facts=data.facts,
         samples_per_second=None if steady.reason else measurement.samples_per_second,
+        model_flops_per_sample=flops.per_sample,
+        model_flops_per_second=flops.per_second,
+        mfu=flops.mfu,
+        peak_flops_per_second=flops.peak_flops,
+        peak_of=peak_of(flops),
         step_seconds=StepSeconds(
             median=steady.median,
             p10=steady.quantile(0.1),

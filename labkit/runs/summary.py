@@ -97,6 +97,19 @@ class Summary:
     """What the task reports about its data: counts, files, columns, classes."""
     samples_per_second: float | None
     """Median throughput over all ranks after the warm-up; null if there were too few steps."""
+    model_flops_per_sample: float | None
+    """Model FLOPs of one sample: 3 × the products of one forward pass of the whole model, without what is recomputed;
+    null if they are not known (`notes` gives the reason)."""
+    model_flops_per_second: float | None
+    """Median model FLOPs per second over all ranks after the warm-up."""
+    mfu: float | None
+    """Model FLOPs utilisation: model FLOPs per second divided by `peak_flops_per_second`; null on CPUs and if that is
+    not known."""
+    peak_flops_per_second: float | None
+    """Peak rate of the run's distinct GPUs together for dense products in the number format that trains, from NVIDIA's
+    data sheets; null on CPUs and if it is not known."""
+    peak_of: str | None
+    """The GPUs and the number format to which that peak refers, such as `2 × NVIDIA H200, bf16`; null on CPUs."""
     step_seconds: StepSeconds
     """Time of an optimizer step after the warm-up (s)."""
     seconds: float

@@ -26,6 +26,7 @@ class Reporter:
         self.events.write(
             "start",
             device=str(runtime.device),
+            **({"card": torch.cuda.get_device_name(runtime.device)} if runtime.device.type == "cuda" else {}),
             pid=os.getpid(),
             threads=torch.get_num_threads(),
             first=first,

@@ -22,6 +22,7 @@ from labkit.training.counting import CommunicationCount
 from labkit.training.meter import Board, Meter, peak_bytes
 from labkit.training.optimizers import set_learning_rate
 from labkit.training.probes.layers import LayerProbe
+from labkit.training.probes.step_profile import StepProfile
 from labkit.training.probes.trace import Trace
 from labkit.training.reporter import Reporter
 from labkit.training.runtime import Runtime
@@ -78,6 +79,9 @@ class Trainer:
         trace_step = experiment.training.trace_step
         self.traced = min(self.first + trace_step, self.steps) - 1 if trace_step else None
         self.trace = Trace(experiment, self.model, self.optimizer, runtime.device)
+        heartbeat = partial(meter.phase, "checkpoint")  # like one, writing a long trace may take a while
+        self.profile = StepProfile(directory, runtime.rank, runtime.device, runtime.folder, heartbeat, self.events)
+        self.profile.schedule(experiment.training.profile_step, self.first, self.steps)
 
     def run(self) -> bool:
         """Train to the end or until a stop is requested; return True if the run was stopped before its end."""
@@ -120,10 +124,11 @@ class Trainer:
                 break
             if self.traced is not None and self.done == max(self.first, self.traced - self.update.steps_in_flight):
                 self.trace.start()  # micro-batches in flight in the traced step begin before it
-            if self.done == self.traced:
-                self._traced_step(self.done, batches)
-            else:
-                self._step(self.done, batches)
+            with self.profile.step(self.done):
+                if self.done == self.traced:
+                    self._traced_step(self.done, batches)
+                else:
+                    self._step(self.done, batches)
             self.done += 1
             self._evaluate_and_save_if_due(self.done)
         self.model.complete_update()
@@ -140,7 +145,9 @@ class Trainer:
             rule.start_epoch(self.done * shares, due * shares)
             stop_seen = False
             while (ticket := rule.next_work(stop=stop_seen)) is not None:
-                self._compute_share(ticket, *divmod(ticket, shares))
+                step, share = divmod(ticket, shares)
+                with self.profile.step(step):
+                    self._compute_share(ticket, step, share)
                 stop_seen = self.board.stop_requested()
             self.meter.phase("optimizer")
             rule.close()

@@ -16,6 +16,7 @@ from labkit.experiment.run_directory import RunDirectory
 from labkit.runs.comparison_row import ComparisonRow
 from labkit.runs.data import RunData
 from labkit.runs.methods import key, period
+from labkit.runs.model_flops import model_flops_of
 from labkit.runs.steady import SteadyState
 
 
@@ -43,13 +44,15 @@ def live_row(experiment: Experiment, data: RunData, rows: Sequence[ComparisonRow
     """
     if not data.steps or not len(data.seconds[0]):
         return None
-    steady = SteadyState.of(data.seconds[0].astype(np.float64), period(experiment))
+    steady = SteadyState.of(data.seconds[0].astype(np.float64), period(experiment), data.disturbed_steps)
     median = steady.median
     median = median if median is not None and np.isfinite(median) else None
     base = next((row.step_seconds for row in reversed(rows) if row.is_baseline and row.step_seconds), None)
     size = data.world_size
     speedup = base / median if base and median and not steady.reason and size > 1 else None
     ceiling = next((row.ceiling for row in reversed(rows) if row.is_ceiling and row.world_size == size), None)
+    throughput = experiment.training.global_batch / median if median else None
+    flops = model_flops_of(data, experiment, throughput)
     return LiveRow(
         run_id=data.directory.id,
         title=data.status.get("title") or experiment.title,
@@ -64,7 +67,9 @@ def live_row(experiment: Experiment, data: RunData, rows: Sequence[ComparisonRow
         metric=data.metric.get("key"),
         final=None,
         loss=None,
-        samples_per_second=experiment.training.global_batch / median if median else None,
+        samples_per_second=throughput,
+        model_flops_per_second=flops.per_second,
+        mfu=flops.mfu,
         step_seconds=median,
         warmup_steps=None,
         speedup=None if experiment.launch.isolated else speedup,

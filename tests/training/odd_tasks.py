@@ -405,3 +405,18 @@ def hangs_while_built() -> dict[str, Any]:
 
 def hangs_in_a_sample() -> dict[str, Any]:
     return rows(lambda x, y, index: (x, y) if index < 4 else time.sleep(3600))
+
+
+class Scales(nn.Module):
+    """Multiplies each input by a weight and adds some up: it learns without any matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight).view(-1, 3, 2).sum(2)
+
+
+def without_products() -> dict[str, Any]:
+    return task(Scales())

@@ -73,7 +73,7 @@ class RehearsalPasses:
         """Run all passes, fill in `rehearsed`, and return the names of the parameters that each training pass used."""
         task, model = self.task, self.task.model
         probe = ControlFlowProbe(self.snapshot.changed) if may_be_dynamic(model) else None
-        indices = self.passes(0)[0].tolist()[:SAMPLES] or [0]
+        indices = self._first_indices()
         batch = fetch_checked(task.train, indices, "train")
         used = [self._train(batch, indices, probe)]
         if rehearsed.user_code:
@@ -102,6 +102,19 @@ class RehearsalPasses:
             rehearsed.dynamic = probe.detected or len(set(used)) > 1
         rehearsed.unused = sorted(set(self.trained) - frozenset.intersection(*used))
         return used
+
+    def _first_indices(self) -> list[int]:
+        """Return the indices of the samples of the first pass."""
+        return self.passes(0)[0].tolist()[:SAMPLES] or [0]
+
+    def forward(self) -> int:
+        """Run one forward pass of the whole model in training mode, and return the number of its samples."""
+        indices = self._first_indices()
+        batch = fetch_checked(self.task.train, indices, "train")
+        self.task.model.train()
+        with _alone(self.task.model):
+            self._output(batch, indices, "train")
+        return len(indices)
 
     def _train_smallest(self, tried: int) -> None:
         """Try a pass of as few samples as some have in the run, if that is fewer than `tried`.

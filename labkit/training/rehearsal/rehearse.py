@@ -24,6 +24,7 @@ from labkit.parallel import placement
 from labkit.training.rehearsal import fingerprint, fits, hooks
 from labkit.training.rehearsal.exactness import non_parity_modules
 from labkit.training.rehearsal.loss_proof import prove_loss
+from labkit.training.rehearsal.model_flops import count_model_flops
 from labkit.training.rehearsal.passes import BUILT_IN, RehearsalPasses, may_be_dynamic
 from labkit.training.rehearsal.result import RehearsalResult
 from labkit.training.rehearsal.same_loss import compare_losses, loss_of_first_samples
@@ -70,6 +71,9 @@ def rehearse(
             used = [frozenset(rehearsal.trained)]
             what = "its gradients would not fit in memory" if fits_device else "the whole model does not fit on one GPU"
             rehearsed.notes.append(f"the task was not tried before step 1: {what}")
+        if runtime.rank == 0 and fits_device:
+            _count_flops(rehearsal, rehearsed)
+            snapshot.undo()
         phase("forward")
         if fits_device:
             rehearsed.notes += _proofs(experiment, task, runtime, rehearsed.user_code)
@@ -98,6 +102,12 @@ def _fits_device(model: nn.Module, runtime: Runtime) -> bool:
     fit = torch.tensor(float(placement.fits(model, runtime.device, sharing)), device=runtime.device)
     dist.all_reduce(fit, dist.ReduceOp.MIN)
     return bool(fit)
+
+
+def _count_flops(rehearsal: RehearsalPasses, rehearsed: RehearsalResult) -> None:
+    """Count the model FLOPs of one sample, or note why they are not known."""
+    rehearsed.model_flops, reason = count_model_flops(rehearsal.forward)
+    rehearsed.notes += [reason] if reason else []
 
 
 def _lost(model: nn.Module, snapshot: Snapshot) -> list[str]:

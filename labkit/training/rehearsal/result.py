@@ -20,12 +20,15 @@ class RehearsalResult:
     """Whether the task, or a module of its model, is not labkit's own."""
     task_hash: str = ""
     """Hash of the task that the rank has built; runs of the same task have equal hashes."""
+    model_flops: int | None = None
+    """Model FLOPs of one sample, which rank 0 counts; None if they are not known."""
     seconds: float = 0.0
     """Duration of the rehearsal (s)."""
 
     def event(self) -> dict[str, Any]:
         """Return the fields of the event `rehearsal`."""
-        return {"seconds": round(self.seconds, 4), "unused": self.unused[:20], "built": self.task_hash}
+        fields = {"seconds": round(self.seconds, 4), "unused": self.unused[:20], "built": self.task_hash}
+        return fields if self.model_flops is None else fields | {"model_flops_per_sample": self.model_flops}
 
     @property
     def irregular(self) -> bool:
