@@ -142,7 +142,7 @@ SIDE_BY_SIDE = -n $(PYTEST_WORKERS) --maxprocesses=4 --dist=loadfile
 
 # What another torch may break.
 TORCH_TESTS := tests/training/test_layouts.py tests/training/test_own_models.py tests/parallel tests/quantization \
-	tests/launch/test_own_methods.py
+	tests/launch/test_own_methods.py tests/pretended
 
 # The pinned versions, with another torch in their place if one was asked for.
 CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)

@@ -56,6 +56,7 @@ class Stream:
     """A stream without work. `current` is the one that work goes to."""
 
     current: Stream
+    stream_id, device_index, device_type = 0, 0, 1
 
     def __init__(self, *args: Any, **options: Any) -> None:
         pass
@@ -67,6 +68,10 @@ class Stream:
     def query(self) -> bool:
         """Return whether its work is done."""
         return True
+
+    def is_capturing(self) -> bool:
+        """Return whether its work goes into a graph."""
+        return False
 
     def wait_event(self, event: Event) -> None:
         """Wait for an event."""
@@ -115,6 +120,7 @@ def install(index: int, count: int, groups: Groups) -> None:
     """Let this process believe that it computes on the GPU `index` of `count`; there is no way back."""
     groups.install()
     _replace_driver(index, count)
+    _replace_accelerator(index, count)
     _replace_autocast()
     torch.compile = lambda function=None, **options: function or (lambda compiled: compiled)  # type: ignore[assignment]
     # Checkpointing compares devices where no mode is active.
@@ -162,13 +168,30 @@ def _replace_driver(index: int, count: int) -> None:
     torch.cuda.graphs.is_current_stream_capturing = driver["is_current_stream_capturing"]  # type: ignore[assignment]
     torch.cuda.Event, torch.cuda.Stream = Event, Stream  # type: ignore[assignment, misc]
     torch.cuda.nccl.version = lambda: (2, 28, 9)  # type: ignore[assignment]  # torch says it with every error of a group
-    # A build for CUDA asks the driver here, which threads that pin memory do.
-    torch.accelerator.current_device_index = lambda: index  # type: ignore[assignment]
-    torch.accelerator.set_device_index = lambda device: None  # type: ignore[assignment]
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
     torch.Generator = _generator_of_the_host(torch.Generator)  # type: ignore[misc]
     future_init = torch.futures.Future.__init__
     torch.futures.Future.__init__ = lambda self, *, devices=None: future_init(self)  # type: ignore[method-assign]
+
+
+def _replace_accelerator(index: int, count: int) -> None:
+    """The same for torch.accelerator, by which torch's optimizers and threads that pin memory ask the driver."""
+    stand_ins: dict[str, Callable[..., Any]] = {
+        "device_count": lambda: count,
+        "is_available": lambda: True,
+        "current_accelerator": lambda check_available=False: torch.device(CUDA),
+        "current_device_index": lambda: index,
+        "set_device_index": lambda *device: None,
+        "current_stream": lambda *device: Stream.current,
+        "set_stream": lambda stream: None,
+        "synchronize": _synchronize,
+        "memory_allocated": _allocated,
+        "max_memory_allocated": _allocated,
+        "memory_reserved": _allocated,
+        "empty_cache": lambda: None,
+    }
+    for name, stand_in in stand_ins.items():
+        setattr(torch.accelerator, name, stand_in)
 
 
 def _generator_of_the_host(original: Any) -> Any:

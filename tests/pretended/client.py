@@ -96,7 +96,10 @@ class PretendedGpus:
         }
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        return Report.of(json.loads(self._process.stdout.readline()))
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process that runs experiments ended with exit code {self._process.wait(30)}")
+        return Report.of(json.loads(answer))
 
 
 def machine(gpus: int) -> Machine:

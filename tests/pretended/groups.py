@@ -7,6 +7,7 @@ the ranks even if they have waited for each other until they were ended.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -37,6 +38,8 @@ class Groups:
         self._default = "gloo"
         self._timeout: timedelta | None = None
         self._file = file.open("w", encoding="utf-8")
+        self._lock = threading.Lock()
+        """The backward pass sends from a thread of its own; each line is written whole."""
         self._batch: int | None = None
         self._batches = 0
 
@@ -97,8 +100,9 @@ class Groups:
         sizes = [[str(tensor.dtype).removeprefix("torch."), tensor.numel()] for tensor in tensors]
         by_nccl = "nccl" in backend and (not tensors or LABELS.of(tensors[0]) == CUDA)
         line = {"group": str(group.group_name), "ranks": ranks, "kind": kind, "peer": peer, "batch": self._batch}
-        self._file.write(json.dumps(line | {"sizes": sizes, "nccl": by_nccl, "place": place()}) + "\n")
-        self._file.flush()
+        with self._lock:
+            self._file.write(json.dumps(line | {"sizes": sizes, "nccl": by_nccl, "place": place()}) + "\n")
+            self._file.flush()
 
     def _judge_tensor(self, kind: str, tensor: Tensor, backend: str) -> None:
         device, name = LABELS.of(tensor), kind.rstrip("_")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from labkit.experiment import Experiment
 from labkit.experiment.fault import TaskFault, describe_error
@@ -114,6 +115,14 @@ class RehearsalPasses:
         self.task.model.train()
         with _alone(self.task.model):
             self._output(batch, indices, "train")
+        return len(indices)
+
+    def shapes(self) -> int:
+        """Do the same on the device `meta`, which computes shapes without numbers, for a model that no GPU can hold."""
+        indices, model = self._first_indices(), self.task.model
+        x = self.runtime.place(fetch_checked(self.task.train, indices, "train"))["x"]
+        tensors = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        functional_call(model.train(), tensors, (x.to("meta"),))
         return len(indices)
 
     def _train_smallest(self, tried: int) -> None:

@@ -71,8 +71,9 @@ def rehearse(
             used = [frozenset(rehearsal.trained)]
             what = "its gradients would not fit in memory" if fits_device else "the whole model does not fit on one GPU"
             rehearsed.notes.append(f"the task was not tried before step 1: {what}")
-        if runtime.rank == 0 and fits_device:
-            _count_flops(rehearsal, rehearsed)
+        if runtime.rank == 0:
+            rehearsed.model_flops, reason = count_model_flops(rehearsal.forward if fits_device else rehearsal.shapes)
+            rehearsed.notes += [reason] if reason else []
             snapshot.undo()
         phase("forward")
         if fits_device:
@@ -102,12 +103,6 @@ def _fits_device(model: nn.Module, runtime: Runtime) -> bool:
     fit = torch.tensor(float(placement.fits(model, runtime.device, sharing)), device=runtime.device)
     dist.all_reduce(fit, dist.ReduceOp.MIN)
     return bool(fit)
-
-
-def _count_flops(rehearsal: RehearsalPasses, rehearsed: RehearsalResult) -> None:
-    """Count the model FLOPs of one sample, or note why they are not known."""
-    rehearsed.model_flops, reason = count_model_flops(rehearsal.forward)
-    rehearsed.notes += [reason] if reason else []
 
 
 def _lost(model: nn.Module, snapshot: Snapshot) -> list[str]:

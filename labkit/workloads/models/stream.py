@@ -12,5 +12,6 @@ def in_stream_dtype(x: Tensor) -> Tensor:
     float32. Under autocast to float16 the stream stays in float32: sums of many layers may exceed float16's range.
     """
     device = x.device.type
-    narrow = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
-    return x.to(torch.bfloat16) if narrow and x.dtype == torch.float32 else x
+    if device == "meta" or x.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.bfloat16) if torch.get_autocast_dtype(device) == torch.bfloat16 else x
