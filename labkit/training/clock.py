@@ -83,3 +83,13 @@ class PassClock:
 def clock(device: torch.device) -> HostClock | CudaClock:
     """Return the clock for a device."""
     return CudaClock() if device.type == "cuda" else HostClock()
+
+
+def finish(device: torch.device) -> None:
+    """Wait until a GPU has computed everything that was queued so far; do nothing on a CPU.
+
+    It does not wait for the whole device: messages that an asynchronous pipeline has posted ahead end only when other
+    ranks get further, and those may wait here, too (issue 13, fault 3).
+    """
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

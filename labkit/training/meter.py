@@ -22,7 +22,7 @@ from torch import Tensor
 from labkit.experiment.process_memory import peak_resident_bytes, resident_bytes
 from labkit.experiment.run_directory import PHASES
 from labkit.gradients.exchange import Counters
-from labkit.training.clock import PassClock, clock
+from labkit.training.clock import PassClock, clock, finish
 from labkit.training.events import EventWriter
 
 FLUSH_S = 0.25
@@ -207,8 +207,7 @@ class Meter:
         if self._first:
             self._first = False
             if self.rank == 0:
-                if self._device.type == "cuda":
-                    torch.cuda.synchronize()
+                finish(self._device)
                 self.events.write("first_step", seconds=time.monotonic() - self.requested)
         if self._failure is not None:
             self.raise_failure()
@@ -246,8 +245,8 @@ class Meter:
 
     def _flush(self, wait: bool = False) -> None:
         """Write the steps that the device has finished; with `wait`, wait for all of them."""
-        if wait and self._device.type == "cuda":
-            torch.cuda.synchronize()
+        if wait:
+            finish(self._device)
         ready: list[_Step] = []
         with self._lock:
             while self._waiting and self._clock.passed(self._waiting[0].marks[-1][1]):

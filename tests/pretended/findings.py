@@ -11,8 +11,8 @@ import labkit
 
 PACKAGE = str(Path(labkit.__file__).parent) + "/"
 LEVELS = 2
-PROBES = "sparsity/two_four.py"
-"""A file that tries kernels which no CPU has, and says so."""
+PROBES = ("sparsity/two_four.py", "training/after/")
+"""Files that try kernels which no CPU has, and say so, and those that run after the training, on one rank."""
 
 
 class Findings:

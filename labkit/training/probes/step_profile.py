@@ -26,6 +26,7 @@ from labkit.experiment import safe_files
 from labkit.experiment.chrome_trace import MAX_PACKED_BYTES, MAX_TRACE_BYTES, busy_seconds, spans
 from labkit.experiment.fault import describe_error
 from labkit.experiment.run_directory import RunDirectory
+from labkit.training.clock import finish
 from labkit.training.events import EventWriter
 
 
@@ -78,7 +79,7 @@ class StepProfile:
         begin = time.perf_counter()
         try:
             yield
-            _finish_work(self._device)
+            finish(self._device)  # so that all kernels of the step are recorded
         finally:
             seconds = time.perf_counter() - begin
             with suppress(Exception):
@@ -134,12 +135,6 @@ def _start(device: torch.device) -> profile:
     profiler.prepare_trace()
     profiler.start_trace()
     return profiler
-
-
-def _finish_work(device: torch.device) -> None:
-    """Wait until the GPU has finished the step, so that all of its kernels are recorded."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _reason(error: Exception) -> str:

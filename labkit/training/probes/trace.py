@@ -17,7 +17,7 @@ from labkit.parallel.model import ParallelModel
 from labkit.parallel.replicate import ReplicatedModel
 from labkit.parallel.shard import to_local
 from labkit.parallel.traffic import Traffic
-from labkit.training.clock import clock
+from labkit.training.clock import clock, finish
 from labkit.training.probes.activations import Activations
 
 
@@ -81,8 +81,7 @@ class Trace:
 
     def event_fields(self) -> dict[str, Any]:
         """Return the fields of the event `trace`; waits for the device."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
+        finish(self._device)
         sizes = [
             (parameter.numel() * parameter.element_size(), parameter.requires_grad)
             for part in self._parts
