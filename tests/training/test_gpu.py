@@ -12,6 +12,7 @@ from labkit.experiment import Experiment, Machine
 from labkit.experiment.recipes import vision_ddp
 from labkit.launch import launch
 from labkit.proofs.parity import check
+from tests.launch.helpers import Watched
 
 pytestmark = pytest.mark.gpu
 
@@ -51,6 +52,26 @@ def test_nccl_where_every_rank_has_a_gpu() -> None:
     run = launch(short("layout.dp_replicate=2"))
     run.result(300)
     assert run.summary()["effective"]["backend"] == "nccl"
+
+
+@pytest.mark.parametrize(
+    ("sent", "kind", "message"),
+    [
+        (signal.SIGKILL, "signal", "rank 1 was killed by SIGKILL"),
+        (signal.SIGSTOP, "silent", "rank 1 has been silent"),
+    ],
+    ids=["killed", "hangs"],
+)
+def test_a_lost_peer_under_nccl_is_named(sent: signal.Signals, kind: str, message: str) -> None:
+    """NCCL raises nothing where a peer is lost: the others wait in its kernels until somebody ends them."""
+    if len(Machine.here().gpus) < 2:
+        pytest.skip("needs two GPUs")
+    wanted = short("layout.dp_replicate=2", "training.steps=1000000", "launch.timeout_s=10")
+    with Watched(launch(wanted, baseline=None)) as watch:
+        os.kill(watch.begun()["rank 1"]["pid"], sent)
+        cause = watch.ends("failed", within=30, kind=kind)
+    assert cause["rank"] == 1
+    assert message in cause["message"]
 
 
 def test_this_process_made_no_cuda_context() -> None:
