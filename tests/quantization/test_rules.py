@@ -185,4 +185,4 @@ def test_warnings(changes: str, machine: Machine, said: list[str]) -> None:
 
 def test_every_format_says_what_it_is() -> None:
     assert "(emulated)" in registry("quantization.training")["int8_weights"].summary
-    assert len(ALL) == 10
+    assert len(ALL) == 11
