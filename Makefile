@@ -157,7 +157,7 @@ $(VENV)/.set-up-lab: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 
 $(VENV)/.set-up-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	@echo "Installing labkit with all its extras into $(VENV); this takes some minutes."
-	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[lab,hub,dev]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[lab,hub,gpu,dev]'
 	@touch $@ $(VENV)/.set-up-lab
 
 $(VENV)/bin/python:

@@ -7,7 +7,8 @@ from typing import Any, get_args, get_type_hints
 
 from labkit.cli.reference import cell
 from labkit.experiment.docstrings import field_docstrings
-from labkit.experiment.events import EVENTS, HEAD
+from labkit.experiment.events import EVENTS, HEAD, Event
+from labkit.experiment.gpu_events import GPU_EVENTS
 from labkit.runs.comparison_row import ComparisonRow
 from labkit.runs.summary import Summary
 
@@ -23,6 +24,10 @@ SUMMARY = "`run.summary()`, `labkit show RUN --json` and `summary.json` in the r
 ROWS = "`labkit.compare(runs).rows` and `labkit compare --json` have one row per run."
 EVENT_FILES = (
     "`rank-N.jsonl` in the run directory has one event per line; rank N appends them while it trains. All have:"
+)
+GPU_FILE = (
+    "`gpus.jsonl` has the events of the monitor of the GPUs (NVML, through the package nvidia-ml-py), which runs in\n"
+    "the supervisor. They have the keys `event`, `time` and `monotonic`, but no `rank`."
 )
 
 
@@ -41,7 +46,7 @@ def result_fields() -> list[ResultField]:
     """Return all keys of summaries, of rows of comparisons and of events."""
     described = [*_of_dataclass("summary", Summary), *_of_dataclass("row", ComparisonRow)]
     described += [ResultField("event", field.name, str(field.kind), field.meaning) for field in HEAD]
-    for event in EVENTS.values():
+    for event in (EVENTS | GPU_EVENTS).values():
         table = f"event {event.name}"
         described += [ResultField(table, field.name, str(field.kind), field.meaning) for field in event.fields]
     return described
@@ -55,10 +60,16 @@ def results_page(described: list[ResultField]) -> str:
         f"## Rows of a comparison\n\n{ROWS}\n\n{_table(described, 'row')}",
         f"## Events\n\n{EVENT_FILES}\n\n{_table(described, 'event')}",
     ]
-    for event in EVENTS.values():
-        title = f"### {event.name}\n\n{event.meaning} Written by {event.writers}."
-        parts.append(f"{title}\n\n{_table(described, f'event {event.name}')}")
+    parts += [_of_event(described, event) for event in EVENTS.values()]
+    parts.append(f"## Events of the GPUs\n\n{GPU_FILE}")
+    parts += [_of_event(described, event) for event in GPU_EVENTS.values()]
     return "\n".join(part + "\n" for part in parts)
+
+
+def _of_event(described: list[ResultField], event: Event) -> str:
+    """Return the section of one event."""
+    title = f"### {event.name}\n\n{event.meaning} Written by {event.writers}."
+    return f"{title}\n\n{_table(described, f'event {event.name}')}"
 
 
 def _table(described: list[ResultField], table: str) -> str:

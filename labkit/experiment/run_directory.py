@@ -7,6 +7,7 @@
         progress.json                where every rank is now, replaced about twice a second
         stop.json                    somebody asked the run to stop
         rank-N.jsonl                 one event per line, append-only, one writer each (see events.py)
+        gpus.jsonl                   what the GPUs did, written by the supervisor (see gpu_events.py)
         rank-N.log                   what the rank printed, size-capped
         supervisor.log
         .alive                       locked by the supervisor for its life (labkit.runs.liveness); gone after the end
@@ -204,6 +205,11 @@ class RunDirectory:
     def reserve(self) -> Path:
         """File with blocks set aside so that the last status can be written on a full disk."""
         return self.path / ".reserve"
+
+    @property
+    def gpus(self) -> Path:
+        """Events of the monitor of the GPUs (labkit.launch.gpu_monitor)."""
+        return self.path / "gpus.jsonl"
 
     def events(self, rank: int) -> Path:
         return self.path / f"rank-{rank}.jsonl"

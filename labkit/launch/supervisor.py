@@ -1,9 +1,10 @@
 """The supervisor of one run: forks the ranks, watches them, ends the run in exactly one terminal state.
 
-It holds the lock of the run as long as it lives. It has one thread and never waits for a rank without a time limit. It
-reads `stop.json` and the heartbeat table and reaps ranks; it ends those that do not end by themselves (deadline.py),
-identifies the rank at fault (stalls.py, outcome.py), and writes status, progress (run_record.py) and summary. Ranks die
-when it dies, and all processes that they have started end before it writes the terminal state.
+It holds the lock of the run as long as it lives. It works in one thread (two others read the git state and the GPUs,
+and nothing waits for them for long) and never waits for a rank without a time limit. It reads `stop.json` and the
+heartbeat table and reaps ranks; it ends those that do not end by themselves (deadline.py), identifies the rank at fault
+(stalls.py, outcome.py), and writes status, progress (run_record.py) and summary. Ranks die when it dies, and all
+processes that they have started end before it writes the terminal state.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from labkit.launch.board import HeartbeatTable
 from labkit.launch.child import Child, fork_rank
 from labkit.launch.deadline import Deadline
 from labkit.launch.descendants import OrphanReaper, end_descendants
+from labkit.launch.gpu_monitor import monitored
 from labkit.launch.outcome import first_failure, terminal_state
 from labkit.launch.run_record import RunRecord, attempt, log_line
 from labkit.launch.stalls import find_stall
@@ -226,7 +228,8 @@ def supervise(order: dict[str, Any]) -> int:
         )
         # After the fork, so that it does not delay the first step.
         attempt(lambda: environment.record(directory, order["cwd"]))
-        changes = supervisor.watch()
+        with monitored(directory, supervisor.experiment):
+            changes = supervisor.watch()
     except BaseException as error:
         traceback.print_exc()
         message = f"the supervisor failed: {type(error).__name__}: {message_of(error)}"

@@ -6,6 +6,7 @@ from labkit.plots.curves import metric as plot_metric
 from labkit.plots.curves import throughputs as plot_throughput
 from labkit.plots.experts import experts as plot_experts
 from labkit.plots.exported import exported as plot_exported
+from labkit.plots.gpus import gpus as plot_gpus
 from labkit.plots.grid import grid as plot_grid
 from labkit.plots.memory import memory as plot_memory
 from labkit.plots.numbers import formats as plot_numbers
@@ -32,6 +33,7 @@ __all__ = [
     "plot_communication",
     "plot_experts",
     "plot_exported",
+    "plot_gpus",
     "plot_grid",
     "plot_layer_numbers",
     "plot_loss",

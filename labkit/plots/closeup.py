@@ -8,6 +8,7 @@ from typing import Any
 from labkit.plots import break_even, traced
 from labkit.plots.experts import experts
 from labkit.plots.exported import exported
+from labkit.plots.gpus import gpus
 from labkit.plots.memory import memory
 from labkit.plots.numbers import formats, layers
 from labkit.plots.pareto import pareto
@@ -41,6 +42,11 @@ def detail_figures(runs: Iterable[Any] | Any) -> list[Picture]:
         figures.append(schedules(pipelines))
     figures += [timeline(run) for run in pipelines]
     return figures + [experts(run) for run in labeled if any(load.sum() for load in run.data.experts.values())]
+
+
+def gpu_figures(runs: Iterable[Any] | Any) -> list[Picture]:
+    """Return a figure of the GPUs of each run that has figures of them."""
+    return [gpus(run) for run in labeled_runs(runs) if any(history.records for history in run.data.gpus)]
 
 
 def sparsity_figures(runs: Iterable[Any] | Any) -> list[Picture]:

@@ -17,12 +17,21 @@ from typing import Any
 
 from labkit.experiment import safe_files
 from labkit.experiment.run_directory import read_json
-from labkit.plots import curves, ranks, speedup, static, theme
-from labkit.plots.closeup import cost_figures, detail_figures, method_figures, precision_figures, sparsity_figures
+from labkit.plots import curves, gpus, ranks, speedup, static, theme
+from labkit.plots.closeup import (
+    cost_figures,
+    detail_figures,
+    gpu_figures,
+    method_figures,
+    precision_figures,
+    sparsity_figures,
+)
 from labkit.plots.picture import Picture
 from labkit.plots.shown import LabeledRun, labeled_runs
 from labkit.plots.table import html_table, runs_rows
+from labkit.runs.data import RunData
 from labkit.runs.data_used import data_used
+from labkit.runs.gpu_use import gpu_uses
 
 LOG_LINES = 40
 MAX_VALUE = 400
@@ -100,6 +109,7 @@ def page(labeled: Sequence[LabeledRun], comparison: Any) -> str:
         ("Which weights are zero", sparsity_figures(trained)),
         ("In which precision the layers compute", precision_figures(trained)),
         ("One step in detail", detail_figures(trained)),
+        ("What the GPUs did", gpu_figures(trained)),
     ):
         if group:
             body.append(f"<h2>{heading}</h2>")
@@ -188,6 +198,7 @@ def _run(run: LabeledRun) -> list[str]:
         items = "".join(f"<li>{html.escape(theme.plain(warning, 400))}</li>" for warning in warnings[:50])
         parts.append(f"<h3>Warnings</h3><ul>{items}</ul>")
     parts += ["<h3>Ranks</h3>", html_table(ranks.table_rows(ranks.rank_rows(data)))]
+    parts += _gpus(data)
     settings = run.experiment.to_dict() if run.experiment else {}
     parts.append(_details("Settings", html_table(flat(settings), empty="The experiment cannot be read.")))
     environment = read_json(data.directory.environment)
@@ -195,6 +206,13 @@ def _run(run: LabeledRun) -> list[str]:
     parts.append(_details("Environment", html_table(environment_rows, empty="Nothing was recorded.")))
     parts += _errors(data.errors)
     return parts
+
+
+def _gpus(data: RunData) -> list[str]:
+    """Return the table of the GPUs, and what is to be read with it; nothing for a run on the CPU."""
+    rows = gpus.table_rows(gpu_uses(data))
+    parts = ["<h3>GPUs</h3>", html_table(rows)] if rows else []
+    return parts + [f"<p>{html.escape(sentence)}.</p>" for sentence in gpus.sentences(data)]
 
 
 def _cause(cause: dict[str, Any]) -> list[str]:

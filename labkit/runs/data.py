@@ -19,6 +19,7 @@ from labkit.experiment.run_directory import TERMINAL, RunDirectory, read_json
 from labkit.runs import kernels, numbers
 from labkit.runs.checked import checked_fields, integer
 from labkit.runs.events import HANDLERS
+from labkit.runs.gpus import GpuFile, GpuHistory
 from labkit.runs.pipeline import Action
 from labkit.runs.reader import MAX_RANKS, EventReader
 from labkit.runs.steps import RankSteps, Steps
@@ -108,6 +109,7 @@ class RunData(Steps):
         self.model_flops_per_sample: float | None = None
         """Three times the products of one forward pass, per sample; None if they are not known."""
         self._reader = EventReader(directory, self._handle)
+        self._gpu_file = GpuFile(directory)
         self._stamps: dict[str, tuple[int, int, int]] = {}
 
     def refresh(self, budget_s: float | None = None) -> bool:
@@ -119,7 +121,8 @@ class RunData(Steps):
         while len(self._ranks) < min(world_size or 0, MAX_RANKS):
             self._ranks.append(RankSteps())
             self._reader.add_rank()
-        return self._reader.read(budget_s)
+        ranks_are_read, gpus_are_read = self._reader.read(budget_s), self._gpu_file.read(budget_s)
+        return ranks_are_read and gpus_are_read
 
     def _read_states(self) -> None:
         for name in ("status", "progress", "summary"):
@@ -154,7 +157,17 @@ class RunData(Steps):
     @property
     def skipped_lines(self) -> int:
         """Complete lines that could not be read."""
-        return self._reader.skipped_lines
+        return self._reader.skipped_lines + self._gpu_file.skipped_lines
+
+    @property
+    def gpus(self) -> list[GpuHistory]:
+        """What the GPUs of the run did, in the order of CUDA; empty for a run on the CPU."""
+        return self._gpu_file.gpus
+
+    @property
+    def gpu_reason(self) -> str:
+        """Why there are no figures, or no further ones, of the GPUs; empty if there are. Untrusted text."""
+        return self._gpu_file.reason
 
     @property
     def state(self) -> str:

@@ -83,6 +83,19 @@ def figures(data: RunData) -> str:
     return "  ".join(parts)
 
 
+def gpu_in_words(use: dict[str, Any]) -> str | None:
+    """Return how a GPU was used, from its entry in a summary: `93 % busy, 61.2 of 80.0 GiB, 402 W, 1.3 Wh, 71 °C`."""
+    gibibytes = {name: use[name] / 2**30 for name in ("memory_peak_bytes", "memory_bytes") if use.get(name)}
+    figures = (
+        (use.get("utilisation_percent"), "{:.0f} % busy"),
+        (gibibytes.get("memory_peak_bytes"), f"{{:.1f}} of {gibibytes.get('memory_bytes', math.nan):.1f} GiB"),
+        (use.get("power_watts"), "{:.0f} W"),
+        (None if use.get("energy_joules") is None else use["energy_joules"] / 3600, "{:.3g} Wh"),
+        (use.get("temperature_max_celsius"), "up to {:.0f} °C"),
+    )
+    return ", ".join(form.format(value) for value, form in figures if value is not None) or None
+
+
 def summary_text(summary: dict[str, Any]) -> str:
     """Return the summary as text, one figure with its unit per line; unknown figures are left out."""
     try:
@@ -127,6 +140,8 @@ def _summary_text(summary: dict[str, Any]) -> str:
     for name, key in (("host memory at start", "start_memory_bytes"), ("peak memory per rank", "peak_memory_bytes")):
         peaks = [peak for peak in summary.get(key) or [] if peak]
         add_line(name, max(peaks) / 2**20 if peaks else None, "{:.0f} MiB")
+    for use in summary.get("gpus") or []:
+        add_line(use["title"], gpu_in_words(use))
     if summary.get("speedup"):
         low, high = summary["speedup_interval"]
         add_line("speed-up", f"{summary['speedup']:.2f} ({low:.2f} to {high:.2f}) over {summary['baseline_run_id']}")

@@ -15,6 +15,8 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+MAX_GENERATIONS = 64
+"""Maximum number of parents that are followed upwards from a process."""
 
 
 def _stat(pid: int) -> list[str] | None:
@@ -53,6 +55,18 @@ def children_of(pid: int) -> list[int]:
         descendants += children
         queue += children
     return descendants
+
+
+def descends_from(pid: int, ancestor: int) -> bool:
+    """Return whether `ancestor` is the process itself, its parent, or a parent of that, as far as /proc shows them."""
+    for _ in range(MAX_GENERATIONS):
+        if pid == ancestor:
+            return True
+        fields = _stat(pid)
+        if fields is None or int(fields[1]) <= 1:
+            return False
+        pid = int(fields[1])
+    return False
 
 
 def _portable_start_time(pid: int) -> float | None:

@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from labkit.experiment import safe_files
@@ -27,16 +28,17 @@ Handler = Callable[[int, dict[str, Any]], bool]
 
 
 class _Tail:
-    """How far the file of one rank has been read."""
+    """How far one file has been read."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.offset = 0
         self.in_long_line = False
         self.unreadable_bytes = 0
 
 
 class EventReader:
-    """The event files of all ranks; `handle` gets every event."""
+    """The event files of all ranks, or others; `handle` gets every event with the number of its file, from 0."""
 
     def __init__(self, directory: RunDirectory, handle: Handler) -> None:
         self._directory, self._handle = directory, handle
@@ -55,7 +57,11 @@ class EventReader:
 
     def add_rank(self) -> None:
         """Read the file of one more rank from now on."""
-        self._tails.append(_Tail())
+        self.add_file(self._directory.events(len(self._tails)))
+
+    def add_file(self, path: Path) -> None:
+        """Read one more file from now on."""
+        self._tails.append(_Tail(path))
 
     def read(self, budget_s: float | None = None) -> bool:
         """Read what is new for at most about `budget_s` seconds; True when everything has been read."""
@@ -71,8 +77,9 @@ class EventReader:
         return True
 
     def _read_some(self, number: int, deadline: float) -> bool:
-        """Read one chunk of a rank's file; True if no complete line was left to read."""
-        tail, path = self._tails[number], self._directory.events(number)
+        """Read one chunk of a file; True if no complete line was left to read."""
+        tail = self._tails[number]
+        path = tail.path
         try:
             if tail.unreadable_bytes > MAX_UNREADABLE_BYTES or os.lstat(path).st_size <= tail.offset:
                 return True

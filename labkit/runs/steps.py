@@ -122,6 +122,11 @@ class Steps:
         if rank_number == 0 and now is not None and took is not None and len(self._pauses) < MAX_EVENTS:
             self._pauses.append((now, took))
 
+    @property
+    def began(self) -> float | None:
+        """When the first step began, on the machine's monotonic clock (s); None before the first steps are read."""
+        return self._origin
+
     def seconds_since_start(self, monotonic: float | None) -> float:
         """Return how long after the first step began a moment of the machine's monotonic clock was (s)."""
         return 0.0 if monotonic is None or self._origin is None else min(max(0.0, monotonic - self._origin), 1e10)

@@ -13,6 +13,8 @@ from labkit.runs import kernels
 from labkit.runs.checked import figure_or_words, number
 from labkit.runs.compare import RunMeasurement, compare, find_baseline
 from labkit.runs.data import RunData
+from labkit.runs.gpu_use import gpu_uses
+from labkit.runs.gpu_warnings import gpu_warnings
 from labkit.runs.model_flops import peak_of, why_no_mfu
 from labkit.runs.pipeline import Bubble, bubble_of, first_pipeline
 from labkit.runs.straggler import straggler
@@ -54,6 +56,8 @@ def summarize(directory: RunDirectory, state: str | None = None, baseline: str |
         verb = "is" if len(not_finite) == 1 else "are"
         step = data.evaluations[-1][0]
         notes = [*notes, f"the held-out {' and '.join(not_finite)} after step {step} {verb} not finite"]
+    gpus = gpu_uses(data)
+    notes = [*notes, *([data.gpu_reason] if data.gpu_reason else []), *gpu_warnings(gpus)]
     return Summary(
         run_id=directory.id,
         title=experiment.title,
@@ -93,6 +97,7 @@ def summarize(directory: RunDirectory, state: str | None = None, baseline: str |
         experts={name: _fractions(load) for name, load in data.experts.items()},
         peak_memory_bytes=[data.peak_memory.get(rank) for rank in range(ranks)],
         start_memory_bytes=[rank_start.get("host_bytes") for rank_start in data.rank_starts],
+        gpus=gpus,
         parameters=start.get("parameters"),
         effective=start.get("effective", {}) | _sparsity(data) | _multiplied(data),
         quantized=figure_or_words(data.quantized) or None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
+from labkit.runs.gpu_use import GpuUse
 from labkit.runs.pipeline import Bubble
 from labkit.runs.straggler import Straggler
 
@@ -138,6 +139,8 @@ class Summary:
     """Peak memory of each rank (bytes): on its GPU, or of its process if it runs on a CPU."""
     start_memory_bytes: list[int | None]
     """Peak host memory of each rank's process before step 1, while it built, tried and sharded the model (bytes)."""
+    gpus: list[GpuUse]
+    """How each GPU of the run was used, as NVML reports it; empty on the CPU, and without the package nvidia-ml-py."""
     parameters: int | None
     """Number of parameters of the model."""
     effective: dict[str, Any]
@@ -167,7 +170,11 @@ class Summary:
     def as_dict(self) -> dict[str, Any]:
         """Return the summary as a dict of JSON values, as it is stored."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {
-            name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-            for name, value in values.items()
-        }
+        return {name: _as_json(value) for name, value in values.items()}
+
+
+def _as_json(value: Any) -> Any:
+    """Return a dataclass as a dict, and dataclasses in a list as dicts; anything else as it is."""
+    if isinstance(value, list):
+        return [_as_json(item) for item in value]
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

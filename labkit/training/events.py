@@ -1,47 +1,20 @@
-"""Writer of `rank-N.jsonl`: one event per line, appended in a single write by a single process."""
+"""Writer of `rank-N.jsonl`: the events of one rank."""
 
 from __future__ import annotations
 
-import json
-import os
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
-from labkit.experiment import safe_files
+from labkit.experiment.event_file import EventFile
 
 
-class EventWriter:
-    """Appends events to one file. Every event gets the rank, the wall-clock time and the monotonic time."""
+class EventWriter(EventFile):
+    """Appends the events of one rank to its file. Every event gets the rank, the wall-clock and the monotonic time."""
 
     def __init__(self, path: Path, rank: int) -> None:
+        super().__init__(path)
         self.rank = rank
-        self._lock = threading.Lock()
-        self._file = safe_files.open_to_append(path)
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event; raise OSError if the disk does not take all of it (then nothing of it is kept)."""
-        head = {"event": event, "rank": self.rank, "time": time.time(), "monotonic": time.monotonic()}
-        line = json.dumps(safe_files.finite(head | fields), separators=(",", ":"), allow_nan=False).encode() + b"\n"
-        with self._lock:
-            written = os.write(self._file, line)
-            if written < len(line):
-                self._write_rest(line[written:], written)
-
-    def _write_rest(self, rest: bytes, written: int) -> None:
-        """Write `rest` after a short write; on an error remove the partial line, which would spoil the next."""
-        while rest:
-            try:
-                count = os.write(self._file, rest)
-            except OSError:
-                os.ftruncate(self._file, os.fstat(self._file).st_size - written)
-                raise
-            rest, written = rest[count:], written + count
-
-    def sync(self) -> None:
-        """Force all events to the disk (fsync)."""
-        os.fsync(self._file)
-
-    def close(self) -> None:
-        os.close(self._file)
+        self.append(event, rank=self.rank, **fields)

@@ -1,4 +1,4 @@
-"""An accordion below the live figure: methods, precision, memory, traffic, pipeline and experts of the ended runs.
+"""An accordion below the live figure: methods, precision, memory, traffic, pipeline, experts, GPUs of the ended runs.
 
 It costs nothing while a run is in progress: figures are drawn when it is opened, or when a run ends while it is open.
 They are static outputs, not FigureWidgets, because each FigureWidget sends plotly's five megabytes to the browser.
@@ -12,11 +12,18 @@ from typing import Any
 import ipywidgets as widgets
 
 from labkit.plots import static
-from labkit.plots.closeup import detail_figures, has_method_figures, method_figures, precision_figures, sparsity_figures
+from labkit.plots.closeup import (
+    detail_figures,
+    gpu_figures,
+    has_method_figures,
+    method_figures,
+    precision_figures,
+    sparsity_figures,
+)
 from labkit.plots.picture import Picture
 from labkit.plots.shown import LabeledRun
 
-TITLE = "Details: methods by time and bytes, sparsity, precision, memory, traffic, pipeline, experts"
+TITLE = "Details: methods by time and bytes, sparsity, precision, memory, traffic, pipeline, experts, GPUs"
 
 
 class Closeup:
@@ -39,7 +46,9 @@ class Closeup:
         """Show the accordion after a run has ended, and redraw its figures if it is open."""
         self._stale = True
         runs = self._all_runs()
-        if any(run.data.memory or run.data.sparsity or run.data.kernels or has_method_figures(run) for run in runs):
+        data = [run.data for run in runs]
+        has_figures = any(each.memory or each.sparsity or each.kernels or each.gpus for each in data)
+        if has_figures or any(has_method_figures(run) for run in runs):
             self.widget.layout.display = None
         if self.widget.selected_index == 0:
             self.draw()
@@ -56,6 +65,7 @@ class Closeup:
         pictures += sparsity_figures([run for run in self._latest_runs() if run.data.done])
         pictures += precision_figures([run for run in self._all_runs() if run.data.done])
         pictures += detail_figures([run for run in self._latest_runs() if run.data.done])
+        pictures += gpu_figures([run for run in self._latest_runs() if run.data.done])
         self.output.outputs = tuple(output for picture in pictures for output in _outputs(picture))
 
 

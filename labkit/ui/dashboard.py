@@ -17,13 +17,14 @@ from typing import Any
 import ipywidgets as widgets
 
 from labkit.experiment import Experiment, ExperimentError
-from labkit.plots import overview, ranks, static, theme
+from labkit.plots import gpus, overview, ranks, static, theme
 from labkit.plots.against import TITLES
 from labkit.plots.shown import LabeledRun, labeled_runs
 from labkit.plots.table import html_table, runs_rows
 from labkit.runs.comparison_row import ComparisonRow
 from labkit.runs.data import RunData
 from labkit.runs.data_used import data_used
+from labkit.runs.gpu_use import gpu_uses
 from labkit.ui.closeup import Closeup
 from labkit.ui.figure_changes import send_changes
 from labkit.ui.live_figure import LiveFigure
@@ -278,10 +279,18 @@ class Dashboard:
             body = html_table(ranks.table_rows(rows), caption=f"Ranks of {run.title}")
             used = html.escape(theme.plain(data_used(self._data[run.id].facts), 400))
             about_data = f"<p>Data: {used}.</p>" if used else ""
-            _set_value(self.strip, f'<div class="labkit-scroll"><b>{sentence}.</b>{body}{about_data}</div>')
+            about_gpus = _gpus_html(self._data[run.id])
+            _set_value(self.strip, f'<div class="labkit-scroll"><b>{sentence}.</b>{body}{about_gpus}{about_data}</div>')
         if self.rows:
             body = html_table(runs_rows(self.rows), caption="Runs of this lab")
             _set_value(self.table, f'<div class="labkit-scroll">{body}</div>')
+
+
+def _gpus_html(data: RunData) -> str:
+    """Return the table of the GPUs with the warnings about them; empty for a run on the CPU."""
+    rows = gpus.table_rows(gpu_uses(data))
+    table = html_table(rows, caption="GPUs so far") if rows else ""
+    return table + "".join(f"<p>{html.escape(sentence)}.</p>" for sentence in gpus.sentences(data))
 
 
 def _set_value(widget: Any, value: str) -> None:

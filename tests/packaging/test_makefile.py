@@ -81,7 +81,7 @@ def test_the_set_up_runs_again_only_when_the_requirements_change(tmp_path: Path)
     assert installs() == 1
     assert (
         log.read_text().strip()
-        == "-m pip install -q --disable-pip-version-check --quiet -c constraints.txt -e .[lab,hub,dev]"
+        == "-m pip install -q --disable-pip-version-check --quiet -c constraints.txt -e .[lab,hub,gpu,dev]"
     )
     later = (tmp_path / ".venv/.set-up-dev").stat().st_mtime + 5
     os.utime(tmp_path / "constraints.txt", (later, later))

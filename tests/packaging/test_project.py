@@ -84,17 +84,19 @@ def test_constraints_cover_and_fit_every_direct_dependency() -> None:
 
 
 def test_constraints_cover_everything_that_comes_along() -> None:
-    missing = {name for name in closure("lab", "hub", "dev") - set(constraints()) if not ACCELERATOR.fullmatch(name)}
+    missing = {
+        name for name in closure("lab", "hub", "gpu", "dev") - set(constraints()) if not ACCELERATOR.fullmatch(name)
+    }
     assert not missing, f"not pinned in constraints.txt: {sorted(missing)}"
 
 
 def test_constraints_name_nothing_that_is_not_needed() -> None:
-    assert set(constraints()) <= closure("lab", "hub", "dev"), "constraints.txt pins what nothing asks for"
+    assert set(constraints()) <= closure("lab", "hub", "gpu", "dev"), "constraints.txt pins what nothing asks for"
 
 
 def test_every_direct_dependency_is_bounded() -> None:
     """The engine and the lab must not break on a new major version; a developer's tool may be open above."""
-    for line in [*PROJECT["dependencies"], *EXTRAS["lab"], *EXTRAS["hub"]]:
+    for line in [*PROJECT["dependencies"], *EXTRAS["lab"], *EXTRAS["hub"], *EXTRAS["gpu"]]:
         operators = {specifier.operator for specifier in Requirement(line).specifier}
         assert operators == {">=", "<"}, line
 
