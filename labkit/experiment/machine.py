@@ -67,6 +67,12 @@ class Machine:
         return len(self.gpus) if device == "cuda" else self.cores
 
     @property
+    def gpu_numbers(self) -> tuple[int, ...]:
+        """Numbers of the visible GPUs in nvidia-smi, in the order of CUDA; empty if one is a slice (MIG)."""
+        slices = any(gpu.uuid.startswith("MIG-") for gpu in self.gpus)
+        return () if slices else tuple(gpu.index for gpu in self.gpus)
+
+    @property
     def capability(self) -> tuple[int, int] | None:
         """Lowest compute capability of the GPUs; None without a GPU, or if the driver does not report it."""
         capabilities = [gpu.capability for gpu in self.gpus if gpu.capability is not None]

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from labkit.experiment import Machine
+from labkit.experiment import Machine, topology
 from labkit.experiment.registry import registries, registry
 from labkit.experiment.run_directory import home
 from labkit.launch.client import uses_standby
 from labkit.netem import rules as network
-from labkit.runs.environment import versions
+from labkit.runs.environment import links_of_gpus, versions
 
 # Runs in a separate process: this one stays free of torch, and no CUDA context is created.
 _TORCH_PROBE = """
@@ -34,6 +34,13 @@ INSTRUCTIONS = {
     "avx512_bf16": "bf16",
     "amx_bf16": "AMX",
 }
+
+EXTRAS = {
+    "lab": ("ipywidgets", "plotly", "anywidget"),
+    "hub": ("datasets", "transformers"),
+    "gpu": ("pynvml",),
+}
+"""Modules of the optional packages; pynvml is that of nvidia-ml-py, for the figures of GPUs."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +73,16 @@ def _hardware() -> list[Finding]:
     if not machine.gpus:
         findings.append(Finding("GPU", f"{machine.gpu_reason}; ranks run as CPU processes over gloo"))
     elif len(machine.gpus) > 1:
-        findings.append(Finding("links", _links()))
+        findings.append(Finding("links", _links(machine)))
     return findings
 
 
-def _links() -> str:
-    """Return how the GPUs are connected, according to the topology matrix of the driver."""
-    command = ["nvidia-smi", "topo", "-m"]
-    try:
-        matrix = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return "unknown (nvidia-smi topo does not answer)"
-    return "NVLink" if "NV" in matrix.replace("NVIDIA", "").split("Legend")[0] else "PCI Express"
+def _links(machine: Machine) -> str:
+    """Return how the visible GPUs are linked, according to the driver, and which layouts that suits."""
+    matrix, reason = topology.here()
+    if matrix is None:
+        return f"unknown ({reason})"
+    return topology.in_words(matrix.within(machine.gpu_numbers) if machine.gpu_numbers else matrix)
 
 
 def _software() -> list[Finding]:
@@ -97,7 +102,7 @@ def _software() -> list[Finding]:
     findings.append(Finding("torch", f"{torch['version']} ({build}), backends: {', '.join(backends)}", torch["gloo"]))
     if Machine.here().gpus and not torch["cuda_build"]:
         findings.append(Finding("torch", "there are GPUs, but this torch is a CPU build", False))
-    for extra, modules in {"lab": ("ipywidgets", "plotly", "anywidget"), "hub": ("datasets", "transformers")}.items():
+    for extra, modules in EXTRAS.items():
         missing = [name for name in modules if find_spec(name) is None]
         text = "installed" if not missing else f"{', '.join(missing)} missing: pip install 'labkit[{extra}]'"
         findings.append(Finding(f"extra {extra}", text, None if missing else True))
@@ -149,6 +154,6 @@ def kernels_for_two_four(machine: Machine) -> Finding:
 def as_dict(findings: list[Finding]) -> dict[str, Any]:
     """Return the report as a JSON object, for --json."""
     return {"findings": [{"topic": f.topic, "text": f.text, "fine": f.fine} for f in findings]} | {
-        "machine": Machine.here().to_dict(),
+        "machine": Machine.here().to_dict() | {"links": links_of_gpus()},
         "versions": versions(),
     }

@@ -82,6 +82,13 @@ class GpuMonitor:
 
     def _run(self) -> None:
         try:
+            self._record()
+        finally:
+            self._file.close()
+
+    def _record(self) -> None:
+        """Record until the run ends; if that fails, write why."""
+        try:
             nvml = Nvml()
         except NoFigures as missing:
             self._write("gpus_unknown", reason=f"no figures of the GPUs: {missing}")

@@ -7,7 +7,7 @@ report is None.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -156,9 +156,6 @@ def throttling(bits: int) -> frozenset[str]:
         "hardware": bits & _SLOWDOWN and not bits & (_HARDWARE_THERMAL | _POWER_BRAKE),
     }
     return frozenset(name for name, active in reasons.items() if active)
-
-
-Opener = Callable[[], Nvml]
 
 
 def _words(error: Exception) -> str:

@@ -8,11 +8,16 @@ from typing import Any
 
 from labkit.experiment import Experiment
 from labkit.experiment.layout import SHORT, Layout
+from labkit.experiment.placement import Placement, axis_links, link_warnings
 from labkit.plots import theme
 from labkit.plots.picture import Picture
 
 COLUMNS = 8
 MAX_CELLS = 64
+MAX_LINKED_RANKS = 1024
+"""Up to so many ranks the links between neighbours are shown."""
+_LINE_HEIGHT = 34
+"""Height of a sentence of two lines below the boxes (pixels)."""
 _BOX_CHARACTERS = 17
 """Characters that fit into a box if there are COLUMNS boxes per row."""
 _NAMES = {
@@ -28,9 +33,15 @@ _SHARDED = {1: "the optimizer state", 2: "gradients and optimizer state", 3: "al
 
 
 def cells(
-    layout: Layout, global_batch: int | None = None, experiment: Experiment | None = None
+    layout: Layout,
+    global_batch: int | None = None,
+    experiment: Experiment | None = None,
+    placement: Placement | None = None,
 ) -> list[dict[str, Any]]:
-    """Return one dict per rank: rank, place (its part on each axis), work (its share of each batch), group (colour)."""
+    """Return one dict per rank: rank, place (its part on each axis), work (its share of each batch), group (colour).
+
+    With a `placement` there is also gpu: its number in nvidia-smi.
+    """
     boxes = []
     for row in layout.grid():
         coordinates = layout.coordinates(row["rank"])
@@ -45,6 +56,7 @@ def cells(
                 "work": share(global_batch, layout.data_parallel, index) if global_batch else "",
                 "group": coordinates["pp"] if layout.pp > 1 else index,
             }
+            | ({} if placement is None else {"gpu": placement.gpu(row["rank"])})
         )
     return boxes
 
@@ -102,18 +114,37 @@ def finding(layout: Layout, global_batch: int | None = None) -> str:
     return f"{count} ranks: {parts}"
 
 
-def grid(layout: Layout, global_batch: int | None = None, experiment: Experiment | None = None) -> Picture:
+def _name(box: dict[str, Any]) -> str:
+    """Return the title of a box: `rank 3`, with a placement `rank 3 · GPU 1`."""
+    return f"rank {box['rank']}" + (f" · GPU {box['gpu']}" if "gpu" in box else "")
+
+
+def link_sentences(layout: Layout, placement: Placement | None) -> list[str]:
+    """Return the links between neighbours along each axis in one sentence, and the warnings; without full stops."""
+    if placement is None or layout.world_size > MAX_LINKED_RANKS:
+        return []
+    links = "; ".join(map(str, axis_links(layout, placement)))
+    return [*([f"Links: {links}"] if links else []), *(f"Warning: {each}" for each in link_warnings(layout, placement))]
+
+
+def grid(
+    layout: Layout,
+    global_batch: int | None = None,
+    experiment: Experiment | None = None,
+    placement: Placement | None = None,
+) -> Picture:
     """Draw the ranks of a layout as boxes whose colour and text show what each rank holds.
 
-    `experiment` adds the number of experts, which the layout does not contain.
+    `experiment` adds the number of experts, which the layout does not contain; `placement` adds the GPU of each rank
+    and the links between neighbours.
     """
-    boxes = cells(layout, global_batch, experiment)
+    boxes = cells(layout, global_batch, experiment, placement)
     longest = max(len(words) for box in boxes for words in (*box["place"], box["work"]))
     columns = COLUMNS if longest <= _BOX_CHARACTERS else COLUMNS // 2
     across = min(columns, len(boxes))
     wrap_width = _BOX_CHARACTERS * COLUMNS // max(across, 4)
     lines = [
-        [f"<b>rank {box['rank']}</b>"]
+        [f"<b>{_name(box)}</b>"]
         + [theme.safe(part) for words in (*box["place"], box["work"]) for part in textwrap.wrap(words, wrap_width)]
         for box in boxes
     ]
@@ -137,29 +168,44 @@ def grid(layout: Layout, global_batch: int | None = None, experiment: Experiment
     row_count = -(-len(boxes) // across)
     hidden = {"visible": False, "fixedrange": True}
     sentence = finding(layout, global_batch)
+    below = link_sentences(layout, placement)
+    notes += [_below(number, text) for number, text in enumerate(below)]
     picture = theme.layout(
         sentence,
         xaxis=hidden | {"range": [0, max(across, 4)]},
         yaxis=hidden | {"range": [1 - row_count, 1]},
         shapes=shapes,
         annotations=notes,
-        height=84 + max(92, 34 + 18 * max(map(len, lines))) * row_count,
-        margin={"l": 8, "r": 8, "t": 56, "b": 8},
+        height=84 + max(92, 34 + 18 * max(map(len, lines))) * row_count + _LINE_HEIGHT * len(below),
+        margin={"l": 8, "r": 8, "t": 56, "b": 8 + _LINE_HEIGHT * len(below)},
     )
     rows = [
         {"Rank": box["rank"], "Holds": ", ".join(box["place"])}
         | ({"Of every batch": box["work"]} if box["work"] else {})
+        | ({"GPU": box["gpu"]} if "gpu" in box else {})
         for box in boxes
     ]
-    return Picture([], picture, summary=f"{sentence}.", rows=rows)
+    return Picture([], picture, summary=". ".join([sentence, *below]) + ".", rows=rows)
 
 
-def grid_html(layout: Layout, global_batch: int | None = None, experiment: Experiment | None = None) -> str:
+def _below(number: int, text: str) -> dict[str, Any]:
+    """Return a sentence below the boxes, the first one at the top."""
+    place = {"x": 0, "y": 0, "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "top"}
+    style = {"showarrow": False, "align": "left", "font": {"size": 12, "color": theme.MUTED}}
+    return {"text": theme.wrapped(text, 130, lines=2), "yshift": -_LINE_HEIGHT * number} | place | style
+
+
+def grid_html(
+    layout: Layout,
+    global_batch: int | None = None,
+    experiment: Experiment | None = None,
+    placement: Placement | None = None,
+) -> str:
     """Return the same grid as HTML for the live lab, with at most MAX_CELLS boxes."""
-    boxes = cells(layout, global_batch, experiment)
+    boxes = cells(layout, global_batch, experiment, placement)
     drawn = "".join(_box(box) for box in boxes[:MAX_CELLS])
     more = f"<span>and {len(boxes) - MAX_CELLS} more</span>" if len(boxes) > MAX_CELLS else ""
-    caption = html.escape(finding(layout, global_batch))
+    caption = html.escape(". ".join([finding(layout, global_batch), *link_sentences(layout, placement)]))
     return (
         f'<div role="group" aria-label="Rank grid"><div style="font-size:13px;margin:0 0 6px">{caption}.</div>'
         f'<div style="display:flex;flex-wrap:wrap;gap:6px;max-height:220px;overflow-y:auto">{drawn}{more}</div></div>'
@@ -171,6 +217,6 @@ def _box(box: dict[str, Any]) -> str:
     words = [*box["place"], *([box["work"]] if box["work"] else [])]
     return (
         f'<div style="border:1px solid {colour};border-left:5px solid {colour};border-radius:4px;'
-        f'padding:4px 12px 5px 9px;font-size:12px;line-height:1.4;min-width:84px"><b>rank {box["rank"]}</b><br>'
+        f'padding:4px 12px 5px 9px;font-size:12px;line-height:1.4;min-width:84px"><b>{_name(box)}</b><br>'
         f"{html.escape(' · '.join(words))}</div>"
     )

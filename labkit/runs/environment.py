@@ -13,7 +13,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from labkit.experiment import Machine
+from labkit.experiment import Machine, topology
 from labkit.experiment.run_directory import RunDirectory, write_json
 
 PACKAGES = (
@@ -94,10 +94,16 @@ def git_state(directory: str) -> dict[str, Any] | None:
 
 def describe(directory: str) -> dict[str, Any]:
     """Return the content of `environment.json`."""
-    return _without_git() | {"git": git_state(directory)}
+    return _at_once() | {"git": git_state(directory), "gpu_links": links_of_gpus()}
 
 
-def _without_git() -> dict[str, Any]:
+def links_of_gpus() -> dict[str, Any] | None:
+    """Return how the GPUs of this machine are linked; None for fewer than two, or if the driver does not say."""
+    matrix = topology.here()[0] if len(Machine.here().gpus) > 1 else None
+    return None if matrix is None else matrix.to_dict()
+
+
+def _at_once() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "machine": Machine.here().to_dict(),
@@ -105,23 +111,28 @@ def _without_git() -> dict[str, Any]:
         "executable": sys.executable,
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "git": None,
+        "gpu_links": None,
     }
 
 
 def record(directory: RunDirectory, cwd: str) -> threading.Thread:
-    """Write `environment.json` without waiting for git, and return the thread that adds the git state of `cwd` later.
+    """Write `environment.json` at once, and return the thread that adds the git state of `cwd` and the links of GPUs.
 
     The thread need not be joined. Raises OSError if the file cannot be written.
     """
-    description = _without_git()
+    description = _at_once()
     write_json(directory.environment, description)
 
-    def add_git() -> None:
-        state = git_state(cwd)
-        if state is not None:
+    def add(name: str, value: Any) -> None:
+        if value is not None:
+            description[name] = value
             with contextlib.suppress(OSError):
-                write_json(directory.environment, description | {"git": state})
+                write_json(directory.environment, description)
 
-    thread = threading.Thread(target=add_git, name="labkit-git", daemon=True)
+    def add_the_rest() -> None:
+        add("git", git_state(cwd))
+        add("gpu_links", links_of_gpus())
+
+    thread = threading.Thread(target=add_the_rest, name="labkit-environment", daemon=True)
     thread.start()
     return thread

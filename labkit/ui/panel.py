@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
-from labkit.experiment import Experiment, ExperimentError
+from labkit.experiment import Experiment, ExperimentError, Machine, topology
+from labkit.experiment.placement import Placement, placement_of
 from labkit.plots import theme
 from labkit.plots.grid import grid_html
 from labkit.ui.dashboard import Dashboard
@@ -131,12 +132,19 @@ class Panel:
         if not self.form.problems:
             experiment = self.form.value
             layout = experiment.resolve().layout
-            grid = grid_html(layout, experiment.training.global_batch, experiment)
+            grid = grid_html(layout, experiment.training.global_batch, experiment, self._placement(experiment))
             if self.grid.value != grid:
                 self.grid.value = grid
             if self.code.layout.display != "none":
                 self.code.value = self.lab.code()
         self.refresh_buttons()
+
+    def _placement(self, experiment: Experiment) -> Placement | None:
+        """Return the GPUs of the ranks; None on the CPU, and until a thread knows how the GPUs are linked."""
+        machine = Machine.here()
+        if machine.device(experiment.launch.device) != "cuda" or len(machine.gpus) < 2:
+            return None
+        return placement_of(machine.gpu_numbers, topology.when_known(self.refresh))
 
     def refresh_buttons(self) -> None:
         """Enable the launch buttons if the experiment has no problems and no other run of this lab is in progress."""

@@ -97,7 +97,9 @@ def test_a_small_file_that_unpacks_to_a_large_one_is_refused(monkeypatch: pytest
         unpack(gzip.compress(b" " * (2**20 + 1)))
 
 
-@pytest.mark.parametrize("data", [b"", b"no gzip", gzip.compress(b"some text" * 100)[:-20]])
+@pytest.mark.parametrize(
+    "data", [b"", b"no gzip", gzip.compress(b"some text" * 100)[:-20]], ids=["empty", "other", "cut"]
+)
 def test_damaged_files_are_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"damaged|cut off"):
         unpack(data)

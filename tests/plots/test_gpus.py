@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,31 @@ def test_a_long_run_draws_few_points_and_odd_figures_draw(tmp_path: Path) -> Non
     assert max(len(trace.x) for trace in figure.data) <= 2000
     assert figure.rows[0]["Utilisation (%)"] == "–"
     assert "MIG slice 0" in figure.rows[0]["GPU"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder", "garbage", "hole", "too many"])
+def test_a_file_made_to_harm_its_reader(kind: str, tmp_path: Path) -> None:
+    run = FakeRun(tmp_path, "hostile").train(steps=20)
+    path = run.directory.gpus
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "hole":
+        with path.open("wb") as file:
+            file.truncate(10 * GIB)
+    else:
+        lines = ['{"event":"gpu_use","gpu":1e99}', '{"event":["gpu"]}', '{"event":"start","gpu":0}', "[" * 500, "null"]
+        lines += [f'{{"event":"gpu","gpu":{number},"memory_bytes":-1,"name":7}}' for number in range(1000)]
+        path.write_text("\n".join(lines if kind == "garbage" else lines[-1000:]) + "\n")
+    data = RunData(run.directory)
+    data.refresh(2.0)
+    assert len(data.gpus) == (128 if kind in ("garbage", "too many") else 0)
+    assert data.steps == 20
+    assert len(plot_gpus(data).data) == 0
+    assert len(gpu_uses(data)) == len(data.gpus)
 
 
 EVIL = "<img src=x onerror=alert(1)>"
