@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ class Labels:
     def __init__(self) -> None:
         self._by_address: dict[int, Label] = {}
         self._next_sweep = 10_000
+        self._lock = threading.RLock()
 
     def of(self, tensor: Tensor) -> str:
         """Return the device of a tensor, `cpu` or `cuda`."""
@@ -46,23 +48,19 @@ class Labels:
         storage = _storage(tensor)
         if storage is None:
             return
-        if device == CPU:
-            self._by_address.pop(storage._cdata, None)
-        elif storage._cdata not in self._by_address:
-            self._by_address[storage._cdata] = Label(StorageWeakRef(storage), place)
-            if len(self._by_address) > self._next_sweep:
-                self._next_sweep = 2 * len(self.on_gpu()) + 10_000
+        with self._lock:
+            if device == CPU:
+                self._by_address.pop(storage._cdata, None)
+            elif storage._cdata not in self._by_address:
+                self._by_address[storage._cdata] = Label(StorageWeakRef(storage), place)
+                if len(self._by_address) > self._next_sweep:
+                    self._next_sweep = 2 * len(self.on_gpu()) + 10_000
 
     def on_gpu(self) -> list[Label]:
         """Return the storages on the GPU that are still in use; other threads may label some meanwhile."""
-        labels = list(self._by_address.items())  # one step for Python, so no thread changes it on the way
-        used = []
-        for address, label in labels:
-            if label.storage.expired():
-                self._by_address.pop(address, None)
-            else:
-                used.append(label)
-        return used
+        with self._lock:
+            self._by_address = {key: label for key, label in self._by_address.items() if not label.storage.expired()}
+            return list(self._by_address.values())
 
 
 def _storage(tensor: Any) -> torch.UntypedStorage | None:
