@@ -55,7 +55,8 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
         original, _ = kept.get(tensor.untyped_storage()._cdata, (tensor, tensor))
         return original if original.shape == tensor.shape else tensor.detach().to(original.device)
 
-    if all(tensor.device == device for tensor in (*module.parameters(), *module.buffers())):
+    # Accelerate numbers the CPUs of ranks (cpu:1), tensors do not: only the kind of device tells where they are.
+    if all(tensor.device.type == device.type for tensor in (*module.parameters(), *module.buffers())):
         yield
         return
     module._apply(borrow)

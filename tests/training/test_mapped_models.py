@@ -21,12 +21,12 @@ import labkit.parallel.state as state
 state.LARGE_MODEL, state.LARGE_TENSOR = 0, 1
 """
 UNMAPPED = """
-import labkit.parallel.model as model
+import labkit.parallel.placement as placement
 import labkit.workloads.mapped as mapped
-def check(module, into_memory=model.into_memory):
+def check(module, into_memory=placement.into_memory):
     assert all(map(mapped.is_mapped, module.parameters())), "the parameters are not mapped"
     raise RuntimeError("all parameters are mapped")
-model.into_memory = check
+placement.into_memory = check
 """
 SMALL = recipe("language-ddp").set(
     {
