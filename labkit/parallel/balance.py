@@ -88,5 +88,5 @@ def measure_blocks(task: Task, batch: Batch, device: torch.device) -> list[float
 
 def _now(x: Tensor) -> float:
     if x.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.current_stream(x.device).synchronize()
     return time.perf_counter()
