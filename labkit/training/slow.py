@@ -53,7 +53,7 @@ def _on_gpu(run_pass: Pass, extra: float, meter: Meter) -> Pass:
 
         loss = run_pass(batch, weight, last, mark)
         timestamps["end"] = clock.now()
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
         forward = clock.seconds(timestamps["forward"], timestamps["backward"])
         backward = clock.seconds(timestamps["backward"], timestamps["end"])
         time.sleep(extra * (forward + min(backward, BACKWARD * forward)))
