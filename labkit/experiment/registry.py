@@ -184,10 +184,14 @@ def registry(knob: str) -> Registry:
 def _attribute(target: str) -> Any:
     """Return what `module:name` names; the module is imported the first time.
 
-    Rules ask thousands of times, and `import_module` is slow even for a module that has been imported.
+    Rules ask thousands of times, and `import_module` is slow even for a module that has been imported. It is called all
+    the same if the name is not there yet: it waits until the thread that is importing the module has finished.
     """
     module, _, name = target.partition(":")
-    return getattr(sys.modules.get(module) or import_module(module), name)
+    try:
+        return getattr(sys.modules[module], name)
+    except (KeyError, AttributeError):
+        return getattr(import_module(module), name)
 
 
 def registries() -> Iterable[tuple[str, Registry]]:
