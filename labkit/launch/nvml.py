@@ -54,18 +54,18 @@ class Nvml:
 
     def __init__(self) -> None:
         try:
-            self.library = import_module("pynvml")
+            self.pynvml = import_module("pynvml")
         except ImportError:
             raise NoFigures("the package nvidia-ml-py is not installed (pip install 'labkit[gpu]')") from None
         try:
-            self.library.nvmlInit()
+            self.pynvml.nvmlInit()
         except Exception as error:
             raise NoFigures(f"NVML cannot be used: {_words(error)}") from None
 
     def gpu(self, gpu: Gpu) -> NvmlGpu:
         """Return the access to one visible GPU, by its UUID; raise NoFigures if NVML does not know it."""
         try:
-            device = self.library.nvmlDeviceGetHandleByUUID(gpu.uuid)
+            device = self.pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid)
         except Exception as error:
             raise NoFigures(f"NVML does not know {gpu.name} {gpu.uuid}: {_words(error)}") from None
         return NvmlGpu(self, gpu, device)
@@ -73,8 +73,8 @@ class Nvml:
     def ask(self, function: str, *arguments: Any) -> Any:
         """Return the answer of a function of NVML; None if the driver, the package or the GPU does not have it."""
         try:
-            return getattr(self.library, function)(*arguments)
-        except (AttributeError, self.library.NVMLError):
+            return getattr(self.pynvml, function)(*arguments)
+        except (AttributeError, self.pynvml.NVMLError):
             return None
 
     def close(self) -> None:
@@ -86,7 +86,7 @@ class NvmlGpu:
     """One GPU, or one slice of a GPU: memory and processes are those of the slice, all else that of the whole GPU."""
 
     def __init__(self, nvml: Nvml, gpu: Gpu, device: Any) -> None:
-        self._ask, self._library, self._gpu, self._device = nvml.ask, nvml.library, gpu, device
+        self._ask, self._pynvml, self._gpu, self._device = nvml.ask, nvml.pynvml, gpu, device
         self.is_slice = gpu.uuid.startswith("MIG-")
         self._whole = (
             (self._ask("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", device) or device) if (self.is_slice) else device
@@ -104,7 +104,7 @@ class NvmlGpu:
             "slice": int(self.is_slice),
             "memory_bytes": memory.total if memory else self._gpu.memory_bytes or None,
             "power_limit_watts": limit / 1000 if limit else None,
-            "sm_clock_mhz": self._ask("nvmlDeviceGetMaxClockInfo", self._whole, self._library.NVML_CLOCK_SM),
+            "sm_clock_mhz": self._ask("nvmlDeviceGetMaxClockInfo", self._whole, self._pynvml.NVML_CLOCK_SM),
             "pcie_generation": self._ask("nvmlDeviceGetMaxPcieLinkGeneration", self._whole),
             "pcie_width": self._ask("nvmlDeviceGetMaxPcieLinkWidth", self._whole),
         }
@@ -122,8 +122,8 @@ class NvmlGpu:
             memory_bytes=memory.used if memory else None,
             power_watts=None if power is None else power / 1000,
             energy_joules=None if energy is None else energy / 1000,
-            temperature_celsius=self._ask("nvmlDeviceGetTemperature", self._whole, self._library.NVML_TEMPERATURE_GPU),
-            sm_clock_mhz=self._ask("nvmlDeviceGetClockInfo", self._whole, self._library.NVML_CLOCK_SM),
+            temperature_celsius=self._ask("nvmlDeviceGetTemperature", self._whole, self._pynvml.NVML_TEMPERATURE_GPU),
+            sm_clock_mhz=self._ask("nvmlDeviceGetClockInfo", self._whole, self._pynvml.NVML_CLOCK_SM),
             throttling=self._throttling(),
             pcie_generation=self._ask("nvmlDeviceGetCurrPcieLinkGeneration", self._whole),
             pcie_width=self._ask("nvmlDeviceGetCurrPcieLinkWidth", self._whole),

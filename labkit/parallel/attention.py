@@ -11,7 +11,7 @@ and float64, and for sizes of heads that the kernels do not take.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,28 +21,34 @@ _HEAD_MULTIPLE, _LARGEST_HEAD = 8, 256
 """Sizes of a head that FlashAttention's kernels for GPUs take."""
 
 
+class Part(NamedTuple):
+    """Queries and the part of the keys that they attend to in one turn."""
+
+    query: Tensor
+    """[N, H, t, D]"""
+    key: Tensor
+    """[N, H, s, D]"""
+    value: Tensor
+    """[N, H, s, D]"""
+    causal: bool
+    """Whether position i attends to keys 0 … i only; then t = s."""
+    scale: float
+    """Factor of the scores."""
+
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+"""Of query, key and value."""
+
+
 class Kernel(Protocol):
-    """Computes attention [N, H, t, D] of queries [N, H, t, D] over keys and values [N, H, s, D] each.
+    """Computes the attention [N, H, t, D] of a part, and the natural logarithms of its denominators [N, H, t]."""
 
-    With `causal`, where t = s, position i attends to keys 0 … i. Logarithms are natural ones, [N, H, t].
-    """
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        """Return the attention over these keys, and the logarithms of its denominators."""
+    def forward(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Return the attention over these keys, and the logarithms of its denominators in at least float32."""
         ...
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        log_sum: Tensor,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what these keys contribute to the gradients of query, key and value.
+    def backward(self, part: Part, grad: Tensor, out: Tensor, log_sum: Tensor) -> Gradients:
+        """Return what these keys contribute to the gradients.
 
         `grad`, `out` and `log_sum` belong to the attention over all keys, of which these are a part.
         """
@@ -52,23 +58,15 @@ class Kernel(Protocol):
 class FlashOnCpu:
     """torch's FlashAttention for CPUs, in all floating-point formats."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        out, log_sum = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+    def forward(self, part: Part) -> tuple[Tensor, Tensor]:
+        *tensors, causal, scale = part
+        out, log_sum = _aten._scaled_dot_product_flash_attention_for_cpu(*tensors, 0.0, causal, scale=scale)
         return out, log_sum
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        log_sum: Tensor,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        gradients: tuple[Tensor, Tensor, Tensor] = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, key, value, out, log_sum, 0.0, causal, scale=scale
+    def backward(self, part: Part, grad: Tensor, out: Tensor, log_sum: Tensor) -> Gradients:
+        *tensors, causal, scale = part
+        gradients: Gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, *tensors, out, log_sum, 0.0, causal, scale=scale
         )
         return gradients
 
@@ -80,27 +78,18 @@ class Flash:
         self._rest: Any = None
         """What the backward pass wants back, though nothing is in it: lengths of sequences, random state of dropout."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        results: Any = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
+    def forward(self, part: Part) -> tuple[Tensor, Tensor]:
+        *tensors, causal, scale = part
+        results: Any = _aten._scaled_dot_product_flash_attention(*tensors, 0.0, causal, False, scale=scale)
         self._rest = results[2:4], results[6:8]
         return results[0], results[1]
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        log_sum: Tensor,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, part: Part, grad: Tensor, out: Tensor, log_sum: Tensor) -> Gradients:
+        *tensors, causal, scale = part
         lengths, random_state = self._rest
-        gradients: tuple[Tensor, Tensor, Tensor] = _aten._scaled_dot_product_flash_attention_backward(
-            *(grad, query, key, value, out, log_sum, *lengths, query.shape[-2], key.shape[-2], 0.0, causal),
-            *random_state,
-            scale=scale,
+        sizes = part.query.shape[-2], part.key.shape[-2]
+        gradients: Gradients = _aten._scaled_dot_product_flash_attention_backward(
+            grad, *tensors, out, log_sum, *lengths, *sizes, 0.0, causal, *random_state, scale=scale
         )
         return gradients
 
@@ -108,23 +97,14 @@ class Flash:
 class Dense:
     """Products of matrices with all scores of these queries and keys in at least float32."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        scores = _scores(query, key, scale, causal)
+    def forward(self, part: Part) -> tuple[Tensor, Tensor]:
+        scores = _scores(part)
         log_sum = scores.logsumexp(-1)
-        return (scores - log_sum.unsqueeze(-1)).exp().to(value.dtype) @ value, log_sum
+        return (scores - log_sum.unsqueeze(-1)).exp().to(part.value.dtype) @ part.value, log_sum
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        log_sum: Tensor,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        probabilities = (_scores(query, key, scale, causal) - log_sum.unsqueeze(-1)).exp()
+    def backward(self, part: Part, grad: Tensor, out: Tensor, log_sum: Tensor) -> Gradients:
+        query, key, value, _, scale = part
+        probabilities = (_scores(part) - log_sum.unsqueeze(-1)).exp()
         value_grad = probabilities.to(grad.dtype).transpose(-2, -1) @ grad
         mean = (grad * out).sum(-1, keepdim=True, dtype=probabilities.dtype)  # of the scores' gradient in each row
         scores_grad = (probabilities * ((grad @ value.transpose(-2, -1)) - mean) * scale).to(query.dtype)
@@ -145,8 +125,9 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _scores(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
-    scores = (query @ key.transpose(-2, -1)).to(accumulation_dtype(query)) * scale
-    if causal:
-        scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).triu(1), -torch.inf)
+def _scores(part: Part) -> Tensor:
+    scores = (part.query @ part.key.transpose(-2, -1)).to(accumulation_dtype(part.query)) * part.scale
+    if part.causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores.masked_fill_(hidden, -torch.inf)
     return scores

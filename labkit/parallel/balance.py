@@ -18,7 +18,7 @@ from torch import Tensor
 from labkit.experiment.layout import Layout
 from labkit.parallel import stages
 from labkit.parallel.cast import as_reals, widen
-from labkit.parallel.placement import on_device
+from labkit.parallel.transfer import on_device
 from labkit.workloads.base import Batch, Blocks, Task
 from labkit.workloads.same_buffers import same_buffers
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from labkit.parallel import collectives
-from labkit.parallel.attention import accumulation_dtype, kernel_for
+from labkit.parallel.attention import Part, accumulation_dtype, kernel_for
 from labkit.parallel.mesh import Mesh
 from labkit.parallel.plan import Style, apply_plans
 
@@ -75,7 +75,7 @@ class _RingAttention(torch.autograd.Function):
         for source, block in _ring(torch.stack([key, value]), group):
             rows, columns, masked = _needed(group.rank(), source, causal)
             keys, values = (_for_heads(x, heads) for x in _half(block, columns))
-            partial, partial_log_sum = kernel.forward(_half(query, rows), keys, values, masked, scale)
+            partial, partial_log_sum = kernel.forward(Part(_half(query, rows), keys, values, masked, scale))
             _merge(_half(out, rows), _half_rows(log_sum, rows), partial, partial_log_sum)
         result = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, result, log_sum)
@@ -94,13 +94,12 @@ class _RingAttention(torch.autograd.Function):
                 block_grad = _pass_on(block_grad, group)
             rows, columns, masked = _needed(group.rank(), source, ctx.causal)
             keys, values = (_for_heads(x, query.shape[1]) for x in _half(block, columns))
-            gradients = ctx.kernel.backward(
-                *(_half(grad, rows), _half(query, rows), keys, values),
-                *(_half(out, rows), _half_rows(log_sum, rows).contiguous(), masked, ctx.scale),  # as kernels read it
-            )
+            part = Part(_half(query, rows), keys, values, masked, ctx.scale)
+            log_sums = _half_rows(log_sum, rows).contiguous()  # as kernels read it
+            gradients = ctx.kernel.backward(part, _half(grad, rows), _half(out, rows), log_sums)
             _half(query_grad, rows).add_(gradients[0])
-            for total, part in zip(_half(block_grad, columns), gradients[1:], strict=True):
-                total.add_(_sum_over_heads(part, total.shape[1], dtype))
+            for total, gradient in zip(_half(block_grad, columns), gradients[1:], strict=True):
+                total.add_(_sum_over_heads(gradient, total.shape[1], dtype))
         key_grad, value_grad = _pass_on(block_grad, group)
         return query_grad.to(query.dtype), key_grad.to(key.dtype), value_grad.to(value.dtype), None, None, None
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from labkit.experiment import Experiment, Layout
 from labkit.experiment.registry import registry
 from labkit.gradients.exchange import Counters, GradientReducer
-from labkit.parallel import balance, context, expert, loss, placement, recompute, stages, tensor
+from labkit.parallel import balance, context, expert, loss, recompute, stages, tensor, transfer
 from labkit.parallel.asynchronous import AsynchronousPipeline
 from labkit.parallel.cast import as_reals, at_least_float32, place_tensor, widen
 from labkit.parallel.communication import Axes, Communication
@@ -93,7 +93,7 @@ class ParallelModel:
         loss.shard_loss(task, mesh)
         fully_sharded = layout.dp_shard > 1 and layout.zero_stage == 3
         for module in () if fully_sharded else self.stages.values():
-            placement.take(module, device)  # `fully_shard` itself moves one block after the other
+            transfer.take(module, device)  # `fully_shard` itself moves one block after the other
         self.shard_specs = {name: shard_spec_of(parameter) for name, parameter in self._named_parameters()}
         self._gradients: GradientSync | FullySharded
         if fully_sharded:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
-from labkit.parallel.attention import Dense, Flash, FlashOnCpu, Kernel, kernel_for
+from labkit.parallel.attention import Dense, Flash, FlashOnCpu, Kernel, Part, kernel_for
 from labkit.parallel.context import _merge
 
 SCALE = 0.3
@@ -28,10 +28,10 @@ def test_a_causal_block_is_torchs_attention(kernel: Kernel, dtype: torch.dtype) 
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
     expected = scaled_dot_product_attention(*leaves, is_causal=True, scale=SCALE)
     expected.backward(grad)
-    out, log_sum = kernel.forward(query, key, value, True, SCALE)
+    out, log_sum = kernel.forward(Part(query, key, value, True, SCALE))
     assert log_sum.dtype == torch.promote_types(dtype, torch.float32)
     close(out, expected, dtype)
-    gradients = kernel.backward(grad, query, key, value, out, log_sum, True, SCALE)
+    gradients = kernel.backward(Part(query, key, value, True, SCALE), grad, out, log_sum)
     for gradient, leaf in zip(gradients, leaves, strict=True):
         assert leaf.grad is not None
         close(gradient, leaf.grad, dtype)
@@ -43,17 +43,16 @@ def test_parts_of_the_keys_merge_to_the_whole(kernel: Kernel, dtype: torch.dtype
     query, key, value, grad = sample(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     total, log_sum = torch.zeros_like(query, dtype=wide), torch.full(query.shape[:-1], -torch.inf, dtype=wide)
-    parts = [slice(0, 5), slice(5, 24)]  # of unequal length
+    slices = slice(0, 5), slice(5, 24)  # of unequal length
+    parts = [Part(query, key[:, :, some], value[:, :, some], False, SCALE) for some in slices]
     for part in parts:
-        _merge(total, log_sum, *kernel.forward(query, key[:, :, part], value[:, :, part], False, SCALE))
+        _merge(total, log_sum, *kernel.forward(part))
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
     expected = scaled_dot_product_attention(*leaves, scale=SCALE)
     expected.backward(grad)
     out = total.to(dtype)
     close(out, expected, dtype)
-    of_parts = [
-        kernel.backward(grad, query, key[:, :, part], value[:, :, part], out, log_sum, False, SCALE) for part in parts
-    ]
+    of_parts = [kernel.backward(part, grad, out, log_sum) for part in parts]
     close(sum(gradients[0] for gradients in of_parts), leaves[0].grad, dtype)
     for index in (1, 2):
         close(torch.cat([gradients[index] for gradients in of_parts], 2), leaves[index].grad, dtype)
@@ -81,8 +80,8 @@ def test_kernels_of_a_gpu_give_shapes_and_dtypes(dtype: torch.dtype, head: int, 
         query, key, value, grad = (torch.empty(2, 3, 24, head, dtype=dtype, device="cuda") for _ in range(4))
         chosen = kernel_for(query)
         assert type(chosen) is kernel
-        out, log_sum = chosen.forward(query, key, value, True, SCALE)
+        out, log_sum = chosen.forward(Part(query, key, value, True, SCALE))
         assert (out.shape, out.dtype) == (query.shape, dtype)
         assert (log_sum.shape, log_sum.dtype) == (query.shape[:-1], torch.promote_types(dtype, torch.float32))
-        gradients = chosen.backward(grad, query, key, value, out, log_sum, True, SCALE)
+        gradients = chosen.backward(Part(query, key, value, True, SCALE), grad, out, log_sum)
         assert [(x.shape, x.dtype) for x in gradients] == [(query.shape, dtype)] * 3

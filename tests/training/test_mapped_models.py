@@ -21,12 +21,12 @@ import labkit.parallel.state as state
 state.LARGE_MODEL, state.LARGE_TENSOR = 0, 1
 """
 UNMAPPED = """
-import labkit.parallel.placement as placement
+import labkit.parallel.transfer as transfer
 import labkit.workloads.mapped as mapped
-def check(module, into_memory=placement.into_memory):
+def check(module, into_memory=transfer.into_memory):
     assert all(map(mapped.is_mapped, module.parameters())), "the parameters are not mapped"
     raise RuntimeError("all parameters are mapped")
-placement.into_memory = check
+transfer.into_memory = check
 """
 SMALL = recipe("language-ddp").set(
     {

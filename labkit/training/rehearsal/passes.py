@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,6 +16,7 @@ from torch.func import functional_call
 from labkit.experiment import Experiment
 from labkit.experiment.fault import TaskFault, describe_error
 from labkit.parallel.cast import widen
+from labkit.parallel.transfer import has_room
 from labkit.training.rehearsal import fits, leaves
 from labkit.training.rehearsal.advice import backward_fault, describe, hint, samples_of, shape_of
 from labkit.training.rehearsal.control_flow import ControlFlowProbe
@@ -336,9 +336,7 @@ def _gradients_fit(model: nn.Module, device: torch.device) -> bool:
     size = sum(parameter.nbytes for parameter in model.parameters())
     if size < LARGE_MODEL or any(map(is_mapped, model.parameters())):
         return True  # gradients of a mapped model are freed one by one (freed.py)
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] > 2 * size
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > 2 * size
+    return has_room(2 * size, device)
 
 
 def may_be_dynamic(model: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from torch import nn
 from labkit.experiment import Experiment
 from labkit.experiment.fault import TaskFault
 from labkit.experiment.update_rule import update_rule
-from labkit.parallel import placement
+from labkit.parallel import transfer
 from labkit.training.rehearsal import fingerprint, fits, hooks
 from labkit.training.rehearsal.exactness import non_parity_modules
 from labkit.training.rehearsal.loss_proof import prove_loss
@@ -55,7 +55,7 @@ def rehearse(
     if not fits_device:
         runtime = runtime.on_host()
     with (
-        placement.on_device(task.model, runtime.device),
+        transfer.on_device(task.model, runtime.device),
         restored(task, task.model, task.train, task.test, device=runtime.device) as snapshot,
     ):
         phase("data")
@@ -100,7 +100,7 @@ def _fits_device(model: nn.Module, runtime: Runtime) -> bool:
     if not runtime.is_sharded or runtime.device.type == "cpu":
         return True
     sharing = -(-runtime.ranks // torch.cuda.device_count())
-    fit = torch.tensor(float(placement.fits(model, runtime.device, sharing)), device=runtime.device)
+    fit = torch.tensor(float(transfer.fits(model, runtime.device, sharing)), device=runtime.device)
     dist.all_reduce(fit, dist.ReduceOp.MIN)
     return bool(fit)
 

@@ -8,6 +8,7 @@ the model has the tensors that it had before (issue 13, fault 15).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,12 +21,17 @@ TIMES = 3
 """Room that a model needs on the device to be rehearsed, in times its size: weights, gradients, activations."""
 
 
-def fits(module: nn.Module, device: torch.device, sharing: int = 1) -> bool:
-    """Return whether a rank can hold the whole model on `device` for a rehearsal; `sharing` ranks use the device."""
-    if device.type != "cuda":
-        return True
+def has_room(size: int, device: torch.device) -> bool:
+    """Return whether more than `size` bytes are free in the memory of a GPU, or in the host's memory for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] > size
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > size
+
+
+def fits(module: nn.Module, device: torch.device, sharing: int) -> bool:
+    """Return whether each of `sharing` ranks can hold the whole model on their GPU for a rehearsal."""
     size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-    return torch.cuda.mem_get_info(device)[0] > TIMES * size * sharing
+    return has_room(TIMES * size * sharing, device)
 
 
 def take(module: nn.Module, device: torch.device) -> None:
